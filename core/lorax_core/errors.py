@@ -1,0 +1,73 @@
+"""The one tree of errors.
+
+Decides how a failure is told: what failed, the value that caused it, and the next thing to do. Knows nothing of what can
+fail. Everything raised on purpose by lorax-core is a `LoraxError`; anything else that escapes is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class LoraxError(Exception):
+    """Base of every deliberate error.
+
+    `message` says what failed and quotes the offending value; `hint` says what to do next (a command, a nearest valid
+    value) and may be None. `str()` gives both.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
+
+class PluginError(LoraxError):
+    """A plugin is missing, broken, incompatible or in conflict with another."""
+
+
+class CheckpointError(LoraxError):
+    """A checkpoint folder is missing, corrupt, incomplete, or not for the architecture that it names."""
+
+
+class AdapterError(LoraxError):
+    """An adapter is unknown, corrupt, or does not fit the base model."""
+
+
+class RequestError(LoraxError):
+    """A request asks for something that no engine, or not this engine, can answer."""
+
+
+class CapacityError(LoraxError):
+    """A request is larger than the model, the KV cache or the machine."""
+
+
+class StepError(LoraxError):
+    """Some requests of a call failed while others finished.
+
+    `results` has one entry for each request of the call, in order: its result, or the error that ended it.
+    """
+
+    def __init__(self, message: str, *, results: list[Any], hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.results = results
+
+
+def nearest(value: str, options: Iterable[str]) -> str | None:
+    """The option most like `value`, or None when none is close."""
+    found = difflib.get_close_matches(value, list(options), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def listed(options: Iterable[str], limit: int = 8) -> str:
+    """Options as prose for an error message: `'a', 'b' (and 3 more)`; `none` when empty."""
+    quoted = [repr(option) for option in options]
+    if not quoted:
+        return "none"
+    shown = ", ".join(quoted[:limit])
+    return shown if len(quoted) <= limit else f"{shown} (and {len(quoted) - limit} more)"

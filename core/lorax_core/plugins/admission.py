@@ -1,0 +1,191 @@
+"""Trying one plugin: is it wanted, was it made for this core, does it import, are its declarations sound.
+
+Decides the status of one plugin alone. Knows nothing of the others: conflicts are the host's affair.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import reprlib
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import Distribution, EntryPoint
+from typing import Final, TypeVar
+
+import pluggy
+
+import lorax_core
+from lorax_core.errors import LoraxError, PluginError, listed, nearest
+from lorax_core.plugins import hookspecs
+from lorax_core.plugins.record import PluginRecord, Spec, Status, explain
+from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec, Incompatible
+from lorax_core.settings import Settings, canonical
+
+GROUP: Final = "lorax.plugins"
+"""Entry-point group in which a distribution names its declaration module."""
+
+CORE: Final = "lorax-core"
+HOOK_PREFIX: Final = "lorax_"
+
+_DOCTOR_HINT: Final = "`lorax plugins doctor` tries every plugin on its own"
+_T = TypeVar("_T", ArchitectureSpec, BackendSpec)
+
+
+def make_manager() -> pluggy.PluginManager:
+    """A pluggy manager that knows core's hooks and no plugin."""
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Settings) -> PluginRecord:
+    """Judges one entry point. Whatever the plugin does, `KeyboardInterrupt` apart, ends up in the record."""
+    package, version = identity(entry)
+    record = PluginRecord(entry.name, package, version, entry.value, Status.READY)
+    blocked = _blocked_by(settings, entry.name, package)
+    if blocked is not None:
+        return replace(record, status=Status.BLOCKED, cause=blocked[0], hint=blocked[1])
+    had_torch = "torch" in sys.modules
+    start = time.perf_counter()
+    try:
+        if entry.dist is not None:
+            _check_requirements(entry.dist)
+        start = time.perf_counter()
+        architectures, backends = _admit(manager, entry, f"{package}:{entry.name}={entry.value}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a plugin that calls sys.exit() at import must not end the process either
+        status = Status.INCOMPATIBLE if isinstance(error, Incompatible) else Status.BROKEN
+        hint = error.hint if isinstance(error, LoraxError) else None
+        return replace(
+            record,
+            status=status,
+            cause=explain(error),
+            hint=hint or _DOCTOR_HINT,
+            exception=error,
+            seconds=time.perf_counter() - start,
+        )
+    record = replace(record, architectures=architectures, backends=backends, seconds=time.perf_counter() - start)
+    if "torch" in sys.modules and not had_torch:
+        cause = "importing its declaration imported torch, which slows down every command"
+        return replace(record, status=Status.SLOW_IMPORT, cause=cause, hint="name classes by strings in plugin.py")
+    return record
+
+
+def identity(entry: EntryPoint) -> tuple[str, str]:
+    """Package and version of the distribution that an entry point is from, as well as its metadata can be read."""
+    try:
+        metadata = entry.dist.metadata if entry.dist is not None else None
+        if metadata is not None and metadata["Name"]:
+            return canonical(metadata["Name"]), metadata["Version"] or "unknown"
+    except Exception:  # metadata that cannot be read; what then fails is told when the plugin is tried
+        pass
+    package = canonical(entry.value.partition(":")[0].partition(".")[0])
+    return package, lorax_core.__version__ if package == CORE else "unknown"
+
+
+def key_of(spec: Spec) -> str:
+    """The name that a spec claims, which no two plugins may."""
+    return spec.model_type if isinstance(spec, ArchitectureSpec) else spec.name
+
+
+def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] | None:
+    """Cause and way out where the settings keep a plugin out."""
+    names = {canonical(name), package}
+    if package == CORE:
+        return None
+    if names & settings.block_plugins:
+        return "LORAX_BLOCK_PLUGINS names it", "take it out of LORAX_BLOCK_PLUGINS"
+    if settings.plugins and not names & settings.plugins:
+        return "LORAX_PLUGINS does not name it", f"add {package} to LORAX_PLUGINS"
+    return None
+
+
+def _check_requirements(distribution: Distribution) -> None:
+    lines = distribution.requires or ()
+    mine = [line for line in lines if canonical(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE]
+    if not mine:
+        return
+    from packaging.requirements import InvalidRequirement, Requirement  # late: 20 ms that core alone does not need
+
+    for line in mine:
+        try:
+            wanted = Requirement(line)
+        except InvalidRequirement as error:
+            raise PluginError(f"its metadata requires {line!r}, which is not a requirement") from error
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        if not wanted.specifier.contains(lorax_core.__version__, prereleases=True):
+            raise Incompatible(
+                f"it requires {CORE}{wanted.specifier}; this is {CORE} {lorax_core.__version__}",
+                hint=f"pip install --upgrade {CORE} {distribution.name}",
+            )
+
+
+def _admit(
+    manager: pluggy.PluginManager, entry: EntryPoint, name: str
+) -> tuple[tuple[ArchitectureSpec, ...], tuple[BackendSpec, ...]]:
+    plugin = entry.load()
+    if manager.is_registered(plugin):
+        raise PluginError(f"its module {entry.value} was registered already, by {manager.get_name(plugin)}")
+    _check_hook_names(manager, plugin)
+    manager.register(plugin, name)
+    try:
+        return (
+            _ask(manager, name, "lorax_architectures", ArchitectureSpec),
+            _ask(manager, name, "lorax_attention_backends", BackendSpec),
+        )
+    except BaseException:
+        manager.unregister(name=name)
+        raise
+
+
+def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
+    """pluggy takes a function of an unknown name for a hook that nobody calls; here it is an error."""
+    hooks = sorted(name for name in vars(hookspecs) if name.startswith(HOOK_PREFIX))
+    found = False
+    for name in dir(plugin):
+        marks = manager.parse_hookimpl_opts(plugin, name)
+        if marks is None:
+            if not name.startswith(HOOK_PREFIX) or not inspect.isroutine(inspect.getattr_static(plugin, name, None)):
+                continue
+            if name in hooks:
+                raise PluginError(f"{name} is not marked as a hook", hint=f"put @hookimpl above `def {name}`")
+        hook = (marks and marks.get("specname")) or name
+        if hook in hooks:
+            found = True
+        elif not (marks and marks.get("optionalhook")):
+            close = nearest(hook, hooks)
+            raise PluginError(
+                f"{hook!r} is not a hook; hooks are {listed(hooks)}", hint=f"did you mean {close!r}?" if close else None
+            )
+    if not found:
+        raise PluginError(f"{plugin!r} implements none of the hooks {listed(hooks)}")
+
+
+def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) -> tuple[_T, ...]:
+    """What one plugin answers to one hook.
+
+    Its function is called by itself and not through `manager.hook`: everybody's answers in one list would not say whose
+    they are, and one that raises would keep the rest from being asked.
+    """
+    specs: list[_T] = []
+    for impl in getattr(manager.hook, hook).get_hookimpls():
+        if impl.plugin_name != name:
+            continue
+        answer = impl.function()
+        if isinstance(answer, (str, kind)) or not isinstance(answer, Iterable):
+            raise PluginError(f"{hook} returned {reprlib.repr(answer)}; it returns an iterable of {kind.__name__}")
+        for item in answer:
+            if not isinstance(item, kind):
+                raise PluginError(f"{hook} gave {reprlib.repr(item)}, which is not an {kind.__name__}")
+            # Judged again: model_copy(update=...) and model_construct() make specs that nobody has validated.
+            specs.append(kind.model_validate(dict(item)))
+    keys = [key_of(spec) for spec in specs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise PluginError(f"{hook} declares {listed(twice)} more than once")
+    return tuple(specs)

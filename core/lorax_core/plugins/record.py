@@ -1,0 +1,118 @@
+"""What became of one plugin.
+
+Decides the words for it: six statuses, and one line for a cause. Knows nothing of how plugins are found or judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import PurePath
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+from pydantic import ValidationError
+
+from lorax_core.errors import LoraxError
+from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec
+from lorax_core.settings import canonical
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_HERE: Final = PurePath(__file__).parent
+_MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their frames say nothing of the plugin
+
+Spec = ArchitectureSpec | BackendSpec
+
+
+class Status(StrEnum):
+    """What can be said of an installed plugin.
+
+    - `ready`: usable.
+    - `slow-import`: usable, but importing its declaration imported torch.
+    - `incompatible`: made for another lorax-core, or another generation of the plugin API; it was not used.
+    - `conflict`: it claims a name that another plugin claims too; neither gets it until the user names one.
+    - `broken`: its import, its hooks or its declarations failed.
+    - `blocked`: the user's settings keep it out; it was not imported.
+    """
+
+    READY = "ready"
+    SLOW_IMPORT = "slow-import"
+    INCOMPATIBLE = "incompatible"
+    CONFLICT = "conflict"
+    BROKEN = "broken"
+    BLOCKED = "blocked"
+
+    @property
+    def failed(self) -> bool:
+        """Whether something must be mended before all that the plugin declares can be used."""
+        return self in (Status.INCOMPATIBLE, Status.CONFLICT, Status.BROKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class PluginRecord:
+    """One entry point of the group `lorax.plugins`, and what became of it.
+
+    `architectures` and `backends` are what can be used; `contested` is what it declares but does not get, because
+    another plugin claims the same name. `seconds` is how long importing and asking it took, None if it was not tried.
+    """
+
+    # from the distribution's metadata
+    name: str
+    package: str
+    version: str
+    module: str
+    # from trying it
+    status: Status
+    cause: str | None = None
+    hint: str | None = None
+    exception: BaseException | None = None
+    seconds: float | None = None
+    # from its hooks
+    architectures: tuple[ArchitectureSpec, ...] = ()
+    backends: tuple[BackendSpec, ...] = ()
+    # from the host
+    contested: tuple[Spec, ...] = ()
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """All that can be used of what it declares."""
+        return (*self.architectures, *self.backends)
+
+    @property
+    def title(self) -> str:
+        """The plugin in a message: `lorax-bert 0.1.0`, with the entry point's name where that says more."""
+        named = canonical(self.name) in self.package
+        return f"{self.package} {self.version}".rstrip() + ("" if named else f" (plugin {self.name!r})")
+
+
+def explain(error: BaseException) -> str:
+    """What went wrong, on one line, with the place in the plugin where that can be told."""
+    if isinstance(error, LoraxError):
+        return error.message
+    if isinstance(error, ValidationError):
+        fields = "; ".join(_field(item) for item in error.errors(include_url=False))
+        return f"{error.title}: {fields}{_place(error.__traceback__)}"
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = "<its message cannot be printed>"
+    kind = type(error).__name__
+    return (f"{kind}: {text}" if text else kind) + _place(error.__traceback__)
+
+
+def _field(item: ErrorDetails) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    what = item["msg"].removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
+def _place(traceback: TracebackType | None) -> str:
+    place = ""
+    while traceback is not None:
+        file = PurePath(traceback.tb_frame.f_code.co_filename)
+        if file.parent != _HERE and not _MACHINERY.intersection(file.parts) and not file.name.startswith("<"):
+            place = f" (at {file.parent.name}/{file.name}:{traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return place

@@ -1,0 +1,77 @@
+"""What the environment says.
+
+The only reader of `LORAX_*` variables. Decides which of their values are sound; knows nothing of what is done with
+them. Reading happens when `Settings.from_env()` is called, never at import.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from lorax_core.errors import PluginError, nearest
+
+_NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_TRUE: Final = ("1", "true", "yes", "on")
+_FALSE: Final = ("0", "false", "no", "off")
+
+
+def canonical(name: str) -> str:
+    """A distribution's or an entry point's name as names are compared: `Lorax_BERT` and `lorax-bert` are the same."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What steers this process, read once and handed around.
+
+    - `plugins` (`LORAX_PLUGINS`): only these plugins are loaded; empty means all. Names, separated by commas, of
+      distributions (`lorax-bert`) or of their entry points (`bert`).
+    - `block_plugins` (`LORAX_BLOCK_PLUGINS`): these are not loaded, whatever `plugins` says.
+    - `strict` (`LORAX_STRICT`): discovery raises on the first plugin that cannot be used; it does not go on without.
+
+    Names are kept in canonical form.
+    """
+
+    plugins: frozenset[str] = frozenset()
+    block_plugins: frozenset[str] = frozenset()
+    strict: bool = False
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Reads the variables; those that are unset or empty keep their defaults.
+
+        Raises `PluginError` for a name that cannot be a plugin's and for a switch that is neither on nor off.
+        """
+        return cls(
+            plugins=_names(environ, "LORAX_PLUGINS"),
+            block_plugins=_names(environ, "LORAX_BLOCK_PLUGINS"),
+            strict=_switch(environ, "LORAX_STRICT"),
+        )
+
+
+def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
+    names = [name.strip() for name in environ.get(variable, "").split(",")]
+    for name in filter(None, names):
+        if not _NAME.fullmatch(name):
+            raise PluginError(
+                f"{variable} holds {name!r}, which cannot be the name of a plugin",
+                hint=f"separate names by commas: {variable}=lorax-bert,lorax-qwen2",
+            )
+    return frozenset(canonical(name) for name in names if name)
+
+
+def _switch(environ: Mapping[str, str], variable: str) -> bool:
+    value = environ.get(variable, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in ("", *_FALSE):
+        return False
+    close = nearest(value, (*_TRUE, *_FALSE))
+    raise PluginError(
+        f"{variable} is {value!r}, which is neither on nor off",
+        hint=f"did you mean {close!r}?" if close else f"use {variable}=1 or {variable}=0",
+    )

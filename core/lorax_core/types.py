@@ -1,0 +1,85 @@
+"""The words that every floor shares: tasks, results and events.
+
+Decides what callers get back. Knows nothing of tensors, models or plugins; numpy is named for type checkers only, so that
+importing this module stays cheap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Task(StrEnum):
+    """What a request wants of a model, and so which head answers it."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    TOKEN_CLASSIFICATION = "token-classification"
+    SEQUENCE_CLASSIFICATION = "sequence-classification"
+
+
+class Pooling(StrEnum):
+    """How the rows of one text become one vector."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    LAST = "last"
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended: a stop token or string, or a limit of length."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that a request cost."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to a generating request. `text` leaves out special tokens and the stop string."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the text lost tokens."""
+
+    vector: NDArray[np.float32]
+    usage: Usage
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One piece of a stream.
+
+    `index` counts the prompts of the call from 0; `text` and `token_ids` are new since the last event of that index (text
+    may lag behind tokens: a character is never split). The last event of an index carries the whole `completion`.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    completion: Completion | None = None

@@ -1,0 +1,398 @@
+"""The rules of the house that can be read off the source: floors, sizes, docstrings, who may know what.
+
+Works on syntax trees and text; imports none of the code. Every rule is a function from sources to offences (a list of
+lines, empty when all is well), tried first on a source that breaks it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FACE = "lorax_core/__init__"
+
+# Packages of core from the ground up, one line a rank. A package imports itself and what stands on lines above its own;
+# packages of one line do not know each other. A new package needs its place here, and in docs/architecture.md.
+RANKS = [
+    ["errors"],  # floor 0: vocabulary
+    ["types"],
+    ["settings"],
+    ["plugins"],  # floor 1: declaration and discovery
+    ["attention", "kvcache", "parallel"],  # floor 2: torch lives here
+    ["modeling"],
+    ["weights"],
+    ["adapters"],
+    ["engine"],  # floor 3
+    ["serving"],  # floor 4
+    [FACE],  # the lazy public names, for those above
+    ["cli", "__main__"],
+    ["testing"],  # may import all; nothing imports it
+]
+RANK = {package: rank for rank, packages in enumerate(RANKS) for package in packages}
+# Layers call protocols carried on the batch, so of attention modeling knows the vocabulary and none of the backends.
+ONLY = {("modeling", "attention"): "lorax_core.attention.base"}
+
+MAX_FILE, MAX_FUNCTION, MAX_MODELING = 400, 60, 199
+PLANNERS = {"engine/scheduler.py", "engine/sequence.py", "kvcache/allocator.py", "kvcache/prefix.py"}
+MODEL_TYPES = {"bert", "gpt2", "qwen2", "roberta", "xlm-roberta", "camembert", "gpt_neox", "distilbert"}
+# A literal key that does not begin with LORAX_ belongs to somebody else and is admitted.
+ENVIRONMENT_READ = re.compile(r"(os\.)?(environ\[|environ\.(get|pop|setdefault)\(|getenv\()(?!['\"](?!LORAX_))")
+FOR_TYPES = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+INSTALL_HINTS = "plugins/resolve.py"
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:(?:home|root|Users|work|farm|mnt|opt)/|tmp/[w]\b)[\w./-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: its `path` inside the folder `base` (of a package, say) and its text."""
+
+    base: str
+    path: str
+    text: str
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text)
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}/{self.path}".removeprefix("./")
+
+    @property
+    def package(self) -> str:
+        """Which package of core this is of: `modeling`, or a module of the ground floor such as `errors`."""
+        first = self.path.split("/")[0]
+        return FACE if first == "__init__.py" else first.removesuffix(".py")
+
+    @property
+    def parent(self) -> str:
+        """The dotted package that relative imports start from."""
+        return ".".join([self.base.split("/")[-1], *self.path.split("/")[:-1]])
+
+    @property
+    def module(self) -> str:
+        return f"{self.parent}.{Path(self.path).stem}".removesuffix(".__init__")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, `of` the name that is taken from it (None for `import module`)."""
+
+    module: str
+    of: str | None
+    line: int
+    late: bool
+
+
+def sources(folder: Path, *patterns: str) -> list[Source]:
+    return [
+        Source(
+            folder.relative_to(ROOT).as_posix(), path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")
+        )
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+        if not {"build", "__pycache__"} & set(path.relative_to(folder).parts)
+    ]
+
+
+CORE = sources(ROOT / "core/lorax_core", "**/*.py")
+MARKS = [*ROOT.glob("lorax_*/pyproject.toml"), *ROOT.glob("plugins/*/src/*/plugin.py")]
+ARCHITECTURES = sorted(path.parent for path in MARKS)
+PLUGINS = [source for folder in ARCHITECTURES for source in sources(folder, "*.py")]
+PLUGIN_TESTS = [source for folder in ARCHITECTURES for source in sources(folder, "tests/**/*.py")]
+NAMES = {folder.name for folder in ARCHITECTURES}
+
+
+def core_source(path, text):
+    return Source("core/lorax_core", path, text)
+
+
+def taken_from(tree: ast.Module, module: str) -> list[str]:
+    """The names that are read off a module imported as a whole."""
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return sorted({node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == module})
+
+
+def imports(source: Source) -> Iterator[Import]:
+    """Imports that happen when the code runs: those under TYPE_CHECKING are left out, those in functions are `late`."""
+    pending: list[tuple[ast.AST, bool]] = [(source.tree, False)]
+    while pending:
+        node, late = pending.pop()
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                taken = taken_from(source.tree, alias.asname or alias.name) if alias.name == "lorax_core" else [None]
+                yield from (Import(alias.name, name, node.lineno, late) for name in taken)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), source.parent)
+            yield from (Import(module, alias.name, node.lineno, late) for alias in node.names)
+        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        skipped = node.body if isinstance(node, ast.If) and ast.unparse(node.test) in FOR_TYPES else []
+        pending.extend((child, late) for child in ast.iter_child_nodes(node) if child not in skipped)
+
+
+def imported_package(found: Import) -> str | None:
+    """Which package of core an import reaches; None outside core and for `__version__`, which is nobody's."""
+    parts = found.module.split(".")
+    if parts[0] != "lorax_core":
+        return None
+    if len(parts) > 1:
+        return parts[1]
+    return None if found.of == "__version__" else found.of if found.of in RANK else FACE
+
+
+def violations(source: Source) -> list[str]:
+    """Imports of one module of core that go up, or sideways, or to a plugin."""
+    if source.package == FACE:
+        return []
+    if source.package not in RANK:
+        return [f"{source.name}: package {source.package!r} has no place in RANKS"]
+    offences = []
+    for found in imports(source):
+        target = imported_package(found)
+        below = RANK.get(target, len(RANKS)) < RANK[source.package]
+        admitted = f"{found.module}.{found.of}".startswith(ONLY.get((source.package, target), ""))
+        wrong = target != source.package and not (below and admitted)
+        if wrong if target else found.module.split(".")[0] in NAMES:
+            offences.append(f"{source.name}:{found.line}: {source.package} imports {target or found.module}")
+    return offences
+
+
+def strange_imports(source: Source) -> list[str]:
+    """Imports by which an architecture would depend on more than it may."""
+    allowed = [source.module.split(".")[0], "lorax_core.plugins"]
+    if source.path not in {"plugin.py", "__init__.py"}:
+        allowed = [allowed[0], "lorax_core.modeling", "lorax_core.weights", "torch", "pydantic"]
+    return [
+        f"{source.name}:{found.line}: imports {found.module}; allowed: {', '.join(allowed)} and the standard library"
+        for found in imports(source)
+        if found.module.split(".")[0] not in sys.stdlib_module_names
+        and not any(f"{found.module}.{found.of}.".startswith(f"{prefix}.") for prefix in allowed)
+    ]
+
+
+def neighbours(source: Source) -> list[str]:
+    """Imports of another architecture, in code or tests."""
+    others = NAMES - {source.module.split(".")[0]}
+    found = [found for found in imports(source) if found.module.split(".")[0] in others]
+    return [f"{source.name}:{one.line}: imports its neighbour {one.module}" for one in found]
+
+
+def too_long(source: Source) -> list[str]:
+    """Files and functions that no longer fit on a few screens."""
+    lines = len(source.text.splitlines())
+    limit = MAX_MODELING if source.path == "modeling.py" else MAX_FILE
+    offences = [f"{source.name}: {lines} lines, at most {limit}"] if lines > limit else []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MAX_FUNCTION:
+                offences.append(f"{source.name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION}")
+    return offences
+
+
+def undocumented(source: Source) -> list[str]:
+    """Modules and public names without a docstring, public functions and methods without a return annotation."""
+    function = ast.FunctionDef | ast.AsyncFunctionDef
+    offences = [] if ast.get_docstring(source.tree) else [f"{source.name}: no module docstring"]
+    public = [n for n in source.tree.body if isinstance(n, function | ast.ClassDef) and not n.name.startswith("_")]
+    for node in public:
+        if not ast.get_docstring(node):
+            offences.append(f"{source.name}:{node.lineno}: {node.name} has no docstring")
+        members = [n for n in (node.body if isinstance(node, ast.ClassDef) else [node]) if isinstance(n, function)]
+        untyped = [n for n in members if not n.name.startswith("_") and n.returns is None]
+        offences += [f"{source.name}:{n.lineno}: {n.name} has no return annotation" for n in untyped]
+    return offences
+
+
+def torch_imports(all_sources: Iterable[Source]) -> list[str]:
+    """Planners that import torch themselves (late imports too), or import at their top something that does."""
+    modules = {source.module: source for source in all_sources}
+    offences = []
+    for planner in modules.values():
+        if planner.package != "plugins" and planner.path not in PLANNERS:
+            continue
+        reached, pending = set(), [(planner.module, planner.module)]
+        while pending:
+            module, way = pending.pop()
+            for found in imports(modules[module]):
+                names = f"{found.module}.{found.of}".split(".")
+                if names[0] == "torch" and (module == planner.module or not found.late):
+                    offences.append(f"{planner.name}: imports torch ({way}, line {found.line})")
+                elif not found.late:
+                    prefixes = {".".join(names[:size]) for size in range(1, len(names) + 1)}
+                    fresh = prefixes & modules.keys() - reached
+                    pending.extend((name, f"{way} > {name}") for name in fresh)
+                    reached |= fresh
+    return offences
+
+
+def model_type_literals(source: Source) -> list[str]:
+    """Model types that core knows by name."""
+    return [
+        f"{source.name}:{node.lineno}: {node.value!r} belongs to a plugin"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Constant) and node.value in MODEL_TYPES and source.path != INSTALL_HINTS
+    ]
+
+
+def environment_reads(source: Source) -> list[str]:
+    """Reads of LORAX_* variables, or of ones whose name is not written there, outside settings."""
+    found = [(node, ast.unparse(node)) for node in ast.walk(source.tree) if isinstance(node, ast.Subscript | ast.Call)]
+    return [
+        f"{source.name}:{node.lineno}: {text} is for settings.py to read"
+        for node, text in found
+        if ENVIRONMENT_READ.match(text) and source.path != "settings.py"
+    ]
+
+
+def machine_paths(source: Source) -> list[str]:
+    """Absolute paths of somebody's machine."""
+    lines = enumerate(source.text.splitlines(), start=1)
+    return [f"{source.name}:{at}: {found.group()}" for at, line in lines for found in MACHINE_PATH.finditer(line)]
+
+
+def written_files() -> list[Source]:
+    """What people write and read, wherever it lies; not what tools leave."""
+    folders = [path for path in sorted(ROOT.iterdir()) if path.is_dir() and path.name[0] != "." and path.name != "dist"]
+    ours = [folder for folder in folders if not (folder / "pyvenv.cfg").exists()]
+    below = [source for folder in ours for source in sources(folder, "**/*.py", "**/*.md", "**/*.toml")]
+    return [*sources(ROOT, "*.md", "*.toml", "*.txt", "Makefile", ".ci/*"), *below]
+
+
+def all_offences(rule, checked: Iterable[Source]) -> str:
+    return "\n".join(offence for source in checked for offence in rule(source))
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "offence"),
+    [
+        ("errors.py", "from lorax_core.types import Task", "errors imports types"),
+        ("plugins/host.py", "from lorax_core import engine", "plugins imports engine"),
+        ("attention/base.py", "def f():\n    from ..kvcache import pool", "attention imports kvcache"),
+        ("modeling/blocks.py", "from lorax_core.attention import reference", "modeling imports attention"),
+        ("modeling/blocks.py", "import lorax_core.adapters.base", "modeling imports adapters"),
+        ("weights/loader.py", "if not TYPE_CHECKING:\n    from ..adapters import a", "weights imports adapters"),
+        ("engine/engine.py", "import lorax_core as lorax\nlorax.load", f"engine imports {FACE}"),
+        ("engine/engine.py", "from lorax_core import load", f"engine imports {FACE}"),
+        ("serving/face.py", "from ..cli.main import main", "serving imports cli"),
+        ("cli/main.py", "from lorax_core.testing import tiny", "cli imports testing"),
+        ("cli/main.py", "from lorax_core.nowhere import x", "cli imports nowhere"),
+        ("weights/loader.py", "import lorax_bert.config", "weights imports lorax_bert"),
+        ("nowhere/thing.py", "", "'nowhere' has no place"),
+    ],
+)
+def test_an_import_that_goes_up_is_caught(path, text, offence):
+    found = violations(core_source(path, text))
+
+    assert len(found) == 1
+    assert offence in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("weights/loader.py", "import torch\nfrom lorax_core import __version__, errors\nfrom ..modeling import batch"),
+        ("plugins/host.py", "import lorax_core\nlorax_core.__version__"),
+        ("modeling/blocks.py", "from lorax_core.attention.base import AttentionSpec"),
+        ("types.py", "if TYPE_CHECKING:\n    from lorax_core.engine.engine import Engine"),
+        ("cli/main.py", "from lorax_core import load"),
+        ("testing/case.py", "from lorax_core.cli.main import main"),
+        ("__init__.py", "from lorax_core.serving.face import load"),
+    ],
+)
+def test_an_import_that_goes_down_is_admitted(path, text):
+    assert violations(core_source(path, text)) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        (strange_imports, Source("lorax_x", "plugin.py", "import torch")),
+        (strange_imports, Source("lorax_x", "plugin.py", "from lorax_core.modeling import Linear")),
+        (strange_imports, Source("lorax_x", "plugin.py", "from lorax_core import pluginsmith")),
+        (strange_imports, Source("lorax_x", "modeling.py", "from lorax_core.engine import engine")),
+        (strange_imports, Source("lorax_x", "config.py", "import transformers")),
+        (neighbours, Source("lorax_bert", "modeling.py", "from lorax_qwen2 import modeling")),
+        (too_long, Source("lorax_x", "modeling.py", "x = 1\n" * 200)),
+        (too_long, core_source("engine/engine.py", "x = 1\n" * 401)),
+        (too_long, core_source("engine/engine.py", "def f():\n" + "    x = 1\n" * 60)),
+        (undocumented, core_source("types.py", "x = 1")),
+        (undocumented, core_source("types.py", '"""Doc."""\nclass Task: ...')),
+        (undocumented, core_source("types.py", '"""Doc."""\ndef f():\n    """Doc."""')),
+        (undocumented, core_source("types.py", '"""Doc."""\nclass Task:\n    """Doc."""\n    def f(self): ...')),
+        (model_type_literals, core_source("engine/engine.py", "if model_type == 'qwen2': pass")),
+        (environment_reads, core_source("engine/engine.py", "import os\nos.environ['LORAX_STRICT']")),
+        (environment_reads, core_source("engine/engine.py", "import os\nos.environ.get(name)")),
+        (environment_reads, core_source("engine/engine.py", "import os\nos.getenv(f'LORAX_{name}')")),
+        (machine_paths, Source(".", "README.md", "see " + "/".join(["", "home", "ada", "notes"]))),
+        (machine_paths, Source(".", "README.md", "see " + "/".join(["", "tmp", "w"]))),
+    ],
+)
+def test_a_broken_rule_is_caught(rule, source):
+    assert len(rule(source)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("plugins/host.py", "import torch"),
+        ("kvcache/prefix.py", "def f():\n    import torch.nn"),
+        ("engine/scheduler.py", "from lorax_core.modeling.batch import Batch"),
+        ("engine/scheduler.py", "from lorax_core.modeling import Batch"),
+    ],
+)
+def test_torch_in_a_planner_is_caught_at_any_distance(path, text):
+    house = [
+        core_source("modeling/__init__.py", "from .batch import Batch"),
+        core_source("modeling/batch.py", "import torch"),
+    ]
+
+    found = torch_imports([*house, core_source(path, text)])
+
+    assert found
+    assert all(offence.startswith(f"core/lorax_core/{path}: imports torch") for offence in found)
+
+
+def test_imports_run_downwards():
+    assert not all_offences(violations, CORE)
+
+
+def test_architectures_know_only_the_public_api():
+    assert not all_offences(strange_imports, PLUGINS)
+
+
+def test_no_architecture_imports_another():
+    assert not all_offences(neighbours, [*PLUGINS, *PLUGIN_TESTS])
+
+
+def test_files_and_functions_stay_short():
+    assert not all_offences(too_long, [*CORE, *PLUGINS])
+
+
+def test_public_names_are_documented_and_typed():
+    assert not all_offences(undocumented, [*CORE, *PLUGINS])
+
+
+def test_planners_do_without_torch():
+    assert not "\n".join(torch_imports(CORE))
+
+
+def test_core_knows_no_model_type_by_name():
+    assert not all_offences(model_type_literals, CORE)
+
+
+def test_only_settings_reads_the_environment():
+    assert not all_offences(environment_reads, [*CORE, *PLUGINS])
+
+
+def test_no_file_names_a_path_of_one_machine():
+    assert not all_offences(machine_paths, written_files())

@@ -1,0 +1,1 @@
+"""Adapters: what changes a model for some rows of a batch."""

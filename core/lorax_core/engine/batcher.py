@@ -1,0 +1,110 @@
+"""From a plan to the tensors of one forward pass.
+
+Decides the order of rows (adapter by adapter, so that each is one product) and which rows each head reads. Knows nothing of
+who is scheduled or what becomes of the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorax_core.adapters.apply import adapter_rows
+from lorax_core.engine.scheduler import Chunk, StepPlan
+from lorax_core.kvcache.pool import KVPool
+from lorax_core.modeling.batch import Batch, HeadRows
+from lorax_core.modeling.heads import Rows
+from lorax_core.modeling.model import Model
+from lorax_core.types import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch and, in its order, the chunks that its sequences are."""
+
+    batch: Batch
+    chunks: tuple[Chunk, ...]
+
+
+class Batcher:
+    """Makes batches for one model and its cache (None for models without)."""
+
+    def __init__(self, model: Model, pool: KVPool | None) -> None:
+        self._model = model
+        self._pool = pool
+        self._device = model.device
+
+    def pack(self, plan: StepPlan) -> Packed:
+        """The batch of a plan. Chunks are ordered by adapter, the base first."""
+        chunks = sorted(plan.chunks, key=lambda c: c.sequence.adapter.identity if c.sequence.adapter else "")
+        ids: list[int] = []
+        positions: list[int] = []
+        types: list[int] = []
+        for chunk in chunks:
+            stop = chunk.start + chunk.length
+            ids += chunk.sequence.tokens(chunk.start, stop)
+            positions += range(chunk.start, stop)
+            given = chunk.sequence.token_types
+            types += given[chunk.start : stop] if given is not None else [0] * chunk.length
+        lengths = tuple(chunk.length for chunk in chunks)
+        batch = Batch(
+            input_ids=self._tensor(ids),
+            position_ids=self._tensor(positions),
+            token_type_ids=self._tensor(types),
+            lengths=lengths,
+            head_rows=tuple(self._head_rows(chunks)),
+            adapters=adapter_rows(lengths, [chunk.sequence.adapter for chunk in chunks]),
+        )
+        if self._pool is not None:
+            batch.kv = self._pool
+            batch.cached = tuple(chunk.start for chunk in chunks)
+            batch.pages = tuple(tuple(chunk.sequence.pages) for chunk in chunks)
+            batch.slots = self._tensor([slot for chunk in chunks for slot in _slots(chunk, self._pool.page_size)])
+        return Packed(batch, tuple(chunks))
+
+    def _head_rows(self, chunks: list[Chunk]) -> Iterable[HeadRows]:
+        """For each task in the step, the rows that its head reads."""
+        chosen: dict[Task, list[tuple[int, range]]] = {}
+        start = 0
+        for index, chunk in enumerate(chunks):
+            wanted = self._rows(chunk)
+            if wanted:
+                shifted = range(start + wanted.start, start + wanted.stop)
+                chosen.setdefault(chunk.sequence.task, []).append((index, shifted))
+            start += chunk.length
+        for task, group in chosen.items():
+            counts = tuple(len(rows) for _, rows in group)
+            yield HeadRows(
+                task=task,
+                sequences=tuple(index for index, _ in group),
+                counts=counts,
+                rows=self._tensor([row for _, rows in group for row in rows]),
+                adapters=adapter_rows(counts, [chunks[index].sequence.adapter for index, _ in group]),
+            )
+
+    def _rows(self, chunk: Chunk) -> range:
+        """Rows of the chunk, counted from its own start, that the sequence's head reads."""
+        match self._model.head(chunk.sequence.task).rows:
+            case Rows.FIRST:
+                return range(1 if chunk.start == 0 else 0)
+            case Rows.LAST:
+                return range(chunk.length - 1 if chunk.final else chunk.length, chunk.length)
+            case Rows.ALL:
+                return range(min(max(chunk.sequence.pool_from - chunk.start, 0), chunk.length), chunk.length)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _slots(chunk: Chunk, page_size: int) -> Iterable[int]:
+    """Where in the cache the chunk's tokens go."""
+    position, stop = chunk.start, chunk.start + chunk.length
+    while position < stop:
+        page, offset = divmod(position, page_size)
+        count = min(page_size - offset, stop - position)
+        first = chunk.sequence.pages[page] * page_size + offset
+        yield from range(first, first + count)
+        position += count

@@ -1,0 +1,55 @@
+"""When a completion ends, and what of its text may be shown before it does.
+
+Decides by token ids, by strings in the text, and by length. Knows nothing of models or tokenizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """Ends a completion at a stop token, at a stop string, or after `max_tokens` new tokens."""
+
+    max_tokens: int
+    token_ids: frozenset[int] = frozenset()
+    strings: tuple[str, ...] = ()
+
+
+class StopText:
+    """Text on its way out, searched for stop strings.
+
+    A tail that may be the beginning of a stop string is held back until more text decides it.
+    """
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self._strings = strings
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """New text in; out come the text that may be shown, and whether a stop string was met (shown text ends before it)."""
+        if not self._strings:
+            return text, False
+        self._held += text
+        found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
+        if found:
+            shown, self._held = self._held[: min(found)], ""
+            return shown, True
+        keep = max(_overlap(self._held, string) for string in self._strings)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, False
+
+    def flush(self) -> str:
+        """What was held back, once no more text will come."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, string: str) -> int:
+    """Length of the longest end of `text` with which `string` begins, `string` itself left out."""
+    for length in range(min(len(text), len(string) - 1), 0, -1):
+        if text.endswith(string[:length]):
+            return length
+    return 0

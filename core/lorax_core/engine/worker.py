@@ -1,0 +1,71 @@
+"""A thread that runs the step loop for many callers.
+
+Decides when to step and hands work in and out. The loop itself is touched by this thread alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+
+from lorax_core.engine.loop import EngineLoop
+from lorax_core.engine.sequence import Sequence, Update
+from lorax_core.errors import LoraxError, RequestError
+
+
+class EngineWorker:
+    """Steps while there is work and sleeps while there is none. Safe to call from any thread."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self._loop = loop
+        self._changed = threading.Condition()
+        self._joining: deque[Sequence] = deque()
+        self._leaving: deque[Sequence] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, sequences: Iterable[Sequence]) -> None:
+        """Sequences join together, before the next step. Raises RequestError when the engine is closed."""
+        with self._changed:
+            if self._closed:
+                raise RequestError("the engine is closed", hint="load it again")
+            self._joining.extend(sequences)
+            self._changed.notify_all()
+
+    def abort(self, sequences: Iterable[Sequence]) -> None:
+        """Sequences leave before the next step."""
+        with self._changed:
+            self._leaving.extend(sequences)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop after the step in progress; sequences still alive end with an error. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while self._take():
+            if self._loop.busy:
+                self._loop.step()
+        for sequence in [*self._loop.scheduler, *self._joining]:
+            self._loop.abort(sequence)
+            sequence.sink(Update(error=LoraxError("the engine was closed before this request finished")))
+
+    def _take(self) -> bool:
+        """Let sequences in and out; waits while there is nothing to do. False when the engine is closed."""
+        with self._changed:
+            while not (self._closed or self._joining or self._leaving or self._loop.busy):
+                self._changed.wait()
+            if self._closed:
+                return False
+            # In this order: a sequence may leave before it ever ran.
+            while self._joining:
+                self._loop.add(self._joining.popleft())
+            while self._leaving:
+                self._loop.abort(self._leaving.popleft())
+        return True

@@ -1,0 +1,53 @@
+"""What a plugin author builds a backbone from: layers, the batch, heads and configuration.
+
+Decides which names an author may rely on. Each is imported when first used, so naming this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+_HOMES = {
+    "Attention": "attention",
+    "Batch": "batch",
+    "Embedding": "embedding",
+    "EmbeddingHead": "heads",
+    "GateUpLinear": "linear",
+    "Head": "heads",
+    "LanguageModelHead": "heads",
+    "LayerNorm": "norm",
+    "Linear": "linear",
+    "Model": "model",
+    "ModelConfig": "config",
+    "QKVLinear": "linear",
+    "RMSNorm": "norm",
+    "RotaryEmbedding": "rotary",
+    "get_activation": "activation",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from lorax_core.modeling.activation import get_activation as get_activation
+    from lorax_core.modeling.attention import Attention as Attention
+    from lorax_core.modeling.batch import Batch as Batch
+    from lorax_core.modeling.config import ModelConfig as ModelConfig
+    from lorax_core.modeling.embedding import Embedding as Embedding
+    from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead
+    from lorax_core.modeling.heads import Head as Head
+    from lorax_core.modeling.heads import LanguageModelHead as LanguageModelHead
+    from lorax_core.modeling.linear import GateUpLinear as GateUpLinear
+    from lorax_core.modeling.linear import Linear as Linear
+    from lorax_core.modeling.linear import QKVLinear as QKVLinear
+    from lorax_core.modeling.model import Model as Model
+    from lorax_core.modeling.norm import LayerNorm as LayerNorm
+    from lorax_core.modeling.norm import RMSNorm as RMSNorm
+    from lorax_core.modeling.rotary import RotaryEmbedding as RotaryEmbedding
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

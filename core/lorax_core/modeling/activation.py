@@ -1,0 +1,80 @@
+"""Activation functions by the names that checkpoints use.
+
+Decides which function a name means, with the numbers of transformers (several names mean near but unequal GELUs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorax_core.errors import CheckpointError, listed, nearest
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _gelu_10(x: Tensor) -> Tensor:
+    return F.gelu(x).clamp(-10, 10)
+
+
+def _laplace(x: Tensor) -> Tensor:
+    mu, sigma = 0.707107, 0.282095
+    return 0.5 * (1.0 + torch.erf((x - mu) / (sigma * math.sqrt(2.0))))
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": F.gelu,
+    "gelu_10": _gelu_10,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": F.gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hard_sigmoid": F.hardsigmoid,
+    "hard_swish": F.hardswish,
+    "laplace": _laplace,
+    "leaky_relu": F.leaky_relu,
+    "linear": _identity,
+    "mish": F.mish,
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": _relu2,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def get_activation(name: str) -> Activation:
+    """The function called `name` in a `config.json`; raises CheckpointError for a name that is not served."""
+    found = ACTIVATIONS.get(name)
+    if found is None:
+        close = nearest(name, ACTIVATIONS)
+        raise CheckpointError(
+            f"activation {name!r} is not served; served are {listed(ACTIVATIONS, limit=30)}",
+            hint=f"did the checkpoint mean {close!r}?" if close else None,
+        )
+    return found

@@ -1,0 +1,102 @@
+"""A model: one backbone, its heads, and where adapters attach.
+
+Decides how the parts hang together and runs them over a batch. Knows nothing of checkpoints, requests or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lorax_core.attention.base import AttentionSpec
+from lorax_core.errors import RequestError, listed
+from lorax_core.modeling.attention import Attention
+from lorax_core.modeling.batch import Batch, StepOutput
+from lorax_core.modeling.config import ModelConfig
+from lorax_core.modeling.heads import Head
+from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.site import Site
+from lorax_core.types import Task
+
+
+class Model(nn.Module):
+    """A backbone and its heads, ready for batches.
+
+    `sites` maps the dotted path of every core layer with parameters to that layer; `attention_layers` are in the order of
+    the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
+    """
+
+    def __init__(self, config: ModelConfig, backbone: nn.Module, heads: Mapping[Task, Head]) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+        self.heads = nn.ModuleDict({task.value: head for task, head in heads.items()})
+        self.attention_layers = [module for module in backbone.modules() if isinstance(module, Attention)]
+        for index, layer in enumerate(self.attention_layers):
+            layer.index = index
+        self.sites = {path: module for path, module in self.named_parts() if isinstance(module, Site)}
+        for path, site in self.sites.items():
+            site.path = path
+        self.eval()
+
+    def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules under canonical names: those of the backbone and of each head, without a prefix."""
+        for root in (self.backbone, *self.heads.values()):
+            yield from root.named_modules()
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """Parameters under canonical names, each its own entry even where two share storage."""
+        roots = (self.backbone, *self.heads.values())
+        return {name: tensor for root in roots for name, tensor in root.named_parameters(remove_duplicate=False)}
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the heads of this checkpoint can answer."""
+        return tuple(Task(name) for name in self.heads)
+
+    @property
+    def needs_kv_cache(self) -> bool:
+        """Whether rows attend through the paged cache: true of causal models, whatever the task."""
+        return any(layer.spec.causal for layer in self.attention_layers)
+
+    @property
+    def attention_specs(self) -> tuple[AttentionSpec, ...]:
+        """The distinct kinds of attention in the model, in order of appearance."""
+        return tuple(dict.fromkeys(layer.spec for layer in self.attention_layers))
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence, prompt and answer together, in tokens."""
+        return self.config.max_tokens
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def head(self, task: Task) -> Head:
+        """The head that answers `task`; raises RequestError that says which tasks the checkpoint has heads for."""
+        if task.value not in self.heads:
+            raise RequestError(
+                f"this checkpoint has no head for {task.value!r}; it has {listed(t.value for t in self.tasks)}",
+                hint="`lorax models check PATH` tells what a checkpoint holds",
+            )
+        head = self.heads[task.value]
+        assert isinstance(head, Head)
+        return head
+
+    def pack(self) -> None:
+        """Lay out every weight for this device, once all of them are in."""
+        for site in self.sites.values():
+            if isinstance(site, Linear):
+                site.pack()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> StepOutput:
+        hidden: Tensor = self.backbone(batch)  # [tokens, hidden]
+        return StepOutput(tuple(self.heads[group.task.value](hidden[group.rows], group) for group in batch.head_rows))

@@ -1,0 +1,1 @@
+"""The face that users meet: loading, requests, results and streams."""

@@ -1,0 +1,133 @@
+"""The engine as users meet it.
+
+Decides the Python face: one prompt or many, results or streams, and mixed requests in one batch. Knows nothing of how an
+engine is put together; `loading` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorax_core.adapters.store import AdapterStore
+from lorax_core.engine.worker import EngineWorker
+from lorax_core.errors import RequestError
+from lorax_core.serving.prepare import Preparer
+from lorax_core.serving.requests import (
+    EmbedRequest,
+    GenerateRequest,
+    Request,
+    TextInput,
+    TextPrompt,
+    Truncate,
+    make_requests,
+)
+from lorax_core.serving.stream import Call, Result, Stream
+from lorax_core.types import Completion, Embedding
+
+AdapterNames = str | list[str | None] | None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine is made of. `max_tokens` is the longest sequence, `kv_cache_tokens` what all of them share."""
+
+    model_type: str
+    tasks: tuple[str, ...]
+    dtype: str
+    device: str
+    attention: str
+    passed_over: tuple[tuple[str, str], ...]
+    max_tokens: int
+    kv_cache_tokens: int | None
+    kv_cache_bytes: int
+
+
+class Engine:
+    """A loaded model that answers requests. Made by `load`; safe to call from any thread; also a context manager.
+
+    Errors are of the `LoraxError` tree: a request that cannot be answered is refused before any work, and the engine goes
+    on serving.
+    """
+
+    def __init__(self, worker: EngineWorker, preparer: Preparer, adapters: AdapterStore, info: EngineInfo) -> None:
+        self._worker = worker
+        self._preparer = preparer
+        self._info = info
+        self.adapters = adapters
+
+    @overload
+    def generate(self, prompt: TextPrompt, *, adapter: AdapterNames = ..., **options: Any) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: list[TextPrompt], *, adapter: AdapterNames = ..., **options: Any
+    ) -> list[Completion]: ...
+    def generate(self, prompt: Any, *, adapter: AdapterNames = None, **options: Any) -> Completion | list[Completion]:
+        """Continue one prompt, or several in one batch. Options are those of `GenerateRequest`."""
+        requests, single = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
+        results = cast("list[Completion]", self.run(requests))
+        return results[0] if single else results
+
+    def stream(self, prompt: Any, *, adapter: AdapterNames = None, **options: Any) -> Stream:
+        """Continue one prompt or several, giving an `Event` for each new piece of text. Dropping the stream cancels it."""
+        requests, _ = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
+        return Stream(self._submit(requests), self._worker.abort)
+
+    def embed(
+        self,
+        text: TextInput | list[TextInput],
+        *,
+        adapter: AdapterNames = None,
+        truncate: Truncate = "error",
+    ) -> NDArray[np.float32]:
+        """Vectors of texts: `[dim]` for one, `[n, dim]` for a list of n."""
+        requests, single = make_requests(EmbedRequest, "input", text, adapter, {"truncate": truncate})
+        vectors = [cast("Embedding", result).vector for result in self.run(requests)]
+        if single:
+            return vectors[0]
+        return np.stack(vectors) if vectors else np.zeros((0, self._preparer.model.config.hidden_size), np.float32)
+
+    def run(self, requests: SequenceOf[Request]) -> list[Result]:
+        """Answer requests of any mix of tasks and adapters together; results in their order.
+
+        When some fail while others finish, raises `StepError` whose `results` has both.
+        """
+        if not requests:
+            return []
+        call = self._submit(requests)
+        try:
+            return call.wait()
+        except BaseException:
+            self._worker.abort([s for s, result in zip(call.sequences, call.results, strict=True) if result is None])
+            raise
+
+    def info(self) -> EngineInfo:
+        """What this engine is made of."""
+        return self._info
+
+    def close(self) -> None:
+        """Stop the engine; requests still running end with an error. Idempotent."""
+        self._worker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _submit(self, requests: SequenceOf[Request]) -> Call:
+        """All of the requests are checked before any of them starts."""
+        for request in requests:
+            if not isinstance(request, (GenerateRequest, EmbedRequest)):
+                raise RequestError(f"run() takes GenerateRequest and EmbedRequest, not {type(request).__name__}")
+        prepared = [self._preparer.sequence(request) for request in requests]
+        call = Call([sequence for sequence, _ in prepared], [truncated for _, truncated in prepared])
+        self._worker.submit(call.sequences)
+        return call

@@ -1,0 +1,223 @@
+"""Putting an engine together.
+
+Decides what `load` means: where the checkpoint is, which dtype and device, how large the cache, which attention backend. The
+parts themselves know nothing of each other's files.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from lorax_core.adapters.store import AdapterStore
+from lorax_core.attention.select import Selection, select_backend
+from lorax_core.engine.loop import EngineLoop
+from lorax_core.engine.runner import Runner
+from lorax_core.engine.scheduler import Scheduler
+from lorax_core.engine.worker import EngineWorker
+from lorax_core.errors import CapacityError, RequestError, listed
+from lorax_core.kvcache.allocator import PageAllocator
+from lorax_core.kvcache.pool import KVPool
+from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.linear import packing_works
+from lorax_core.modeling.model import Model
+from lorax_core.plugins.host import PluginHost
+from lorax_core.serving.face import Engine, EngineInfo
+from lorax_core.serving.prepare import Limits, Preparer
+from lorax_core.serving.text import TextFront, load_text_front
+from lorax_core.types import Pooling, Task
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.hub import find_checkpoint
+from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
+from lorax_core.weights.sentence import SentenceFiles, read_sentence_files
+
+PAGE_SIZE = 16
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A cache takes a quarter of the free memory at most, and no more tokens than a busy small server fills.
+_CACHE_SHARE, _CACHE_TOKENS = 0.25, 65_536
+
+_threads_lock = threading.Lock()
+_threads: int | None = None
+
+
+def load(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    adapters: Mapping[str, str | Path] | None = None,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    kv_cache_tokens: int | None = None,
+    max_batch_tokens: int = 2048,
+    max_batch_rows: int = 256,
+    attention: str | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    host: PluginHost | None = None,
+) -> Engine:
+    """Load a checkpoint (a folder or a hub id) and its adapters, ready to answer.
+
+    - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
+    - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
+    - `kv_cache_tokens`: tokens that all running sequences share; by default what a quarter of the free memory holds.
+    - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
+    - `attention`: a backend by name, instead of the first that serves the model.
+    - `threads`: of the whole process, by torch's rule; a second engine cannot ask for another number.
+    - `host`: the plugins to use, instead of those installed.
+
+    Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
+    """
+    _set_threads(threads)
+    where = _device(device)
+    files = Checkpoint(find_checkpoint(checkpoint, revision=revision, token=token))
+    host = host or PluginHost.discover()
+    base = load_model(files, host, dtype=_dtype(dtype, files, where), device=where)
+    model = base.model
+    sentence = read_sentence_files(files) if Task.EMBED in model.tasks and pooling is None else None
+    _set_pooling(model, sentence, pooling, normalize)
+    store = AdapterStore(base)
+    for name, source in (adapters or {}).items():
+        store.load(name, source)
+    text = load_text_front(files, sentence)
+    pool = _make_pool(model, kv_cache_tokens)
+    chosen = select_backend(
+        host.backends, model.attention_specs, page_size=PAGE_SIZE, dtype=model.dtype, device=where, name=attention
+    )
+    allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
+    scheduler = Scheduler(max_tokens=max_batch_tokens, max_rows=max_batch_rows, allocator=allocator)
+    loop = EngineLoop(scheduler, Runner(model, chosen.backend, pool), text if text.has_tokenizer else None)
+    limits = Limits(model.max_tokens, allocator.capacity * PAGE_SIZE if allocator is not None else None)
+    preparer = Preparer(model, text, store, limits, _eos_ids(files, text), seed)
+    return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, limits, pool))
+
+
+def _info(base: LoadedModel, chosen: Selection, limits: Limits, pool: KVPool | None) -> EngineInfo:
+    model = base.model
+    return EngineInfo(
+        model_type=base.spec.model_type,
+        tasks=tuple(task.value for task in model.tasks),
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+        attention=chosen.backend.name,
+        passed_over=chosen.passed_over,
+        max_tokens=limits.tokens,
+        kv_cache_tokens=limits.cache_tokens,
+        kv_cache_bytes=pool.nbytes if pool is not None else 0,
+    )
+
+
+def _set_threads(threads: int | None) -> None:
+    global _threads
+    if threads is None:
+        return
+    with _threads_lock:
+        if _threads is not None and _threads != threads:
+            raise RequestError(
+                f"threads={threads} was asked for, but this process computes with {_threads}: the number is one for the "
+                "process",
+                hint=f"leave threads out, or load with threads={_threads}",
+            )
+        torch.set_num_threads(threads)
+        _threads = threads
+
+
+def _device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use device='cpu'")
+    return device
+
+
+def _dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
+    if name == "auto":
+        stored = stored_dtype(files)
+        if stored is torch.float32 or torch.device(device).type != "cpu":
+            return stored
+        fast = stored is torch.bfloat16 and packing_works(torch.bfloat16) and _has_fast_bfloat16()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in _DTYPES:
+        raise RequestError(f"dtype {name!r} is not served; served are 'auto' and {listed(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _has_fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself. The question is private to torch; without an answer it is no."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(asked()) if asked is not None else False
+
+
+def _set_pooling(model: Model, files: SentenceFiles | None, pooling: str | None, normalize: bool | None) -> None:
+    if Task.EMBED not in model.tasks:
+        return
+    head = cast("EmbeddingHead", model.head(Task.EMBED))
+    if pooling is not None:
+        if pooling not in list(Pooling):
+            raise RequestError(f"pooling {pooling!r} is not served; served are {listed(Pooling)}")
+        head.pooling = Pooling(pooling)
+    elif files is not None:
+        head.pooling = files.pooling
+    else:
+        # A causal model's first row knows only itself; its last one has seen the text.
+        head.pooling = Pooling.LAST if model.needs_kv_cache else Pooling.CLS
+    head.normalize = normalize if normalize is not None else files is not None and files.normalize
+
+
+def _make_pool(model: Model, tokens: int | None) -> KVPool | None:
+    if not model.needs_kv_cache:
+        if tokens is not None:
+            raise RequestError("kv_cache_tokens was given, but a bidirectional model has no KV cache")
+        return None
+    spec = model.attention_specs[0]
+    token_bytes = len(model.attention_layers) * 2 * spec.kv_heads * spec.head_dim * model.dtype.itemsize
+    free = _free_memory(model.device)
+    if tokens is None:
+        tokens = max(min(_CACHE_TOKENS, int(free * _CACHE_SHARE) // token_bytes), 2 * PAGE_SIZE)
+    if tokens < 1:
+        raise RequestError(f"kv_cache_tokens must be at least 1, not {tokens}")
+    if tokens * token_bytes > free:
+        raise CapacityError(
+            f"a KV cache of {tokens} tokens takes {tokens * token_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free",
+            hint=f"kv_cache_tokens={int(free * _CACHE_SHARE) // token_bytes} fits in a quarter of that",
+        )
+    return KVPool(
+        layers=len(model.attention_layers),
+        pages=-(-tokens // PAGE_SIZE) + 1,  # and the scratch page
+        page_size=PAGE_SIZE,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:
+    """Token ids that end a completion: the generation configuration's, else the model's, else the tokenizer's."""
+    generation = files.json("generation_config.json")
+    for found in (
+        generation.get("eos_token_id") if isinstance(generation, dict) else None,
+        files.config.get("eos_token_id"),
+        text.eos_token_id,
+    ):
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()

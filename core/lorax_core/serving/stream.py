@@ -1,0 +1,173 @@
+"""From an engine's updates to a caller's results, one by one or all together.
+
+Decides how callers wait. Dropping or closing a stream cancels what it has not finished. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+from lorax_core.engine.sequence import Sequence, Update
+from lorax_core.errors import LoraxError, StepError
+from lorax_core.types import Completion, Embedding, Event, Usage
+
+Result = Completion | Embedding
+
+
+class Mailbox:
+    """Updates on their way from the engine's thread to a caller's, who waits in a thread or in an event loop."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[int, Update]] = deque()
+        self._changed = threading.Condition()
+        self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
+
+    def put(self, index: int, update: Update) -> None:
+        with self._changed:
+            self._items.append((index, update))
+            self._changed.notify_all()
+            waiter, self._wake = self._wake, None
+        if waiter is not None and not waiter[0].is_closed():
+            waiter[0].call_soon_threadsafe(waiter[1].set)
+
+    def get(self) -> tuple[int, Update]:
+        with self._changed:
+            while not self._items:
+                self._changed.wait()
+            return self._items.popleft()
+
+    async def aget(self) -> tuple[int, Update]:
+        while True:
+            with self._changed:
+                if self._items:
+                    return self._items.popleft()
+                event = asyncio.Event()
+                self._wake = (asyncio.get_running_loop(), event)
+            await event.wait()
+
+
+class Call:
+    """Requests that were made together: their sequences and what has come of them so far."""
+
+    def __init__(self, sequences: SequenceOf[Sequence], truncated: SequenceOf[bool]) -> None:
+        self.sequences = list(sequences)
+        self._truncated = list(truncated)
+        self._texts: list[list[str]] = [[] for _ in self.sequences]
+        self.results: list[Result | LoraxError | None] = [None] * len(self.sequences)
+        self.mailbox = Mailbox()
+        for index, sequence in enumerate(self.sequences):
+            sequence.sink = partial(self.mailbox.put, index)
+
+    @property
+    def done(self) -> bool:
+        return all(result is not None for result in self.results)
+
+    def take(self, index: int, update: Update) -> Event | None:
+        """Account for an update; the event that it makes for a stream, None when there is nothing to show."""
+        if update.error is not None:
+            self.results[index] = update.error
+            return None
+        sequence = self.sequences[index]
+        self._texts[index].append(update.text)
+        completion = None
+        if update.vector is not None:
+            usage = Usage(prompt_tokens=len(sequence.prompt))
+            self.results[index] = Embedding(update.vector, usage, self._truncated[index])
+        elif update.finish_reason is not None:
+            usage = Usage(len(sequence.prompt), len(sequence.output))
+            text = "".join(self._texts[index])
+            completion = Completion(text, list(sequence.output), update.finish_reason, usage)
+            self.results[index] = completion
+        return Event(index, update.text, list(update.token_ids), update.finish_reason, completion)
+
+    def wait(self) -> list[Result]:
+        """Every result, in order. A single failure raises its own error; failures among several raise StepError."""
+        while not self.done:
+            self.take(*self.mailbox.get())
+        return self.outcome()
+
+    def outcome(self) -> list[Result]:
+        """The results, once done; raises as `wait` does."""
+        results: list[Result] = []
+        failed: list[LoraxError] = []
+        for result in self.results:
+            if isinstance(result, LoraxError):
+                failed.append(result)
+            elif result is not None:
+                results.append(result)
+        if failed and len(self.results) == 1:
+            raise failed[0]
+        if failed:
+            raise StepError(
+                f"{len(failed)} of {len(self.results)} requests failed; the first: {failed[0].message}",
+                results=list(self.results),
+                hint="the error's .results has every request's result or error, in order",
+            ) from failed[0]
+        return results
+
+
+class Stream:
+    """Events of a call as they happen: iterate with `for` or `async for`; `close()`, or dropping it, cancels the rest."""
+
+    def __init__(self, call: Call, abort: Callable[[list[Sequence]], None]) -> None:
+        self._call = call
+        self._abort = abort
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._over():
+            event = self._call.take(*self._call.mailbox.get())
+            if event is not None:
+                return event
+        raise StopIteration
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._over():
+            event = self._call.take(*await self._call.mailbox.aget())
+            if event is not None:
+                return event
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Cancel what has not finished; its pages are free before the engine's next step. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            unfinished = [
+                s for s, result in zip(self._call.sequences, self._call.results, strict=True) if result is None
+            ]
+            if unfinished:
+                self._abort(unfinished)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _over(self) -> bool:
+        """Whether no event will come; raises what went wrong, once all else has been given."""
+        if self._closed:
+            return True
+        if not self._call.done:
+            return False
+        self._closed = True
+        self._call.outcome()
+        return True

@@ -1,0 +1,175 @@
+"""Between texts and token ids.
+
+Decides how prompts of every shape become ids, what is cut from a text that is too long, and how ids become text again. Knows
+nothing of models; a checkpoint without a tokenizer serves ids only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorax_core.errors import CheckpointError, RequestError
+from lorax_core.types import Task
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.sentence import SentenceFiles
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text as ids. `pool_from` is the first row that pooling counts; `special` marks tokens that the tokenizer added."""
+
+    ids: list[int]
+    token_types: list[int] | None = None
+    special: tuple[bool, ...] = ()
+    pool_from: int = 0
+    truncated: bool = False
+
+
+class TextFront:
+    """The tokenizer of a checkpoint, as far as serving needs one. Safe to call from any thread."""
+
+    def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._sentence = sentence
+        self._prompt_rows: int | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest text that the tokenizer or the sentence files allow; None when they set no limit."""
+        stated = [
+            self._sentence.max_tokens if self._sentence else None,
+            getattr(self._tokenizer, "model_max_length", None),
+        ]
+        # transformers writes a huge number where a tokenizer has no limit.
+        limits = [int(limit) for limit in stated if limit is not None and limit < 10**9]
+        return min(limits, default=None)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        found: int | None = getattr(self._tokenizer, "eos_token_id", None)
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens left out."""
+        tokenizer = self._require("text")
+        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def encode(self, prompt: Any, task: Task) -> Encoded:
+        """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there."""
+        if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
+            return Encoded(list(prompt))
+        if isinstance(prompt, list):
+            return Encoded(self._chat(prompt))
+        if task is not Task.EMBED or isinstance(prompt, tuple):
+            return self._text(prompt)
+        return self._sentence_text(prompt)
+
+    def _sentence_text(self, text: str) -> Encoded:
+        files = self._sentence
+        if files is None:
+            return self._text(text)
+        encoded = self._text(self._cased(files.prompt + text))
+        if not files.prompt or files.pool_prompt:
+            return encoded
+        if self._prompt_rows is None:
+            alone = self._text(self._cased(files.prompt))
+            self._prompt_rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
+        return Encoded(encoded.ids, encoded.token_types, encoded.special, min(self._prompt_rows, len(encoded.ids) - 1))
+
+    def _cased(self, text: str) -> str:
+        return text.lower() if self._sentence is not None and self._sentence.lower_case else text
+
+    def _text(self, text: str | tuple[str, str]) -> Encoded:
+        tokenizer = self._require(f"{text!r:.40}")
+        parts = text if isinstance(text, tuple) else (text,)
+        made = tokenizer(*parts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+        special = tuple(bool(mark) for mark in made["special_tokens_mask"])
+        return Encoded(list(made["input_ids"]), made.get("token_type_ids"), special)
+
+    def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        tokenizer = self._require("chat messages")
+        if not getattr(tokenizer, "chat_template", None):
+            raise RequestError("this checkpoint has no chat template", hint="give the prompt as one text")
+        from jinja2 import TemplateError
+
+        try:
+            made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        except (TemplateError, KeyError, TypeError, ValueError) as error:
+            raise RequestError(f"the chat template refused {messages!r:.120}: {error}") from error
+        return list(made["input_ids"])
+
+    def _require(self, what: str) -> Any:
+        if self._tokenizer is None:
+            raise RequestError(
+                f"this checkpoint has no tokenizer, so {what} cannot be read or written",
+                hint="give token ids: list[int]",
+            )
+        return self._tokenizer
+
+
+def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
+    """Drop tokens of the text, never specials, at one `side` ("start" or "end") until `limit` are left.
+
+    Of a pair, the longer text loses tokens first. Raises RequestError when the specials alone are more than `limit`.
+    """
+    extra = len(encoded.ids) - limit
+    if extra <= 0:
+        return encoded
+    special = encoded.special or (False,) * len(encoded.ids)
+    texts = _texts(special)
+    if sum(len(text) for text in texts) < extra:
+        raise RequestError(f"{limit} tokens do not hold the special tokens of {len(special)}")
+    dropped: set[int] = set()
+    for _ in range(extra):
+        longest = max(texts, key=len)
+        dropped.add(longest.pop(0 if side == "start" else -1))
+    kept = [at for at in range(len(encoded.ids)) if at not in dropped]
+    types = encoded.token_types
+    return Encoded(
+        ids=[encoded.ids[at] for at in kept],
+        token_types=[types[at] for at in kept] if types is not None else None,
+        special=tuple(special[at] for at in kept),
+        pool_from=sum(1 for at in kept if at < encoded.pool_from),
+        truncated=True,
+    )
+
+
+def _texts(special: tuple[bool, ...]) -> list[list[int]]:
+    """Places of the tokens of each text: runs between special tokens."""
+    texts: list[list[int]] = []
+    before = True
+    for at, mark in enumerate(special):
+        if not mark:
+            if before:
+                texts.append([])
+            texts[-1].append(at)
+        before = mark
+    return texts
+
+
+def load_text_front(checkpoint: Checkpoint, sentence: SentenceFiles | None) -> TextFront:
+    """The tokenizer beside a checkpoint, when there is one; raises CheckpointError when its files are broken."""
+    if not any((checkpoint.path / name).is_file() for name in _TOKENIZER_FILES):
+        return TextFront(None, sentence)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
+    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
+        raise CheckpointError(f"the tokenizer in {checkpoint.path} cannot be read: {error}") from error
+    return TextFront(tokenizer, sentence)

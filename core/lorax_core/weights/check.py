@@ -1,0 +1,50 @@
+"""Whether a checkpoint can be served, without serving it.
+
+Decides what `lorax models check` reports. Fills a model as loading does and tells the account instead of raising on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorax_core.plugins.host import PluginHost
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.loader import assemble, stored_dtype
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What a checkpoint holds. `ok` is true when every tensor found its place and every place its tensor."""
+
+    ok: bool
+    path: str
+    model_type: str
+    tasks: list[str]
+    tensors: int
+    parameters: int
+    dtype: str
+    problems: list[str]
+    ignored: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_checkpoint(path: str | Path, host: PluginHost) -> CheckReport:
+    """Account for a checkpoint folder; raises as loading does when it cannot even be read or has no plugin."""
+    checkpoint = Checkpoint(path)
+    loaded, account = assemble(checkpoint, host, None, "cpu")
+    parameters = {id(tensor): tensor.numel() for tensor in loaded.model.named_tensors().values()}
+    return CheckReport(
+        ok=not account.problems,
+        path=str(path),
+        model_type=loaded.spec.model_type,
+        tasks=[task.value for task in loaded.model.tasks],
+        tensors=len(checkpoint.tensors),
+        parameters=sum(parameters.values()),
+        dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
+        problems=account.problems,
+        ignored=account.ignored,
+    )

@@ -1,0 +1,221 @@
+"""From a checkpoint and an architecture's declaration to a filled model.
+
+Decides the order of loading and accounts for every tensor: one that no parameter takes, or a parameter that no tensor
+fills, is an error that names it. Knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorax_core.errors import CheckpointError, listed, nearest
+from lorax_core.modeling.config import ModelConfig
+from lorax_core.modeling.heads import Head
+from lorax_core.modeling.model import Model
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.resolve import load_class
+from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.types import Task
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.mapping import Target, WeightMap
+
+
+class Backbone(Protocol):
+    """What a plugin's backbone class offers beside `forward(batch) -> hidden [tokens, hidden]`."""
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap: ...
+
+    def __call__(self, config: ModelConfig) -> nn.Module: ...
+
+
+@dataclass
+class LoadedModel:
+    """A model with what its adapters and its front need of the checkpoint."""
+
+    model: Model
+    spec: ArchitectureSpec
+    weight_map: WeightMap
+    checkpoint: Checkpoint
+    default_task: Task
+
+
+@dataclass
+class Account:
+    """Which tensors went where. `problems` are sentences; a checkpoint without any is whole."""
+
+    filled: int = 0
+    ignored: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        problems = list(self.misfits)
+        if self.missing:
+            problems.append(f"missing from the checkpoint: {listed(self.missing)}")
+        if self.unused:
+            close = nearest(self.unused[0], self.missing)
+            hint = f"; {self.unused[0]!r} may be meant as {close!r}" if close else ""
+            problems.append(f"no parameter takes: {listed(self.unused)}{hint}")
+        return problems
+
+
+def load_model(
+    checkpoint: Checkpoint, host: PluginHost, *, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Build the architecture that `config.json` names and fill it. `dtype` None keeps the checkpoint's own.
+
+    Raises PluginError when nothing serves the `model_type`, CheckpointError when a tensor is missing, unused or misshapen.
+    """
+    built, account = assemble(checkpoint, host, dtype, device)
+    if account.problems:
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit {built.spec.model_type!r}: " + "; ".join(account.problems),
+            hint="`lorax models check PATH` tells what the checkpoint holds",
+        )
+    built.model.pack()
+    return built
+
+
+def assemble(
+    checkpoint: Checkpoint, host: PluginHost, dtype: torch.dtype | None, device: str
+) -> tuple[LoadedModel, Account]:
+    """A model filled as far as the checkpoint goes, with the account of what was not."""
+    model_type = checkpoint.config["model_type"]
+    spec = host.architecture(model_type)
+    owner = host.owner(model_type)
+    config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
+    backbone_class = cast("Backbone", load_class(spec.backbone, owner))
+    weight_map = backbone_class.weight_map(config)
+    names = {target.name for name in checkpoint.tensors if (target := weight_map.resolve(name)) is not None}
+    heads: dict[Task, Head] = {}
+    with torch.device("meta"):
+        backbone = backbone_class(config)
+        for task, path in spec.heads.items():
+            head = cast("type[Head]", load_class(path, owner)).build(config, names)
+            if head is not None:
+                heads[Task(task)] = head
+    if not heads:
+        raise CheckpointError(
+            f"{checkpoint.path} has the weights of none of the heads of {model_type!r} ({listed(spec.heads)})"
+        )
+    model = Model(config, backbone, heads)
+    _materialise(model, dtype or stored_dtype(checkpoint), device)
+    account = _fill(model, checkpoint, weight_map)
+    return LoadedModel(model, spec, weight_map, checkpoint, _default_task(spec, config, heads)), account
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the configuration states, else float32."""
+    stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(stated), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(
+            f"{checkpoint.path} states dtype {stated!r}; served are 'float32', 'bfloat16', 'float16'",
+            hint="name one with load(..., dtype=...)",
+        )
+    return cast("torch.dtype", dtype)
+
+
+def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
+    """Give parameters real memory, and recompute buffers, which a module makes from its own arguments."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            memory = torch.empty_like(parameter, dtype=dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, requires_grad=False))
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            reset = getattr(module, "reset_buffers", None)
+            if reset is None:
+                raise TypeError(f"{type(module).__name__} has buffers but no reset_buffers(device) to make them")
+            reset(device)
+
+
+def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Account:
+    account = Account()
+    parameters = model.named_tensors()
+    wanted = _wanted(model, parameters)
+    filled: dict[tuple[str, int | None], str] = {}
+    for name, tensor in checkpoint.read():
+        target = weight_map.resolve(name)
+        if target is None:
+            account.ignored.append(name)
+            continue
+        key = (target.name, target.part)
+        if key not in wanted:
+            if not _is_spare_tie(target, weight_map, parameters):
+                account.unused.append(name)
+            else:
+                account.ignored.append(name)
+            continue
+        if key in filled:
+            account.misfits.append(f"{name!r} and {filled[key]!r} are the same parameter {target.name!r}")
+            continue
+        misfit = _copy(tensor, parameters[target.name], target, model)
+        if misfit:
+            account.misfits.append(f"{name!r} {misfit}")
+        filled[key] = name
+    _tie(weight_map, parameters, filled)
+    account.filled = len(filled)
+    account.missing = [_spelt(weight_map, *key) for key in wanted if key not in filled]
+    return account
+
+
+def _wanted(model: Model, parameters: dict[str, nn.Parameter]) -> list[tuple[str, int | None]]:
+    """Every piece that a checkpoint must fill: a parameter, or each part of a fused one."""
+    wanted: list[tuple[str, int | None]] = []
+    for name in parameters:
+        site = model.sites.get(name.rpartition(".")[0])
+        parts = len(site.parts) if site is not None else 1
+        wanted += [(name, part) for part in range(parts)] if parts > 1 else [(name, None)]
+    return wanted
+
+
+def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model) -> str | None:
+    """Write a tensor into its place; says what is wrong with its shape or numbers otherwise."""
+    if target.transpose:
+        tensor = tensor.t()
+    place: Tensor = parameter.detach()
+    if target.part is not None:
+        site = model.sites[target.name.rpartition(".")[0]]
+        start = sum(site.parts[: target.part])
+        place = place[start : start + site.parts[target.part]]
+    if tensor.shape != place.shape:
+        return f"has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}"
+    if not tensor.is_floating_point():
+        return f"holds {tensor.dtype} where numbers of a floating type are needed"
+    if not torch.isfinite(tensor).all():
+        return "holds NaN or infinite numbers"
+    place.copy_(tensor)
+    return None
+
+
+def _tie(weight_map: WeightMap, parameters: dict[str, nn.Parameter], filled: dict[tuple[str, int | None], str]) -> None:
+    for name, source in weight_map.tie.items():
+        if name in parameters and (name, None) not in filled and (source, None) in filled:
+            parameters[name].data = parameters[source].data
+            filled[(name, None)] = filled[(source, None)]
+
+
+def _is_spare_tie(target: Target, weight_map: WeightMap, parameters: dict[str, nn.Parameter]) -> bool:
+    """A tied weight that the file stores as well, for a head that this model does not have."""
+    return target.name in weight_map.tie and target.name not in parameters
+
+
+def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
+    """A missing piece under the name that checkpoints give it."""
+    if part is None:
+        return name
+    module, _, leaf = name.rpartition(".")
+    return f"{weight_map.members(module)[part]}.{leaf}"
+
+
+def _default_task(spec: ArchitectureSpec, config: ModelConfig, heads: dict[Task, Head]) -> Task:
+    stated = [Task(spec.hf_architectures[name]) for name in config.architectures or () if name in spec.hf_architectures]
+    preferred = [task for task in (*stated, Task(spec.default_task)) if task in heads]
+    return preferred[0] if preferred else next(iter(heads))

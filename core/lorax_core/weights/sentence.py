@@ -1,0 +1,103 @@
+"""The files that sentence-transformers puts beside a checkpoint.
+
+Decides how a text becomes one vector when a checkpoint says so: pooling, normalisation, length, prompt, lower case. Both the
+old and the new spellings are read. A module that is not served is refused by name, never skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorax_core.errors import CheckpointError, listed
+from lorax_core.types import Pooling
+from lorax_core.weights.checkpoint import Checkpoint
+
+_MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
+_OLD_MODES = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceFiles:
+    """What the files say. `max_tokens` None leaves the limit to tokenizer and model.
+
+    `prompt` is put before every text; with `pool_prompt` false its tokens attend but are left out of the pooling.
+    """
+
+    pooling: Pooling
+    normalize: bool
+    max_tokens: int | None = None
+    lower_case: bool = False
+    prompt: str = ""
+    pool_prompt: bool = True
+
+
+def read_sentence_files(checkpoint: Checkpoint) -> SentenceFiles | None:
+    """None when there is no `modules.json`; raises CheckpointError for a module or mode that is not served."""
+    modules = checkpoint.json("modules.json")
+    if modules is None:
+        return None
+    kinds = {_kind(module): module for module in modules if isinstance(module, dict)}
+    unserved = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
+    if unserved or "Transformer" not in kinds:
+        raise CheckpointError(
+            f"{checkpoint.path / 'modules.json'} asks for {listed(unserved or ['no Transformer'])}; served are "
+            "'Transformer', 'Pooling', 'Normalize'",
+            hint="load(..., pooling=...) does not help here: the module changes the vectors",
+        )
+    pooling, pool_prompt = Pooling.CLS, True
+    if "Pooling" in kinds:
+        pooling, pool_prompt = _pooling(checkpoint, str(kinds["Pooling"].get("path", "")))
+    transformer = _object(checkpoint, "sentence_bert_config.json")
+    return SentenceFiles(
+        pooling=pooling,
+        # Old checkpoints name a folder for it that does not exist: the entry alone counts.
+        normalize="Normalize" in kinds,
+        max_tokens=transformer.get("max_seq_length"),
+        lower_case=bool(transformer.get("do_lower_case", False)),
+        prompt=_default_prompt(checkpoint),
+        pool_prompt=pool_prompt,
+    )
+
+
+def _kind(module: dict[str, Any]) -> str:
+    return str(module.get("type", "")).rpartition(".")[2]
+
+
+def _pooling(checkpoint: Checkpoint, folder: str) -> tuple[Pooling, bool]:
+    config = _object(checkpoint, f"{folder}/config.json" if folder else "config.json")
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for key, mode in _OLD_MODES.items() if config.get(key)] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in _MODES:
+        raise CheckpointError(
+            f"{checkpoint.path / folder} pools by {listed(modes)}; served is one of {listed(_MODES)}",
+            hint="load(..., pooling='mean') overrides it where another pooling is acceptable",
+        )
+    return _MODES[modes[0]], bool(config.get("include_prompt", True))
+
+
+def _default_prompt(checkpoint: Checkpoint) -> str:
+    config = _object(checkpoint, "config_sentence_transformers.json")
+    name = config.get("default_prompt_name")
+    if name is None:
+        return ""
+    prompts = config.get("prompts") or {}
+    if name not in prompts:
+        raise CheckpointError(
+            f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}"
+        )
+    return str(prompts[name])
+
+
+def _object(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    found = checkpoint.json(name)
+    return found if isinstance(found, dict) else {}

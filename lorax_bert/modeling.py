@@ -1,0 +1,100 @@
+"""BERT's encoder: post-norm transformer blocks that see in both directions.
+
+Computes hidden rows of packed texts. Knows nothing of pooling, heads or adapters.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from lorax_bert.config import BertConfig
+from lorax_core.modeling import Attention, Batch, Embedding, LayerNorm, Linear, QKVLinear, get_activation
+from lorax_core.modeling.config import ModelConfig
+from lorax_core.weights import WeightMap
+
+
+class BertEmbeddings(nn.Module):
+    """Word, position and token type, summed and normalised."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, batch: Batch) -> Tensor:
+        words = self.word_embeddings(batch.input_ids, batch)  # [tokens, hidden]
+        types = self.token_type_embeddings(batch.token_type_ids, batch)
+        positions = self.position_embeddings(batch.position_ids, batch)
+        return cast("Tensor", self.LayerNorm(words + types + positions, batch))
+
+
+class BertAttention(nn.Module):
+    """Self-attention with its residual."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        heads = config.num_attention_heads
+        dim = config.hidden_size // heads
+        self.qkv = QKVLinear(config.hidden_size, heads, heads, dim)
+        self.attention = Attention(heads, heads, dim, causal=False)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        q, k, v = self.qkv.project(x, batch)  # [tokens, heads, dim] each
+        attended = self.dense(self.attention(q, k, v, batch), batch)
+        return cast("Tensor", self.LayerNorm(attended + x, batch))
+
+
+class BertLayer(nn.Module):
+    """Attention, then a feed-forward layer, each normalised after its residual."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = Linear(config.hidden_size, config.intermediate_size)
+        self.act = get_activation(config.hidden_act)
+        self.output = Linear(config.intermediate_size, config.hidden_size)
+        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        x = self.attention(x, batch)
+        inner = self.act(self.intermediate(x, batch))  # [tokens, intermediate]
+        return cast("Tensor", self.LayerNorm(self.output(inner, batch) + x, batch))
+
+
+class FlashBertModel(nn.Module):
+    """Embeddings and layers: a batch to hidden rows `[tokens, hidden]`."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, batch: Batch) -> Tensor:
+        x: Tensor = self.embeddings(batch)
+        for layer in self.layers:
+            x = layer(x, batch)
+        return x
+
+    @staticmethod
+    def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004
+        """Names as BertModel and its task models save them, with or without `bert.`, old LayerNorm names too."""
+        return WeightMap(
+            prefixes=("bert",),
+            rename={
+                "**.LayerNorm.gamma": "**.LayerNorm.weight",
+                "**.LayerNorm.beta": "**.LayerNorm.bias",
+                "encoder.layer.*.attention.self.**": "layers.*.attention.**",
+                "encoder.layer.*.attention.output.**": "layers.*.attention.**",
+                "encoder.layer.*.intermediate.dense.**": "layers.*.intermediate.**",
+                "encoder.layer.*.output.dense.**": "layers.*.output.**",
+                "encoder.layer.*.output.LayerNorm.**": "layers.*.LayerNorm.**",
+            },
+            fuse={"layers.*.attention.qkv": ("query", "key", "value")},
+            ignore=("embeddings.position_ids", "pooler.**", "cls.**"),
+        )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import model_validator
+from lorax_core.modeling import ModelConfig, Rope, read_rope
 
-from lorax_core.modeling import ModelConfig
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 class Qwen2Config(ModelConfig):
@@ -20,33 +20,32 @@ class Qwen2Config(ModelConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
-    rope_theta: float = 10000.0
-    rope_type: str = "default"
+    rope: Rope
     use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 28
+    layer_types: tuple[LayerType, ...] | None = None
+    is_causal: bool = True
 
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Old checkpoints keep the rotary base beside `rope_scaling`; newer ones in `rope_parameters`."""
-        config = dict(raw)
-        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-        config["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        if "rope_theta" in rope:
-            config["rope_theta"] = rope["rope_theta"]
+        """Fill in what transformers derives: key heads, head size, rotary parameters in either spelling."""
+        config = {"max_position_embeddings": 32768, **raw}
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = heads
         if config.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             config["head_dim"] = hidden // heads
-        return config
+        return {**config, "rope": read_rope(config)}
 
-    @model_validator(mode="after")
-    def _served(self) -> Qwen2Config:
-        if self.rope_type != "default":
-            raise ValueError(f"rope_type {self.rope_type!r} is not served; served is 'default'")
-        if self.use_sliding_window:
-            raise ValueError("use_sliding_window is not served")
-        return self
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of this layer sees, itself included; None is all."""
+        if not self.use_sliding_window or self.sliding_window is None:
+            return None
+        if self.layer_types is not None:
+            return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
+        return self.sliding_window if layer >= self.max_window_layers else None
 
     @property
     def max_tokens(self) -> int:
-        return self.max_position_embeddings
+        return self.rope.max_tokens or self.max_position_embeddings

@@ -19,20 +19,19 @@ from lorax_core.modeling import (
     RotaryEmbedding,
     get_activation,
 )
+from lorax_core.modeling.rotary import Angles
 from lorax_core.weights import WeightMap
 from lorax_qwen2.config import Qwen2Config
 
-Angles = tuple[Tensor, Tensor]
-
 
 class Qwen2Attention(nn.Module):
-    """Causal self-attention; only q, k and v have a bias."""
+    """Self-attention, causal unless the checkpoint says otherwise; only q, k and v have a bias."""
 
-    def __init__(self, config: Qwen2Config) -> None:
+    def __init__(self, config: Qwen2Config, layer: int) -> None:
         super().__init__()
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv_proj = QKVLinear(config.hidden_size, heads, kv_heads, dim, bias=True)
-        self.attention = Attention(heads, kv_heads, dim, causal=True)
+        self.attention = Attention(heads, kv_heads, dim, causal=config.is_causal, window=config.window(layer))
         self.o_proj = Linear(heads * dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: RotaryEmbedding, angles: Angles, batch: Batch) -> Tensor:
@@ -60,10 +59,10 @@ class Qwen2MLP(nn.Module):
 class Qwen2Layer(nn.Module):
     """Attention and feed-forward, each on normalised input and added to what came in."""
 
-    def __init__(self, config: Qwen2Config) -> None:
+    def __init__(self, config: Qwen2Config, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Qwen2Attention(config)
+        self.self_attn = Qwen2Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Qwen2MLP(config)
 
@@ -79,9 +78,9 @@ class FlashQwen2Model(nn.Module):
     def __init__(self, config: Qwen2Config) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Qwen2Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Qwen2Layer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope)
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.embed_tokens(batch.input_ids, batch)

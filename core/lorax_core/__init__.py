@@ -19,7 +19,9 @@ _HOMES = {
     "PluginError": "errors",
     "RequestError": "errors",
     "StepError": "errors",
+    "Classification": "types",
     "Completion": "types",
+    "Entity": "types",
     "Embedding": "types",
     "Event": "types",
     "FinishReason": "types",
@@ -34,6 +36,7 @@ _HOMES = {
     "Adapter": "adapters.base",
     "Engine": "serving.face",
     "load": "serving.loading",
+    "ClassifyRequest": "serving.requests",
     "EmbedRequest": "serving.requests",
     "GenerateRequest": "serving.requests",
 }
@@ -56,10 +59,13 @@ if TYPE_CHECKING:
     from lorax_core.plugins.spec import BackendSpec as BackendSpec
     from lorax_core.serving.face import Engine as Engine
     from lorax_core.serving.loading import load as load
+    from lorax_core.serving.requests import ClassifyRequest as ClassifyRequest
     from lorax_core.serving.requests import EmbedRequest as EmbedRequest
     from lorax_core.serving.requests import GenerateRequest as GenerateRequest
+    from lorax_core.types import Classification as Classification
     from lorax_core.types import Completion as Completion
     from lorax_core.types import Embedding as Embedding
+    from lorax_core.types import Entity as Entity
     from lorax_core.types import Event as Event
     from lorax_core.types import FinishReason as FinishReason
     from lorax_core.types import Pooling as Pooling

@@ -71,6 +71,36 @@ class Embedding:
 
 
 @dataclass(frozen=True, slots=True)
+class Entity:
+    """Neighbouring tokens of one B-/I- label: its name without the prefix, mean score, text and character range."""
+
+    label: str
+    score: float
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """The answer to a classifying request; `labels` and `scores` run parallel.
+
+    Of tokens: the best label of each token of the text (special tokens left out), with `tokens`, character `offsets` and,
+    for B-/I- labels, `entities`. Offsets need a tokenizer and a text: token ids have none. Of a whole text: every label by
+    falling score, and no tokens. Scores are probabilities (independent ones when multi-label; the raw value of a
+    regression).
+    """
+
+    labels: list[str]
+    scores: list[float]
+    usage: Usage
+    tokens: list[str] | None = None
+    offsets: list[tuple[int, int]] | None = None
+    entities: list[Entity] | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One piece of a stream.
 

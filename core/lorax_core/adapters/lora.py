@@ -20,6 +20,7 @@ from torch import Tensor
 from lorax_core.adapters.base import Adapter, LowRank
 from lorax_core.errors import AdapterError, CheckpointError, listed, nearest
 from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.model import Model
 from lorax_core.weights.checkpoint import opened
 from lorax_core.weights.loader import LoadedModel
 
@@ -112,19 +113,20 @@ class LoraAdapter(Adapter):
                 raise AdapterError(
                     f"{self.path} changes {module!r}, a {type(site).__name__}; LoRA is served on linear layers only"
                 )
-            part = target.part or 0
-            if a.shape[1] != site.in_features or b.shape[0] != site.parts[part]:
+            rows = site.out_features if target.part is None else site.parts[target.part]
+            if a.shape[1] != site.in_features or b.shape[0] != rows:
                 raise AdapterError(
                     f"{self.path} does not fit {module!r}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, the base "
-                    f"maps {site.in_features} to {site.parts[part]}; it was trained on {self._trained_on()}",
+                    f"maps {site.in_features} to {rows}; it was trained on {self._trained_on()}",
                     hint="load it with the base that it was trained on",
                 )
             scale = self._scale(a.shape[0])
-            parts.setdefault(target.name, {})[part] = LowRank(a.float(), b.float() * scale)
+            b = target.arranged(b)
+            start = 0 if target.part is None else sum(site.parts[: target.part])
+            parts.setdefault(target.name, {})[start] = LowRank(a.float(), b.float() * scale)
         model = base.model
         self._deltas = {
-            path: _joined(members, model.sites[path].parts, model.dtype, model.device)
-            for path, members in parts.items()
+            path: _joined(members, model.sites[path].out_features, model) for path, members in parts.items()
         }
 
     def unbind(self) -> None:
@@ -147,17 +149,19 @@ class LoraAdapter(Adapter):
         )
 
 
-def _joined(members: dict[int, LowRank], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> LowRank:
-    """The parts of a fused layer as one product: A stacked `[sum of ranks, in]`, B block by block `[out, sum of ranks]`."""
-    ordered = sorted(members.items())
-    a = torch.cat([delta.a for _, delta in ordered])
-    b = torch.zeros(sum(sizes), a.shape[0])
+def _joined(members: dict[int, LowRank], out_features: int, model: Model) -> LowRank:
+    """The parts of a layer, by their first output row, as one product.
+
+    A is stacked `[sum of ranks, in]`; B stands block by block, `[out, sum of ranks]`.
+    """
+    a = torch.cat([delta.a for delta in members.values()])
+    b = torch.zeros(out_features, a.shape[0])
     column = 0
-    for part, delta in ordered:
-        row, rank = sum(sizes[:part]), delta.b.shape[1]
-        b[row : row + sizes[part], column : column + rank] = delta.b
+    for start, delta in members.items():
+        rows, rank = delta.b.shape
+        b[start : start + rows, column : column + rank] = delta.b
         column += rank
-    return LowRank(a.to(device, dtype), b.to(device, dtype))
+    return LowRank(a.to(model.device, model.dtype), b.to(model.device, model.dtype))
 
 
 def _read_config(path: Path) -> dict[str, Any]:

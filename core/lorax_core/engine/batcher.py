@@ -16,7 +16,6 @@ from lorax_core.adapters.apply import adapter_rows
 from lorax_core.engine.scheduler import Chunk, StepPlan
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch, HeadRows
-from lorax_core.modeling.heads import Rows
 from lorax_core.modeling.model import Model
 from lorax_core.types import Task
 
@@ -70,7 +69,7 @@ class Batcher:
         chosen: dict[Task, list[tuple[int, range]]] = {}
         start = 0
         for index, chunk in enumerate(chunks):
-            wanted = self._rows(chunk)
+            wanted = _wanted_rows(chunk)
             if wanted:
                 shifted = range(start + wanted.start, start + wanted.stop)
                 chosen.setdefault(chunk.sequence.task, []).append((index, shifted))
@@ -85,18 +84,16 @@ class Batcher:
                 adapters=adapter_rows(counts, [chunks[index].sequence.adapter for index, _ in group]),
             )
 
-    def _rows(self, chunk: Chunk) -> range:
-        """Rows of the chunk, counted from its own start, that the sequence's head reads."""
-        match self._model.head(chunk.sequence.task).rows:
-            case Rows.FIRST:
-                return range(1 if chunk.start == 0 else 0)
-            case Rows.LAST:
-                return range(chunk.length - 1 if chunk.final else chunk.length, chunk.length)
-            case Rows.ALL:
-                return range(min(max(chunk.sequence.pool_from - chunk.start, 0), chunk.length), chunk.length)
-
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _wanted_rows(chunk: Chunk) -> range:
+    """Rows of the chunk, counted from its own start, that the sequence's head reads."""
+    span = chunk.sequence.span
+    if span is None:
+        return range(chunk.length - 1 if chunk.final else chunk.length, chunk.length)
+    return range(max(span.start - chunk.start, 0), min(span.stop - chunk.start, chunk.length))
 
 
 def _slots(chunk: Chunk, page_size: int) -> Iterable[int]:

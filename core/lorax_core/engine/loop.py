@@ -63,7 +63,7 @@ class EngineLoop:
     def _accept(self, sequence: Sequence, answer: Answer) -> Update:
         """Take an answer into the sequence and say what is new."""
         if answer.token_id is None:
-            return Update(vector=answer.vector)
+            return Update(answer=answer.values)
         rule = sequence.stop
         assert rule is not None
         sequence.output.append(answer.token_id)

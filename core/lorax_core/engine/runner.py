@@ -6,7 +6,6 @@ Decides how a plan is computed and read back. Knows nothing of stopping, text or
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -19,17 +18,17 @@ from lorax_core.engine.sampler import Draw, sample
 from lorax_core.engine.scheduler import Chunk, StepPlan
 from lorax_core.engine.sequence import Sequence
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.heads import Head
 from lorax_core.modeling.model import Model
 from lorax_core.types import Task
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a step gave one sequence: its next token, or its finished vector."""
+    """What a step gave one sequence: its next token, or what the head made of its whole text."""
 
     token_id: int | None = None
-    vector: NDArray[np.float32] | None = None
+    values: NDArray[np.float32] | None = None
 
 
 class Runner:
@@ -43,7 +42,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[Sequence, Answer]:
-        """Compute a plan; an answer for each sequence that got one (a chunk in the middle of a prompt gets none)."""
+        """Compute a plan; an answer for each sequence that got one (a chunk in the middle of a text gets none)."""
         packed = self._batcher.pack(plan)
         packed.batch.attention = self._backend
         self._backend.plan(packed.batch, self._specs)
@@ -53,10 +52,10 @@ class Runner:
             chunks = [packed.chunks[index] for index in group.sequences]
             if group.task is Task.GENERATE:
                 answers |= self._tokens(chunks, rows)
-            else:
-                self._pool(chunks, rows)
-        answers |= self._vectors(
-            [chunk for chunk in packed.chunks if chunk.final and chunk.sequence.task is Task.EMBED]
+            elif group.task is not None:
+                self._join(self._model.head(group.task), chunks, rows, group.counts)
+        answers |= self._finished(
+            [c.sequence for c in packed.chunks if c.final and c.sequence.task is not Task.GENERATE]
         )
         return answers
 
@@ -65,17 +64,22 @@ class Runner:
         tokens = sample(logits, [Draw(chunk.sequence.sampling, len(chunk.sequence)) for chunk in chunks])
         return {chunk.sequence: Answer(token_id=token) for chunk, token in zip(chunks, tokens, strict=True)}
 
-    def _pool(self, chunks: list[Chunk], sums: Tensor) -> None:
-        """Add this step's sums `[sequences, hidden]` to what earlier chunks of the same texts gave."""
-        for chunk, row in zip(chunks, sums, strict=True):
-            sequence = chunk.sequence
-            sequence.pooled = row if sequence.pooled is None else sequence.pooled + row
+    def _join(self, head: Head, chunks: list[Chunk], answers: Tensor, counts: tuple[int, ...]) -> None:
+        """Add a step's answers to what earlier chunks of the same texts gave."""
+        parts = answers.unbind(0) if head.pooled else torch.split(answers, list(counts))
+        for chunk, part in zip(chunks, parts, strict=True):
+            before = chunk.sequence.part
+            if before is not None:
+                part = before + part if head.pooled else torch.cat((before, part))
+            chunk.sequence.part = part
 
-    def _vectors(self, chunks: list[Chunk]) -> dict[Sequence, Answer]:
-        if not chunks:
-            return {}
-        head = cast("EmbeddingHead", self._model.head(Task.EMBED))
-        counts = [head.pooled_rows(len(chunk.sequence), chunk.sequence.pool_from) for chunk in chunks]
-        sums = torch.stack([chunk.sequence.pooled for chunk in chunks])  # [texts, hidden]
-        vectors = head.finish(sums, torch.tensor(counts, device=sums.device)).cpu().numpy()
-        return {chunk.sequence: Answer(vector=vector.copy()) for chunk, vector in zip(chunks, vectors, strict=True)}
+    def _finished(self, sequences: list[Sequence]) -> dict[Sequence, Answer]:
+        """Whole texts to their answers, task by task."""
+        answers: dict[Sequence, Answer] = {}
+        for task in dict.fromkeys(sequence.task for sequence in sequences):
+            group = [sequence for sequence in sequences if sequence.task is task]
+            counts = [len(sequence.span) if sequence.span is not None else 0 for sequence in group]
+            made = self._model.head(task).finish([sequence.part for sequence in group], counts)
+            for sequence, values in zip(group, made, strict=True):
+                answers[sequence] = Answer(values=values.float().cpu().numpy().copy())
+        return answers

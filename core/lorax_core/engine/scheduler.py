@@ -165,7 +165,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)
         sequence.computed = 0
-        sequence.pooled = None
+        sequence.part = None
         del self._running[sequence.arrival]
         self._waiting.appendleft(sequence)
 

@@ -30,17 +30,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What a step brought to a sequence: new tokens and text, its end, its vector, or the error that ended it."""
+    """What a step brought to a sequence: new tokens and text, its end, its answer, or the error that ended it."""
 
     token_ids: tuple[int, ...] = ()
     text: str = ""
     finish_reason: FinishReason | None = None
-    vector: Any = None  # float32 [dim], on the host
+    answer: Any = None  # what the head made of the whole text, float32 on the host
     error: LoraxError | None = None
 
     @property
     def last(self) -> bool:
-        return self.finish_reason is not None or self.vector is not None or self.error is not None
+        return self.finish_reason is not None or self.answer is not None or self.error is not None
 
 
 def _nowhere(update: Update) -> None:
@@ -58,7 +58,7 @@ class Sequence:
     adapter: Adapter | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: StopRule | None = None  # generation only
-    pool_from: int = 0  # first row that pooling counts
+    span: range | None = None  # tokens whose rows the head reads; None is the newest, for generation
     sink: Callable[[Update], None] = _nowhere
 
     # Filled by the scheduler.
@@ -68,14 +68,16 @@ class Sequence:
 
     # Filled as steps are accepted.
     output: list[int] = field(default_factory=list)
-    pooled: Any = None  # float32 [hidden]: sum of the rows seen so far
+    part: Any = None  # what the head made of the rows seen so far
     finished: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("a sequence needs at least one token")
-        if self.task is Task.GENERATE and self.stop is None:
-            raise ValueError("a generating sequence needs a stop rule")
+        if (self.stop is None) is (self.task is Task.GENERATE) or (self.span is None) is not (
+            self.task is Task.GENERATE
+        ):
+            raise ValueError("a generating sequence needs a stop rule, others the span that their head reads")
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output)

@@ -16,6 +16,11 @@ _HOMES = {
     "GateUpLinear": "linear",
     "Head": "heads",
     "LanguageModelHead": "heads",
+    "LastTokenClassificationHead": "heads",
+    "SequenceClassificationHead": "heads",
+    "TokenClassificationHead": "heads",
+    "Rope": "rope",
+    "read_rope": "rope",
     "LayerNorm": "norm",
     "Linear": "linear",
     "Model": "model",
@@ -37,12 +42,17 @@ if TYPE_CHECKING:
     from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead
     from lorax_core.modeling.heads import Head as Head
     from lorax_core.modeling.heads import LanguageModelHead as LanguageModelHead
+    from lorax_core.modeling.heads import LastTokenClassificationHead as LastTokenClassificationHead
+    from lorax_core.modeling.heads import SequenceClassificationHead as SequenceClassificationHead
+    from lorax_core.modeling.heads import TokenClassificationHead as TokenClassificationHead
     from lorax_core.modeling.linear import GateUpLinear as GateUpLinear
     from lorax_core.modeling.linear import Linear as Linear
     from lorax_core.modeling.linear import QKVLinear as QKVLinear
     from lorax_core.modeling.model import Model as Model
     from lorax_core.modeling.norm import LayerNorm as LayerNorm
     from lorax_core.modeling.norm import RMSNorm as RMSNorm
+    from lorax_core.modeling.rope import Rope as Rope
+    from lorax_core.modeling.rope import read_rope as read_rope
     from lorax_core.modeling.rotary import RotaryEmbedding as RotaryEmbedding
 
 

@@ -61,10 +61,10 @@ class HeadRows:
     """The rows of hidden that one head turns into answers.
 
     `sequences` are positions in the batch, `counts` how many rows each of them gives, `rows` `[sum(counts)]` int64 the rows
-    themselves in that order, and `adapters` acts on exactly those rows.
+    themselves in that order, and `adapters` acts on exactly those rows. Without a `task` the answer is hidden itself.
     """
 
-    task: Task
+    task: Task | None
     sequences: tuple[int, ...]
     counts: tuple[int, ...]
     rows: Tensor
@@ -108,8 +108,8 @@ class Batch:
 class StepOutput:
     """What the rows of a batch asked for.
 
-    `answers` runs parallel to `Batch.head_rows`: logits `[rows, vocab]` for generation, pooled sums `[sequences, hidden]`
-    in float32 for embedding.
+    `answers` runs parallel to `Batch.head_rows`: what the head of each group gave, one row for each of its rows or, from
+    heads that pool, for each of its sequences; or the hidden rows, where no head was asked.
     """
 
     answers: tuple[Tensor, ...]

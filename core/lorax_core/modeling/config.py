@@ -7,11 +7,20 @@ fields; unknown keys of a checkpoint are left alone, for configurations carry mu
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lorax_core.errors import CheckpointError
+
+
+class Problem(StrEnum):
+    """What the numbers of a sequence classifier mean, as `problem_type` in a `config.json`."""
+
+    REGRESSION = "regression"
+    SINGLE_LABEL = "single_label_classification"
+    MULTI_LABEL = "multi_label_classification"
 
 
 class ModelConfig(BaseModel):
@@ -25,6 +34,24 @@ class ModelConfig(BaseModel):
     num_hidden_layers: int
     tie_word_embeddings: bool = False
     architectures: tuple[str, ...] | None = None
+    pad_token_id: int | None = None
+    id2label: dict[int, str] | None = None
+    num_labels: int | None = None
+    problem_type: Problem | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes in the order of the classifier's rows; transformers' `LABEL_i` (two) when none are given."""
+        if self.id2label:
+            return tuple(self.id2label[index] for index in sorted(self.id2label))
+        return tuple(f"LABEL_{index}" for index in range(self.num_labels or 2))
+
+    @property
+    def problem(self) -> Problem:
+        """What a sequence classifier's scores mean; a single class without a stated problem is a regression."""
+        if self.problem_type is not None:
+            return self.problem_type
+        return Problem.REGRESSION if len(self.labels) == 1 else Problem.SINGLE_LABEL
 
     @property
     def max_tokens(self) -> int:

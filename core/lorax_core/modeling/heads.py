@@ -1,58 +1,63 @@
 """Heads: what turns rows of hidden into a task's answer.
 
-Decides which rows a task needs and the arithmetic after the backbone. Knows nothing of sampling, of texts or of how rows
-got into the batch. Several heads share one backbone.
+Decides which rows a task reads and the arithmetic after the backbone. Knows nothing of sampling, of texts or of how rows got
+into the batch. Several heads share one backbone.
+
+A long text of a causal model comes in chunks. `forward` therefore answers a step, the engine joins the steps of a text
+(sums of pooled rows add up, others follow each other), and `finish` makes the answer of the whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Set
-from enum import Enum
-from typing import ClassVar, Self
+from collections.abc import Sequence, Set
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax_core.modeling.batch import HeadRows
-from lorax_core.modeling.config import ModelConfig
+from lorax_core.modeling.activation import Activation
+from lorax_core.modeling.batch import HasAdapters, HeadRows
+from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.linear import Linear
 from lorax_core.types import Pooling, Task
 
-
-class Rows(Enum):
-    """Which rows of a sequence a head reads."""
-
-    FIRST = "first"
-    LAST = "last"
-    ALL = "all"
+CLASSIFICATION = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
 
 
 class Head(nn.Module):
-    """Base of all heads.
+    """Base of all heads. Parameters are named as in the checkpoint, for one table fills backbone and heads.
 
-    `build` makes the head when the checkpoint has its weights, and None otherwise. Parameter names are those of the
-    checkpoint (`lm_head.weight`), for the loader fills heads and backbone from one table.
+    `pooled` says that `forward` gives one row for each sequence, to be summed over chunks; otherwise one for each row.
     """
 
     task: ClassVar[Task]
+    pooled: ClassVar[bool] = False
 
     @classmethod
-    def build(cls, config: ModelConfig, names: Set[str]) -> Self | None:
-        """`names` are the tensors of the checkpoint under their canonical names."""
+    def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        """The head when the checkpoint has its weights, else None.
+
+        `names` are the checkpoint's tensors under canonical names; `stated` is the task of the class that `config.json`
+        names, which tells apart heads whose tensors have the same names.
+        """
         raise NotImplementedError
 
-    @property
-    def rows(self) -> Rows:
-        raise NotImplementedError
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        """Which tokens of a whole text `ids` the head reads; pooling leaves out those before `pool_from`."""
+        return range(len(ids) - 1, len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        """hidden `[sum(rows.counts), hidden]`, already selected, to the answers."""
+        """hidden `[sum(rows.counts), hidden]`, the rows that were selected, to the step's answers."""
+        raise NotImplementedError
+
+    def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        """Answers of whole texts from their joined parts; `counts` are the rows that went into each."""
         raise NotImplementedError
 
 
 class LanguageModelHead(Head):
-    """Logits over the vocabulary, in float32."""
+    """Logits over the vocabulary `[rows, vocab]`, in float32."""
 
     task = Task.GENERATE
 
@@ -61,13 +66,9 @@ class LanguageModelHead(Head):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @classmethod
-    def build(cls, config: ModelConfig, names: Set[str]) -> Self | None:
+    def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         has_weight = config.tie_word_embeddings or "lm_head.weight" in names
         return cls(config) if has_weight else None
-
-    @property
-    def rows(self) -> Rows:
-        return Rows.LAST
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         logits: Tensor = self.lm_head(hidden, rows)  # [rows, vocab]
@@ -75,37 +76,148 @@ class LanguageModelHead(Head):
 
 
 class EmbeddingHead(Head):
-    """One vector for a text: pooled rows, then optionally scaled to unit length.
-
-    A long text of a causal model arrives in chunks, so `forward` gives float32 sums, which add up over chunks, and
-    `finish` makes vectors of them once the text is complete.
-    """
+    """One vector for a text: pooled rows, then an optional projection, then optionally scaled to unit length."""
 
     task = Task.EMBED
+    pooled = True
 
     def __init__(self, hidden_size: int, pooling: Pooling, normalize: bool) -> None:
         super().__init__()
-        self.dim = hidden_size
         self.pooling = pooling
         self.normalize = normalize
+        self.projections = nn.ModuleList()
+        self._hidden = hidden_size
 
     @classmethod
-    def build(cls, config: ModelConfig, names: Set[str]) -> Self | None:  # noqa: ARG003
+    def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         return cls(config.hidden_size, Pooling.CLS, normalize=False)
 
     @property
-    def rows(self) -> Rows:
-        return {Pooling.CLS: Rows.FIRST, Pooling.LAST: Rows.LAST, Pooling.MEAN: Rows.ALL}[self.pooling]
+    def dim(self) -> int:
+        """Length of a vector."""
+        projections = [cast("Projection", module) for module in self.projections]
+        return projections[-1].linear.out_features if projections else self._hidden
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        match self.pooling:
+            case Pooling.CLS:
+                return range(1)
+            case Pooling.LAST:
+                return range(len(ids) - 1, len(ids))
+            case Pooling.MEAN:
+                return range(min(pool_from, len(ids) - 1), len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         sums = [part.sum(0, dtype=torch.float32) for part in torch.split(hidden, list(rows.counts))]
         return torch.stack(sums)  # [sequences, hidden]
 
-    def pooled_rows(self, length: int, pool_from: int) -> int:
-        """How many rows of a text of `length` tokens, counted from `pool_from`, are in its sum."""
-        return length - pool_from if self.pooling is Pooling.MEAN else 1
+    def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        sums = torch.stack(parts)  # [texts, hidden]
+        vectors = sums / torch.tensor(counts, device=sums.device)[:, None]
+        for projection in self.projections:
+            vectors = projection(vectors)
+        return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
 
-    def finish(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """sums `[texts, hidden]` over `counts` `[texts]` rows to vectors `[texts, dim]` in float32."""
-        vectors = sums / counts[:, None]
-        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+class Projection(nn.Module):
+    """A dense layer on finished vectors, in float32, as sentence-transformers' `Dense` module."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: Activation) -> None:
+        super().__init__()
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+        self.linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+        if bias is not None:
+            self.linear.bias = nn.Parameter(bias.float(), requires_grad=False)
+        self.activation = activation
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.activation(self.linear(vectors))
+
+
+class TokenClassificationHead(Head):
+    """The probability of each label for each token `[rows, labels]`. The linear layer is called `layer` in checkpoints."""
+
+    task = Task.TOKEN_CLASSIFICATION
+    layer: ClassVar[str] = "classifier"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.labels = config.labels
+        self.add_module(self.layer, Linear(config.hidden_size, len(self.labels)))
+
+    @classmethod
+    def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        if stated in CLASSIFICATION and stated is not cls.task:
+            return None
+        return cls(config) if {f"{cls.layer}.weight", f"{cls.layer}.bias"} <= names else None
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        return range(len(ids))
+
+    def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        logits: Tensor = self.get_submodule(self.layer)(hidden, rows)  # [rows, labels]
+        return logits.float()
+
+    def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        return [part.softmax(-1) for part in parts]
+
+
+class SequenceClassificationHead(Head):
+    """The score of each label for a text `[labels]`: probabilities, independent ones when multi-label, raw for regression.
+
+    Subclasses give `logits` and the row that it reads; `needed` are the tensors that make up the head.
+    """
+
+    task = Task.SEQUENCE_CLASSIFICATION
+    pooled = True
+    needed: ClassVar[tuple[str, ...]]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.labels = config.labels
+        self.problem = config.problem
+
+    @classmethod
+    def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        if stated in CLASSIFICATION and stated is not cls.task:
+            return None
+        return cls(config) if set(cls.needed) <= names else None
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        """hidden `[sequences, hidden]`, one row for each, to `[sequences, labels]`."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        return self.logits(hidden, rows).float()
+
+    def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        logits = torch.stack(parts)  # [texts, labels]
+        match self.problem:
+            case Problem.REGRESSION:
+                return list(logits)
+            case Problem.MULTI_LABEL:
+                return list(logits.sigmoid())
+            case Problem.SINGLE_LABEL:
+                return list(logits.softmax(-1))
+
+
+class LastTokenClassificationHead(SequenceClassificationHead):
+    """Reads the last token that is not padding, as causal models are trained: `score`, without bias."""
+
+    needed = ("score.weight",)
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.pad_token_id = config.pad_token_id
+        self.score = Linear(config.hidden_size, len(self.labels), bias=False)
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        if self.pad_token_id is None:
+            return super().span(ids, pool_from)
+        # Padding ids inside the text count as padding too: transformers looks at ids only.
+        last = next((at for at in reversed(range(len(ids))) if ids[at] != self.pad_token_id), 0)
+        return range(last, last + 1)
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        logits: Tensor = self.score(hidden, rows)
+        return logits

@@ -6,6 +6,7 @@ Decides how the parts hang together and runs them over a batch. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.errors import RequestError, listed
 from lorax_core.modeling.attention import Attention
-from lorax_core.modeling.batch import Batch, StepOutput
+from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.linear import Linear
@@ -26,7 +27,11 @@ class Model(nn.Module):
 
     `sites` maps the dotted path of every core layer with parameters to that layer; `attention_layers` are in the order of
     the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
+
+    A subclass may fix the `task`; loaded as such, the model has that head alone.
     """
+
+    task: ClassVar[Task | None] = None
 
     def __init__(self, config: ModelConfig, backbone: nn.Module, heads: Mapping[Task, Head]) -> None:
         super().__init__()
@@ -99,4 +104,10 @@ class Model(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:
         hidden: Tensor = self.backbone(batch)  # [tokens, hidden]
-        return StepOutput(tuple(self.heads[group.task.value](hidden[group.rows], group) for group in batch.head_rows))
+        return StepOutput(tuple(self._answer(hidden[group.rows], group) for group in batch.head_rows))
+
+    def _answer(self, hidden: Tensor, group: HeadRows) -> Tensor:
+        if group.task is None:
+            return hidden
+        answers: Tensor = self.head(group.task)(hidden, group)
+        return answers

@@ -48,8 +48,7 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
     blocked = _blocked_by(settings, entry.name, package)
     if blocked is not None:
         return replace(record, status=Status.BLOCKED, cause=blocked[0], hint=blocked[1])
-    had_torch = "torch" in sys.modules
-    start = time.perf_counter()
+    had_torch, start = "torch" in sys.modules, None
     try:
         if entry.dist is not None:
             _check_requirements(entry.dist)
@@ -59,15 +58,9 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
         raise
     except BaseException as error:  # a plugin that calls sys.exit() at import must not end the process either
         status = Status.INCOMPATIBLE if isinstance(error, Incompatible) else Status.BROKEN
-        hint = error.hint if isinstance(error, LoraxError) else None
-        return replace(
-            record,
-            status=status,
-            cause=explain(error),
-            hint=hint or _DOCTOR_HINT,
-            exception=error,
-            seconds=time.perf_counter() - start,
-        )
+        hint = (error.hint if isinstance(error, LoraxError) else None) or _DOCTOR_HINT
+        seconds = None if start is None else time.perf_counter() - start
+        return replace(record, status=status, cause=explain(error), hint=hint, exception=error, seconds=seconds)
     record = replace(record, architectures=architectures, backends=backends, seconds=time.perf_counter() - start)
     if "torch" in sys.modules and not had_torch:
         cause = "importing its declaration imported torch, which slows down every command"
@@ -80,11 +73,11 @@ def identity(entry: EntryPoint) -> tuple[str, str]:
     try:
         metadata = entry.dist.metadata if entry.dist is not None else None
         if metadata is not None and metadata["Name"]:
-            return canonical(metadata["Name"]), metadata["Version"] or "unknown"
+            return canonical(metadata["Name"]), metadata["Version"] or ""
     except Exception:  # metadata that cannot be read; what then fails is told when the plugin is tried
         pass
     package = canonical(entry.value.partition(":")[0].partition(".")[0])
-    return package, lorax_core.__version__ if package == CORE else "unknown"
+    return package, lorax_core.__version__ if package == CORE else ""
 
 
 def key_of(spec: Spec) -> str:
@@ -109,7 +102,10 @@ def _check_requirements(distribution: Distribution) -> None:
     mine = [line for line in lines if canonical(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE]
     if not mine:
         return
-    from packaging.requirements import InvalidRequirement, Requirement  # late: 20 ms that core alone does not need
+    from packaging.requirements import (
+        InvalidRequirement,
+        Requirement,
+    )  # late: a listing without plugins needs none of it
 
     for line in mine:
         try:

@@ -147,7 +147,7 @@ def _insist(records: Iterable[PluginRecord], settings: Settings) -> None:
 
 
 def _unusable(record: PluginRecord, lead: str) -> PluginError:
-    return PluginError(f"{lead}plugin {record.title} is {record.status}: {record.cause}", hint=record.hint)
+    return PluginError(f"{lead}{record.verdict}", hint=record.hint)
 
 
 def _settle(records: list[PluginRecord]) -> tuple[PluginRecord, ...]:

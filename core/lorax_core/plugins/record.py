@@ -55,7 +55,7 @@ class PluginRecord:
     """One entry point of the group `lorax.plugins`, and what became of it.
 
     `architectures` and `backends` are what can be used; `contested` is what it declares but does not get, because
-    another plugin claims the same name. `seconds` is how long importing and asking it took, None if it was not tried.
+    another plugin claims the same name. `seconds` is how long importing and asking it took, None if it was not imported.
     """
 
     # from the distribution's metadata
@@ -86,11 +86,17 @@ class PluginRecord:
         named = canonical(self.name) in self.package
         return f"{self.package} {self.version}".rstrip() + ("" if named else f" (plugin {self.name!r})")
 
+    @property
+    def verdict(self) -> str:
+        """What became of it, as a sentence."""
+        word = "in conflict" if self.status is Status.CONFLICT else self.status
+        return f"plugin {self.title} is {word}" + (f": {self.cause}" if self.cause else "")
+
 
 def explain(error: BaseException) -> str:
     """What went wrong, on one line, with the place in the plugin where that can be told."""
     if isinstance(error, LoraxError):
-        return error.message
+        return " ".join(error.message.split())
     if isinstance(error, ValidationError):
         fields = "; ".join(_field(item) for item in error.errors(include_url=False))
         return f"{error.title}: {fields}{_place(error.__traceback__)}"

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from lorax_core.adapters.store import AdapterStore
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError
-from lorax_core.serving.prepare import Preparer
+from lorax_core.serving.prepare import Preparer, Result
 from lorax_core.serving.requests import (
+    ClassifyRequest,
     EmbedRequest,
     GenerateRequest,
     Request,
@@ -27,8 +28,8 @@ from lorax_core.serving.requests import (
     Truncate,
     make_requests,
 )
-from lorax_core.serving.stream import Call, Result, Stream
-from lorax_core.types import Completion, Embedding
+from lorax_core.serving.stream import Call, Stream
+from lorax_core.types import Classification, Completion, Embedding
 
 AdapterNames = str | list[str | None] | None
 
@@ -90,7 +91,19 @@ class Engine:
         vectors = [cast("Embedding", result).vector for result in self.run(requests)]
         if single:
             return vectors[0]
-        return np.stack(vectors) if vectors else np.zeros((0, self._preparer.model.config.hidden_size), np.float32)
+        return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
+
+    def classify(
+        self,
+        text: TextInput | list[TextInput],
+        *,
+        adapter: AdapterNames = None,
+        truncate: Truncate = "error",
+    ) -> Classification | list[Classification]:
+        """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained."""
+        requests, single = make_requests(ClassifyRequest, "input", text, adapter, {"truncate": truncate})
+        results = cast("list[Classification]", self.run(requests))
+        return results[0] if single else results
 
     def run(self, requests: SequenceOf[Request]) -> list[Result]:
         """Answer requests of any mix of tasks and adapters together; results in their order.
@@ -125,9 +138,10 @@ class Engine:
     def _submit(self, requests: SequenceOf[Request]) -> Call:
         """All of the requests are checked before any of them starts."""
         for request in requests:
-            if not isinstance(request, (GenerateRequest, EmbedRequest)):
-                raise RequestError(f"run() takes GenerateRequest and EmbedRequest, not {type(request).__name__}")
-        prepared = [self._preparer.sequence(request) for request in requests]
-        call = Call([sequence for sequence, _ in prepared], [truncated for _, truncated in prepared])
+            if not isinstance(request, Request):
+                raise RequestError(
+                    f"run() takes GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
+                )
+        call = Call([self._preparer.prepare(request) for request in requests])
         self._worker.submit(call.sequences)
         return call

@@ -20,10 +20,11 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import CapacityError, RequestError, listed
+from lorax_core.errors import CapacityError, CheckpointError, RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.activation import get_activation
+from lorax_core.modeling.heads import EmbeddingHead, Projection
 from lorax_core.modeling.linear import packing_works
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
@@ -34,7 +35,7 @@ from lorax_core.types import Pooling, Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
-from lorax_core.weights.sentence import SentenceFiles, read_sentence_files
+from lorax_core.weights.sentence import SentenceFiles, dense_folder, read_dense, read_sentence_files
 
 PAGE_SIZE = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,6 +56,7 @@ def load(
     adapters: Mapping[str, str | Path] | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
+    embedding_dim: int | None = None,
     kv_cache_tokens: int | None = None,
     max_batch_tokens: int = 2048,
     max_batch_rows: int = 256,
@@ -67,6 +69,7 @@ def load(
 
     - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
     - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
+    - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
     - `kv_cache_tokens`: tokens that all running sequences share; by default what a quarter of the free memory holds.
     - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
     - `attention`: a backend by name, instead of the first that serves the model.
@@ -83,6 +86,7 @@ def load(
     model = base.model
     sentence = read_sentence_files(files) if Task.EMBED in model.tasks and pooling is None else None
     _set_pooling(model, sentence, pooling, normalize)
+    _set_projections(model, files, sentence, embedding_dim)
     store = AdapterStore(base)
     for name, source in (adapters or {}).items():
         store.load(name, source)
@@ -95,7 +99,7 @@ def load(
     scheduler = Scheduler(max_tokens=max_batch_tokens, max_rows=max_batch_rows, allocator=allocator)
     loop = EngineLoop(scheduler, Runner(model, chosen.backend, pool), text if text.has_tokenizer else None)
     limits = Limits(model.max_tokens, allocator.capacity * PAGE_SIZE if allocator is not None else None)
-    preparer = Preparer(model, text, store, limits, _eos_ids(files, text), seed)
+    preparer = Preparer(model, text, store, limits, _eos_ids(files, text), seed, base.default_task)
     return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, limits, pool))
 
 
@@ -173,6 +177,23 @@ def _set_pooling(model: Model, files: SentenceFiles | None, pooling: str | None,
         # A causal model's first row knows only itself; its last one has seen the text.
         head.pooling = Pooling.LAST if model.needs_kv_cache else Pooling.CLS
     head.normalize = normalize if normalize is not None else files is not None and files.normalize
+
+
+def _set_projections(model: Model, files: Checkpoint, sentence: SentenceFiles | None, dim: int | None) -> None:
+    if Task.EMBED not in model.tasks:
+        return
+    if dim is not None:
+        layers = [read_dense(files, dense_folder(files, dim))]
+    else:
+        layers = list(sentence.dense) if sentence is not None else []
+    head = cast("EmbeddingHead", model.head(Task.EMBED))
+    for layer in layers:
+        if layer.weight.shape[1] != head.dim:
+            raise CheckpointError(
+                f"a dense layer of {files.path} takes vectors of {layer.weight.shape[1]}, not of {head.dim}"
+            )
+        bias = layer.bias.to(model.device) if layer.bias is not None else None
+        head.projections.append(Projection(layer.weight.to(model.device), bias, get_activation(layer.activation)))
 
 
 def _make_pool(model: Model, tokens: int | None) -> KVPool | None:

@@ -1,4 +1,4 @@
-"""From a validated request to a sequence.
+"""From a validated request to a sequence, and from its answer to a result.
 
 Decides what of a request this model can answer, and refuses the rest now, with the numbers. Knows nothing of scheduling.
 """
@@ -6,17 +6,34 @@ Decides what of a request this model can answer, and refuses the rest now, with 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lorax_core.adapters.base import Adapter
 from lorax_core.adapters.store import AdapterStore
 from lorax_core.engine.sampler import uniform
 from lorax_core.engine.sequence import Sampling, Sequence
 from lorax_core.engine.stopping import StopRule
 from lorax_core.errors import CapacityError, RequestError
+from lorax_core.modeling.heads import (
+    CLASSIFICATION,
+    EmbeddingHead,
+    Head,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
 from lorax_core.modeling.model import Model
-from lorax_core.serving.requests import EmbedRequest, GenerateRequest, Request
+from lorax_core.serving.labels import sequence_labels, token_labels
+from lorax_core.serving.requests import ClassifyRequest, EmbedRequest, GenerateRequest, Request
 from lorax_core.serving.text import Encoded, TextFront, cut
-from lorax_core.types import Task
+from lorax_core.types import Classification, Completion, Embedding, Task, Usage
+
+Result = Completion | Embedding | Classification
+Values = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,18 @@ class Limits:
         return f"the model holds {self.model_tokens}{cache}"
 
 
+def _no_values(values: Values) -> Result:
+    raise AssertionError(f"a generating sequence was given values {values.shape}")
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A sequence, and how the values that its head gives become the caller's result."""
+
+    sequence: Sequence
+    result: Callable[[Values], Result] = _no_values
+
+
 @dataclass
 class Preparer:
     """Makes sequences for one engine. Raises RequestError, CapacityError or AdapterError before any work is done."""
@@ -46,15 +75,25 @@ class Preparer:
     limits: Limits
     eos_ids: frozenset[int]
     seed: int
+    default_task: Task
     _count: itertools.count[int] = field(default_factory=itertools.count)
 
-    def sequence(self, request: Request) -> tuple[Sequence, bool]:
-        """The sequence of a request, and whether its text was cut."""
-        if isinstance(request, GenerateRequest):
-            return self._generate(request), False
-        return self._embed(request)
+    @property
+    def embedding_dim(self) -> int:
+        """Length of the vectors of this engine."""
+        return cast("EmbeddingHead", self.model.head(Task.EMBED)).dim
 
-    def _generate(self, request: GenerateRequest) -> Sequence:
+    def prepare(self, request: Request) -> Prepared:
+        """What a request asks of the engine."""
+        match request:
+            case GenerateRequest():
+                return self._generate(request)
+            case EmbedRequest():
+                return self._embed(request)
+            case ClassifyRequest():
+                return self._classify(request)
+
+    def _generate(self, request: GenerateRequest) -> Prepared:
         self.model.head(Task.GENERATE)
         encoded = self._checked(self.text.encode(request.prompt, Task.GENERATE))
         room = self.limits.tokens - len(encoded.ids)
@@ -74,35 +113,57 @@ class Preparer:
         )
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
-        return Sequence(
-            task=Task.GENERATE,
-            prompt=encoded.ids,
-            token_types=None,
-            adapter=self.adapters.get(request.adapter) if request.adapter is not None else None,
-            sampling=Sampling(request.temperature, request.top_k, request.top_p, request.min_p, seed),
-            stop=stop,
-        )
+        sampling = Sampling(request.temperature, request.top_k, request.top_p, request.min_p, seed)
+        adapter = self._adapter(request.adapter)
+        return Prepared(Sequence(task=Task.GENERATE, prompt=encoded.ids, adapter=adapter, sampling=sampling, stop=stop))
 
-    def _embed(self, request: EmbedRequest) -> tuple[Sequence, bool]:
-        self.model.head(Task.EMBED)
-        encoded = self._checked(self.text.encode(request.input, Task.EMBED))
+    def _embed(self, request: EmbedRequest) -> Prepared:
+        head = self.model.head(Task.EMBED)
+        encoded = self._fitted(request, Task.EMBED)
+        usage = Usage(len(encoded.ids))
+        sequence = self._read(head, encoded, request.adapter)
+        return Prepared(sequence, lambda values: Embedding(values, usage, encoded.truncated))
+
+    def _classify(self, request: ClassifyRequest) -> Prepared:
+        head = self.model.head(self._classifying_task())
+        encoded = self._fitted(request, head.task)
+        sequence = self._read(head, encoded, request.adapter)
+        if isinstance(head, TokenClassificationHead):
+            labels, source, text = head.labels, request.input, self.text
+            return Prepared(sequence, lambda values: token_labels(values, labels, encoded, source, text))
+        labels = cast("SequenceClassificationHead", head).labels
+        return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
+
+    def _classifying_task(self) -> Task:
+        """The checkpoint's own kind of classification; without any, the one that the error will name."""
+        if self.default_task in CLASSIFICATION:
+            return self.default_task
+        return next((task for task in CLASSIFICATION if task in self.model.tasks), Task.SEQUENCE_CLASSIFICATION)
+
+    def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
+        """The ids of a text, cut to what the checkpoint takes when the request allows it."""
+        encoded = self._checked(self.text.encode(request.input, task))
         limit = min(self.limits.tokens, self.text.max_tokens or self.limits.tokens)
-        if len(encoded.ids) > limit:
-            if request.truncate == "error":
-                raise CapacityError(
-                    f"a text of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.told()})",
-                    hint="truncate='end' or truncate='start' cuts it",
-                )
-            encoded = cut(encoded, limit, request.truncate)
-        adapter = self.adapters.get(request.adapter) if request.adapter is not None else None
-        sequence = Sequence(
-            task=Task.EMBED,
+        if len(encoded.ids) <= limit:
+            return encoded
+        if request.truncate == "error":
+            raise CapacityError(
+                f"a text of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.told()})",
+                hint="truncate='end' or truncate='start' cuts it",
+            )
+        return cut(encoded, limit, request.truncate)
+
+    def _read(self, head: Head, encoded: Encoded, adapter: str | None) -> Sequence:
+        return Sequence(
+            task=head.task,
             prompt=encoded.ids,
             token_types=encoded.token_types,
-            adapter=adapter,
-            pool_from=min(encoded.pool_from, len(encoded.ids) - 1),
+            adapter=self._adapter(adapter),
+            span=head.span(encoded.ids, encoded.pool_from),
         )
-        return sequence, encoded.truncated
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        return self.adapters.get(name) if name is not None else None
 
     def _checked(self, encoded: Encoded) -> Encoded:
         if not encoded.ids:

@@ -66,8 +66,19 @@ class EmbedRequest(_Request):
     truncate: Truncate = "error"
 
 
-Request = GenerateRequest | EmbedRequest
-_R = TypeVar("_R", GenerateRequest, EmbedRequest)
+class ClassifyRequest(_Request):
+    """Labels for a text, a pair of texts, or token ids: of each token or of the whole, as the checkpoint was trained.
+
+    `truncate` as in `EmbedRequest`.
+    """
+
+    input: TextInput
+    adapter: str | None = None
+    truncate: Truncate = "error"
+
+
+Request = GenerateRequest | EmbedRequest | ClassifyRequest
+_R = TypeVar("_R", GenerateRequest, EmbedRequest, ClassifyRequest)
 
 
 def make_requests(

@@ -16,9 +16,8 @@ from typing import Self
 
 from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.errors import LoraxError, StepError
-from lorax_core.types import Completion, Embedding, Event, Usage
-
-Result = Completion | Embedding
+from lorax_core.serving.prepare import Prepared, Result
+from lorax_core.types import Completion, Event, Usage
 
 
 class Mailbox:
@@ -56,9 +55,9 @@ class Mailbox:
 class Call:
     """Requests that were made together: their sequences and what has come of them so far."""
 
-    def __init__(self, sequences: SequenceOf[Sequence], truncated: SequenceOf[bool]) -> None:
-        self.sequences = list(sequences)
-        self._truncated = list(truncated)
+    def __init__(self, prepared: SequenceOf[Prepared]) -> None:
+        self.sequences = [one.sequence for one in prepared]
+        self._prepared = list(prepared)
         self._texts: list[list[str]] = [[] for _ in self.sequences]
         self.results: list[Result | LoraxError | None] = [None] * len(self.sequences)
         self.mailbox = Mailbox()
@@ -77,9 +76,8 @@ class Call:
         sequence = self.sequences[index]
         self._texts[index].append(update.text)
         completion = None
-        if update.vector is not None:
-            usage = Usage(prompt_tokens=len(sequence.prompt))
-            self.results[index] = Embedding(update.vector, usage, self._truncated[index])
+        if update.answer is not None:
+            self.results[index] = self._prepared[index].result(update.answer)
         elif update.finish_reason is not None:
             usage = Usage(len(sequence.prompt), len(sequence.output))
             text = "".join(self._texts[index])

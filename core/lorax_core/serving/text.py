@@ -6,7 +6,7 @@ nothing of models; a checkpoint without a tokenizer serves ids only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorax_core.errors import CheckpointError, RequestError
@@ -26,11 +26,17 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text as ids. `pool_from` is the first row that pooling counts; `special` marks tokens that the tokenizer added."""
+    """A text as ids.
+
+    `special` marks tokens that the tokenizer added; `offsets` are character ranges in the text (in its own text, of a pair);
+    `pool_from` is the first row that pooling counts. What token ids cannot tell is empty.
+    """
 
     ids: list[int]
     token_types: list[int] | None = None
     special: tuple[bool, ...] = ()
+    offsets: tuple[tuple[int, int], ...] = ()
+    second: tuple[bool, ...] = ()  # of a pair: whether a token is of its second text
     pool_from: int = 0
     truncated: bool = False
 
@@ -69,6 +75,11 @@ class TextFront:
         text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    def tokens(self, ids: list[int]) -> list[str]:
+        """The tokenizer's own spelling of ids; empty without a tokenizer."""
+        found: list[str] = self._tokenizer.convert_ids_to_tokens(ids) if self._tokenizer is not None else []
+        return found
+
     def encode(self, prompt: Any, task: Task) -> Encoded:
         """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there."""
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
@@ -89,7 +100,7 @@ class TextFront:
         if self._prompt_rows is None:
             alone = self._text(self._cased(files.prompt))
             self._prompt_rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
-        return Encoded(encoded.ids, encoded.token_types, encoded.special, min(self._prompt_rows, len(encoded.ids) - 1))
+        return replace(encoded, pool_from=self._prompt_rows)
 
     def _cased(self, text: str) -> str:
         return text.lower() if self._sentence is not None and self._sentence.lower_case else text
@@ -97,9 +108,21 @@ class TextFront:
     def _text(self, text: str | tuple[str, str]) -> Encoded:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
-        made = tokenizer(*parts, return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
-        special = tuple(bool(mark) for mark in made["special_tokens_mask"])
-        return Encoded(list(made["input_ids"]), made.get("token_type_ids"), special)
+        fast = bool(getattr(tokenizer, "is_fast", False))
+        made = tokenizer(
+            *parts,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            return_offsets_mapping=fast,
+            verbose=False,
+        )
+        return Encoded(
+            ids=list(made["input_ids"]),
+            token_types=made.get("token_type_ids"),
+            special=tuple(bool(mark) for mark in made["special_tokens_mask"]),
+            offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if fast else (),
+            second=tuple(text == 1 for text in made.sequence_ids()) if fast and len(parts) == 2 else (),
+        )
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         tokenizer = self._require("chat messages")
@@ -144,6 +167,8 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
         ids=[encoded.ids[at] for at in kept],
         token_types=[types[at] for at in kept] if types is not None else None,
         special=tuple(special[at] for at in kept),
+        offsets=tuple(encoded.offsets[at] for at in kept if encoded.offsets),
+        second=tuple(encoded.second[at] for at in kept if encoded.second),
         pool_from=sum(1 for at in kept if at < encoded.pool_from),
         truncated=True,
     )

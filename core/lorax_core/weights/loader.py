@@ -67,13 +67,19 @@ class Account:
 
 
 def load_model(
-    checkpoint: Checkpoint, host: PluginHost, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    checkpoint: Checkpoint,
+    host: PluginHost,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    model_class: type[Model] = Model,
 ) -> LoadedModel:
     """Build the architecture that `config.json` names and fill it. `dtype` None keeps the checkpoint's own.
 
+    A `model_class` that fixes a task gets the head of that task alone.
     Raises PluginError when nothing serves the `model_type`, CheckpointError when a tensor is missing, unused or misshapen.
     """
-    built, account = assemble(checkpoint, host, dtype, device)
+    built, account = assemble(checkpoint, host, dtype, device, model_class)
     if account.problems:
         raise CheckpointError(
             f"{checkpoint.path} does not fit {built.spec.model_type!r}: " + "; ".join(account.problems),
@@ -84,7 +90,11 @@ def load_model(
 
 
 def assemble(
-    checkpoint: Checkpoint, host: PluginHost, dtype: torch.dtype | None, device: str
+    checkpoint: Checkpoint,
+    host: PluginHost,
+    dtype: torch.dtype | None,
+    device: str,
+    model_class: type[Model] = Model,
 ) -> tuple[LoadedModel, Account]:
     """A model filled as far as the checkpoint goes, with the account of what was not."""
     model_type = checkpoint.config["model_type"]
@@ -93,22 +103,26 @@ def assemble(
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
     weight_map = backbone_class.weight_map(config)
-    names = {target.name for name in checkpoint.tensors if (target := weight_map.resolve(name)) is not None}
+    names = {weight_map.resolve(name).name for name in checkpoint.tensors}
+    stated = stated_task(spec, config)
     heads: dict[Task, Head] = {}
     with torch.device("meta"):
         backbone = backbone_class(config)
-        for task, path in spec.heads.items():
-            head = cast("type[Head]", load_class(path, owner)).build(config, names)
+        wanted = {task: path for task, path in spec.heads.items() if model_class.task in (None, task)}
+        for task, path in wanted.items():
+            head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
             if head is not None:
                 heads[Task(task)] = head
     if not heads:
         raise CheckpointError(
-            f"{checkpoint.path} has the weights of none of the heads of {model_type!r} ({listed(spec.heads)})"
+            f"{checkpoint.path} has the weights of none of these heads of {model_type!r}: {listed(wanted)}"
         )
-    model = Model(config, backbone, heads)
+    model = model_class(config, backbone, heads)
     _materialise(model, dtype or stored_dtype(checkpoint), device)
     account = _fill(model, checkpoint, weight_map)
-    return LoadedModel(model, spec, weight_map, checkpoint, _default_task(spec, config, heads)), account
+    preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
+    default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
+    return LoadedModel(model, spec, weight_map, checkpoint, default_task), account
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -139,19 +153,14 @@ def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
 def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Account:
     account = Account()
     parameters = model.named_tensors()
-    wanted = _wanted(model, parameters)
+    wanted = _wanted(model, parameters, weight_map)
     filled: dict[tuple[str, int | None], str] = {}
     for name, tensor in checkpoint.read():
         target = weight_map.resolve(name)
-        if target is None:
-            account.ignored.append(name)
-            continue
         key = (target.name, target.part)
         if key not in wanted:
-            if not _is_spare_tie(target, weight_map, parameters):
-                account.unused.append(name)
-            else:
-                account.ignored.append(name)
+            known = weight_map.ignores(name) or _is_spare_tie(target, weight_map, parameters)
+            (account.ignored if known else account.unused).append(name)
             continue
         if key in filled:
             account.misfits.append(f"{name!r} and {filled[key]!r} are the same parameter {target.name!r}")
@@ -166,20 +175,21 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Accoun
     return account
 
 
-def _wanted(model: Model, parameters: dict[str, nn.Parameter]) -> list[tuple[str, int | None]]:
-    """Every piece that a checkpoint must fill: a parameter, or each part of a fused one."""
-    wanted: list[tuple[str, int | None]] = []
+def _wanted(
+    model: Model, parameters: dict[str, nn.Parameter], weight_map: WeightMap
+) -> dict[tuple[str, int | None], None]:
+    """Every piece that a checkpoint must fill, in order: a parameter, or each part of one that is fused from several."""
+    wanted: dict[tuple[str, int | None], None] = {}
     for name in parameters:
-        site = model.sites.get(name.rpartition(".")[0])
-        parts = len(site.parts) if site is not None else 1
-        wanted += [(name, part) for part in range(parts)] if parts > 1 else [(name, None)]
+        module = name.rpartition(".")[0]
+        parts = len(weight_map.members(module)) if module in model.sites else 1
+        wanted |= dict.fromkeys([(name, part) for part in range(parts)] if parts > 1 else [(name, None)])
     return wanted
 
 
 def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model) -> str | None:
     """Write a tensor into its place; says what is wrong with its shape or numbers otherwise."""
-    if target.transpose:
-        tensor = tensor.t()
+    tensor = target.arranged(tensor)
     place: Tensor = parameter.detach()
     if target.part is not None:
         site = model.sites[target.name.rpartition(".")[0]]
@@ -215,7 +225,7 @@ def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
     return f"{weight_map.members(module)[part]}.{leaf}"
 
 
-def _default_task(spec: ArchitectureSpec, config: ModelConfig, heads: dict[Task, Head]) -> Task:
-    stated = [Task(spec.hf_architectures[name]) for name in config.architectures or () if name in spec.hf_architectures]
-    preferred = [task for task in (*stated, Task(spec.default_task)) if task in heads]
-    return preferred[0] if preferred else next(iter(heads))
+def stated_task(spec: ArchitectureSpec, config: ModelConfig) -> Task | None:
+    """The task of the class that the configuration names, None when it names none that is known."""
+    known = (spec.hf_architectures[name] for name in config.architectures or () if name in spec.hf_architectures)
+    return next((Task(task) for task in known), None)

@@ -1,7 +1,7 @@
 """How the tensor names of a checkpoint become the parameters of a model.
 
-Decides names only: prefixes, renames, fusions, transposes, ties and what is ignored, matched on whole dotted segments.
-Knows nothing of files or numbers. Each architecture declares its own map, so no central table knows architectures.
+Decides names and the order of rows: prefixes, renames, fusions, transposes, interleaves, ties and what is ignored, matched
+on whole dotted segments. Knows nothing of files. Each architecture declares its own map; no central table knows them all.
 
 In a pattern `*` stands for one segment and `**` for any number, also none; both are carried over to the replacement in
 order. `layers.*.attn.bias` therefore never means `layers.0.c_attn.bias`.
@@ -13,15 +13,34 @@ import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a checkpoint tensor goes: a parameter's canonical name, and for a fused layer which of its parts it is."""
+    """Where a checkpoint tensor goes: a parameter's canonical name, and for a fused layer which of its parts it is.
+
+    `transpose`: it is stored `[in, out]`. `interleave`: its rows are stored `(groups, members, ..)` and go to
+    `(members, groups, ..)`.
+    """
 
     name: str
     part: int | None = None
     transpose: bool = False
+    interleave: tuple[int, int] | None = None
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """A stored tensor `[out, ...]` (or `[in, out]`) as the layer wants it."""
+        if self.transpose:
+            tensor = tensor.t()
+        if self.interleave is None or tensor.shape[0] % (self.interleave[0] * self.interleave[1]):
+            return tensor
+        groups, members = self.interleave
+        rows = tensor.reshape(groups, members, -1, *tensor.shape[1:])  # [groups, members, n, ...]
+        return rows.transpose(0, 1).reshape(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -33,26 +52,31 @@ class WeightMap:
     - `fuse`: a fused module to the names of its members beside it, in the layer's order
       (`{"layers.*.self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj")}`).
     - `transpose`: patterns of tensors stored `[in, out]`.
+    - `interleave`: a module whose output rows are stored group by group, to `(groups, members)`; its rows are brought to
+      member by member (NeoX stores q, k, v of each head side by side: `(heads, 3)`).
     - `tie`: parameter to the parameter whose numbers it shares when the checkpoint has none of its own.
-    - `ignore`: patterns of tensors that inference does not need.
+    - `ignore`: patterns of tensors that inference does not need, unless a head takes them.
     """
 
     prefixes: tuple[str, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
     fuse: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transpose: tuple[str, ...] = ()
+    interleave: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     tie: Mapping[str, str] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
 
-    def resolve(self, name: str) -> Target | None:
-        """The target of a checkpoint tensor, or None when the map ignores it. Does not ask whether the target exists."""
+    def resolve(self, name: str) -> Target:
+        """The target of a checkpoint tensor. Does not ask whether the target exists."""
         name = self.canonical(name)
-        if any(_matches(pattern, name) for pattern in self.ignore):
-            return None
         module, _, leaf = name.rpartition(".")
         transpose = any(_matches(pattern, name) for pattern in self.transpose)
-        fused = self.resolve_module(module)
-        return Target(f"{fused.name}.{leaf}" if module else leaf, fused.part, transpose)
+        target = self.resolve_module(module)
+        return Target(f"{target.name}.{leaf}" if module else leaf, target.part, transpose, target.interleave)
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint tensor that no parameter takes is known not to matter."""
+        return any(_matches(pattern, self.canonical(name)) for pattern in self.ignore)
 
     def resolve_module(self, module: str) -> Target:
         """The target of a module's name as checkpoints or adapters give it."""
@@ -63,7 +87,8 @@ class WeightMap:
                 replaced = _replace(f"{parent}.{member}", f"{parent}.{fused}", module)
                 if replaced is not None:
                     return Target(replaced, part)
-        return Target(module)
+        groups = next((shape for pattern, shape in self.interleave.items() if _matches(pattern, module)), None)
+        return Target(module, interleave=groups)
 
     def canonical(self, name: str) -> str:
         """The name without a known prefix and under its current spelling."""

@@ -9,11 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lorax_core.errors import CheckpointError, listed
 from lorax_core.types import Pooling
-from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.checkpoint import Checkpoint, opened
 
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
+_ACTIVATIONS = {
+    "Identity": "linear",
+    "Tanh": "tanh",
+    "ReLU": "relu",
+    "GELU": "gelu",
+    "Sigmoid": "sigmoid",
+    "SiLU": "silu",
+}
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -37,6 +48,16 @@ class SentenceFiles:
     lower_case: bool = False
     prompt: str = ""
     pool_prompt: bool = True
+    dense: tuple[DenseFiles, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenseFiles:
+    """A dense layer on the pooled vector: weight `[out, in]`, bias `[out]`, and the activation's name."""
+
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
 
 
 def read_sentence_files(checkpoint: Checkpoint) -> SentenceFiles | None:
@@ -44,27 +65,54 @@ def read_sentence_files(checkpoint: Checkpoint) -> SentenceFiles | None:
     modules = checkpoint.json("modules.json")
     if modules is None:
         return None
-    kinds = {_kind(module): module for module in modules if isinstance(module, dict)}
-    unserved = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
-    if unserved or "Transformer" not in kinds:
+    steps = [(_kind(module), str(module.get("path", ""))) for module in modules if isinstance(module, dict)]
+    kinds = [kind for kind, _ in steps]
+    if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
-            f"{checkpoint.path / 'modules.json'} asks for {listed(unserved or ['no Transformer'])}; served are "
-            "'Transformer', 'Pooling', 'Normalize'",
-            hint="load(..., pooling=...) does not help here: the module changes the vectors",
+            f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; served are 'Transformer', 'Pooling', any number of "
+            "'Dense', 'Normalize', in this order",
+            hint="a module that is left out would change the vectors; load(..., pooling=...) ignores these files",
         )
-    pooling, pool_prompt = Pooling.CLS, True
-    if "Pooling" in kinds:
-        pooling, pool_prompt = _pooling(checkpoint, str(kinds["Pooling"].get("path", "")))
+    pooling, pool_prompt = _pooling(checkpoint, steps[1][1])
     transformer = _object(checkpoint, "sentence_bert_config.json")
     return SentenceFiles(
         pooling=pooling,
         # Old checkpoints name a folder for it that does not exist: the entry alone counts.
         normalize="Normalize" in kinds,
+        dense=tuple(read_dense(checkpoint, path) for kind, path in steps if kind == "Dense"),
         max_tokens=transformer.get("max_seq_length"),
         lower_case=bool(transformer.get("do_lower_case", False)),
         prompt=_default_prompt(checkpoint),
         pool_prompt=pool_prompt,
     )
+
+
+def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
+    """The dense layer in a folder of the checkpoint; raises CheckpointError when its files are missing or odd."""
+    config = _object(checkpoint, f"{folder}/config.json")
+    file = checkpoint.path / folder / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{checkpoint.path / folder} has no model.safetensors", hint="a pickle is not read: convert it"
+        )
+    stated = str(config.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
+    if stated not in _ACTIVATIONS:
+        raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; served are {listed(_ACTIVATIONS)}")
+    with opened(file) as tensors:
+        found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
+    if not {"linear.weight"} <= set(found) <= {"linear.weight", "linear.bias"}:
+        raise CheckpointError(
+            f"{file} holds {listed(sorted(found))}; needed are 'linear.weight' and perhaps 'linear.bias'"
+        )
+    return DenseFiles(found["linear.weight"], found.get("linear.bias"), _ACTIVATIONS[stated])
+
+
+def dense_folder(checkpoint: Checkpoint, dim: int) -> str:
+    """The folder `2_Dense_{dim}` beside a checkpoint; raises CheckpointError that lists the sizes there are."""
+    sizes = sorted(int(p.name[8:]) for p in checkpoint.path.glob("2_Dense_*") if p.name[8:].isdigit())
+    if dim not in sizes:
+        raise CheckpointError(f"{checkpoint.path} has no folder 2_Dense_{dim}; sizes there are {sizes or 'none'}")
+    return f"2_Dense_{dim}"
 
 
 def _kind(module: dict[str, Any]) -> str:

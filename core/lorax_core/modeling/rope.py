@@ -1,0 +1,127 @@
+"""The frequencies of rotary positions, by the type that a checkpoint names.
+
+Decides how `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before) are read and what each type
+computes, with the numbers of transformers. Knows nothing of how heads are turned; `rotary` does that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+class Rope(BaseModel):
+    """Rotary parameters of one model. `original_length` is the length that the base was trained for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    theta: float = 10000.0
+    partial: float = 1.0
+    factor: float | None = None
+    original_length: int
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _complete(self) -> Rope:
+        missing = [name for name in _NEEDED[self.type] if getattr(self, name) is None]
+        if missing:
+            raise ValueError(f"rope type {self.type!r} needs {', '.join(missing)}")
+        return self
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Where positions end by their type. Past its length `dynamic` changes frequencies that cached keys were turned by."""
+        return self.original_length if self.type == "dynamic" else None
+
+    def frequencies(self, dim: int, device: str | torch.device | None = None) -> tuple[Tensor, float]:
+        """Inverse frequencies `[dim / 2]` in float32, and the factor on cos and sin."""
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+        inverse = 1.0 / self.theta**exponents
+        match self.type:
+            case "linear":
+                return inverse / (self.factor or 1.0), 1.0
+            case "llama3":
+                return self._llama3(inverse), 1.0
+            case "yarn":
+                return self._yarn(inverse, dim)
+            case _:
+                return inverse, 1.0
+
+    def _llama3(self, inverse: Tensor) -> Tensor:
+        """Long waves are slowed by `factor`, short ones kept, those between blended."""
+        factor, low, high = self.factor or 1.0, self.low_freq_factor or 1.0, self.high_freq_factor or 1.0
+        turns = self.original_length * inverse / (2 * math.pi)  # turns within the original length
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - blend) * inverse / factor + blend * inverse
+
+    def _yarn(self, inverse: Tensor, dim: int) -> tuple[Tensor, float]:
+        factor = self.factor or 1.0
+
+        def dimension(turns: float) -> float:
+            return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = dimension(self.beta_fast or 32), dimension(self.beta_slow or 1)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        width = (high - low) or 0.001  # one dimension wide: a step instead of a ramp
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=inverse.device) - low) / width).clamp(0, 1)
+        scaled = inverse / factor * ramp + inverse * (1 - ramp)
+        return scaled, self._yarn_attention(factor)
+
+    def _yarn_attention(self, factor: float) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return _mscale(factor, self.mscale) / _mscale(factor, self.mscale_all_dim)
+        return _mscale(factor, 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float = 1.0) -> dict[str, Any]:
+    """The fields of a `Rope` from a raw `config.json`; `theta` and `partial` are the architecture's defaults.
+
+    Unknown keys are kept, so that validation names them: a scaling that is not understood must not be ignored.
+    """
+    nested = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    kind = nested.pop("rope_type", None)
+    old_kind = nested.pop("type", None)
+    length = nested.pop("original_max_position_embeddings", None)
+    kind = kind or old_kind or "default"
+    longest = raw.get("max_position_embeddings")
+    if kind == "yarn" and nested.get("factor") is None and length and longest:
+        nested["factor"] = longest / length
+    if kind in ("default", "linear", "dynamic"):
+        length = longest
+    fields = {
+        "type": kind,
+        "theta": nested.pop("rope_theta", None) or raw.get("rope_theta") or theta,
+        "partial": nested.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or partial,
+        "original_length": length or longest,
+    }
+    return {**fields, **{name: value for name, value in nested.items() if value is not None}}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 INSTALL_HINTS: Final = {
     "bert": "lorax-bert",
     "camembert": "lorax-roberta",
-    "distilbert": "lorax-bert",
+    "distilbert": "lorax-distilbert",
     "gpt2": "lorax-gpt2",
     "gpt_neox": "lorax-neox",
     "qwen2": "lorax-qwen2",

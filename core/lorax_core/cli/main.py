@@ -1,0 +1,78 @@
+"""The entry of the `lorax` command: which subcommands there are, and how an error ends the process.
+
+Decides exit codes: 0 done, 1 a `LoraxError` (told on stderr with its hint), 2 a wrong command line. Knows nothing of
+what a subcommand does; each is a module of this package with a typer `app`, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+import lorax_core
+from lorax_core.errors import LoraxError
+
+SUBCOMMANDS: Final = ("models", "plugins", "generate", "embed")
+
+
+class Subcommands(TyperGroup):
+    """The subcommands by name; only the one that runs, or all for the help page, are imported."""
+
+    def __init__(self, **attributes: Any) -> None:
+        """Names the subcommands, for the help page and for typer's suggestions; None stands for what comes later."""
+        super().__init__(**attributes)
+        self.commands = dict.fromkeys(SUBCOMMANDS)  # type: ignore[assignment]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, or None."""
+        if cmd_name not in SUBCOMMANDS:
+            return None
+        command = typer.main.get_command(importlib.import_module(f"lorax_core.cli.{cmd_name}").app)
+        command.name = cmd_name
+        return command
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the subcommand; a `LoraxError` becomes a message and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except LoraxError as error:
+            if ctx.params.get("debug"):
+                import traceback
+
+                traceback.print_exception(error)
+            from lorax_core.cli.render import tell_error
+
+            tell_error(error)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(cls=Subcommands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorax {lorax_core.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorax(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", "--verbose", help="Show the traceback of an error.")] = False,
+) -> None:
+    """One runtime for a zoo of pip-installed architectures."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line `arguments`, `sys.argv` by default. Ends in `SystemExit`."""
+    app(args=arguments, prog_name="lorax")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How commands talk: tables and JSON on stdout, warnings and errors on stderr.
+
+Decides the looks. Knows nothing of what is shown beyond rows of text, errors, and the records of plugins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from lorax_core.errors import LoraxError
+    from lorax_core.plugins.record import PluginRecord
+
+SCHEMA: Final = 1
+"""Version of the shape of all JSON that commands print; a field may be added without raising it."""
+
+_STYLES: Final = {
+    "ready": "green",
+    "slow-import": "yellow",
+    "incompatible": "red",
+    "conflict": "red",
+    "broken": "red",
+    "blocked": "dim",
+}
+
+
+def data_only_stdout() -> contextlib.redirect_stdout[Any]:
+    """While plugins are imported: what they print goes to stderr and does not spoil the data."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
+def show_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout, with its schema version first."""
+    print(json.dumps({"schema": SCHEMA, **data}, indent=2))
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout: for people on a terminal; in a pipe plain columns, neither wrapped nor coloured."""
+    lines = [list(row) for row in rows]
+    if sys.stdout.isatty():
+        _show_rich_table(columns, lines)
+        return
+    if any(columns):
+        lines.insert(0, [name.upper() for name in columns])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for row in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show_rich_table(columns: Sequence[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # Without rules: seven columns must fit on 80 characters, and what does not fit folds but is never cut off.
+    table = Table(box=None, show_header=any(columns), header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    Console().print(table)
+
+
+def tell(message: str, hint: str | None = None, *, label: str = "", style: str = "") -> None:
+    """A message on stderr, its label coloured on a terminal, its hint below."""
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text.assemble((f"{label}: " if label else "", f"bold {style}"), message)
+    if hint is not None:
+        text.append_text(Text.assemble("\n  ", ("hint: ", "bold"), hint))
+    Console(stderr=True, highlight=False).print(text, soft_wrap=True)
+
+
+def tell_error(error: LoraxError) -> None:
+    """An error on stderr: what failed, and the next thing to do."""
+    tell(error.message, error.hint, label="error", style="red")
+
+
+def tell_problems(records: Iterable[PluginRecord]) -> None:
+    """On stderr, each plugin that failed, or is slow to import, with its cause."""
+    for record in records:
+        if record.status.failed or record.status == "slow-import":
+            tell(record.verdict, record.hint, label="warning", style="yellow")
+
+
+def problem_json(record: PluginRecord) -> dict[str, Any]:
+    """One entry of "problems" in the commands' JSON."""
+    return {
+        "plugin": record.name,
+        "package": record.package,
+        "version": record.version,
+        "status": str(record.status),
+        "cause": record.cause,
+        "hint": record.hint,
+    }

@@ -1,0 +1,99 @@
+"""The command as a whole: exit codes, help, where data and talk go, and what is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lorax_core
+
+LIGHT = """
+import sys
+from lorax_core.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as error:
+    assert not error.code, error.code
+print(*sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["models", "list"], ["models", "list", "--json", "--all"], ["models", "show", "qwen2"], ["plugins", "list"]],
+    ids=" ".join,
+)
+def test_looking_around_imports_neither_torch_nor_transformers_nor_numpy(arguments):
+    code = LIGHT.format(arguments=arguments)
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert "qwen2" in done.stdout
+    assert done.stderr.split() == []
+
+
+def test_the_version(main):
+    assert main("--version") == (0, f"lorax {lorax_core.__version__}\n", "")
+
+
+@pytest.mark.parametrize("words", [[], ["models"], ["models", "list"], ["plugins", "doctor"]], ids=" ".join)
+def test_help_is_data_for_those_who_ask(main, words):
+    code, out, err = main(*words, "--help")
+
+    assert (code, err) == (0, "")
+    assert " ".join(["Usage: lorax", *words]) in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["modles"], "Did you mean 'models'?"),
+        (["models", "lst"], "No such command 'lst'"),
+        (["models", "list", "--task", "poetry"], "'poetry' is not one of"),
+        (["models", "show"], "Missing argument 'TYPE'"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(main, arguments, complaint):
+    code, out, err = main(*arguments)
+
+    assert (code, out) == (2, "")
+    assert complaint in err
+
+
+def test_an_error_is_told_on_stderr_with_its_hint_and_exits_with_1(main):
+    code, out, err = main("models", "show", "qwen3")
+
+    assert (code, out) == (1, "")
+    assert err.startswith("error: no plugin brings model type 'qwen3'")
+    assert "hint: did you mean 'qwen2'?" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("option", ["--debug", "--verbose"])
+def test_the_traceback_is_there_for_those_who_ask(main, option):
+    code, _, err = main(option, "models", "show", "qwen3")
+
+    assert code == 1
+    assert "Traceback" in err
+    assert "error: no plugin brings model type 'qwen3'" in err
+
+
+def test_a_bad_setting_is_an_error_like_any_other(main, monkeypatch):
+    monkeypatch.setenv("LORAX_PLUGINS", "lorax bert")
+
+    code, out, err = main("models", "list")
+
+    assert (code, out) == (1, "")
+    assert "LORAX_PLUGINS holds 'lorax bert'" in err
+
+
+def test_what_a_plugin_prints_does_not_spoil_the_data(lorax, strangers):
+    strangers.install("lorax-chatty", "print('hello from chatty')\nraise RuntimeError('no luck')")
+
+    done = lorax("models", "list", "--json")
+
+    assert json.loads(done.stdout)["problems"][0]["cause"].startswith("RuntimeError: no luck")
+    assert "hello from chatty" in done.stderr

@@ -1,0 +1,105 @@
+"""`lorax plugins` among strangers that are really installed."""
+
+from __future__ import annotations
+
+import json
+
+from lorax_core.plugins import ArchitectureSpec
+
+SLOW = """
+import torch
+
+from lorax_core.plugins import ArchitectureSpec, Task, hookimpl
+
+@hookimpl
+def lorax_architectures():
+    yield ArchitectureSpec(
+        model_type="slow",
+        summary="Imports torch to say its name.",
+        api=1,
+        config="lorax_slow.config:SlowConfig",
+        backbone="lorax_slow.modeling:SlowModel",
+        heads={Task.EMBED: "lorax_core.modeling.heads:EmbeddingHead"},
+        hf_architectures={},
+        default_task=Task.EMBED,
+        causal=False,
+        tiny_config={},
+    )
+"""
+
+
+def statuses(done):
+    return {plugin["package"]: plugin["status"] for plugin in json.loads(done.stdout)["plugins"]}
+
+
+def test_the_list_has_core_and_what_each_plugin_brings(main):
+    code, out, err = main("plugins", "list")
+
+    rows = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert (code, err) == (0, "")
+    assert rows["core"][1:] == ["lorax-core", rows["core"][2], "-", "torch", "ready"]
+    assert rows["qwen2"][1:] == ["lorax-qwen2", rows["qwen2"][2], "qwen2", "-", "ready"]
+
+
+def test_all_lists_what_cannot_be_used_too_and_strict_settings_do_not_get_in_the_way(lorax, strangers):
+    strangers.install("lorax-bad", "raise RuntimeError('no luck')")
+    strangers.install("lorax-unwanted")
+
+    usable = lorax("plugins", "list", "--json", LORAX_STRICT="1", LORAX_BLOCK_PLUGINS="unwanted")
+    everything = lorax("plugins", "list", "--json", "--all", LORAX_STRICT="1", LORAX_BLOCK_PLUGINS="unwanted")
+
+    assert not {"lorax-bad", "lorax-unwanted"} & set(statuses(usable))
+    assert statuses(everything)["lorax-bad"] == "broken"
+    assert statuses(everything)["lorax-unwanted"] == "blocked"
+    assert json.loads(usable.stdout)["problems"][0]["package"] == "lorax-bad"
+    assert "lorax-bad 1.0 is broken" in usable.stderr
+
+
+def test_the_json_of_a_plugin_has_its_declarations(main):
+    _, out, _ = main("plugins", "list", "--json")
+
+    plugins = {plugin["package"]: plugin for plugin in json.loads(out)["plugins"]}
+    (spec,) = plugins["lorax-qwen2"]["architectures"]
+    assert ArchitectureSpec.model_validate(spec).model_type == "qwen2"
+    assert plugins["lorax-core"]["backends"][0]["name"] == "torch"
+    assert plugins["lorax-qwen2"]["import_seconds"] > 0
+
+
+def test_doctor_survives_what_would_end_its_own_process(lorax, strangers):
+    strangers.install("lorax-crash", "import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos._exit(7)")
+    strangers.install("lorax-one", model_type="contested")
+    strangers.install("lorax-two", model_type="contested")
+
+    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="crash,one,two,lorax-misspelt", LORAX_STRICT="1")
+
+    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
+    assert done.returncode == 0
+    assert said["lorax-crash"]["cause"] == "importing it ended the process with exit code 7: last words"
+    assert "model type 'contested' is claimed by lorax-two" in said["lorax-one"]["cause"]
+    assert said["lorax-misspelt"]["cause"] == "LORAX_PLUGINS names 'lorax-misspelt', which is not installed"
+    assert said["lorax-bert"]["status"] == "blocked"
+    assert said["lorax-core"]["status"] == "ready"
+
+
+def test_doctor_does_not_wait_for_ever(lorax, strangers):
+    strangers.install("lorax-hangs", "import threading\nthreading.Event().wait()")
+
+    done = lorax("plugins", "doctor", "--json", "--timeout", "1", LORAX_PLUGINS="hangs")
+
+    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
+    assert said["lorax-hangs"]["cause"] == "importing it took longer than 1 s"
+
+
+def test_an_import_of_torch_is_noticed_and_the_plugin_used_all_the_same(lorax, strangers):
+    strangers.install("lorax-slow", SLOW)
+
+    listed = lorax("models", "list", "--json", LORAX_PLUGINS="slow")
+    examined = lorax("plugins", "doctor", LORAX_PLUGINS="slow")
+
+    assert json.loads(listed.stdout)["models"][0]["status"] == "slow-import"
+    assert json.loads(listed.stdout)["problems"] == []
+    assert "plugin lorax-slow 1.0 is slow-import: importing its declaration imported torch" in listed.stderr
+    assert "hint: name classes by strings in plugin.py" in listed.stderr
+    row = next(line for line in examined.stdout.splitlines() if line.startswith("slow"))
+    assert "slow-import" in row
+    assert "imported torch" in row

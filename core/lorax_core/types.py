@@ -41,10 +41,15 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens that a request cost."""
+    """Tokens that a request cost.
+
+    `cached_tokens` of the prompt were found in the cache; `accepted_tokens` of the completion were guessed right.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    accepted_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -52,13 +57,33 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own probabilities, before penalties and temperature, at one place of a text.
+
+    `top` has the most likely tokens, as many as were asked for, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to a generating request. `text` leaves out special tokens and the stop string."""
+    """The answer to a generating request. `text` leaves out special tokens and the stop string.
+
+    `logprobs` has an entry for each token of `token_ids` and `prompt_logprobs` one for each token of the prompt (None for the
+    first, which nothing predicts), where they were asked for. Of a request for `n` answers this is the first, and
+    `alternatives` are the others.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
     usage: Usage
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    alternatives: list[Completion] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +129,9 @@ class Classification:
 class Event:
     """One piece of a stream.
 
-    `index` counts the prompts of the call from 0; `text` and `token_ids` are new since the last event of that index (text
-    may lag behind tokens: a character is never split). The last event of an index carries the whole `completion`.
+    `index` counts the prompts of the call from 0, `choice` the answers to one prompt; `text` and `token_ids` are new since
+    the last event of that answer (text may lag behind tokens: a character is never split). The last event of an answer
+    carries the whole `completion`.
     """
 
     index: int
@@ -113,3 +139,4 @@ class Event:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
+    choice: int = 0

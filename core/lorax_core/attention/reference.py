@@ -83,16 +83,20 @@ class TorchBackend(AttentionBackend):
     def attend(self, q: Tensor, layer: Attention, batch: Batch) -> Tensor:
         assert batch.kv is not None
         plan: _Plan = batch.plan
-        keys, values = batch.kv.layer(layer.index)  # [pages, page, kv_heads, dim]
         out = torch.empty_like(q)  # [tokens, heads, dim]
         if plan.decode is not None:
-            out[plan.decode.rows] = _decode_rows(q[plan.decode.rows], keys, values, plan.decode, layer.spec)
+            k, v = batch.kv.gather(layer.index, plan.decode.pages, q.dtype)  # [n, most pages, page, kv_heads, dim]
+            out[plan.decode.rows] = _decode_rows(q[plan.decode.rows], k, v, plan.decode, layer.spec)
         for piece in plan.pieces:
             rows = slice(piece.start, piece.stop)
             total = piece.past + piece.stop - piece.start
-            k = keys[piece.pages].flatten(0, 1)[:total].to(q.dtype)  # [keys, kv_heads, dim]
-            v = values[piece.pages].flatten(0, 1)[:total].to(q.dtype)
-            out[rows] = _extend(q[rows], k, v, piece.past, layer.spec, plan)
+            # Pages that lie wholly behind the window may have been given back: they are not even read.
+            page_size = batch.kv.page_size
+            first = 0 if layer.spec.window is None else max(0, piece.past + 1 - layer.spec.window) // page_size
+            k, v = batch.kv.gather(layer.index, piece.pages[first:], q.dtype)
+            seen = total - first * page_size
+            k, v = k.flatten(0, 1)[:seen], v.flatten(0, 1)[:seen]  # [keys, kv_heads, dim]
+            out[rows] = _extend(q[rows], k, v, piece.past - first * page_size, layer.spec, plan)
         return out
 
     def encode(self, q: Tensor, k: Tensor, v: Tensor, layer: Attention, batch: Batch) -> Tensor:
@@ -118,8 +122,8 @@ def _gather_plan(batch: Batch, single: list[int], starts: tuple[int, ...], devic
 def _decode_rows(q: Tensor, keys: Tensor, values: Tensor, decode: _Decode, spec: AttentionSpec) -> Tensor:
     """One row for each sequence: q `[n, heads, dim]` over its own pages."""
     n, heads, dim = q.shape
-    k = keys[decode.pages].flatten(1, 2).transpose(1, 2).to(q.dtype)  # [n, kv_heads, keys, dim]
-    v = values[decode.pages].flatten(1, 2).transpose(1, 2).to(q.dtype)
+    k = keys.flatten(1, 2).transpose(1, 2)  # [n, kv_heads, keys, dim]
+    v = values.flatten(1, 2).transpose(1, 2)
     mask = decode.masks.get(spec.window)
     if mask is None:
         at = torch.arange(k.shape[2], device=q.device)

@@ -91,9 +91,16 @@ class Batcher:
 def _wanted_rows(chunk: Chunk) -> range:
     """Rows of the chunk, counted from its own start, that the sequence's head reads."""
     span = chunk.sequence.span
-    if span is None:
-        return range(chunk.length - 1 if chunk.final else chunk.length, chunk.length)
-    return range(max(span.start - chunk.start, 0), min(span.stop - chunk.start, chunk.length))
+    if span is not None:
+        return range(max(span.start - chunk.start, 0), min(span.stop - chunk.start, chunk.length))
+    if scores_prompt(chunk):
+        return range(chunk.length)
+    return range(chunk.length - 1 - chunk.drafted if chunk.final else chunk.length, chunk.length)
+
+
+def scores_prompt(chunk: Chunk) -> bool:
+    """Whether every row of the chunk is read, because the prompt's own tokens are scored."""
+    return chunk.sequence.prompt_logprobs is not None and chunk.start < len(chunk.sequence.prompt) - 1
 
 
 def _slots(chunk: Chunk, page_size: int) -> Iterable[int]:

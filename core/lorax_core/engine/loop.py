@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
+
 from lorax_core.engine.detokenizer import Detokenizer, TextDecoder
 from lorax_core.engine.runner import Answer, Runner
-from lorax_core.engine.scheduler import Scheduler, StepPlan
+from lorax_core.engine.sampler import Picked
+from lorax_core.engine.scheduler import Chunk, Scheduler, StepPlan
 from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.engine.stopping import StopText
 from lorax_core.errors import LoraxError, StepError
@@ -26,6 +29,7 @@ class EngineLoop:
 
     def __init__(self, scheduler: Scheduler, runner: Runner, decoder: TextDecoder | None = None) -> None:
         self.scheduler = scheduler
+        self.steps = 0
         self._runner = runner
         self._decoder = decoder
         self._texts: dict[Sequence, tuple[Detokenizer, StopText]] = {}
@@ -36,9 +40,10 @@ class EngineLoop:
         return len(self.scheduler) > 0
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence joins; it takes part from the next step on."""
-        if self._decoder is not None and sequence.stop is not None:
-            self._texts[sequence] = (Detokenizer(self._decoder), StopText(sequence.stop.strings))
+        """A sequence joins; it takes part from the next step on, and its forks once its prompt is computed."""
+        for one in (sequence, *sequence.forks):
+            if self._decoder is not None and one.stop is not None:
+                self._texts[one] = (Detokenizer(self._decoder), StopText(one.stop.strings))
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -51,56 +56,117 @@ class EngineLoop:
         plan = self.scheduler.plan()
         if not plan.chunks:
             return
-        try:
-            answers = self._runner.run(plan)
-        except Exception as error:
-            self._fail(plan, error)
-            return
-        self.scheduler.advance(plan)
-        for sequence, answer in answers.items():
-            self._emit(sequence, self._accept(sequence, answer))
+        self.steps += 1
+        answers = self._run(plan)
+        for chunk in plan.chunks:
+            answer = answers[chunk.sequence]
+            update = answer if isinstance(answer, Update) else self._accept(chunk, answer)
+            if update is not None:
+                self._emit(chunk.sequence, update)
 
-    def _accept(self, sequence: Sequence, answer: Answer) -> Update:
-        """Take an answer into the sequence and say what is new."""
-        if answer.token_id is None:
-            return Update(answer=answer.values)
+    def _run(self, plan: StepPlan) -> dict[Sequence, Answer | Update]:
+        """Answers of a plan. When the step breaks, each chunk is tried alone: only those that break alone end with an error."""
+        try:
+            answers: dict[Sequence, Answer | Update] = dict(self._runner.run(plan))
+        except Exception as error:
+            if len(plan.chunks) == 1:
+                return {plan.chunks[0].sequence: _broken(error)}
+            _log.warning("a step over %d sequences failed (%r); each is tried alone", len(plan.chunks), error)
+            answers = {}
+            for chunk in plan.chunks:
+                copies = tuple((old, new) for old, new in plan.copies if new in chunk.sequence.pages)
+                answers |= self._run(StepPlan((chunk,), copies))
+        return {chunk.sequence: Answer() for chunk in plan.chunks} | answers
+
+    def _accept(self, chunk: Chunk, answer: Answer) -> Update | None:
+        """Take an answer into the sequence and say what is new; None when nothing is yet."""
+        sequence = chunk.sequence
+        sequence.part = answer.part if answer.part is not None else sequence.part
+        sequence.prompt_scores += answer.prompt_scores
+        if not answer.picked:
+            if answer.values is not None and not np.isfinite(answer.values).all():
+                self._scrub(sequence)
+                return Update(error=StepError("the model gave NaN or infinite values", results=[]))
+            self.scheduler.advance(chunk)
+            return Update(answer=answer.values) if answer.values is not None else None
+        update = self._take(sequence, answer.picked)
+        if update.error is not None:
+            self._scrub(sequence)
+            return update
+        accepted = max(len(update.token_ids) - 1, 0)
+        sequence.accepted_drafts += accepted
+        self.scheduler.advance(chunk, accepted)
+        if sequence.forks:
+            self.scheduler.fork(sequence)
+        return update
+
+    def _take(self, sequence: Sequence, picked: tuple[Picked, ...]) -> Update:
+        """New tokens, one after the other, until one ends the completion."""
+        tokens: list[int] = []
+        text, reason = "", None
+        for one in picked:
+            if one.token_id is None:
+                return Update(error=StepError(one.fault, results=[]))
+            tokens.append(one.token_id)
+            piece, reason = self._next(sequence, one.token_id)
+            text += piece
+            if reason is not None:
+                break
+        scores = tuple(one.logprobs for one in picked[: len(tokens)] if one.logprobs is not None)
+        return Update(token_ids=tuple(tokens), logprobs=scores, text=text, finish_reason=reason)
+
+    def _next(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
+        """One new token: the text that it lets out, and whether it ends the completion."""
         rule = sequence.stop
         assert rule is not None
-        sequence.output.append(answer.token_id)
-        reason = None
-        if answer.token_id in rule.token_ids:
-            reason = FinishReason.STOP
-        elif len(sequence.output) >= rule.max_tokens:
+        sequence.output.append(token)
+        sequence.output_counts[token] += 1
+        stopped = token in rule.token_ids and len(sequence.output) > rule.min_tokens
+        if sequence.grammar is not None and not stopped:
+            sequence.grammar.advance(token)
+            stopped = sequence.grammar.complete
+            ended_by_token = False
+        else:
+            ended_by_token = stopped
+        reason = FinishReason.STOP if stopped else None
+        if reason is None and len(sequence.output) >= rule.max_tokens:
             reason = FinishReason.LENGTH
-        text = ""
-        if sequence in self._texts:
-            detokenizer, stop_text = self._texts[sequence]
-            # A stop token that is not special has text of its own, which is no part of the answer.
-            piece = "" if reason is FinishReason.STOP else detokenizer.push(answer.token_id)
-            if reason is not None:
-                piece += detokenizer.flush()
-            text, met = stop_text.feed(piece)
-            if met:
-                reason = FinishReason.STOP
-            elif reason is not None:
-                text += stop_text.flush()
-        return Update(token_ids=(answer.token_id,), text=text, finish_reason=reason)
+        if sequence not in self._texts:
+            return "", reason
+        detokenizer, stop_text = self._texts[sequence]
+        # A stop token that is not special has text of its own, which is no part of the answer.
+        piece = "" if ended_by_token else detokenizer.push(token)
+        if reason is not None:
+            piece += detokenizer.flush()
+        text, met = stop_text.feed(piece, len(sequence.output) >= rule.min_tokens)
+        if met:
+            return text, FinishReason.STOP
+        return text + stop_text.flush() if reason is not None else text, reason
+
+    def _scrub(self, sequence: Sequence) -> None:
+        """Clear the pages of a sequence that went wrong: a NaN would outlive it, even where it is masked."""
+        allocator = self.scheduler.allocator
+        if allocator is not None:
+            self._runner.clear([page for page in sequence.pages if allocator.holders(page) == 1])
 
     def _emit(self, sequence: Sequence, update: Update) -> None:
         if update.last:
             self._leave(sequence)
         sequence.sink(update)
 
-    def _fail(self, plan: StepPlan, error: Exception) -> None:
-        """End the sequences of a step that broke; the others and the cache stay sound."""
-        _log.exception("a step over %d sequences failed", len(plan.chunks))
-        for chunk in plan.chunks:
-            told = error if isinstance(error, LoraxError) else StepError(f"the step failed: {error!r}", results=[])
-            if told is not error:
-                told.__cause__ = error
-            self._emit(chunk.sequence, Update(error=told))
-
     def _leave(self, sequence: Sequence) -> None:
-        sequence.finished = True
         self._texts.pop(sequence, None)
         self.scheduler.remove(sequence)
+        forks = [fork for fork in sequence.forks if not fork.finished]
+        sequence.forks = []
+        if forks:  # the prompt was not computed for them: the first takes it on
+            forks[0].forks = forks[1:]
+            self.scheduler.add(forks[0])
+
+
+def _broken(error: Exception) -> Update:
+    if isinstance(error, LoraxError):
+        return Update(error=error)
+    told = StepError(f"the step failed: {type(error).__name__}: {error}", results=[])
+    told.__cause__ = error
+    return Update(error=told)

@@ -1,34 +1,41 @@
 """One step on the device: batch in, answers out.
 
-Decides how a plan is computed and read back. Knows nothing of stopping, text or who waits for the answers.
+Decides how a plan is computed and read back. Changes no sequence, so a step that failed can be tried again in smaller pieces.
+Knows nothing of stopping, text or who waits for the answers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lorax_core.attention.base import AttentionBackend
-from lorax_core.engine.batcher import Batcher
-from lorax_core.engine.sampler import Draw, sample
+from lorax_core.engine.batcher import Batcher, scores_prompt
+from lorax_core.engine.sampler import Draw, Picked, sample, score
 from lorax_core.engine.scheduler import Chunk, StepPlan
 from lorax_core.engine.sequence import Sequence
 from lorax_core.kvcache.pool import KVPool
+from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.model import Model
-from lorax_core.types import Task
+from lorax_core.types import Task, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a step gave one sequence: its next token, or what the head made of its whole text."""
+    """What a step gave one sequence.
 
-    token_id: int | None = None
-    values: NDArray[np.float32] | None = None
+    `picked`: a token for the newest row and each right guess before it, in order. `prompt_scores`: of the prompt tokens that
+    this chunk's rows predict. `part`: what the head made of the rows so far; `values`: of the whole text, on the host.
+    """
+
+    picked: tuple[Picked, ...] = ()
+    prompt_scores: tuple[TokenLogprobs, ...] = ()
+    part: Any = None
+    values: Any = None  # float32 numpy
 
 
 class Runner:
@@ -37,12 +44,15 @@ class Runner:
     def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool | None) -> None:
         self._model = model
         self._backend = backend
+        self._pool = pool
         self._batcher = Batcher(model, pool)
         self._specs = model.attention_specs
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> dict[Sequence, Answer]:
-        """Compute a plan; an answer for each sequence that got one (a chunk in the middle of a text gets none)."""
+        """Compute a plan; an answer for each sequence whose rows were read."""
+        if self._pool is not None:
+            self._pool.copy(plan.copies)
         packed = self._batcher.pack(plan)
         packed.batch.attention = self._backend
         self._backend.plan(packed.batch, self._specs)
@@ -51,35 +61,89 @@ class Runner:
         for group, rows in zip(packed.batch.head_rows, output.answers, strict=True):
             chunks = [packed.chunks[index] for index in group.sequences]
             if group.task is Task.GENERATE:
-                answers |= self._tokens(chunks, rows)
+                answers |= self._generated(chunks, rows, group)
             elif group.task is not None:
-                self._join(self._model.head(group.task), chunks, rows, group.counts)
-        answers |= self._finished(
-            [c.sequence for c in packed.chunks if c.final and c.sequence.task is not Task.GENERATE]
-        )
+                answers |= self._joined(self._model.head(group.task), chunks, rows, group)
+        unread = [chunk for chunk in packed.chunks if chunk.final and chunk.sequence not in answers]
+        answers |= {chunk.sequence: Answer(part=chunk.sequence.part) for chunk in unread}
+        return self._finished([chunk for chunk in packed.chunks if chunk.final], answers)
+
+    def clear(self, pages: list[int]) -> None:
+        """Forget what pages of the cache hold."""
+        if self._pool is not None and pages:
+            self._pool.clear(pages)
+
+    def _generated(self, chunks: list[Chunk], logits: Tensor, group: HeadRows) -> dict[Sequence, Answer]:
+        """logits `[rows, vocab]`, `group.counts` rows for each chunk, to tokens and scores of prompts."""
+        starts = [sum(group.counts[:i]) for i in range(len(chunks))]
+        drawn: list[int] = []
+        draws: list[Draw] = []
+        for chunk, start, count in zip(chunks, starts, group.counts, strict=True):
+            if chunk.final:
+                drawn += range(start + count - 1 - chunk.drafted, start + count)
+                draws += _draws(chunk)
+        at = torch.tensor(drawn, device=logits.device, dtype=torch.int64)
+        picked = iter(sample(logits if len(drawn) == len(logits) else logits[at], draws)) if drawn else iter(())
+        answers: dict[Sequence, Answer] = {}
+        for chunk, start, count in zip(chunks, starts, group.counts, strict=True):
+            own = [next(picked) for _ in range(1 + chunk.drafted)] if chunk.final else []
+            scores = _prompt_scores(chunk, logits[start : start + count]) if scores_prompt(chunk) else ()
+            answers[chunk.sequence] = Answer(picked=_verified(own, chunk.sequence.draft), prompt_scores=scores)
         return answers
 
-    def _tokens(self, chunks: list[Chunk], logits: Tensor) -> dict[Sequence, Answer]:
-        """logits `[sequences, vocab]` to a token for each."""
-        tokens = sample(logits, [Draw(chunk.sequence.sampling, len(chunk.sequence)) for chunk in chunks])
-        return {chunk.sequence: Answer(token_id=token) for chunk, token in zip(chunks, tokens, strict=True)}
-
-    def _join(self, head: Head, chunks: list[Chunk], answers: Tensor, counts: tuple[int, ...]) -> None:
-        """Add a step's answers to what earlier chunks of the same texts gave."""
-        parts = answers.unbind(0) if head.pooled else torch.split(answers, list(counts))
+    def _joined(self, head: Head, chunks: list[Chunk], answers: Tensor, group: HeadRows) -> dict[Sequence, Answer]:
+        """A step's answers added to what earlier chunks of the same texts gave."""
+        parts = answers.unbind(0) if head.pooled else torch.split(answers, list(group.counts))
+        joined: dict[Sequence, Answer] = {}
         for chunk, part in zip(chunks, parts, strict=True):
             before = chunk.sequence.part
             if before is not None:
                 part = before + part if head.pooled else torch.cat((before, part))
-            chunk.sequence.part = part
+            joined[chunk.sequence] = Answer(part=part)
+        return joined
 
-    def _finished(self, sequences: list[Sequence]) -> dict[Sequence, Answer]:
+    def _finished(self, chunks: list[Chunk], answers: dict[Sequence, Answer]) -> dict[Sequence, Answer]:
         """Whole texts to their answers, task by task."""
-        answers: dict[Sequence, Answer] = {}
+        sequences = [chunk.sequence for chunk in chunks if chunk.sequence.span is not None]
         for task in dict.fromkeys(sequence.task for sequence in sequences):
             group = [sequence for sequence in sequences if sequence.task is task]
-            counts = [len(sequence.span) if sequence.span is not None else 0 for sequence in group]
-            made = self._model.head(task).finish([sequence.part for sequence in group], counts)
+            counts = [len(sequence.span) for sequence in group if sequence.span is not None]
+            made = self._model.head(task).finish([answers[sequence].part for sequence in group], counts)
             for sequence, values in zip(group, made, strict=True):
-                answers[sequence] = Answer(values=values.float().cpu().numpy().copy())
+                answers[sequence] = replace(answers[sequence], values=values.float().cpu().numpy().copy())
         return answers
+
+
+def _draws(chunk: Chunk) -> list[Draw]:
+    """How each row of a final chunk is decided: the newest token's, then one after each guess."""
+    sequence = chunk.sequence
+    one = sequence.sampling
+    assert sequence.stop is not None
+    draws: list[Draw] = []
+    for guessed in range(1 + chunk.drafted):
+        seen = None
+        if one.counts_tokens:
+            counts = sequence.output_counts.copy()
+            counts.update(sequence.draft[:guessed])
+            seen = {**dict.fromkeys(sequence.prompt, 0), **counts}
+        early = len(sequence.output) + guessed < sequence.stop.min_tokens
+        allowed = sequence.grammar.allowed() if sequence.grammar is not None else None
+        banned = sequence.stop.token_ids if early else frozenset()
+        draws.append(Draw(one, len(sequence) + guessed, seen, banned, allowed))
+    return draws
+
+
+def _verified(picked: list[Picked], draft: list[int]) -> tuple[Picked, ...]:
+    """The decided tokens up to the first that a guess had wrong, that one included: each depends on those before."""
+    right = 0
+    while right < len(picked) - 1 and picked[right].token_id == draft[right]:
+        right += 1
+    return tuple(picked[: right + 1])
+
+
+def _prompt_scores(chunk: Chunk, logits: Tensor) -> tuple[TokenLogprobs, ...]:
+    """Scores of the prompt tokens that follow the rows of a chunk: logits `[chunk.length, vocab]`."""
+    prompt = chunk.sequence.prompt
+    tokens = prompt[chunk.start + 1 : chunk.stop + 1]
+    found = score(logits[: len(tokens)], tokens, [chunk.sequence.prompt_logprobs] * len(tokens))
+    return tuple(one for one in found if one is not None)

@@ -1,175 +1,322 @@
 """Who runs next.
 
 Decides which tokens of which sequences make up a step, within a budget of tokens, rows and pages. Pure planning, without
-tensors. Sequences that decode come first, one token each, so a long prompt never stalls running answers; prompts share what
-is left in order of arrival, in chunks. When pages run out the youngest sequence gives its pages back and is computed again
-later, so the oldest always ends.
+tensors.
+
+- Sequences that decode come first, a token each, so a long prompt never stalls running answers; prompts share what is left,
+  by rank (arrival, moved by priority), in chunks.
+- A sequence begins with the pages that the cache already has for its tokens.
+- When pages run out, the last by rank gives its own back and is computed again later, so the first always ends.
+- Pages that no layer can see any more (past the widest sliding window) are given back.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import heapq
+from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorax_core.engine.sequence import Sequence
-from lorax_core.kvcache.allocator import PageAllocator
+from lorax_core.kvcache.allocator import SCRATCH_PAGE, PageAllocator
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start` to `start + length` of a sequence, to be computed now."""
+    """Tokens `start` to `start + length` of a sequence, to be computed now; the last `drafted` of them are guesses."""
 
     sequence: Sequence
     start: int
     length: int
+    drafted: int = 0
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
 
     @property
     def final(self) -> bool:
-        """Whether this chunk ends with the newest token, so that the sequence gets its answer."""
-        return self.start + self.length == len(self.sequence)
+        """Whether this chunk reaches the newest token, so that the sequence gets its answer."""
+        return self.stop - self.drafted == len(self.sequence)
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The chunks of one step. Empty when nothing can run."""
+    """The chunks of one step, by rank. `copies` are pages `(from, to)` to be copied before anything is computed."""
 
     chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
 
 
+@dataclass(slots=True)
+class _Draft:
+    """A plan being made."""
+
+    budget: int
+    rows: int
+    chunks: dict[Sequence, Chunk]
+    copies: list[tuple[int, int]]
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.sequence] = chunk
+        self.budget -= chunk.length
+        self.rows -= 1
+
+    def drop(self, sequence: Sequence) -> None:
+        chunk = self.chunks.pop(sequence, None)
+        if chunk is not None:
+            self.budget += chunk.length
+            self.rows += 1
+
+    @property
+    def full(self) -> bool:
+        return self.budget < 1 or self.rows < 1
+
+
 class Scheduler:
     """Plans steps over all living sequences.
 
     With an `allocator`, sequences hold pages and may be computed in chunks. Without one (bidirectional models) a text runs
-    whole; one that is longer than `max_tokens` runs alone.
+    whole; one that is longer than `max_tokens` runs alone. `window` is the widest sliding window of the model in tokens,
+    None when a layer sees everything. `scored_tokens` bounds chunks whose every row is scored, for a row of scores is as
+    wide as the vocabulary.
     """
 
-    def __init__(self, *, max_tokens: int, max_rows: int, allocator: PageAllocator | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        max_rows: int,
+        allocator: PageAllocator | None = None,
+        window: int | None = None,
+        scored_tokens: int = 256,
+    ) -> None:
         if max_tokens < 1 or max_rows < 1:
             raise ValueError(f"a step needs room for a token and a row, not {max_tokens} and {max_rows}")
         self.max_tokens = max_tokens
         self.max_rows = max_rows
         self.allocator = allocator
-        self._running: dict[int, Sequence] = {}  # by arrival, in that order
-        self._waiting: deque[Sequence] = deque()
+        self.window = window
+        self.scored_tokens = scored_tokens
+        self._running: list[Sequence] = []  # by rank
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by rank, with cancelled ones in it
+        self._waiting_count = 0
         self._arrivals = 0
 
     def __len__(self) -> int:
-        return len(self._running) + len(self._waiting)
+        return len(self._running) + self._waiting_count
 
     def __iter__(self) -> Iterator[Sequence]:
-        yield from self._running.values()
-        yield from self._waiting
+        yield from self._running
+        yield from (sequence for _, sequence in sorted(self._waiting, key=_first) if not sequence.finished)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have not begun, or gave their pages back."""
+        return self._waiting_count
 
     def add(self, sequence: Sequence) -> None:
-        """A new sequence joins the end of the queue."""
+        """A new sequence joins the queue."""
         self._arrivals += 1
         sequence.arrival = self._arrivals
-        self._waiting.append(sequence)
+        self._wait(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """A sequence leaves, finished or cancelled; its pages are free before the next plan."""
+        """A sequence leaves, finished or cancelled; its pages are free before the next plan. Marks it finished."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence.arrival:  # a fork that has not joined yet is not counted
+            self._waiting_count -= 1
         self._release(sequence)
-        if self._running.pop(sequence.arrival, None) is None and sequence in self._waiting:
-            self._waiting.remove(sequence)
 
     def plan(self) -> StepPlan:
         """The next step. Pages that its tokens need are allocated already."""
-        chunks: dict[int, Chunk] = {}
-        budget = self.max_tokens
-        decoding = [sequence for sequence in self._running.values() if sequence.remaining == 1]
-        prompts = [sequence for sequence in self._running.values() if sequence.remaining > 1]
+        draft = _Draft(self.max_tokens, self.max_rows, {}, [])
+        decoding = [sequence for sequence in self._running if sequence.remaining == 1]
+        prompts = [sequence for sequence in self._running if sequence.remaining > 1]
         for sequence in (*decoding, *prompts):
-            if len(chunks) == self.max_rows or budget == 0:
+            if draft.full:
                 break
-            if sequence.arrival not in self._running:  # it gave its pages to an older one
-                continue
-            length = min(sequence.remaining, budget)
-            freed = self._reserve(sequence, length, chunks)
-            if freed is not None:
-                budget += freed
-                chunks[sequence.arrival] = Chunk(sequence, sequence.computed, length)
-                budget -= length
-        self._admit(chunks, budget)
-        return StepPlan(tuple(chunks[arrival] for arrival in sorted(chunks)))
+            if sequence.pages or self.allocator is None:  # it has not just given them to one before it
+                self._continue(sequence, draft)
+        while self._waiting and not draft.full and len(self._running) < self.max_rows:
+            if not self._admit(draft):
+                break
+        chunks = sorted(draft.chunks.values(), key=lambda chunk: chunk.sequence.rank)
+        return StepPlan(tuple(chunks), tuple(draft.copies))
 
-    def advance(self, plan: StepPlan) -> None:
-        """The step was computed: its tokens count as such."""
-        for chunk in plan.chunks:
-            chunk.sequence.computed = chunk.start + chunk.length
+    def advance(self, chunk: Chunk, accepted: int = 0) -> None:
+        """A chunk was computed, and `accepted` of its guesses were right: those tokens count as computed.
+
+        Full pages become known to others, rejected guesses give their pages back, and so do tokens behind the window.
+        """
+        sequence = chunk.sequence
+        sequence.computed = chunk.stop - chunk.drafted + accepted
+        sequence.draft = []
+        if self.allocator is None:
+            return
+        size = self.allocator.page_size
+        needed = self.allocator.pages_for(sequence.computed)
+        if len(sequence.pages) > needed:
+            self.allocator.release(sequence.pages[needed:])
+            del sequence.pages[needed:]
+        full = min(sequence.computed, len(sequence)) // size
+        first = chunk.start // size
+        keys = sequence.keys(full, size)
+        for page, key in zip(sequence.pages[first:full], keys[first:full], strict=True):
+            if page != SCRATCH_PAGE:
+                self.allocator.publish(key, page)
+        self._slide(sequence)
+
+    def fork(self, parent: Sequence) -> None:
+        """The prompt of `parent` is computed: its forks join as running, sharing its pages until they write to them."""
+        forks, parent.forks = parent.forks, []
+        for sequence in forks:
+            if sequence.finished:
+                continue
+            self._arrivals += 1
+            sequence.arrival = self._arrivals
+            sequence.computed = len(sequence) - 1
+            sequence.reused = sequence.computed
+            sequence.pages = list(parent.pages)
+            if self.allocator is not None:
+                self.allocator.share(sequence.pages)
+            insort(self._running, sequence, key=_rank)
 
     def check(self) -> None:
         """Prove the invariants between sequences and pages; AssertionError otherwise."""
-        arrivals = list(self._running)
-        assert arrivals == sorted(set(arrivals)), "running sequences are out of order"
-        assert all(sequence.computed == 0 and not sequence.pages for sequence in self._waiting), (
-            "a waiting one holds pages"
-        )
+        ranks = [sequence.rank for sequence in self._running]
+        assert ranks == sorted(set(ranks)), "running sequences are out of order"
+        waiting = [sequence for _, sequence in self._waiting if not sequence.finished]
+        assert len(waiting) == self._waiting_count, "a waiting sequence is not counted"
+        assert all(sequence.computed == 0 and not sequence.pages for sequence in waiting), "a waiting one holds pages"
         if self.allocator is not None:
-            for sequence in self._running.values():
+            for sequence in self._running:
                 held = len(sequence.pages) * self.allocator.page_size
                 assert sequence.computed <= held, "more tokens computed than pages hold"
-            self.allocator.check(sequence.pages for sequence in self._running.values())
+            self.allocator.check(sequence.pages for sequence in self._running)
 
-    def _admit(self, chunks: dict[int, Chunk], budget: int) -> None:
-        """Waiting sequences in order of arrival, until one does not fit."""
-        while self._waiting and budget > 0 and len(chunks) < self.max_rows and len(self._running) < self.max_rows:
-            sequence = self._waiting[0]
-            length = sequence.remaining
-            if self.allocator is None:
-                if length > budget and chunks:
-                    return
-            else:
-                length = min(length, budget)
-                if not self._grow(sequence, length):
-                    return
-            self._run(self._waiting.popleft())
-            chunks[sequence.arrival] = Chunk(sequence, sequence.computed, length)
-            budget -= length
-
-    def _run(self, sequence: Sequence) -> None:
-        youngest = next(reversed(self._running), 0)
-        self._running[sequence.arrival] = sequence
-        if sequence.arrival < youngest:  # it gave its pages back before, and is older than one that runs
-            self._running = dict(sorted(self._running.items()))
-
-    def _reserve(self, sequence: Sequence, length: int, chunks: dict[int, Chunk]) -> int | None:
-        """Pages for `length` more tokens, taken from the youngest if need be.
-
-        Gives the tokens of chunks that were planned and had to give way, or None when `sequence` itself had to.
-        """
-        freed = 0
-        while not self._grow(sequence, length):
-            victim = self._running[next(reversed(self._running))]
-            planned = chunks.pop(victim.arrival, None)
-            freed += planned.length if planned is not None else 0
+    def _continue(self, sequence: Sequence, draft: _Draft) -> None:
+        """The next chunk of a running sequence, taking pages from the last by rank when there are no more."""
+        length = self._length(sequence, draft.budget)
+        if sequence.drafter is not None and sequence.remaining == 1:
+            length += self._guess(sequence, draft.budget - length)
+        while not self._reserve(sequence, length, draft):
+            victim = self._running[-1]
+            draft.drop(victim)
             self._preempt(victim)
             if victim is sequence:
-                return None
-        return freed
+                return
+        drafted = len(sequence.draft)
+        draft.add(Chunk(sequence, sequence.computed, length, drafted))
 
-    def _grow(self, sequence: Sequence, length: int) -> bool:
+    def _guess(self, sequence: Sequence, budget: int) -> int:
+        """Let the sequence guess ahead, as far as budget and its own limit of tokens go; the number of guesses."""
+        assert sequence.drafter is not None
+        assert sequence.stop is not None
+        sequence.draft = []
+        sequence.drafter.extend(sequence.tokens(len(sequence.drafter), len(sequence)))
+        room = min(budget, sequence.stop.max_tokens - len(sequence.output) - 1)
+        sequence.draft = sequence.drafter.guess(room) if room > 0 else []
+        return len(sequence.draft)
+
+    def _admit(self, draft: _Draft) -> bool:
+        """Let the first waiting sequence run; False when it does not fit."""
+        sequence = self._waiting[0][1]
+        if sequence.finished:
+            heapq.heappop(self._waiting)
+            return True
+        if self.allocator is None:
+            if sequence.remaining > draft.budget and draft.chunks:
+                return False
+            length = sequence.remaining
+        else:
+            self._reuse(sequence)
+            length = self._length(sequence, draft.budget)
+            if not self._reserve(sequence, length, draft):
+                self._forget(sequence)
+                return False
+        heapq.heappop(self._waiting)
+        self._waiting_count -= 1
+        insort(self._running, sequence, key=_rank)
+        draft.add(Chunk(sequence, sequence.computed, length))
+        return True
+
+    def _length(self, sequence: Sequence, budget: int) -> int:
+        length = min(sequence.remaining, budget)
+        scored = sequence.prompt_logprobs is not None and sequence.computed < len(sequence.prompt)
+        return min(length, self.scored_tokens) if scored else length
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Begin with the pages that the cache has for the tokens whose rows nobody reads."""
+        assert self.allocator is not None
+        size = self.allocator.page_size
+        sequence.pages = self.allocator.match(sequence.keys(sequence.reusable // size, size))
+        sequence.computed = sequence.reused = len(sequence.pages) * size
+
+    def _reserve(self, sequence: Sequence, length: int, draft: _Draft) -> bool:
+        """Pages for `length` more tokens, all of them the sequence's own to write; False when there are too few."""
         if self.allocator is None:
             return True
         needed = self.allocator.pages_for(sequence.computed + length) - len(sequence.pages)
-        pages = self.allocator.allocate(max(needed, 0))
+        at = sequence.computed // self.allocator.page_size
+        shared = at < len(sequence.pages) and self.allocator.holders(sequence.pages[at]) > 1
+        pages = self.allocator.allocate(max(needed, 0) + shared)
         if pages is None:
             return False
+        if shared:  # copy on write: the page that it shares with the other answers to its prompt
+            mine = pages.pop()
+            draft.copies.append((sequence.pages[at], mine))
+            self.allocator.release([sequence.pages[at]])
+            sequence.pages[at] = mine
         sequence.pages += pages
         return True
 
+    def _slide(self, sequence: Sequence) -> None:
+        """Give back pages that lie wholly behind the widest window of the next token."""
+        if self.window is None or self.allocator is None or sequence.forks:  # forks begin a token earlier
+            return
+        behind = max(sequence.computed + 1 - self.window, 0) // self.allocator.page_size
+        for at in reversed(range(min(behind, len(sequence.pages)))):
+            if sequence.pages[at] == SCRATCH_PAGE:
+                break
+            self.allocator.release([sequence.pages[at]])
+            sequence.pages[at] = SCRATCH_PAGE
+
     def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._forget(sequence)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self._waiting_count += 1
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Everything computed is lost, and computed again when the sequence runs next."""
         self._release(sequence)
         sequence.computed = 0
+        sequence.draft = []
         sequence.part = None
-        del self._running[sequence.arrival]
-        self._waiting.appendleft(sequence)
+        if len(sequence.prompt_scores) < len(sequence.prompt) - 1:
+            sequence.prompt_scores = []
 
     def _release(self, sequence: Sequence) -> None:
         if self.allocator is not None and sequence.pages:
             self.allocator.release(sequence.pages)
         sequence.pages = []
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _first(item: tuple[tuple[int, int], Sequence]) -> tuple[int, int]:
+    return item[0]

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Ends a completion at a stop token, at a stop string, or after `max_tokens` new tokens."""
+    """Ends a completion at a stop token, at a stop string, or after `max_tokens` new tokens; the first two not before
+    `min_tokens`.
+    """
 
     max_tokens: int
+    min_tokens: int = 0
     token_ids: frozenset[int] = frozenset()
     strings: tuple[str, ...] = ()
 
@@ -27,11 +30,16 @@ class StopText:
         self._strings = strings
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """New text in; out come the text that may be shown, and whether a stop string was met (shown text ends before it)."""
+    def feed(self, text: str, armed: bool = True) -> tuple[str, bool]:
+        """New text in; out come the text that may be shown, and whether a stop string was met (shown text ends before it).
+
+        While not `armed`, text passes unsearched.
+        """
         if not self._strings:
             return text, False
         self._held += text
+        if not armed:
+            return self.flush(), False
         found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
         if found:
             shown, self._held = self._held[: min(found)], ""

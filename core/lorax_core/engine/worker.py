@@ -52,9 +52,12 @@ class EngineWorker:
         while self._take():
             if self._loop.busy:
                 self._loop.step()
-        for sequence in [*self._loop.scheduler, *self._joining]:
-            self._loop.abort(sequence)
-            sequence.sink(Update(error=LoraxError("the engine was closed before this request finished")))
+        while self._joining:
+            self._loop.add(self._joining.popleft())
+        while self._loop.busy:  # again, for answers that waited for the one before them
+            for sequence in list(self._loop.scheduler):
+                self._loop.abort(sequence)
+                sequence.sink(Update(error=LoraxError("the engine was closed before this request finished")))
 
     def _take(self) -> bool:
         """Let sequences in and out; waits while there is nothing to do. False when the engine is closed."""

@@ -6,12 +6,17 @@ page; backends only read, so all of them share these bytes. Page 0 is scratch: n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 class KVPool:
-    """Keys and values of all layers. A slot is `page * page_size + offset`."""
+    """Keys and values of all layers. A slot is `page * page_size + offset`.
+
+    An 8-bit pool stores numbers divided by `scales`, a pair (K, V) for each layer, and clamped to what the type holds.
+    """
 
     def __init__(
         self,
@@ -23,10 +28,14 @@ class KVPool:
         head_dim: int,
         dtype: torch.dtype,
         device: str | torch.device,
+        scales: Sequence[tuple[float, float]] | None = None,
     ) -> None:
         self.pages = pages
         self.page_size = page_size
+        self.dtype = dtype
         self.data = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
+        self.quantized = dtype.itemsize == 1
+        self.scales = list(scales) if scales is not None and self.quantized else [(1.0, 1.0)] * layers
 
     @property
     def nbytes(self) -> int:
@@ -35,9 +44,40 @@ class KVPool:
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]` int64."""
         store = self.data[layer].flatten(1, 2)  # [2, pages * page, kv_heads, dim]
-        store[0].index_copy_(0, slots, k.to(store.dtype))
-        store[1].index_copy_(0, slots, v.to(store.dtype))
+        for place, rows, scale in zip(store, (k, v), self.scales[layer], strict=True):
+            if self.quantized:
+                most = torch.finfo(self.dtype).max
+                rows = (rows.float() / scale).clamp(-most, most).to(self.dtype)
+                # Copied as bytes: not every device indexes 8-bit floats.
+                place.view(torch.uint8).index_copy_(0, slots, rows.view(torch.uint8))
+            else:
+                place.index_copy_(0, slots, rows.to(place.dtype))
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer, each `[pages, page, kv_heads, dim]`."""
+        """K and V of one layer as they are stored, each `[pages, page, kv_heads, dim]`."""
         return self.data[layer, 0], self.data[layer, 1]
+
+    def gather(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K and V of some pages, to compute with: each `[*pages.shape, page, kv_heads, dim]`."""
+        k_scale, v_scale = self.scales[layer]
+        k, v = self.layer(layer)
+        if not self.quantized:
+            return k[pages].to(dtype), v[pages].to(dtype)
+        return self._dequantized(k, pages, k_scale, dtype), self._dequantized(v, pages, v_scale, dtype)
+
+    def copy(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages of all layers, `(from, to)` each."""
+        if pages:
+            old, new = (torch.tensor(side, device=self.data.device) for side in zip(*pages, strict=True))
+            store = self._bytes()
+            store[:, :, new] = store[:, :, old]
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """Zero whole pages of all layers."""
+        self._bytes()[:, :, torch.tensor(pages, device=self.data.device)] = 0
+
+    def _bytes(self) -> Tensor:
+        return self.data.view(torch.uint8) if self.quantized else self.data
+
+    def _dequantized(self, store: Tensor, pages: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        return (store.view(torch.uint8)[pages].view(self.dtype).float() * scale).to(dtype)

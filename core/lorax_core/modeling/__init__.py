@@ -28,6 +28,7 @@ _HOMES = {
     "QKVLinear": "linear",
     "RMSNorm": "norm",
     "RotaryEmbedding": "rotary",
+    "Task": "model",
     "get_activation": "activation",
 }
 
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from lorax_core.modeling.rope import Rope as Rope
     from lorax_core.modeling.rope import read_rope as read_rope
     from lorax_core.modeling.rotary import RotaryEmbedding as RotaryEmbedding
+    from lorax_core.types import Task as Task
 
 
 def __getattr__(name: str) -> object:

@@ -38,6 +38,10 @@ def _relu2(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def _sqrt_softplus(x: Tensor) -> Tensor:
+    return F.softplus(x).sqrt()
+
+
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -51,8 +55,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_python": F.gelu,
     "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
-    "hard_sigmoid": F.hardsigmoid,
-    "hard_swish": F.hardswish,
+    "hardswish": F.hardswish,
     "laplace": _laplace,
     "leaky_relu": F.leaky_relu,
     "linear": _identity,
@@ -63,6 +66,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "silu": F.silu,
+    "sqrtsoftplus": _sqrt_softplus,
     "swish": F.silu,
     "tanh": torch.tanh,
 }

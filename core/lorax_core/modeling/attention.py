@@ -17,11 +17,14 @@ from lorax_core.modeling.batch import Batch
 class Attention(nn.Module):
     """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`.
 
-    `index` numbers the attention layers of a model, set when a `Model` is put together. `scale` is what scores are
+    `index` numbers the attention layers of a model, set when a `Model` is put together. `k_scale` and `v_scale` are those of
+    an 8-bit cache, from checkpoints that have them. `scale` is what scores are
     multiplied with; backends use `head_dim ** -0.5`, so another scale is folded into q.
     """
 
     index: int = 0
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lorax_core.types import Task
@@ -26,13 +27,18 @@ if TYPE_CHECKING:
 
 
 class KVCache(Protocol):
-    """What attention layers and backends ask of the cache."""
+    """What attention layers and backends ask of the cache. A slot is `page * page_size + offset`."""
+
+    page_size: int
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]`."""
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer, each `[pages, page, kv_heads, dim]`, to read."""
+        """K and V of one layer as they are stored, each `[pages, page, kv_heads, dim]`, to read."""
+
+    def gather(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K and V of some pages, to compute with: each `[*pages.shape, page, kv_heads, dim]`."""
 
 
 class AdapterRows(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from lorax_core.errors import CheckpointError
 
@@ -29,9 +29,9 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     model_type: str
-    hidden_size: int
-    vocab_size: int
-    num_hidden_layers: int
+    hidden_size: PositiveInt
+    vocab_size: PositiveInt
+    num_hidden_layers: PositiveInt
     tie_word_embeddings: bool = False
     architectures: tuple[str, ...] | None = None
     pad_token_id: int | None = None
@@ -57,6 +57,11 @@ class ModelConfig(BaseModel):
     def max_tokens(self) -> int:
         """The longest sequence that the positions allow, in tokens."""
         raise NotImplementedError(f"{type(self).__name__} does not say how long a sequence may be")
+
+    @property
+    def generates(self) -> bool:
+        """Whether a text can be continued: not where rows see what comes after them."""
+        return True
 
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ class LanguageModelHead(Head):
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         has_weight = config.tie_word_embeddings or "lm_head.weight" in names
-        return cls(config) if has_weight else None
+        return cls(config) if has_weight and config.generates else None
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         logits: Tensor = self.lm_head(hidden, rows)  # [rows, vocab]
@@ -101,7 +101,8 @@ class EmbeddingHead(Head):
     def span(self, ids: Sequence[int], pool_from: int) -> range:
         match self.pooling:
             case Pooling.CLS:
-                return range(1)
+                first = pool_from if pool_from < len(ids) else 0
+                return range(first, first + 1)
             case Pooling.LAST:
                 return range(len(ids) - 1, len(ids))
             case Pooling.MEAN:

@@ -41,9 +41,11 @@ class Model(nn.Module):
         self.attention_layers = [module for module in backbone.modules() if isinstance(module, Attention)]
         for index, layer in enumerate(self.attention_layers):
             layer.index = index
-        self.sites = {path: module for path, module in self.named_parts() if isinstance(module, Site)}
-        for path, site in self.sites.items():
-            site.path = path
+        self.sites: dict[str, Site] = {}
+        for path, module in self.named_parts():
+            if isinstance(module, Site):
+                module.path = path
+                self.sites[path] = module
         self.eval()
 
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
@@ -72,6 +74,12 @@ class Model(nn.Module):
         return tuple(dict.fromkeys(layer.spec for layer in self.attention_layers))
 
     @property
+    def widest_window(self) -> int | None:
+        """Keys that a query sees at most, itself included; None when some layer sees everything."""
+        windows = [layer.spec.window for layer in self.attention_layers]
+        return None if None in windows else max((window for window in windows if window is not None), default=None)
+
+    @property
     def max_tokens(self) -> int:
         """The longest sequence, prompt and answer together, in tokens."""
         return self.config.max_tokens
@@ -97,9 +105,9 @@ class Model(nn.Module):
 
     def pack(self) -> None:
         """Lay out every weight for this device, once all of them are in."""
-        for site in self.sites.values():
-            if isinstance(site, Linear):
-                site.pack()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:

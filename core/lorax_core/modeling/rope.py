@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -31,7 +31,7 @@ class Rope(BaseModel):
 
     type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
     theta: float = 10000.0
-    partial: float = 1.0
+    partial: float = Field(default=1.0, ge=0, le=1)
     factor: float | None = None
     original_length: int
     low_freq_factor: float | None = None
@@ -56,27 +56,33 @@ class Rope(BaseModel):
         return self.original_length if self.type == "dynamic" else None
 
     def frequencies(self, dim: int, device: str | torch.device | None = None) -> tuple[Tensor, float]:
-        """Inverse frequencies `[dim / 2]` in float32, and the factor on cos and sin."""
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
-        inverse = 1.0 / self.theta**exponents
+        """Inverse frequencies `[dim / 2]` in float32, and the factor on cos and sin.
+
+        Operations stand in transformers' order, to the last bit: far out in a text an angle multiplies any difference.
+        """
+        powers = self.theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)
+        inverse = 1.0 / powers
         match self.type:
             case "linear":
                 return inverse / (self.factor or 1.0), 1.0
             case "llama3":
                 return self._llama3(inverse), 1.0
             case "yarn":
-                return self._yarn(inverse, dim)
+                return self._yarn(powers, dim)
             case _:
                 return inverse, 1.0
 
     def _llama3(self, inverse: Tensor) -> Tensor:
         """Long waves are slowed by `factor`, short ones kept, those between blended."""
         factor, low, high = self.factor or 1.0, self.low_freq_factor or 1.0, self.high_freq_factor or 1.0
-        turns = self.original_length * inverse / (2 * math.pi)  # turns within the original length
-        blend = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 - blend) * inverse / factor + blend * inverse
+        waves = 2 * math.pi / inverse  # tokens that one turn takes
+        longest, shortest = self.original_length / low, self.original_length / high
+        slowed = torch.where(waves > longest, inverse / factor, inverse)
+        blend = (self.original_length / waves - low) / (high - low)
+        blended = (1 - blend) * slowed / factor + blend * slowed
+        return torch.where((waves >= shortest) & (waves <= longest), blended, slowed)
 
-    def _yarn(self, inverse: Tensor, dim: int) -> tuple[Tensor, float]:
+    def _yarn(self, powers: Tensor, dim: int) -> tuple[Tensor, float]:
         factor = self.factor or 1.0
 
         def dimension(turns: float) -> float:
@@ -87,8 +93,9 @@ class Rope(BaseModel):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         width = (high - low) or 0.001  # one dimension wide: a step instead of a ramp
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=inverse.device) - low) / width).clamp(0, 1)
-        scaled = inverse / factor * ramp + inverse * (1 - ramp)
+        ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=powers.device) - low) / width).clamp(0, 1)
+        kept = 1 - ramp
+        scaled = 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept
         return scaled, self._yarn_attention(factor)
 
     def _yarn_attention(self, factor: float) -> float:
@@ -118,10 +125,15 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
         nested["factor"] = longest / length
     if kind in ("default", "linear", "dynamic"):
         length = longest
+
+    def stated(name: str, default: float) -> Any:
+        inner, outer = nested.pop(name, None), raw.get(name)
+        return inner if inner is not None else outer if outer is not None else default
+
     fields = {
         "type": kind,
-        "theta": nested.pop("rope_theta", None) or raw.get("rope_theta") or theta,
-        "partial": nested.pop("partial_rotary_factor", None) or raw.get("partial_rotary_factor") or partial,
+        "theta": stated("rope_theta", theta),
+        "partial": stated("partial_rotary_factor", partial),
         "original_length": length or longest,
     }
     return {**fields, **{name: value for name, value in nested.items() if value is not None}}

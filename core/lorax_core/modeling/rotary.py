@@ -22,14 +22,15 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int, rope: Rope) -> None:
         super().__init__()
         self.rope = rope
-        self.rotary_dim = int(head_dim * rope.partial)
+        self._stated_dim = int(head_dim * rope.partial)
+        self.rotary_dim = self._stated_dim + self._stated_dim % 2  # dimensions turn in pairs
         self.factor = 1.0
         self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
         self.reset_buffers()
 
     def reset_buffers(self, device: str | torch.device | None = None) -> None:
         """Make the frequencies anew on `device`: a model is put together without memory first."""
-        self.inv_freq, self.factor = self.rope.frequencies(self.rotary_dim, device)  # [rotary_dim / 2]
+        self.inv_freq, self.factor = self.rope.frequencies(self._stated_dim, device)  # [rotary_dim / 2]
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """positions `[tokens]` to cos and sin `[tokens, 1, rotary_dim / 2]`."""

@@ -116,7 +116,7 @@ class Engine:
         try:
             return call.wait()
         except BaseException:
-            self._worker.abort([s for s, result in zip(call.sequences, call.results, strict=True) if result is None])
+            self._worker.abort(call.unfinished)
             raise
 
     def info(self) -> EngineInfo:

@@ -6,7 +6,6 @@ parts themselves know nothing of each other's files.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import CapacityError, CheckpointError, RequestError, listed
+from lorax_core.errors import CheckpointError, RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.activation import get_activation
@@ -28,8 +27,10 @@ from lorax_core.modeling.heads import EmbeddingHead, Projection
 from lorax_core.modeling.linear import packing_works
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
+from lorax_core.serving.cache import PAGE_SIZE, CacheSize, make_pool
 from lorax_core.serving.face import Engine, EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
+from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
 from lorax_core.types import Pooling, Task
 from lorax_core.weights.checkpoint import Checkpoint
@@ -37,10 +38,7 @@ from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 from lorax_core.weights.sentence import SentenceFiles, dense_folder, read_dense, read_sentence_files
 
-PAGE_SIZE = 16
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# A cache takes a quarter of the free memory at most, and no more tokens than a busy small server fills.
-_CACHE_SHARE, _CACHE_TOKENS = 0.25, 65_536
 
 _threads_lock = threading.Lock()
 _threads: int | None = None
@@ -58,9 +56,14 @@ def load(
     normalize: bool | None = None,
     embedding_dim: int | None = None,
     kv_cache_tokens: int | None = None,
+    kv_cache_pages: int | None = None,
+    kv_cache_bytes: int | None = None,
+    kv_cache_fraction: float | None = None,
+    kv_dtype: str = "auto",
     max_batch_tokens: int = 2048,
     max_batch_rows: int = 256,
     attention: str | None = None,
+    speculate: int = 0,
     threads: int | None = None,
     seed: int = 0,
     host: PluginHost | None = None,
@@ -70,9 +73,11 @@ def load(
     - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
     - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
     - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
-    - `kv_cache_tokens`: tokens that all running sequences share; by default what a quarter of the free memory holds.
+    - `kv_cache_tokens`, `_pages`, `_bytes` or `_fraction` (of the free memory): how much all running sequences share; by
+      default a quarter of the free memory, up to 65,536 tokens. `kv_dtype` "fp8_e4m3" stores it in 8 bits.
     - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
     - `attention`: a backend by name, instead of the first that serves the model.
+    - `speculate`: guess up to so many tokens ahead from the text itself; answers are the same, repetitive ones come faster.
     - `threads`: of the whole process, by torch's rule; a second engine cannot ask for another number.
     - `host`: the plugins to use, instead of those installed.
 
@@ -91,15 +96,20 @@ def load(
     for name, source in (adapters or {}).items():
         store.load(name, source)
     text = load_text_front(files, sentence)
-    pool = _make_pool(model, kv_cache_tokens)
+    size = CacheSize(kv_cache_tokens, kv_cache_pages, kv_cache_bytes, kv_cache_fraction)
+    pool = make_pool(model, size, kv_dtype)
     chosen = select_backend(
         host.backends, model.attention_specs, page_size=PAGE_SIZE, dtype=model.dtype, device=where, name=attention
     )
     allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
-    scheduler = Scheduler(max_tokens=max_batch_tokens, max_rows=max_batch_rows, allocator=allocator)
+    scheduler = Scheduler(
+        max_tokens=max_batch_tokens, max_rows=max_batch_rows, allocator=allocator, window=model.widest_window
+    )
     loop = EngineLoop(scheduler, Runner(model, chosen.backend, pool), text if text.has_tokenizer else None)
     limits = Limits(model.max_tokens, allocator.capacity * PAGE_SIZE if allocator is not None else None)
-    preparer = Preparer(model, text, store, limits, _eos_ids(files, text), seed, base.default_task)
+    eos_ids = _eos_ids(files, text)
+    grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
+    preparer = Preparer(model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
     return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, limits, pool))
 
 
@@ -194,41 +204,6 @@ def _set_projections(model: Model, files: Checkpoint, sentence: SentenceFiles | 
             )
         bias = layer.bias.to(model.device) if layer.bias is not None else None
         head.projections.append(Projection(layer.weight.to(model.device), bias, get_activation(layer.activation)))
-
-
-def _make_pool(model: Model, tokens: int | None) -> KVPool | None:
-    if not model.needs_kv_cache:
-        if tokens is not None:
-            raise RequestError("kv_cache_tokens was given, but a bidirectional model has no KV cache")
-        return None
-    spec = model.attention_specs[0]
-    token_bytes = len(model.attention_layers) * 2 * spec.kv_heads * spec.head_dim * model.dtype.itemsize
-    free = _free_memory(model.device)
-    if tokens is None:
-        tokens = max(min(_CACHE_TOKENS, int(free * _CACHE_SHARE) // token_bytes), 2 * PAGE_SIZE)
-    if tokens < 1:
-        raise RequestError(f"kv_cache_tokens must be at least 1, not {tokens}")
-    if tokens * token_bytes > free:
-        raise CapacityError(
-            f"a KV cache of {tokens} tokens takes {tokens * token_bytes / 1e9:.1f} GB; {free / 1e9:.1f} GB are free",
-            hint=f"kv_cache_tokens={int(free * _CACHE_SHARE) // token_bytes} fits in a quarter of that",
-        )
-    return KVPool(
-        layers=len(model.attention_layers),
-        pages=-(-tokens // PAGE_SIZE) + 1,  # and the scratch page
-        page_size=PAGE_SIZE,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        dtype=model.dtype,
-        device=model.device,
-    )
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:

@@ -6,8 +6,8 @@ Decides what of a request this model can answer, and refuses the rest now, with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lorax_core.adapters.base import Adapter
 from lorax_core.adapters.store import AdapterStore
+from lorax_core.engine.drafting import Drafter
 from lorax_core.engine.sampler import uniform
 from lorax_core.engine.sequence import Sampling, Sequence
 from lorax_core.engine.stopping import StopRule
@@ -29,6 +30,7 @@ from lorax_core.modeling.heads import (
 from lorax_core.modeling.model import Model
 from lorax_core.serving.labels import sequence_labels, token_labels
 from lorax_core.serving.requests import ClassifyRequest, EmbedRequest, GenerateRequest, Request
+from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import Encoded, TextFront, cut
 from lorax_core.types import Classification, Completion, Embedding, Task, Usage
 
@@ -76,6 +78,8 @@ class Preparer:
     eos_ids: frozenset[int]
     seed: int
     default_task: Task
+    grammars: GrammarFactory
+    speculate: int = 0
     _count: itertools.count[int] = field(default_factory=itertools.count)
 
     @property
@@ -103,19 +107,66 @@ class Preparer:
                 f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.told()}",
                 hint=self._capacity_hint(len(encoded.ids) + (request.max_tokens or 1)),
             )
-        seed = request.seed
-        if seed is None:  # each unseeded request differs from the last, and an engine's run can be repeated
-            seed = int(uniform(self.seed, next(self._count)) * (1 << 53))
-        stop = StopRule(
-            max_tokens=request.max_tokens or room,
-            token_ids=frozenset() if request.ignore_eos else self.eos_ids,
-            strings=tuple(request.stop),
-        )
+        self._check_tokens("logit_bias", request.logit_bias)
+        self._check_tokens("stop_token_ids", request.stop_token_ids)
+        ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
+        stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(request.stop))
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
-        sampling = Sampling(request.temperature, request.top_k, request.top_p, request.min_p, seed)
-        adapter = self._adapter(request.adapter)
-        return Prepared(Sequence(task=Task.GENERATE, prompt=encoded.ids, adapter=adapter, sampling=sampling, stop=stop))
+        grammar = self.grammars.grammar(request)
+        first = Sequence(
+            task=Task.GENERATE,
+            prompt=encoded.ids,
+            adapter=self._adapter(request.adapter),
+            sampling=self._sampling(request),
+            stop=stop,
+            prompt_logprobs=request.prompt_logprobs,
+            grammar=grammar,
+            # A grammar must see each token before it says what may follow, so it cannot judge guesses ahead.
+            drafter=Drafter(self.speculate) if self.speculate and grammar is None else None,
+            priority=request.priority,
+        )
+        first.forks = [self._fork(first, choice) for choice in range(1, request.n)]
+        return Prepared(first)
+
+    def _sampling(self, request: GenerateRequest) -> Sampling:
+        seed = request.seed
+        if seed is None:  # each unseeded request differs from the last, and an engine's run can be repeated
+            seed = int(uniform(self.seed, 0, next(self._count)) * (1 << 53))
+        return Sampling(
+            temperature=request.temperature,
+            top_k=request.top_k,
+            top_p=request.top_p,
+            min_p=request.min_p,
+            typical_p=request.typical_p,
+            repetition_penalty=request.repetition_penalty,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            logit_bias=tuple(request.logit_bias.items()),
+            logprobs=request.logprobs,
+            seed=seed,
+        )
+
+    def _fork(self, first: Sequence, choice: int) -> Sequence:
+        """A further answer to the same prompt, whose scores the first one brings."""
+        return Sequence(
+            task=first.task,
+            prompt=first.prompt,
+            adapter=first.adapter,
+            sampling=replace(first.sampling, choice=choice),
+            stop=first.stop,
+            grammar=first.grammar.copy() if first.grammar is not None else None,
+            drafter=Drafter(self.speculate) if first.drafter is not None else None,
+            priority=first.priority,
+        )
+
+    def _check_tokens(self, option: str, tokens: Iterable[int]) -> None:
+        vocab = self.model.config.vocab_size
+        wrong = next((token for token in tokens if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise RequestError(
+                f"{option} names token id {wrong}, which is not in the vocabulary: ids are 0 to {vocab - 1}"
+            )
 
     def _embed(self, request: EmbedRequest) -> Prepared:
         head = self.model.head(Task.EMBED)
@@ -170,10 +221,7 @@ class Preparer:
             raise RequestError(
                 "the prompt is empty", hint="give at least one token; this tokenizer adds none of its own"
             )
-        vocab = self.model.config.vocab_size
-        wrong = next((token for token in encoded.ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"token id {wrong} is not in the vocabulary, whose ids are 0 to {vocab - 1}")
+        self._check_tokens("the prompt", encoded.ids)
         return encoded
 
     def _capacity_hint(self, needed: int) -> str:

@@ -7,9 +7,9 @@ model, so a limit of the model is checked where the request becomes a sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorax_core.errors import RequestError, listed, nearest
 
@@ -31,20 +31,41 @@ class _Request(BaseModel):
 class GenerateRequest(_Request):
     """Continue a prompt: text, token ids (taken as they are), or chat messages.
 
-    `max_tokens` None runs to the limit of model and cache. `temperature` 0 is greedy; above, `top_k`, `top_p` and `min_p`
-    narrow the choice and equal `seed`s give equal answers. `stop` strings end the text and are left out of it.
+    - `max_tokens` None runs to the limit of model and cache; nothing ends the text before `min_tokens`.
+    - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` narrow the choice, in this order, and equal
+      `seed`s give equal answers. `n` answers are given to the prompt, each its own draw.
+    - `repetition_penalty` divides the logits of all tokens before; `presence_penalty` and `frequency_penalty` lower those of
+      generated ones, as OpenAI's do; `logit_bias` adds to logits by token id.
+    - `stop` strings and `stop_token_ids` end the text and are left out of it; so do end tokens, unless `ignore_eos`.
+    - `logprobs` and `prompt_logprobs` ask for the model's own log-probabilities and so many of the likeliest tokens.
+    - `json_schema`, `regex` or `choice` constrain the text (the extra `lorax-core[structured]`).
+    - `priority` moves a request forward in the queue.
     """
 
     prompt: TextPrompt
     adapter: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0, strict=False)
+    typical_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, strict=False)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, strict=False)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, strict=False)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0, strict=False)]] = Field(default_factory=dict)
     seed: int | None = None
+    n: int = Field(default=1, ge=1, le=128)
     stop: str | list[str] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list)
     ignore_eos: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=100)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=100)
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1)
+    priority: int = Field(default=0, ge=-100, le=100)
 
     @field_validator("stop")
     @classmethod
@@ -53,6 +74,14 @@ class GenerateRequest(_Request):
         if any(not string for string in strings):
             raise ValueError("a stop string must not be empty")
         return strings
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if sum(one is not None for one in (self.json_schema, self.regex, self.choice)) > 1:
+            raise ValueError("json_schema, regex and choice exclude each other")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        return self
 
 
 class EmbedRequest(_Request):
@@ -114,7 +143,7 @@ def _told(kind: type[BaseModel], error: ValidationError) -> RequestError:
     told: list[str] = []
     hint = None
     for problem in error.errors():
-        where = ".".join(str(step) for step in problem["loc"][:1])
+        where = ".".join(str(step) for step in problem["loc"][:1]) or kind.__name__
         if problem["type"] == "extra_forbidden":
             told.append(f"{kind.__name__} has no option {where!r}")
             close = nearest(where, kind.model_fields)

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -17,7 +18,7 @@ from typing import Self
 from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.errors import LoraxError, StepError
 from lorax_core.serving.prepare import Prepared, Result
-from lorax_core.types import Completion, Event, Usage
+from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
 
 
 class Mailbox:
@@ -52,38 +53,74 @@ class Mailbox:
             await event.wait()
 
 
+@dataclass(slots=True)
+class _Answer:
+    """One answer to one request on its way: which it is, and what has come of it so far."""
+
+    index: int
+    choice: int
+    sequence: Sequence
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    completion: Completion | None = None
+
+
 class Call:
     """Requests that were made together: their sequences and what has come of them so far."""
 
     def __init__(self, prepared: SequenceOf[Prepared]) -> None:
-        self.sequences = [one.sequence for one in prepared]
         self._prepared = list(prepared)
-        self._texts: list[list[str]] = [[] for _ in self.sequences]
-        self.results: list[Result | LoraxError | None] = [None] * len(self.sequences)
+        self._answers = [
+            _Answer(index, choice, sequence)
+            for index, one in enumerate(self._prepared)
+            for choice, sequence in enumerate((one.sequence, *one.sequence.forks))
+        ]
+        self._choices: list[list[_Answer]] = [[] for _ in self._prepared]
+        for answer in self._answers:
+            self._choices[answer.index].append(answer)
+        self._open = len(self._answers)
+        self.results: list[Result | LoraxError | None] = [None] * len(self._prepared)
         self.mailbox = Mailbox()
-        for index, sequence in enumerate(self.sequences):
-            sequence.sink = partial(self.mailbox.put, index)
+        for place, answer in enumerate(self._answers):
+            answer.sequence.sink = partial(self.mailbox.put, place)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """What the engine is given: the first answer of each request, which brings the others along."""
+        return [one.sequence for one in self._prepared]
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """Answers that may still be running."""
+        return [answer.sequence for answer in self._answers if not answer.sequence.finished]
 
     @property
     def done(self) -> bool:
-        return all(result is not None for result in self.results)
+        return self._open == 0
 
-    def take(self, index: int, update: Update) -> Event | None:
+    def take(self, place: int, update: Update) -> Event | None:
         """Account for an update; the event that it makes for a stream, None when there is nothing to show."""
+        answer = self._answers[place]
+        self._open -= update.last
         if update.error is not None:
-            self.results[index] = update.error
+            self.results[answer.index] = update.error
             return None
-        sequence = self.sequences[index]
-        self._texts[index].append(update.text)
-        completion = None
+        answer.text.append(update.text)
+        answer.logprobs += update.logprobs
         if update.answer is not None:
-            self.results[index] = self._prepared[index].result(update.answer)
-        elif update.finish_reason is not None:
-            usage = Usage(len(sequence.prompt), len(sequence.output))
-            text = "".join(self._texts[index])
-            completion = Completion(text, list(sequence.output), update.finish_reason, usage)
-            self.results[index] = completion
-        return Event(index, update.text, list(update.token_ids), update.finish_reason, completion)
+            self.results[answer.index] = self._prepared[answer.index].result(update.answer)
+        if update.finish_reason is not None:
+            answer.completion = _completion(answer, update.finish_reason)
+            self._settle(answer.index)
+        tokens = list(update.token_ids)
+        return Event(answer.index, update.text, tokens, update.finish_reason, answer.completion, answer.choice)
+
+    def _settle(self, index: int) -> None:
+        """The result of a request, once all of its answers are there."""
+        completions = [answer.completion for answer in self._choices[index]]
+        whole = [completion for completion in completions if completion is not None]
+        if len(whole) == len(completions) and self.results[index] is None:
+            self.results[index] = replace(whole[0], alternatives=whole[1:])
 
     def wait(self) -> list[Result]:
         """Every result, in order. A single failure raises its own error; failures among several raise StepError."""
@@ -109,6 +146,19 @@ class Call:
                 hint="the error's .results has every request's result or error, in order",
             ) from failed[0]
         return results
+
+
+def _completion(answer: _Answer, reason: FinishReason) -> Completion:
+    sequence = answer.sequence
+    usage = Usage(len(sequence.prompt), len(sequence.output), sequence.reused, sequence.accepted_drafts)
+    return Completion(
+        text="".join(answer.text),
+        token_ids=list(sequence.output),
+        finish_reason=reason,
+        usage=usage,
+        logprobs=answer.logprobs if sequence.sampling.logprobs is not None else None,
+        prompt_logprobs=[None, *sequence.prompt_scores] if sequence.prompt_logprobs is not None else None,
+    )
 
 
 class Stream:

@@ -50,6 +50,11 @@ class TextFront:
         self._prompt_rows: int | None = None
 
     @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer itself, for those who need more of it."""
+        return self._tokenizer
+
+    @property
     def has_tokenizer(self) -> bool:
         return self._tokenizer is not None
 
@@ -86,8 +91,10 @@ class TextFront:
             return Encoded(list(prompt))
         if isinstance(prompt, list):
             return Encoded(self._chat(prompt))
-        if task is not Task.EMBED or isinstance(prompt, tuple):
+        if task is not Task.EMBED:
             return self._text(prompt)
+        if isinstance(prompt, tuple):
+            return self._text((self._cased(prompt[0]), self._cased(prompt[1])))
         return self._sentence_text(prompt)
 
     def _sentence_text(self, text: str) -> Encoded:

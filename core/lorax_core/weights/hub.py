@@ -35,11 +35,11 @@ def find_checkpoint(source: str | Path, *, revision: str | None = None, token: s
 
 def _download(source: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"there is no folder {source!r} here, and the hub did not give it{at}: {type(error).__name__}: {error}",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax_core.errors import CheckpointError, listed, nearest
+from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.model import Model
@@ -138,11 +139,17 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
-    """Give parameters real memory, and recompute buffers, which a module makes from its own arguments."""
-    for module in model.modules():
+    """Give parameters real memory, and recompute buffers, which a module makes from its own arguments.
+
+    Parameters of one name are one: where `config.json` states no task, two heads may read the same tensors.
+    """
+    made: dict[str, nn.Parameter] = {}
+    for path, module in model.named_parts():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            memory = torch.empty_like(parameter, dtype=dtype, device=device)
-            setattr(module, name, nn.Parameter(memory, requires_grad=False))
+            full = f"{path}.{name}"
+            if full not in made:
+                made[full] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device), requires_grad=False)
+            setattr(module, name, made[full])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             reset = getattr(module, "reset_buffers", None)
             if reset is None:
@@ -155,7 +162,13 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Accoun
     parameters = model.named_tensors()
     wanted = _wanted(model, parameters, weight_map)
     filled: dict[tuple[str, int | None], str] = {}
+    scales = _scale_places(model)
     for name, tensor in checkpoint.read():
+        if (place := scales.get(weight_map.canonical(name))) is not None:
+            layer, attribute = place
+            setattr(layer, attribute, float(tensor))
+            account.filled += 1
+            continue
         target = weight_map.resolve(name)
         key = (target.name, target.part)
         if key not in wanted:
@@ -170,7 +183,7 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Accoun
             account.misfits.append(f"{name!r} {misfit}")
         filled[key] = name
     _tie(weight_map, parameters, filled)
-    account.filled = len(filled)
+    account.filled += len(filled)
     account.missing = [_spelt(weight_map, *key) for key in wanted if key not in filled]
     return account
 
@@ -187,6 +200,18 @@ def _wanted(
     return wanted
 
 
+def _scale_places(model: Model) -> dict[str, tuple[Attention, str]]:
+    """Where the scales of an 8-bit cache go, by the names that checkpoints with such scales use."""
+    places: dict[str, tuple[Attention, str]] = {}
+    for path, module in model.backbone.named_modules():
+        if isinstance(module, Attention):
+            parent = path.rpartition(".")[0]
+            for scale in ("k_scale", "v_scale"):
+                for name in (f"{parent}.{scale}", f"{parent}.attn.{scale}", f"{parent}.{scale[0]}_proj.{scale}"):
+                    places[name] = (module, scale)
+    return places
+
+
 def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model) -> str | None:
     """Write a tensor into its place; says what is wrong with its shape or numbers otherwise."""
     tensor = target.arranged(tensor)
@@ -197,8 +222,8 @@ def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model)
         place = place[start : start + site.parts[target.part]]
     if tensor.shape != place.shape:
         return f"has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}"
-    if not tensor.is_floating_point():
-        return f"holds {tensor.dtype} where numbers of a floating type are needed"
+    if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8 bit would need its scales
+        return f"holds {tensor.dtype} where 16, 32 or 64 bit floating point is needed"
     if not torch.isfinite(tensor).all():
         return "holds NaN or infinite numbers"
     place.copy_(tensor)

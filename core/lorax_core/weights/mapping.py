@@ -112,29 +112,21 @@ class WeightMap:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    return _compiled(pattern).fullmatch(name) is not None
+    return _compiled(pattern).fullmatch(f".{name}") is not None
 
 
 def _replace(pattern: str, replacement: str, name: str) -> str | None:
     """`name` rewritten when the pattern matches it whole, else None; wildcards are filled in order."""
-    found = _compiled(pattern).fullmatch(name)
+    found = _compiled(pattern).fullmatch(f".{name}")
     if found is None:
         return None
     filled = iter(found.groups())
-    pieces = [next(filled) if piece in ("*", "**") else piece for piece in replacement.split(".")]
+    pieces = [next(filled).lstrip(".") if piece in ("*", "**") else piece for piece in replacement.split(".")]
     return ".".join(piece for piece in pieces if piece)
 
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern over whole dotted segments as a regular expression."""
-    out = ""
-    segments = pattern.split(".")
-    for position, segment in enumerate(segments):
-        last = position == len(segments) - 1
-        if segment == "**":
-            # The dot belongs to the wildcard, for `**` may stand for no segment at all.
-            out += r"((?:[^.]+(?:\.[^.]+)*)?)" if last else r"(?:((?:[^.]+\.)*[^.]+)\.)?"
-        else:
-            out += (r"([^.]+)" if segment == "*" else re.escape(segment)) + ("" if last else r"\.")
-    return re.compile(out)
+    """A pattern over whole segments, each with a dot in front, as a regular expression."""
+    wildcards = {"*": r"(\.[^.]+)", "**": r"((?:\.[^.]+)*)"}
+    return re.compile("".join(wildcards.get(segment, rf"\.{re.escape(segment)}") for segment in pattern.split(".")))

@@ -9,34 +9,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from lorax_core.adapters.store import AdapterStore
+from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import CheckpointError, RequestError, listed
+from lorax_core.errors import RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.activation import get_activation
-from lorax_core.modeling.heads import EmbeddingHead, Projection
 from lorax_core.modeling.linear import packing_works
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.cache import PAGE_SIZE, CacheSize, make_pool
+from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.face import Engine, EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
-from lorax_core.types import Pooling, Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
-from lorax_core.weights.sentence import SentenceFiles, dense_folder, read_dense, read_sentence_files
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,29 +85,37 @@ def load(
     files = Checkpoint(find_checkpoint(checkpoint, revision=revision, token=token))
     host = host or PluginHost.discover()
     base = load_model(files, host, dtype=_dtype(dtype, files, where), device=where)
-    model = base.model
-    sentence = read_sentence_files(files) if Task.EMBED in model.tasks and pooling is None else None
-    _set_pooling(model, sentence, pooling, normalize)
-    _set_projections(model, files, sentence, embedding_dim)
+    text = load_text_front(files, set_up_embedding(base, pooling, normalize, embedding_dim))
     store = AdapterStore(base)
     for name, source in (adapters or {}).items():
         store.load(name, source)
-    text = load_text_front(files, sentence)
     size = CacheSize(kv_cache_tokens, kv_cache_pages, kv_cache_bytes, kv_cache_fraction)
-    pool = make_pool(model, size, kv_dtype)
+    pool = make_pool(base.model, size, kv_dtype)
     chosen = select_backend(
-        host.backends, model.attention_specs, page_size=PAGE_SIZE, dtype=model.dtype, device=where, name=attention
+        host.backends,
+        base.model.attention_specs,
+        page_size=PAGE_SIZE,
+        dtype=base.model.dtype,
+        device=where,
+        name=attention,
     )
-    allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
-    scheduler = Scheduler(
-        max_tokens=max_batch_tokens, max_rows=max_batch_rows, allocator=allocator, window=model.widest_window
-    )
-    loop = EngineLoop(scheduler, Runner(model, chosen.backend, pool), text if text.has_tokenizer else None)
-    limits = Limits(model.max_tokens, allocator.capacity * PAGE_SIZE if allocator is not None else None)
+    loop = _loop(base.model, chosen.backend, pool, text, max_batch_tokens, max_batch_rows)
+    limits = Limits(base.model.max_tokens, (pool.pages - 1) * PAGE_SIZE if pool is not None else None)
     eos_ids = _eos_ids(files, text)
-    grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
-    preparer = Preparer(model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
+    grammars = GrammarFactory(text.tokenizer, base.model.config.vocab_size, eos_ids)
+    preparer = Preparer(base.model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
     return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, limits, pool))
+
+
+def _loop(
+    model: Model, backend: AttentionBackend, pool: KVPool | None, text: TextFront, max_tokens: int, max_rows: int
+) -> EngineLoop:
+    for option, value in (("max_batch_tokens", max_tokens), ("max_batch_rows", max_rows)):
+        if value < 1:
+            raise RequestError(f"{option} must be at least 1, not {value}")
+    allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
+    scheduler = Scheduler(max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window)
+    return EngineLoop(scheduler, Runner(model, backend, pool), text if text.has_tokenizer else None)
 
 
 def _info(base: LoadedModel, chosen: Selection, limits: Limits, pool: KVPool | None) -> EngineInfo:
@@ -171,39 +176,6 @@ def _has_fast_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 by itself. The question is private to torch; without an answer it is no."""
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return bool(asked()) if asked is not None else False
-
-
-def _set_pooling(model: Model, files: SentenceFiles | None, pooling: str | None, normalize: bool | None) -> None:
-    if Task.EMBED not in model.tasks:
-        return
-    head = cast("EmbeddingHead", model.head(Task.EMBED))
-    if pooling is not None:
-        if pooling not in list(Pooling):
-            raise RequestError(f"pooling {pooling!r} is not served; served are {listed(Pooling)}")
-        head.pooling = Pooling(pooling)
-    elif files is not None:
-        head.pooling = files.pooling
-    else:
-        # A causal model's first row knows only itself; its last one has seen the text.
-        head.pooling = Pooling.LAST if model.needs_kv_cache else Pooling.CLS
-    head.normalize = normalize if normalize is not None else files is not None and files.normalize
-
-
-def _set_projections(model: Model, files: Checkpoint, sentence: SentenceFiles | None, dim: int | None) -> None:
-    if Task.EMBED not in model.tasks:
-        return
-    if dim is not None:
-        layers = [read_dense(files, dense_folder(files, dim))]
-    else:
-        layers = list(sentence.dense) if sentence is not None else []
-    head = cast("EmbeddingHead", model.head(Task.EMBED))
-    for layer in layers:
-        if layer.weight.shape[1] != head.dim:
-            raise CheckpointError(
-                f"a dense layer of {files.path} takes vectors of {layer.weight.shape[1]}, not of {head.dim}"
-            )
-        bias = layer.bias.to(model.device) if layer.bias is not None else None
-        head.projections.append(Projection(layer.weight.to(model.device), bias, get_activation(layer.activation)))
 
 
 def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:

@@ -60,8 +60,11 @@ class DenseFiles:
     activation: str
 
 
-def read_sentence_files(checkpoint: Checkpoint) -> SentenceFiles | None:
-    """None when there is no `modules.json`; raises CheckpointError for a module or mode that is not served."""
+def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) -> SentenceFiles | None:
+    """None when there is no `modules.json`; a `pooling` given stands in for the files'.
+
+    Raises CheckpointError for a module or mode that is not served.
+    """
     modules = checkpoint.json("modules.json")
     if modules is None:
         return None
@@ -71,12 +74,12 @@ def read_sentence_files(checkpoint: Checkpoint) -> SentenceFiles | None:
         raise CheckpointError(
             f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; served are 'Transformer', 'Pooling', any number of "
             "'Dense', 'Normalize', in this order",
-            hint="a module that is left out would change the vectors; load(..., pooling=...) ignores these files",
+            hint="a module that is left out would change the vectors",
         )
-    pooling, pool_prompt = _pooling(checkpoint, steps[1][1])
+    stated, pool_prompt = _pooling(checkpoint, steps[1][1], pooling)
     transformer = _object(checkpoint, "sentence_bert_config.json")
     return SentenceFiles(
-        pooling=pooling,
+        pooling=stated,
         # Old checkpoints name a folder for it that does not exist: the entry alone counts.
         normalize="Normalize" in kinds,
         dense=tuple(read_dense(checkpoint, path) for kind, path in steps if kind == "Dense"),
@@ -119,8 +122,11 @@ def _kind(module: dict[str, Any]) -> str:
     return str(module.get("type", "")).rpartition(".")[2]
 
 
-def _pooling(checkpoint: Checkpoint, folder: str) -> tuple[Pooling, bool]:
+def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tuple[Pooling, bool]:
     config = _object(checkpoint, f"{folder}/config.json" if folder else "config.json")
+    pool_prompt = bool(config.get("include_prompt", True))
+    if instead is not None:
+        return instead, pool_prompt
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for key, mode in _OLD_MODES.items() if config.get(key)] or ["mean"]
@@ -130,7 +136,7 @@ def _pooling(checkpoint: Checkpoint, folder: str) -> tuple[Pooling, bool]:
             f"{checkpoint.path / folder} pools by {listed(modes)}; served is one of {listed(_MODES)}",
             hint="load(..., pooling='mean') overrides it where another pooling is acceptable",
         )
-    return _MODES[modes[0]], bool(config.get("include_prompt", True))
+    return _MODES[modes[0]], pool_prompt
 
 
 def _default_prompt(checkpoint: Checkpoint) -> str:

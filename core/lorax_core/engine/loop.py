@@ -15,7 +15,7 @@ from lorax_core.engine.sampler import Picked
 from lorax_core.engine.scheduler import Chunk, Scheduler, StepPlan
 from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.engine.stopping import StopText
-from lorax_core.errors import LoraxError, StepError
+from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
 
 _log = logging.getLogger(__name__)
@@ -50,6 +50,20 @@ class EngineLoop:
         """A sequence leaves without an answer; its pages are free before the next step. No-op once it has finished."""
         if not sequence.finished:
             self._leave(sequence)
+
+    def warmup(self, longest: int) -> None:
+        """Compute the largest step that can come, once; `longest` is the longest sequence in tokens.
+
+        Raises CapacityError when it does not fit in memory; living sequences are not touched.
+        """
+        tokens = min(self.scheduler.max_tokens, longest) if self.scheduler.allocator is not None else longest
+        try:
+            self._runner.warmup(tokens, self.scheduler.max_rows)
+        except RuntimeError as error:  # torch's out-of-memory errors are of this kind
+            raise CapacityError(
+                f"a step of {tokens} tokens does not fit in memory: {error}",
+                hint="load(..., max_batch_tokens=...) with less, or a smaller KV cache",
+            ) from error
 
     def step(self) -> None:
         """One forward pass, and what follows from it."""

@@ -17,6 +17,8 @@ from lorax_core.engine.batcher import Batcher, scores_prompt
 from lorax_core.engine.sampler import Draw, Picked, sample, score
 from lorax_core.engine.scheduler import Chunk, StepPlan
 from lorax_core.engine.sequence import Sequence
+from lorax_core.engine.stopping import StopRule
+from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.heads import Head
@@ -67,6 +69,25 @@ class Runner:
         unread = [chunk for chunk in packed.chunks if chunk.final and chunk.sequence not in answers]
         answers |= {chunk.sequence: Answer(part=chunk.sequence.part) for chunk in unread}
         return self._finished([chunk for chunk in packed.chunks if chunk.final], answers)
+
+    def warmup(self, tokens: int, rows: int) -> None:
+        """Run the largest step once: a text of `tokens` tokens, then `rows` tokens of different texts.
+
+        Nothing of a living sequence is touched: everything is written to the scratch page.
+        """
+        for length, count in ((tokens, 1), (1, rows)):
+            chunks = [Chunk(self._dummy(length), 0, length) for _ in range(count)]
+            self.run(StepPlan(tuple(chunks)))
+        self.clear([SCRATCH_PAGE])
+
+    def _dummy(self, length: int) -> Sequence:
+        task = self._model.tasks[0]
+        prompt = [0] * length
+        span = None if task is Task.GENERATE else self._model.head(task).span(prompt, 0)
+        sequence = Sequence(task=task, prompt=prompt, span=span, stop=StopRule(1) if span is None else None)
+        if self._pool is not None:
+            sequence.pages = [SCRATCH_PAGE] * -(-length // self._pool.page_size)
+        return sequence
 
     def clear(self, pages: list[int]) -> None:
         """Forget what pages of the cache hold."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.sequence import Sequence, Update
@@ -22,6 +23,7 @@ class EngineWorker:
         self._changed = threading.Condition()
         self._joining: deque[Sequence] = deque()
         self._leaving: deque[Sequence] = deque()
+        self._jobs: deque[tuple[Callable[[EngineLoop], None], Future[None]]] = deque()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
         self._thread.start()
@@ -40,6 +42,16 @@ class EngineWorker:
             self._leaving.extend(sequences)
             self._changed.notify_all()
 
+    def call(self, job: Callable[[EngineLoop], None]) -> None:
+        """Do something with the loop between two steps, and wait for it; its exception is raised here."""
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closed:
+                raise RequestError("the engine is closed", hint="load it again")
+            self._jobs.append((job, done))
+            self._changed.notify_all()
+        done.result()
+
     def close(self) -> None:
         """Stop after the step in progress; sequences still alive end with an error. Idempotent."""
         with self._changed:
@@ -50,8 +62,10 @@ class EngineWorker:
 
     def _run(self) -> None:
         while self._take():
+            self._work()
             if self._loop.busy:
                 self._loop.step()
+        self._work()
         while self._joining:
             self._loop.add(self._joining.popleft())
         while self._loop.busy:  # again, for answers that waited for the one before them
@@ -59,10 +73,19 @@ class EngineWorker:
                 self._loop.abort(sequence)
                 sequence.sink(Update(error=LoraxError("the engine was closed before this request finished")))
 
+    def _work(self) -> None:
+        while self._jobs:
+            job, done = self._jobs.popleft()
+            try:
+                job(self._loop)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
     def _take(self) -> bool:
         """Let sequences in and out; waits while there is nothing to do. False when the engine is closed."""
         with self._changed:
-            while not (self._closed or self._joining or self._leaving or self._loop.busy):
+            while not (self._closed or self._joining or self._leaving or self._jobs or self._loop.busy):
                 self._changed.wait()
             if self._closed:
                 return False

@@ -7,7 +7,7 @@ engine is put together; `loading` does that.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, cast, overload
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lorax_core.adapters.store import AdapterStore
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError
+from lorax_core.serving.cache import peak_memory
 from lorax_core.serving.prepare import Preparer, Result
 from lorax_core.serving.requests import (
     ClassifyRequest,
@@ -36,7 +37,11 @@ AdapterNames = str | list[str | None] | None
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine is made of. `max_tokens` is the longest sequence, `kv_cache_tokens` what all of them share."""
+    """What an engine is made of.
+
+    `max_tokens` is the longest sequence, `kv_cache_tokens` what all of them share. `step_bytes`, known after `warmup`, is what
+    the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
+    """
 
     model_type: str
     tasks: tuple[str, ...]
@@ -47,6 +52,7 @@ class EngineInfo:
     max_tokens: int
     kv_cache_tokens: int | None
     kv_cache_bytes: int
+    step_bytes: int | None = None
 
 
 class Engine:
@@ -122,6 +128,17 @@ class Engine:
     def info(self) -> EngineInfo:
         """What this engine is made of."""
         return self._info
+
+    def warmup(self) -> int:
+        """Compute the largest step once, so that what does not fit is known now and the first request finds all ready.
+
+        Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` tells the rest.
+        Raises CapacityError when the step does not fit in memory.
+        """
+        before = peak_memory(self._info.device)
+        self._worker.call(lambda loop: loop.warmup(self._info.max_tokens))
+        self._info = replace(self._info, step_bytes=peak_memory(self._info.device) - before)
+        return self._info.kv_cache_tokens or self._info.max_tokens
 
     def close(self) -> None:
         """Stop the engine; requests still running end with an error. Idempotent."""

@@ -1,17 +1,31 @@
-"""BERT's encoder: post-norm transformer blocks that see in both directions.
+"""BERT's encoder, post-norm transformer blocks that see in both directions, and the one head that is BERT's own.
 
-Computes hidden rows of packed texts. Knows nothing of pooling, heads or adapters.
+Computes hidden rows of packed texts. Knows nothing of files, batching or adapters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lorax_bert.config import BertConfig
-from lorax_core.modeling import Attention, Batch, Embedding, LayerNorm, Linear, QKVLinear, get_activation
-from lorax_core.modeling.config import ModelConfig
+from lorax_core.modeling import (
+    Attention,
+    Batch,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Model,
+    ModelConfig,
+    QKVLinear,
+    SequenceClassificationHead,
+    Task,
+    get_activation,
+)
+from lorax_core.modeling.batch import HasAdapters
 from lorax_core.weights import WeightMap
 
 
@@ -87,8 +101,12 @@ class FlashBertModel(nn.Module):
         return WeightMap(
             prefixes=("bert",),
             rename={
-                "**.LayerNorm.gamma": "**.LayerNorm.weight",
-                "**.LayerNorm.beta": "**.LayerNorm.bias",
+                "embeddings.LayerNorm.gamma": "embeddings.LayerNorm.weight",
+                "embeddings.LayerNorm.beta": "embeddings.LayerNorm.bias",
+                "encoder.layer.*.attention.output.LayerNorm.gamma": "layers.*.attention.LayerNorm.weight",
+                "encoder.layer.*.attention.output.LayerNorm.beta": "layers.*.attention.LayerNorm.bias",
+                "encoder.layer.*.output.LayerNorm.gamma": "layers.*.LayerNorm.weight",
+                "encoder.layer.*.output.LayerNorm.beta": "layers.*.LayerNorm.bias",
                 "encoder.layer.*.attention.self.**": "layers.*.attention.**",
                 "encoder.layer.*.attention.output.**": "layers.*.attention.**",
                 "encoder.layer.*.intermediate.dense.**": "layers.*.intermediate.**",
@@ -96,5 +114,43 @@ class FlashBertModel(nn.Module):
                 "encoder.layer.*.output.LayerNorm.**": "layers.*.LayerNorm.**",
             },
             fuse={"layers.*.attention.qkv": ("query", "key", "value")},
-            ignore=("embeddings.position_ids", "pooler.**", "cls.**"),
+            # Heads that are not served, and position numbers that old checkpoints hold.
+            ignore=("embeddings.position_ids", "pooler.**", "cls.**", "qa_outputs.**"),
         )
+
+
+class BertSequenceClassificationHead(SequenceClassificationHead):
+    """Labels of a text from its first row: the pooler that BERT was trained with, then the classifier."""
+
+    needed = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+        self.classifier = Linear(config.hidden_size, len(self.labels))
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        return range(1)
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        pooled = torch.tanh(self.pooler["dense"](hidden, rows))  # [sequences, hidden]
+        logits: Tensor = self.classifier(pooled, rows)
+        return logits
+
+
+class FlashBert(Model):
+    """BERT for embeddings."""
+
+    task = Task.EMBED
+
+
+class FlashBertForTokenClassification(Model):
+    """BERT that labels tokens."""
+
+    task = Task.TOKEN_CLASSIFICATION
+
+
+class FlashBertForSequenceClassification(Model):
+    """BERT that labels texts."""
+
+    task = Task.SEQUENCE_CLASSIFICATION

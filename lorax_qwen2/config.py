@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from pydantic import PositiveInt, model_validator
+
 from lorax_core.modeling import ModelConfig, Rope, read_rope
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -13,13 +15,13 @@ LayerType = Literal["full_attention", "sliding_attention"]
 class Qwen2Config(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
-    head_dim: int
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    intermediate_size: PositiveInt
+    head_dim: PositiveInt
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 32768
+    max_position_embeddings: PositiveInt = 32768
     rope: Rope
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
@@ -38,13 +40,28 @@ class Qwen2Config(ModelConfig):
             config["head_dim"] = hidden // heads
         return {**config, "rope": read_rope(config)}
 
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Qwen2Config:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_hidden_layers}")
+        return self
+
     def window(self, layer: int) -> int | None:
-        """Keys that a query of this layer sees, itself included; None is all."""
+        """Keys that a query of this layer sees on either side, itself included; None is all."""
         if not self.use_sliding_window or self.sliding_window is None:
             return None
-        if self.layer_types is not None:
-            return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
-        return self.sliding_window if layer >= self.max_window_layers else None
+        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer >= self.max_window_layers
+        # transformers counts the query among `sliding_window` keys, but not where it sees both sides.
+        return self.sliding_window + (not self.is_causal) if slides else None
+
+    @property
+    def generates(self) -> bool:
+        return self.is_causal
 
     @property
     def max_tokens(self) -> int:

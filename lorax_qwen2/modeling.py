@@ -1,6 +1,6 @@
 """Qwen2: pre-norm transformer blocks with rotary positions, grouped queries and a gated feed-forward layer.
 
-Computes hidden rows of packed sequences. Knows nothing of caches, heads or adapters.
+Computes hidden rows of packed sequences. Knows nothing of caches, files or adapters.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from lorax_core.modeling import (
     Embedding,
     GateUpLinear,
     Linear,
+    Model,
     ModelConfig,
     QKVLinear,
     RMSNorm,
     RotaryEmbedding,
+    Task,
+    TokenClassificationHead,
     get_activation,
 )
 from lorax_core.modeling.rotary import Angles
@@ -92,7 +95,7 @@ class FlashQwen2Model(nn.Module):
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
-        """Names as Qwen2Model and Qwen2ForCausalLM save them, with or without `model.`."""
+        """Names as Qwen2Model and its task models save them, with or without `model.`."""
         return WeightMap(
             prefixes=("model",),
             fuse={
@@ -100,4 +103,24 @@ class FlashQwen2Model(nn.Module):
                 "layers.*.mlp.gate_up_proj": ("gate_proj", "up_proj"),
             },
             tie={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
+            # A model that sees both sides generates nothing, though its file may hold the head that it was trained from.
+            ignore=() if config.generates else ("lm_head.weight",),
         )
+
+
+class Qwen2TokenClassificationHead(TokenClassificationHead):
+    """Labels of tokens. Qwen2 calls the layer as its sequence classifier's, which has no bias."""
+
+    layer = "score"
+
+
+class FlashQwen2ForCausalLM(Model):
+    """Qwen2 that generates."""
+
+    task = Task.GENERATE
+
+
+class FlashQwen2ForEmbeddings(Model):
+    """Qwen2 for embeddings."""
+
+    task = Task.EMBED

@@ -33,6 +33,8 @@ def set_up_embedding(
         head.pooling = Pooling(pooling)
     elif files is not None:
         head.pooling = files.pooling
+    elif dim is not None:
+        head.pooling = Pooling.MEAN  # what checkpoints with dense layers of several lengths were trained with
     else:
         # A causal model's first row knows only itself; its last one has seen the text.
         head.pooling = Pooling.LAST if model.needs_kv_cache else Pooling.CLS

@@ -6,6 +6,7 @@ fills, is an error that names it. Knows nothing of requests.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -106,21 +107,22 @@ def assemble(
     weight_map = backbone_class.weight_map(config)
     names = {weight_map.resolve(name).name for name in checkpoint.tensors}
     stated = stated_task(spec, config)
-    heads: dict[Task, Head] = {}
+    found: dict[Task, Head] = {}
     with torch.device("meta"):
         backbone = backbone_class(config)
-        wanted = {task: path for task, path in spec.heads.items() if model_class.task in (None, task)}
-        for task, path in wanted.items():
+        for task, path in spec.heads.items():
             head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
             if head is not None:
-                heads[Task(task)] = head
+                found[Task(task)] = head
+    heads = {task: head for task, head in found.items() if model_class.task in (None, task)}
     if not heads:
-        raise CheckpointError(
-            f"{checkpoint.path} has the weights of none of these heads of {model_type!r}: {listed(wanted)}"
-        )
+        wanted = listed(task.value for task in spec.heads if model_class.task in (None, task))
+        has = listed(task.value for task in found)
+        raise CheckpointError(f"{checkpoint.path} has no head of {model_type!r} for {wanted}; those that it has: {has}")
     model = model_class(config, backbone, heads)
     _materialise(model, dtype or stored_dtype(checkpoint), device)
-    account = _fill(model, checkpoint, weight_map)
+    spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
+    account = _fill(model, checkpoint, weight_map, spare)
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
     return LoadedModel(model, spec, weight_map, checkpoint, default_task), account
@@ -157,7 +159,8 @@ def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
             reset(device)
 
 
-def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Account:
+def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Set[str]) -> Account:
+    """Every tensor of the checkpoint to its place. Those of `spare` may lack one."""
     account = Account()
     parameters = model.named_tensors()
     wanted = _wanted(model, parameters, weight_map)
@@ -172,7 +175,7 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap) -> Accoun
         target = weight_map.resolve(name)
         key = (target.name, target.part)
         if key not in wanted:
-            known = weight_map.ignores(name) or _is_spare_tie(target, weight_map, parameters)
+            known = target.name in spare or weight_map.ignores(name) or _is_spare_tie(target, weight_map, parameters)
             (account.ignored if known else account.unused).append(name)
             continue
         if key in filled:

@@ -1,0 +1,35 @@
+"""How every test process behaves: one thread for torch, one profile for hypothesis.
+
+A conftest takes both with `from house import one_thread, settle`, and calls `settle()`. Torch is not imported here: some
+tests have no use for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+
+def settle() -> None:
+    """The same examples in every run, without a clock: a slow machine must not change what is found."""
+    settings.register_profile(
+        "house",
+        derandomize=True,
+        deadline=None,
+        database=None,
+        print_blob=False,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    settings.load_profile("house")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The machine is shared, and a sum in another order is another number."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+    yield

@@ -26,7 +26,8 @@ class RotaryEmbedding(nn.Module):
         self.rotary_dim = self._stated_dim + self._stated_dim % 2  # dimensions turn in pairs
         self.factor = 1.0
         self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
-        self.reset_buffers()
+        if not self.inv_freq.is_meta:
+            self.reset_buffers()
 
     def reset_buffers(self, device: str | torch.device | None = None) -> None:
         """Make the frequencies anew on `device`: a model is put together without memory first."""

@@ -32,14 +32,17 @@ from lorax_core.serving.requests import (
 from lorax_core.serving.stream import Call, Stream
 from lorax_core.types import Classification, Completion, Embedding
 
-AdapterNames = str | list[str | None] | None
+AdapterNames = str | SequenceOf[str | None] | None
+TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
+TextInputs = list[str] | list[list[int]] | list[tuple[str, str]] | list[TextInput]
 
 
 @dataclass(frozen=True)
 class EngineInfo:
     """What an engine is made of.
 
-    `max_tokens` is the longest sequence, `kv_cache_tokens` what all of them share. `step_bytes`, known after `warmup`, is what
+    `max_tokens` is the longest sequence, `max_text_tokens` the longest text to embed or classify (tokenizers and sentence
+    files may allow less than the model), `kv_cache_tokens` what all sequences share. `step_bytes`, known after `warmup`: what
     the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
     """
 
@@ -50,6 +53,7 @@ class EngineInfo:
     attention: str
     passed_over: tuple[tuple[str, str], ...]
     max_tokens: int
+    max_text_tokens: int
     kv_cache_tokens: int | None
     kv_cache_bytes: int
     step_bytes: int | None = None
@@ -71,9 +75,7 @@ class Engine:
     @overload
     def generate(self, prompt: TextPrompt, *, adapter: AdapterNames = ..., **options: Any) -> Completion: ...
     @overload
-    def generate(
-        self, prompt: list[TextPrompt], *, adapter: AdapterNames = ..., **options: Any
-    ) -> list[Completion]: ...
+    def generate(self, prompt: TextPrompts, *, adapter: AdapterNames = ..., **options: Any) -> list[Completion]: ...
     def generate(self, prompt: Any, *, adapter: AdapterNames = None, **options: Any) -> Completion | list[Completion]:
         """Continue one prompt, or several in one batch. Options are those of `GenerateRequest`."""
         requests, single = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
@@ -87,7 +89,7 @@ class Engine:
 
     def embed(
         self,
-        text: TextInput | list[TextInput],
+        text: TextInput | TextInputs,
         *,
         adapter: AdapterNames = None,
         truncate: Truncate = "error",
@@ -99,12 +101,14 @@ class Engine:
             return vectors[0]
         return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
 
+    @overload
+    def classify(self, text: TextInput, *, adapter: AdapterNames = ..., truncate: Truncate = ...) -> Classification: ...
+    @overload
     def classify(
-        self,
-        text: TextInput | list[TextInput],
-        *,
-        adapter: AdapterNames = None,
-        truncate: Truncate = "error",
+        self, text: TextInputs, *, adapter: AdapterNames = ..., truncate: Truncate = ...
+    ) -> list[Classification]: ...
+    def classify(
+        self, text: Any, *, adapter: AdapterNames = None, truncate: Truncate = "error"
     ) -> Classification | list[Classification]:
         """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained."""
         requests, single = make_requests(ClassifyRequest, "input", text, adapter, {"truncate": truncate})
@@ -124,6 +128,10 @@ class Engine:
         except BaseException:
             self._worker.abort(call.unfinished)
             raise
+
+    def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
+        """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""
+        return self._preparer.count_tokens(prompt)
 
     def info(self) -> EngineInfo:
         """What this engine is made of."""

@@ -104,7 +104,7 @@ def load(
     eos_ids = _eos_ids(files, text)
     grammars = GrammarFactory(text.tokenizer, base.model.config.vocab_size, eos_ids)
     preparer = Preparer(base.model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
-    return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, limits, pool))
+    return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, preparer, pool))
 
 
 def _loop(
@@ -118,8 +118,8 @@ def _loop(
     return EngineLoop(scheduler, Runner(model, backend, pool), text if text.has_tokenizer else None)
 
 
-def _info(base: LoadedModel, chosen: Selection, limits: Limits, pool: KVPool | None) -> EngineInfo:
-    model = base.model
+def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool | None) -> EngineInfo:
+    model, limits = base.model, preparer.limits
     return EngineInfo(
         model_type=base.spec.model_type,
         tasks=tuple(task.value for task in model.tasks),
@@ -128,6 +128,7 @@ def _info(base: LoadedModel, chosen: Selection, limits: Limits, pool: KVPool | N
         attention=chosen.backend.name,
         passed_over=chosen.passed_over,
         max_tokens=limits.tokens,
+        max_text_tokens=preparer.max_text_tokens,
         kv_cache_tokens=limits.cache_tokens,
         kv_cache_bytes=pool.nbytes if pool is not None else 0,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,16 @@ class Preparer:
     def embedding_dim(self) -> int:
         """Length of the vectors of this engine."""
         return cast("EmbeddingHead", self.model.head(Task.EMBED)).dim
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The longest text to embed or classify."""
+        return min(self.limits.tokens, self.text.max_tokens or self.limits.tokens)
+
+    def count_tokens(self, prompt: Any) -> int:
+        """Tokens of a prompt or text."""
+        generating = Task.GENERATE in self.model.tasks
+        return len(self.text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
     def prepare(self, request: Request) -> Prepared:
         """What a request asks of the engine."""
@@ -194,7 +204,7 @@ class Preparer:
     def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
         """The ids of a text, cut to what the checkpoint takes when the request allows it."""
         encoded = self._checked(self.text.encode(request.input, task))
-        limit = min(self.limits.tokens, self.text.max_tokens or self.limits.tokens)
+        limit = self.max_text_tokens
         if len(encoded.ids) <= limit:
             return encoded
         if request.truncate == "error":

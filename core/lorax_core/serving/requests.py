@@ -6,7 +6,7 @@ model, so a limit of the model is checked where the request becomes a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -111,7 +111,7 @@ _R = TypeVar("_R", GenerateRequest, EmbedRequest, ClassifyRequest)
 
 
 def make_requests(
-    kind: type[_R], field: str, prompts: Any, adapter: str | list[str | None] | None, options: Mapping[str, Any]
+    kind: type[_R], field: str, prompts: Any, adapter: str | Sequence[str | None] | None, options: Mapping[str, Any]
 ) -> tuple[list[_R], bool]:
     """Requests for one prompt or a list of them, and whether it was a single one.
 
@@ -119,7 +119,7 @@ def make_requests(
     """
     single = is_single(prompts)
     items = [prompts] if single else list(prompts)
-    names = adapter if isinstance(adapter, list) else [adapter] * len(items)
+    names = [adapter] * len(items) if adapter is None or isinstance(adapter, str) else list(adapter)
     if len(names) != len(items):
         raise RequestError(
             f"{len(names)} adapters were named for {len(items)} prompts; name one for each, or one for all"

@@ -150,7 +150,7 @@ def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}"
             if full not in made:
-                made[full] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device), requires_grad=False)
+                made[full] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
             setattr(module, name, made[full])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             reset = getattr(module, "reset_buffers", None)

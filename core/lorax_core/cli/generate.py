@@ -1,0 +1,138 @@
+"""`lorax generate`: continue one prompt, the text on stdout as it is made.
+
+Decides how a command line becomes a request, and what is shown of the answer. Knows nothing of models: loading and
+answering are those of the Python face, imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import lorax_core
+from lorax_core.cli.render import data_only_stdout, show_json, tell
+from lorax_core.errors import AdapterError, listed, nearest
+
+if TYPE_CHECKING:
+    from lorax_core.serving.stream import Stream
+    from lorax_core.types import Completion
+
+app = typer.Typer(add_completion=False)
+
+
+DEFAULT_TOKENS = 128
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, or an id on the hub.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue; - reads it from stdin.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Load an adapter; may be given several times.")
+    ] = None,
+    use: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The adapter that answers; one that is given alone is used.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="The longest answer, in tokens; by default 128, or what the model has room for.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time; above, tokens are drawn.")
+    ] = 0,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, once the answer is complete.")] = False,
+) -> None:
+    """Continue a prompt; the text streams to stdout."""
+    adapters = _folders(adapter or [])
+    request = lorax_core.GenerateRequest(
+        prompt=_read(prompt),
+        adapter=_chosen(adapters, use),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        stop=stop or [],
+    )
+    with data_only_stdout():
+        engine = lorax_core.load(path, adapters=adapters)
+    with engine:
+        if max_tokens is None:  # a default must not refuse what was asked for: it only shortens
+            room = engine.info().max_tokens - engine.count_tokens(request.prompt)
+            request = request.model_copy(update={"max_tokens": max(min(DEFAULT_TOKENS, room), 1)})
+        started = time.perf_counter()
+        completion = _follow(engine.stream(**request.model_dump()), quiet=json)
+        seconds = time.perf_counter() - started
+    if json:
+        _show_json(path, request.adapter, completion)
+    else:
+        tokens = completion.usage.completion_tokens
+        tell(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
+
+
+def _folders(given: list[str]) -> dict[str, str]:
+    """Adapters by name; a wrong or repeated `NAME=FOLDER` is a wrong command line."""
+    folders: dict[str, str] = {}
+    for one in given:
+        name, equals, folder = one.partition("=")
+        if not (name and equals and folder):
+            raise typer.BadParameter(f"{one!r} is not NAME=FOLDER", param_hint="--adapter")
+        if name in folders:
+            raise typer.BadParameter(f"two adapters are called {name!r}", param_hint="--adapter")
+        folders[name] = folder
+    return folders
+
+
+def _chosen(adapters: dict[str, str], use: str | None) -> str | None:
+    """The name of the adapter that answers: the one asked for, or the only one; None for the base."""
+    if use is None and len(adapters) > 1:
+        raise typer.BadParameter(f"which of {listed(adapters)} answers?", param_hint="--use")
+    if use is None:
+        return next(iter(adapters), None)
+    if use not in adapters:
+        close = nearest(use, adapters)
+        raise AdapterError(
+            f"no adapter is called {use!r}; given are {listed(adapters)}",
+            hint=f"did you mean {close!r}?" if close else f"--adapter {use}=FOLDER loads it",
+        )
+    return use
+
+
+def _read(prompt: str) -> str:
+    """The prompt itself, or all of stdin without its last line break."""
+    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+
+
+def _follow(stream: Stream, quiet: bool) -> Completion:
+    """The whole answer; unless `quiet`, each piece is printed as it comes."""
+    completion = None
+    for event in stream:
+        if not quiet:
+            print(event.text, end="", flush=True)
+        completion = event.completion
+    if not quiet:
+        print()
+    assert completion is not None, "a stream ended without its completion"
+    return completion
+
+
+def _show_json(path: str, adapter: str | None, completion: Completion) -> None:
+    usage = completion.usage
+    show_json(
+        {
+            "model": path,
+            "adapter": adapter,
+            "text": completion.text,
+            "token_ids": completion.token_ids,
+            "finish_reason": str(completion.finish_reason),
+            "usage": {
+                "prompt_tokens": usage.prompt_tokens,
+                "completion_tokens": usage.completion_tokens,
+                "total_tokens": usage.total_tokens,
+            },
+        }
+    )

@@ -1,0 +1,194 @@
+"""`lorax generate` and `lorax embed` on the small checkpoint that the repository ships."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lorax_core
+
+QWEN2 = Path(__file__).resolve().parents[2] / "examples/tiny_qwen2"
+MODEL = str(QWEN2 / "model")
+PROMPT = "If the file does not exist"
+ADAPTERS = {name: QWEN2 / "adapters" / name for name in ("upper", "bullets")}
+GIVEN = {name: f"--adapter={name}={folder}" for name, folder in ADAPTERS.items()}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with lorax_core.load(MODEL, adapters=ADAPTERS) as engine:
+        yield engine
+
+
+def lines(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_the_text_is_all_that_stdout_gets(main, engine):
+    code, out, err = main("generate", MODEL, PROMPT, "--max-tokens", "24")
+
+    assert code == 0
+    assert out == engine.generate(PROMPT, max_tokens=24).text + "\n"
+    assert err.startswith("24 tokens in ")
+    assert err.endswith("ended by: length\n")
+
+
+def test_a_dash_reads_the_prompt_from_stdin_without_its_last_line_break(main, engine, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+
+    _, out, _ = main("generate", MODEL, "-", "--max-tokens", "8")
+
+    assert out == engine.generate(PROMPT, max_tokens=8).text + "\n"
+
+
+def test_an_adapter_that_is_given_alone_answers(main, engine):
+    _, out, _ = main("generate", MODEL, PROMPT, GIVEN["upper"], "--max-tokens", "24")
+
+    assert out == engine.generate(PROMPT, adapter="upper", max_tokens=24).text + "\n"
+    assert out.isupper()
+
+
+def test_among_several_adapters_one_is_named(main, engine):
+    asked = ["generate", MODEL, PROMPT, *GIVEN.values(), "--max-tokens", "24"]
+
+    refused, _, why = main(*asked)
+    _, out, _ = main(*asked, "--use", "bullets")
+
+    assert refused == 2
+    assert "--use" in why
+    assert out == engine.generate(PROMPT, adapter="bullets", max_tokens=24).text + "\n"
+
+
+def test_json_has_the_whole_answer(main, engine):
+    code, out, err = main("generate", MODEL, PROMPT, GIVEN["upper"], "--max-tokens", "8", "--json")
+
+    expected = engine.generate(PROMPT, adapter="upper", max_tokens=8)
+    prompt_tokens = expected.usage.prompt_tokens
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "schema": 1,
+        "model": MODEL,
+        "adapter": "upper",
+        "text": expected.text,
+        "token_ids": expected.token_ids,
+        "finish_reason": "length",
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 8, "total_tokens": prompt_tokens + 8},
+    }
+
+
+def test_sampling_options_reach_the_engine(main, engine):
+    options = {"max_tokens": 24, "temperature": 0.9, "seed": 7, "stop": [" the", "."]}
+
+    _, out, _ = main(
+        *("generate", MODEL, PROMPT, "--max-tokens", "24", "--temperature", "0.9", "--seed", "7"),
+        *("--stop", " the", "--stop", "."),
+    )
+
+    assert out == engine.generate(PROMPT, **options).text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ([GIVEN["upper"], "--use", "uper"], 1, "did you mean 'upper'?"),
+        (["--use", "sql"], 1, "--adapter sql=FOLDER"),
+        (["--adapter", "upper"], 2, "'upper' is not NAME=FOLDER"),
+        ([GIVEN["upper"], GIVEN["upper"]], 2, "two adapters are called 'upper'"),
+        (["--adapter", "sql=no-such-folder"], 1, "no-such-folder"),
+        (["--max-tokens", "600"], 1, "the model holds 512"),
+    ],
+)
+def test_what_cannot_be_generated_is_told_on_stderr(main, arguments, code, told):
+    exit_code, out, err = main("generate", MODEL, PROMPT, *arguments)
+
+    assert (exit_code, out) == (code, "")
+    assert told in " ".join(err.replace("│", " ").split())
+
+
+def test_options_are_checked_before_anything_is_loaded(main):
+    code, _, err = main("generate", "no-such-folder", PROMPT, "--max-tokens", "0")
+
+    assert code == 1
+    assert "max_tokens" in err
+
+
+@pytest.mark.parametrize("command", ["generate", "embed"])
+def test_a_missing_checkpoint_is_told_with_its_name(main, command):
+    code, out, err = main(command, "no-such-folder", "text")
+
+    assert (code, out) == (1, "")
+    assert "'no-such-folder'" in err
+    assert "hint: " in err
+
+
+def test_embed_shows_a_line_for_each_text(main, engine):
+    code, out, err = main("embed", MODEL, "The list of files", "An iterator")
+
+    rows = [line.split() for line in out.splitlines()]
+    vectors = engine.embed(["The list of files", "An iterator"])
+    assert (code, err) == (0, "")
+    assert " ".join(rows[0]) == "INDEX TOKENS DIM FIRST VALUES"
+    assert [(row[0], row[2]) for row in rows[1:]] == [("0", "128"), ("1", "128")]
+    assert [row[3] for row in rows[1:]] == [f"{vector[0]:+.4f}" for vector in vectors]
+
+
+def test_embed_json_is_a_line_for_each_text_with_the_whole_vector(main, engine):
+    _, out, _ = main("embed", MODEL, "The list of files", "An iterator", "--json")
+
+    found = lines(out)
+    assert [line["index"] for line in found] == [0, 1]
+    assert {(line["schema"], line["dim"], line["truncated"]) for line in found} == {(1, 128, False)}
+    np.testing.assert_array_equal(
+        np.array([line["vector"] for line in found], np.float32), engine.embed(["The list of files", "An iterator"])
+    )
+
+
+def test_embed_reads_lines_of_stdin(main, engine, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The list of files\nAn iterator\n"))
+
+    _, out, _ = main("embed", MODEL, "-", "--json")
+
+    np.testing.assert_array_equal(
+        np.array([line["vector"] for line in lines(out)], np.float32),
+        engine.embed(["The list of files", "An iterator"]),
+    )
+
+
+def test_embed_pools_as_asked(main):
+    _, out, _ = main("embed", MODEL, PROMPT, "--pooling", "mean", "--json")
+
+    with lorax_core.load(MODEL, pooling="mean") as engine:
+        expected = engine.embed(PROMPT)
+    np.testing.assert_array_equal(np.array(lines(out)[0]["vector"], np.float32), expected)
+
+
+def test_embed_refuses_a_long_text_and_cuts_it_when_asked(main):
+    long = "word " * 600
+
+    refused, out, why = main("embed", MODEL, long)
+    code, cut, warning = main("embed", MODEL, long, "--truncate", "end", "--json")
+
+    assert (refused, out) == (1, "")
+    assert "truncate='end'" in why
+    assert code == 0
+    assert [(line["tokens"], line["truncated"]) for line in lines(cut)] == [(512, True)]
+    assert warning == "warning: text 0 was cut to 512 tokens\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["generate", "--help"], ["embed", "--help"]], ids=" ".join)
+def test_help_imports_neither_torch_nor_transformers_nor_numpy(words):
+    code = (
+        f"import sys\nfrom lorax_core.cli.main import main\ntry:\n    main({words!r})\nexcept SystemExit:\n    pass\n"
+        "print(*sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+
+    assert "Usage: lorax" in done.stdout
+    assert done.stderr.split() == []

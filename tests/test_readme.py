@@ -1,0 +1,251 @@
+"""What the documents say is what happens: examples run, tables and maps are those of the code.
+
+`python tests/test_readme.py` writes README's table of architectures anew.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import typer
+
+from lorax_core.cli.main import app
+from lorax_core.plugins.host import PluginHost
+from lorax_core.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+MAP = ROOT / "docs/architecture.md"
+TUTORIAL = ROOT / "docs/plugins.md"
+CORE = ROOT / "core/lorax_core"
+
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TABLE = re.compile(r"(?<=<!-- made by: python tests/test_readme.py -->\n\n).*?(?=\n\n<!-- end -->)", re.DOTALL)
+MODULE = re.compile(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+\.py)`")
+CLASS = re.compile(r"`([A-Z][A-Za-z0-9]*[a-z][A-Za-z0-9]*)(?:\.(\w+))?(?:\([^`]*\))?`")
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    """Language and text of each fenced block, in order."""
+    return FENCE.findall(text)
+
+
+def matches(pattern: str, printed: str) -> bool:
+    """Whether `printed` is what `pattern` shows: `...` stands for any text, and runs of blanks are alike."""
+    pieces = [re.escape(" ".join(piece.split())) for piece in pattern.split("...")]
+    return (
+        re.fullmatch(r"\s*" + r".*".join(rf"\s*{piece}\s*" for piece in pieces), " ".join(printed.split())) is not None
+    )
+
+
+def console_steps(block: str) -> list[tuple[str, str]]:
+    """Each command of a console block with the output that is shown for it."""
+    return [(step.partition("\n")[0], step.partition("\n")[2]) for step in re.split(r"^\$ ", block, flags=re.M)[1:]]
+
+
+def table() -> str:
+    """README's table: the architectures of this repository, whatever else is installed."""
+    projects = [tomllib.loads(file.read_text(encoding="utf-8")) for file in ROOT.glob("lorax_*/pyproject.toml")]
+    ours = {project["project"]["name"] for project in projects}
+    host = PluginHost.discover(Settings())
+    rows = [("Model type", "Package", "Tasks", "Attention", "For example"), ("---",) * 5]
+    for model_type, spec in host.architectures.items():
+        package = host.owner(model_type).package
+        if package in ours:
+            attention = "causal" if spec.causal else "bidirectional"
+            rows.append((f"`{model_type}`", f"`{package}`", ", ".join(spec.tasks), attention, ", ".join(spec.examples)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def with_table(text: str) -> str:
+    """README with the table as it should be."""
+    return TABLE.sub(lambda _: table(), text)
+
+
+def defined_in(folder: Path) -> dict[str, set[str]]:
+    """Every class below `folder` with the names that its body binds, those of its instances included."""
+    classes: dict[str, set[str]] = {}
+    for file in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bodies = [n for n in ast.walk(node) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+                names = {n.name for n in bodies}
+                names |= {
+                    n.target.id for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                }
+                names |= {
+                    t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+                }
+                names |= {
+                    n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+                }
+                classes.setdefault(node.name, set()).update(names)
+    return classes
+
+
+STEPS = [
+    step
+    for language, text in blocks(README.read_text(encoding="utf-8"))
+    if language == "console"
+    for step in console_steps(text)
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "printed", "same"),
+    [
+        ("a  b\n", "a b", True),
+        ("a\n...\nd", "a\nb\nc\nd\n", True),
+        ("a ...", "a", True),
+        ("a\n...\nd", "a\nb\nc\n", False),
+        ("a", "a b", False),
+        ("...\n1 token", "x\n11 token", True),
+    ],
+)
+def test_shown_output_is_compared(pattern, printed, same):
+    assert matches(pattern, printed) is same
+
+
+def test_the_table_of_architectures_is_what_is_installed():
+    text = README.read_text(encoding="utf-8")
+
+    assert text == with_table(text), "run: python tests/test_readme.py"
+    assert "`qwen2`" in text
+
+
+def test_python_examples_run_in_order_and_print_what_is_shown(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    namespace: dict[str, object] = {}
+    printed = ""
+    ran = 0
+
+    for language, text in blocks(README.read_text(encoding="utf-8")):
+        if language == "python":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(text, f"README.md: {text[:40]!r}", "exec"), namespace)
+            printed = out.getvalue()
+            ran += 1
+        elif language == "text":
+            assert matches(text, printed), f"README shows:\n{text}\nprinted was:\n{printed}"
+
+    assert ran >= 7
+    assert str(namespace["upper"].text).isupper()
+    assert namespace["bullets"].text.count("\n- ") >= 2
+
+
+@pytest.mark.parametrize(("command", "shown"), STEPS, ids=[command[:50] for command, _ in STEPS])
+def test_console_examples_run_and_print_what_is_shown(command, shown):
+    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+    done = subprocess.run(
+        command,
+        shell=True,
+        cwd=ROOT,
+        env={**os.environ, "PATH": here},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert matches(shown, done.stdout), f"README shows:\n{shown}\nprinted was:\n{done.stdout}"
+
+
+def test_links_lead_somewhere():
+    for document in (README, MAP, TUTORIAL):
+        for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / link).exists(), f"{document.name} links to {link}"
+
+
+def test_the_map_has_every_module_of_core_and_no_other():
+    modules = {file.relative_to(CORE).as_posix() for file in CORE.rglob("*.py") if file.name != "__init__.py"}
+    mapped = set(MODULE.findall(MAP.read_text(encoding="utf-8")))
+
+    in_core = {name for name in mapped if not (ROOT / name).exists()}
+    assert modules - in_core == set(), "these are missing from the map"
+    assert in_core - modules == set(), "the map names these, which do not exist"
+
+
+def test_the_map_has_every_package_of_core():
+    text = MAP.read_text(encoding="utf-8")
+
+    missing = [file.parent.name for file in CORE.glob("*/__init__.py") if f"`{file.parent.name}/`" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize("document", [MAP, TUTORIAL], ids=lambda path: path.stem)
+def test_the_types_that_documents_name_exist(document):
+    classes = defined_in(CORE) | defined_in(ROOT / "lorax_qwen2")
+    prose = FENCE.sub("", document.read_text(encoding="utf-8"))
+
+    named = CLASS.findall(prose)
+    unknown = [f"{name}.{member}".rstrip(".") for name, member in named if member not in {"", *classes.get(name, ())}]
+    unknown += [name for name, _ in named if name not in classes]
+    assert len(named) >= 10
+    assert unknown == []
+
+
+def test_the_map_fits_in_one_sitting():
+    assert len(MAP.read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_the_tutorial_quotes_the_code_as_it_is():
+    quoted = 0
+
+    for _, text in blocks(TUTORIAL.read_text(encoding="utf-8")):
+        path, _, excerpt = text.removeprefix("# ").partition("\n")
+        if not (ROOT / path).is_file():
+            continue
+        code = iter((ROOT / path).read_text(encoding="utf-8").splitlines())
+        for line in excerpt.splitlines():
+            if line.strip() not in {"", "# ..."}:
+                assert line in code, f"{path} does not hold, at this place: {line}"
+        quoted += 1
+
+    assert quoted >= 3
+
+
+def test_the_tutorial_ends_with_a_test_that_pytest_collects():
+    namespace: dict[str, object] = {}
+
+    for language, text in blocks(TUTORIAL.read_text(encoding="utf-8")):
+        if language == "python" and not text.startswith("# lorax_"):
+            exec(compile(text, "docs/plugins.md", "exec"), namespace)
+
+    assert callable(namespace["test_conformance"])
+
+
+@pytest.mark.parametrize("document", [README, TUTORIAL], ids=lambda path: path.stem)
+def test_the_commands_that_documents_name_exist(document):
+    said = re.findall(r"(?:^|[`$| ])lorax ([a-z]+)(?: ([a-z]+))?", document.read_text(encoding="utf-8"), re.MULTILINE)
+
+    root = typer.main.get_command(app)
+    groups = {first: root.get_command(None, first) for first, _ in said}
+    unknown = [first for first, group in groups.items() if group is None]
+    unknown += [f"{a} {b}" for a, b in said if b and b not in getattr(groups[a], "commands", {b: None})]
+    assert len(said) >= 5
+    assert unknown == []
+
+
+def test_the_tutorial_names_every_variable_that_steers_the_host():
+    variables = set(re.findall(r'"(LORAX_[A-Z_]+)"', (CORE / "settings.py").read_text(encoding="utf-8")))
+    text = TUTORIAL.read_text(encoding="utf-8")
+
+    assert variables
+    assert [name for name in sorted(variables) if f"`{name}`" not in text] == []
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")

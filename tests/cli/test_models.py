@@ -28,8 +28,8 @@ def test_the_list_has_a_row_for_each_architecture(main):
     rows = [line.split() for line in out.splitlines()]
     assert (code, err) == (0, "")
     assert " ".join(rows[0]) == "MODEL TYPE TASKS ATTENTION LORA PACKAGE VERSION STATUS"
-    assert next(row for row in rows if row[0] == "bert")[:5] == ["bert", "embed", "bidirectional", "yes", "lorax-bert"]
-    assert next(row for row in rows if row[0] == "qwen2")[:5] == ["qwen2", "generate,", "embed", "causal", "yes"]
+    assert next(row for row in rows if row[0] == "bert")[:5] == ["bert", "embed,", "token-classification,", "sequence-classification", "bidirectional"]
+    assert next(row for row in rows if row[0] == "qwen2")[:5] == ["qwen2", "generate,", "embed,", "token-classification,", "sequence-classification"]
 
 
 def test_on_a_terminal_the_list_is_a_table_that_fits(main, monkeypatch):
@@ -182,7 +182,7 @@ def test_show_has_the_whole_declaration_as_json(main):
     [
         (None, "has no config.json", "is this its folder?"),
         ('{"model_type": "qwen2",}', "is not JSON: ", "download the checkpoint again"),
-        ('{"model_type": "gpt2"}', "no plugin brings model type 'gpt2'; installed: ", "pip install lorax-gpt2"),
+        ('{"model_type": "gpt3"}', "no plugin brings model type 'gpt3'; installed: ", "did you mean 'gpt2'?"),
         ('{"model_type": "qwen22"}', "no plugin brings model type 'qwen22'", "did you mean 'qwen2'?"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,14 @@ class Strangers:
     ) -> None:
         """Installs a package whose entry point `name` is a module with this code, by default a sound declaration."""
         module = package.replace("-", "_")
+        if find_spec(module) is not None:  # the real one is installed here too
+            module = f"strange_{module}"
         name = name or package.removeprefix("lorax-")
         home = self.folder / module
         home.mkdir()
         (home / "__init__.py").touch()
         (home / "plugin.py").write_text(code or make_declaration(make_spec_fields(**spec)), encoding="utf-8")
-        info = self.folder / f"{module}-{version}.dist-info"
+        info = self.folder / f"{package.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         lines = ["Metadata-Version: 2.1", f"Name: {package}", f"Version: {version}"]
         lines += [f"Requires-Dist: {line}" for line in requires]

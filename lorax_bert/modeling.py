@@ -16,6 +16,7 @@ from lorax_core.modeling import (
     Attention,
     Batch,
     Embedding,
+    HasAdapters,
     LayerNorm,
     Linear,
     Model,
@@ -25,7 +26,6 @@ from lorax_core.modeling import (
     Task,
     get_activation,
 )
-from lorax_core.modeling.batch import HasAdapters
 from lorax_core.weights import WeightMap
 
 

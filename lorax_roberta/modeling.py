@@ -15,6 +15,7 @@ from lorax_core.modeling import (
     Attention,
     Batch,
     Embedding,
+    HasAdapters,
     LayerNorm,
     Linear,
     Model,
@@ -24,7 +25,6 @@ from lorax_core.modeling import (
     Task,
     get_activation,
 )
-from lorax_core.modeling.batch import HasAdapters
 from lorax_core.weights import WeightMap
 from lorax_roberta.config import RobertaConfig
 

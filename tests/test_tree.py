@@ -35,11 +35,13 @@ RANKS = [
     ["serving"],  # floor 4
     [FACE],  # the lazy public names, for those above
     ["cli", "__main__"],
-    ["testing"],  # may import all; nothing imports it
+    ["testing"],  # may import all; nothing imports it but the command that runs it
 ]
 RANK = {package: rank for rank, packages in enumerate(RANKS) for package in packages}
 # Layers call protocols carried on the batch, so of attention modeling knows the vocabulary and none of the backends.
 ONLY = {("modeling", "attention"): "lorax_core.attention.base"}
+# The one module that looks up, at the kit that it is the command line of.
+COMMAND_OF = {"cli/check.py": "testing"}
 
 MAX_FILE, MAX_FUNCTION, MAX_MODELING = 400, 60, 199
 PLANNERS = {"engine/scheduler.py", "engine/sequence.py", "kvcache/allocator.py", "kvcache/prefix.py"}
@@ -108,8 +110,10 @@ CORE = sources(ROOT / "core/lorax_core", "**/*.py")
 MARKS = [*ROOT.glob("lorax_*/pyproject.toml"), *ROOT.glob("plugins/*/src/*/plugin.py")]
 ARCHITECTURES = sorted(path.parent for path in MARKS)
 PLUGINS = [source for folder in ARCHITECTURES for source in sources(folder, "*.py")]
-PLUGIN_TESTS = [source for folder in ARCHITECTURES for source in sources(folder, "tests/**/*.py")]
+STRANGERS = sources(ROOT, "plugins/*/src/**/*.py", "plugins/*/tests/**/*.py")
+PLUGIN_TESTS = [source for folder in ARCHITECTURES for source in sources(folder, "tests/**/*.py")] + STRANGERS
 NAMES = {folder.name for folder in ARCHITECTURES}
+STRANGE_NAMES = {folder.name for folder in ARCHITECTURES if folder.parent != ROOT}
 
 
 def core_source(path, text):
@@ -158,7 +162,7 @@ def violations(source: Source) -> list[str]:
     offences = []
     for found in imports(source):
         target = imported_package(found)
-        below = RANK.get(target, len(RANKS)) < RANK[source.package]
+        below = RANK.get(target, len(RANKS)) < RANK[source.package] or target == COMMAND_OF.get(source.path)
         admitted = f"{found.module}.{found.of}".startswith(ONLY.get((source.package, target), ""))
         wrong = target != source.package and not (below and admitted)
         if wrong if target else found.module.split(".")[0] in NAMES:
@@ -181,9 +185,33 @@ def strange_imports(source: Source) -> list[str]:
 
 def neighbours(source: Source) -> list[str]:
     """Imports of another architecture, in code or tests."""
-    others = NAMES - {source.module.split(".")[0]}
+    others = NAMES - set(source.name.replace("-", "_").split("/"))
     found = [found for found in imports(source) if found.module.split(".")[0] in others]
     return [f"{source.name}:{one.line}: imports its neighbour {one.module}" for one in found]
+
+
+def public_names(path: str) -> set[str]:
+    """What a package of core lists in `__all__`, or in its table of names that are imported when first used."""
+    tree = next(source for source in CORE if source.path == path).tree
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    lists = [node.value for node in assigned if ast.unparse(node.targets[0]) in ("_HOMES", "__all__")]
+    names = [name for found in lists for name in (found.keys if isinstance(found, ast.Dict) else ast.walk(found))]
+    return {name.value for name in names if isinstance(name, ast.Constant)}
+
+
+def private_imports(source: Source) -> list[str]:
+    """Names of core that a stranger takes from elsewhere than the packages that list them."""
+    return [
+        f"{source.name}:{found.line}: imports {found.of} of {found.module}, which does not list it"
+        for found in imports(source)
+        if found.module.split(".")[0] == "lorax_core" and found.of not in PUBLIC.get(found.module, ())
+    ]
+
+
+def strangers_known(source: Source) -> list[str]:
+    """Imports of a stranger's package by what must do without."""
+    found = [found for found in imports(source) if found.module.split(".")[0] in STRANGE_NAMES]
+    return [f"{source.name}:{one.line}: imports {one.module}, a stranger's" for one in found]
 
 
 def too_long(source: Source) -> list[str]:
@@ -269,6 +297,12 @@ def written_files() -> list[Source]:
     return [*sources(ROOT, "*.md", "*.toml", "*.txt", "Makefile", ".ci/*"), *below]
 
 
+PUBLIC = {
+    ".".join(["lorax_core", *path.split("/")[:-1]]): public_names(path)
+    for path in ("__init__.py", *(f"{name}/__init__.py" for name in ("plugins", "modeling", "weights", "testing")))
+}
+
+
 def all_offences(rule, checked: Iterable[Source]) -> str:
     return "\n".join(offence for source in checked for offence in rule(source))
 
@@ -306,6 +340,7 @@ def test_an_import_that_goes_up_is_caught(path, text, offence):
         ("modeling/blocks.py", "from lorax_core.attention.base import AttentionSpec"),
         ("types.py", "if TYPE_CHECKING:\n    from lorax_core.engine.engine import Engine"),
         ("cli/main.py", "from lorax_core import load"),
+        ("cli/check.py", "from lorax_core.testing import run_checks"),
         ("testing/case.py", "from lorax_core.cli.main import main"),
         ("__init__.py", "from lorax_core.serving.face import load"),
     ],
@@ -323,6 +358,11 @@ def test_an_import_that_goes_down_is_admitted(path, text):
         (strange_imports, Source("lorax_x", "modeling.py", "from lorax_core.engine import engine")),
         (strange_imports, Source("lorax_x", "config.py", "import transformers")),
         (neighbours, Source("lorax_bert", "modeling.py", "from lorax_qwen2 import modeling")),
+        (neighbours, Source(".", "plugins/lorax-distilbert/tests/test_x.py", "import lorax_distilbert, lorax_bert")),
+        (private_imports, Source(".", "plugins/x/src/x/modeling.py", "from lorax_core.modeling.norm import LayerNorm")),
+        (private_imports, Source(".", "plugins/x/src/x/modeling.py", "from lorax_core.modeling import norm")),
+        (private_imports, Source(".", "plugins/x/tests/test_x.py", "import lorax_core as lorax\nlorax.serving")),
+        (strangers_known, Source("tests", "test_x.py", "from lorax_distilbert.config import DistilBertConfig")),
         (too_long, Source("lorax_x", "modeling.py", "x = 1\n" * 200)),
         (too_long, core_source("engine/engine.py", "x = 1\n" * 401)),
         (too_long, core_source("engine/engine.py", "def f():\n" + "    x = 1\n" * 60)),
@@ -373,6 +413,24 @@ def test_architectures_know_only_the_public_api():
 
 def test_no_architecture_imports_another():
     assert not all_offences(neighbours, [*PLUGINS, *PLUGIN_TESTS])
+
+
+def test_strangers_know_only_what_core_lists():
+    assert {"load", "hookimpl", "Linear", "WeightMap", "conformance"} <= set().union(*PUBLIC.values())
+    assert not all_offences(private_imports, STRANGERS)
+
+
+def test_nothing_of_ours_imports_a_stranger():
+    ours = [source for source in written_files() if source.path.endswith(".py") and source.base != "plugins"]
+    assert not all_offences(strangers_known, ours)
+
+
+def test_strangers_are_ordinary_src_projects():
+    projects = [folder for folder in sorted(ROOT.glob("plugins/*")) if folder.is_dir()]
+    packages = [folder / "src" / folder.name.replace("-", "_") for folder in projects]
+    expected = [folder / name for folder in projects for name in ("pyproject.toml", "README.md", "tests")]
+    expected += [package / name for package in packages for name in ("plugin.py", "modeling.py", "py.typed")]
+    assert [path.relative_to(ROOT).as_posix() for path in expected if not path.exists()] == []
 
 
 def test_files_and_functions_stay_short():

@@ -14,7 +14,9 @@ _HOMES = {
     "Embedding": "embedding",
     "EmbeddingHead": "heads",
     "GateUpLinear": "linear",
+    "HasAdapters": "batch",
     "Head": "heads",
+    "HeadRows": "batch",
     "LanguageModelHead": "heads",
     "LastTokenClassificationHead": "heads",
     "SequenceClassificationHead": "heads",
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from lorax_core.modeling.activation import get_activation as get_activation
     from lorax_core.modeling.attention import Attention as Attention
     from lorax_core.modeling.batch import Batch as Batch
+    from lorax_core.modeling.batch import HasAdapters as HasAdapters
+    from lorax_core.modeling.batch import HeadRows as HeadRows
     from lorax_core.modeling.config import ModelConfig as ModelConfig
     from lorax_core.modeling.embedding import Embedding as Embedding
     from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead

@@ -35,7 +35,7 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test ## Check style and types: ruff, mypy
 	@$(RUN) -m ruff check .

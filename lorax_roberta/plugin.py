@@ -53,6 +53,7 @@ def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -
         },
         default_task=Task.EMBED,
         causal=False,
+        features=("token_types",),
         tiny_config={
             "vocab_size": 128,
             "hidden_size": 128,

@@ -12,16 +12,16 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from lorax_bert.modeling import FlashBertModel
-from lorax_qwen2.config import Qwen2Config
-from lorax_qwen2.modeling import FlashQwen2Model
 from torch import Tensor, nn
 
+from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.attention.reference import TorchBackend
 from lorax_core.modeling import EmbeddingHead, LastTokenClassificationHead, Linear
 from lorax_core.modeling.batch import Batch, NoAdapters
 from lorax_core.types import Pooling
+from lorax_qwen2.config import Qwen2Config
+from lorax_qwen2.modeling import FlashQwen2Model
 
 # --- attention backends ---
 

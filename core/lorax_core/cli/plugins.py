@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorax_core.cli.check import check_plugin
 from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell_problems
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lorax_core.plugins.record import PluginRecord
 
 app = typer.Typer(help="Installed plugins, and what is wrong with them.", no_args_is_help=True)
+app.command("check")(check_plugin)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

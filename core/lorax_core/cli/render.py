@@ -25,6 +25,10 @@ _STYLES: Final = {
     "conflict": "red",
     "broken": "red",
     "blocked": "dim",
+    "passed": "green",
+    "failed": "red",
+    "known": "yellow",
+    "skipped": "dim",
 }
 
 

@@ -1,0 +1,137 @@
+"""`lorax plugins check`: the conformance kit from the command line.
+
+Decides what is shown of the results. Knows nothing of what is checked; `lorax_core.testing` does, and is imported when the
+command runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorax_core.cli.render import data_only_stdout, show_json, show_table, tell
+
+if TYPE_CHECKING:
+    from lorax_core.plugins.record import PluginRecord
+    from lorax_core.testing import CheckResult
+
+    Told = Callable[[CheckResult], None]
+
+_COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
+
+
+def check_plugin(
+    model_type: Annotated[str, typer.Argument(metavar="TYPE", help="As `lorax models list` shows it.")],
+    device: Annotated[str, typer.Option(help="Where our model runs; the reference stays on the CPU.")] = "cpu",
+    backend: Annotated[str | None, typer.Option(help="Attention backend, instead of the first that serves.")] = None,
+    check: Annotated[list[str] | None, typer.Option(help="Only this check; may be repeated.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this tiny variant; may be repeated.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Prove an architecture right against its reference, check by check. Exits with 1 when a check fails."""
+    from lorax_core.plugins.host import PluginHost
+
+    with data_only_stdout():
+        host = PluginHost.discover()
+        owner = host.owner(model_type)
+        import torch  # late: a type that nobody brings needs none of it
+
+        from lorax_core.testing import run_checks
+
+        torch.set_num_threads(1)  # for models as tiny as these, more threads only wait for each other
+        with _progress() as told:
+            results = run_checks(
+                model_type,
+                host=host,
+                device=device,
+                backend=backend,
+                checks=check or (),
+                variants=variant or (),
+                told=told,
+            )
+    counts = Counter(str(result.status) for result in results)
+    if json:
+        show_json(_report(model_type, owner, device, backend, results, counts))
+    else:
+        show_table(_COLUMNS, _rows(results))
+        _tell_results(results, counts)
+    if counts["failed"]:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Told | None]:
+    """On a terminal, what is being checked; in a pipe nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status("checking") as status:
+        yield lambda result: status.update(Text(f"{result.key}: {result.status}"))
+
+
+def _report(
+    model_type: str,
+    owner: PluginRecord,
+    device: str,
+    backend: str | None,
+    results: Sequence[CheckResult],
+    counts: Counter[str],
+) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "plugin": owner.name,
+        "package": owner.package,
+        "version": owner.version,
+        "device": device,
+        "backend": backend,
+        "ok": not counts["failed"],
+        "counts": {status: counts[status] for status in ("passed", "failed", "known", "skipped")},
+        "results": [result.to_json() for result in results],
+    }
+
+
+def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
+    """One row a check, over all its variants: how many passed, and the worst that was measured."""
+    from lorax_core.testing.checks import CHECKS
+
+    for check in CHECKS:
+        found = [result for result in results if result.check == check.name]
+        if not found:
+            continue
+        counts = Counter(str(result.status) for result in found)
+        worst = next(status for status in ("failed", "known", "passed", "skipped") if counts[status])
+        ran = [result for result in found if result.status != "skipped"]
+        most = max((result for result in ran if result.ratio is not None), key=lambda r: r.ratio or 0.0, default=None)
+        yield (
+            check.name,
+            check.proves,
+            "-" if check.once else f"{counts['passed']} of {len(ran)}",
+            _number(most.error if most else None),
+            _number(most.tolerance if most else None),
+            worst,
+        )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def _tell_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
+    for result in results:
+        if result.status == "failed":
+            excess = f" ({result.excess})" if result.excess else ""
+            tell(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
+        elif result.status == "known":
+            tell(f"{result.key}: {result.detail}", label="known", style="yellow")
+    told = ", ".join(
+        f"{counts[status]} {status}" for status in ("passed", "failed", "known", "skipped") if counts[status]
+    )
+    tell(f"{told}, in {sum(result.seconds for result in results):.1f} s")

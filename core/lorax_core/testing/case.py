@@ -1,0 +1,238 @@
+"""One variant of one architecture, with all that checks ask of it.
+
+Decides which tasks a variant has, and keeps what is costly to make: checkpoints, oracles, loaded models, answers. Knows
+nothing of what is checked.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lorax_core.attention.base import AttentionBackend
+from lorax_core.attention.select import select_backend
+from lorax_core.errors import LoraxError
+from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.model import Model
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.testing import reference
+from lorax_core.testing.compare import TOLERANCES
+from lorax_core.testing.packed import Answer, Bench
+from lorax_core.testing.reference import Expected
+from lorax_core.testing.result import CheckFailed, NotApplicable
+from lorax_core.testing.texts import Text, make_texts
+from lorax_core.types import Pooling, Task
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.loader import Account, LoadedModel, assemble, load_model
+
+BASE = "base"
+"""The variant that is `tiny_config` itself."""
+
+PAGE_SIZES = (16, 1, 5, 64, 256)
+"""Page sizes to try, the usual one first; a backend may refuse some."""
+
+
+class Case:
+    """A variant's checkpoints, one for each task, and the models loaded from them. Everything is made when first asked for."""
+
+    def __init__(
+        self,
+        spec: ArchitectureSpec,
+        host: PluginHost,
+        variant: str,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.spec = spec
+        self.host = host
+        self.variant = variant
+        self.folder = folder
+        self.device = device
+        self.backend = backend
+        self.config: dict[str, Any] = {**spec.tiny_config, **spec.tiny_variants.get(variant, {})}
+        self._dtype = dtype
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    # --- what there is ---
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that can be compared, the architecture's default first.
+
+        A checkpoint that attends in both directions (`is_causal` false) generates nothing.
+        """
+        refused = {Task.GENERATE} if self.config.get("is_causal") is False else set()
+        preferred = (self.spec.default_task, *self.spec.tasks)
+        found = tuple(task for task in dict.fromkeys(preferred) if task in self.spec.references and task not in refused)
+        if not found:
+            raise CheckFailed(
+                "references names no class for any task of this variant: there is nothing to build it with"
+            )
+        return found
+
+    @property
+    def main(self) -> Task:
+        """The task whose checkpoint stands for the variant where one is enough."""
+        return self.tasks[0]
+
+    @property
+    def chosen(self) -> tuple[Task, ...]:
+        """The tasks that costly checks run on: all of them on the base variant, the main one on the others."""
+        return self.tasks if self.variant == BASE else self.tasks[:1]
+
+    @cached_property
+    def texts(self) -> list[Text]:
+        """What the models read. The last one is the longest that the model takes, 192 tokens at most."""
+        config = self.reference(self.main).config
+        return make_texts(
+            vocab=config.vocab_size,
+            types=self.type_count,
+            max_tokens=self.loaded(self.main).model.max_tokens,
+            pad=config.pad_token_id,
+        )
+
+    @property
+    def long_text(self) -> Text:
+        """The longest of the texts."""
+        return self.texts[-1]
+
+    @property
+    def type_count(self) -> int:
+        """How many token types there are; one where the architecture has none."""
+        if "token_types" not in self.spec.features:
+            return 1
+        return int(self.reference(self.main).config.type_vocab_size)
+
+    # --- the oracle ---
+
+    def checkpoint(self, task: Task) -> Path:
+        """The folder of a checkpoint for `task`, every number in it random."""
+        folder = self.folder / task
+        if not folder.exists():
+            seed = zlib.crc32(f"{self.variant} {task}".encode())
+            reference.build(self.spec, task, self.config, folder, seed)
+        return folder
+
+    def reference(self, task: Task) -> Any:
+        """The oracle, reloaded from that folder."""
+        key = ("reference", task)
+        if key not in self._made:
+            self._made[key] = reference.reload(self.spec, task, self.checkpoint(task))
+        return self._made[key]
+
+    def expected(self, task: Task) -> list[Expected]:
+        """What the oracle says of each text."""
+        key = ("expected", task)
+        if key not in self._made:
+            self._made[key] = self.expect(self.reference(task), self.texts)
+        return cast("list[Expected]", self._made[key])
+
+    def expect(self, oracle: nn.Module, texts: Sequence[Text]) -> list[Expected]:
+        """What an oracle says of some texts, one by one."""
+        types = "token_types" in self.spec.features
+        with reference.quiet():
+            return [reference.expect(oracle, text, types=types) for text in texts]
+
+    # --- ours ---
+
+    def assemble(self, folder: Path, dtype: torch.dtype | None = None) -> tuple[LoadedModel, Account]:
+        """Our model filled as far as the checkpoint goes, and the account of what was not."""
+        return assemble(Checkpoint(folder), self.host, dtype, self.device)
+
+    def account(self, task: Task) -> Account:
+        """Which tensors of the task's checkpoint went where."""
+        return self._filled(task, self.dtype)[1]
+
+    def loaded(self, task: Task, dtype: torch.dtype | None = None) -> LoadedModel:
+        """Our model of the task's checkpoint, in the case's dtype unless told otherwise."""
+        base, account = self._filled(task, dtype or self.dtype)
+        if account.problems:
+            raise CheckFailed(f"the checkpoint for {task!s} cannot be loaded: {'; '.join(account.problems)}")
+        return base
+
+    def load(self, folder: Path) -> LoadedModel:
+        """Our model of any whole checkpoint of this architecture."""
+        return _mean(load_model(Checkpoint(folder), self.host, dtype=self.dtype, device=self.device))
+
+    def _filled(self, task: Task, dtype: torch.dtype) -> tuple[LoadedModel, Account]:
+        key = ("filled", task, dtype)
+        if key not in self._made:
+            base, account = self.assemble(self.checkpoint(task), dtype)
+            if not account.problems:
+                _mean(base).model.pack()
+            self._made[key] = base, account
+        return cast("tuple[LoadedModel, Account]", self._made[key])
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What the checks compute in: float32 where the backend takes it, else a 16-bit type."""
+        if self._dtype is not None:
+            return self._dtype
+        model = self.assemble(self.checkpoint(self.main))[0].model
+        for dtype in TOLERANCES:
+            if any(self._select(model, size, dtype) is not None for size in PAGE_SIZES):
+                return dtype
+        raise CheckFailed(self._refusal(model))
+
+    @property
+    def tolerance(self) -> float:
+        """How large a difference may be, as a share of the reference's largest number."""
+        return TOLERANCES[self.dtype]
+
+    def page_sizes(self, model: Model) -> list[int]:
+        """The page sizes that the backend takes, of those to try."""
+        return [size for size in PAGE_SIZES if self._select(model, size, model.dtype) is not None]
+
+    def bench(self, base: LoadedModel, page_size: int | None = None, texts: Sequence[Text] | None = None) -> Bench:
+        """A bench for a model, with room for some texts (those of the case unless given)."""
+        model = base.model
+        for size in PAGE_SIZES if page_size is None else (page_size,):
+            backend = self._select(model, size, model.dtype)
+            if backend is not None:
+                return Bench(model, backend, size, self.texts if texts is None else texts)
+        raise NotApplicable(self._refusal(model))
+
+    def alone(self, task: Task) -> list[Answer]:
+        """Our answers of each text, every one in a batch of its own: what all other ways must come to."""
+        key = ("alone", task)
+        if key not in self._made:
+            bench = self.bench(self.loaded(task))
+            self._made[key] = [bench.whole([text])[0] for text in self.texts]
+        return cast("list[Answer]", self._made[key])
+
+    def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> AttentionBackend | None:
+        try:
+            return self._backend(model, page_size, dtype)
+        except LoraxError:
+            return None
+
+    def _backend(self, model: Model, page_size: int, dtype: torch.dtype) -> AttentionBackend:
+        specs, declared = model.attention_specs, self.host.backends
+        return select_backend(
+            declared, specs, page_size=page_size, dtype=dtype, device=self.device, name=self.backend
+        ).backend
+
+    def _refusal(self, model: Model) -> str:
+        try:
+            self._backend(model, PAGE_SIZES[0], model.dtype)
+        except LoraxError as error:
+            return error.message
+        return f"no attention backend serves pages of any of {PAGE_SIZES} tokens"
+
+
+def _mean(base: LoadedModel) -> LoadedModel:
+    """The same model, pooling by the mean, in which every row has a part."""
+    for head in base.model.heads.values():
+        if isinstance(head, EmbeddingHead):
+            head.pooling = Pooling.MEAN
+    return base

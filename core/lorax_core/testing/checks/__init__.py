@@ -1,0 +1,20 @@
+"""All checks of the kit, in the order in which they run: what is cheap and fundamental first.
+
+Decides that order, and no more. Each module beside this one holds the checks of one promise.
+"""
+
+from __future__ import annotations
+
+from lorax_core.testing.checks import adapters, cache, declaration, dtypes, numbers, packing, sight, weights
+from lorax_core.testing.result import Check
+
+CHECKS: tuple[Check, ...] = (
+    *declaration.CHECKS,
+    *weights.CHECKS,
+    *numbers.CHECKS,
+    *packing.CHECKS,
+    *cache.CHECKS,
+    *sight.CHECKS,
+    *adapters.CHECKS,
+    *dtypes.CHECKS,
+)

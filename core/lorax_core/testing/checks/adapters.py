@@ -1,0 +1,142 @@
+"""LoRA works on every linear layer, alone and beside others, with the numbers of a merged model and of PEFT.
+
+Decides which adapters are tried and what they are compared with. Knows nothing of how adapters are applied.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from lorax_core.adapters.lora import LoraAdapter
+from lorax_core.errors import listed
+from lorax_core.modeling.linear import Linear
+from lorax_core.testing import reference
+from lorax_core.testing.case import BASE, Case
+from lorax_core.testing.checks.packing import see_answers
+from lorax_core.testing.compare import Worst
+from lorax_core.testing.lora import Recipe, linear_layers, merged, write_adapter
+from lorax_core.testing.packed import Answer
+from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.texts import Text
+from lorax_core.types import Task
+from lorax_core.weights.loader import LoadedModel
+
+_ZERO = Recipe(rank=2, alpha=16, zero=True)
+_FULL = Recipe(rank=4, alpha=8)
+_SPARSE = Recipe(rank=8, alpha=4, rslora=True, every=2)
+
+
+def _identity(case: Case) -> Measured:
+    """An adapter of every layer with B at zero binds, reaches them all, and changes nothing."""
+    worst, reached = Worst(case.tolerance), 0
+    for task in case.chosen:
+        base = case.loaded(task)
+        adapter = _bound(case, task, _ZERO)
+        linear = {path for path, site in base.model.sites.items() if isinstance(site, Linear)}
+        missed = linear & {path for path, _ in base.model.backbone.named_modules()} - set(adapter.targets)
+        if missed:
+            raise CheckFailed(
+                f"an adapter of every linear layer of the reference does not reach {listed(sorted(missed))}"
+            )
+        _see(worst, task, _texts(case), _answers(case, base, adapter), _answers(case, base, None))
+        reached += len(adapter.targets)
+    return worst.measured(f"{reached} layers reached")
+
+
+def _merged(case: Case) -> Measured:
+    worst = Worst(2 * case.tolerance)  # merging rounds every weight once more
+    for task in case.chosen:
+        for recipe in _recipes(case):
+            folder = case.folder / f"merged-{task}-{recipe.rank}"
+            if not folder.exists():
+                with reference.quiet():
+                    whole = merged(case.reference(task), _adapter(case, task, recipe), recipe)
+                    whole.save_pretrained(folder)  # type: ignore[operator]
+            base = case.load(folder)
+            unmerged = _answers(case, case.loaded(task), _bound(case, task, recipe))
+            _see(worst, task, _texts(case), unmerged, _answers(case, base, None))
+    return worst.measured()
+
+
+def _peft(case: Case) -> Measured:
+    if importlib.util.find_spec("peft") is None:
+        raise NotApplicable("peft is not installed; `pip install peft` adds it as an oracle")
+    from peft import PeftModel
+
+    worst = Worst(case.tolerance)
+    for task in case.chosen:
+        for recipe in _recipes(case):
+            ours = _answers(case, case.loaded(task), _bound(case, task, recipe))
+            with reference.quiet():
+                oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, recipe))
+            _see_oracle(worst, task, ours, case, oracle.eval().base_model.model)
+    return worst.measured()
+
+
+def _see_oracle(worst: Worst, task: Task, ours: Sequence[Answer], case: Case, oracle: nn.Module) -> None:
+    for text, mine, theirs in zip(_texts(case), ours, case.expect(oracle, _texts(case)), strict=True):
+        worst.see("hidden rows", f"of a text of {len(text)} tokens ({task} checkpoint)", mine.hidden, theirs.hidden)
+        if theirs.logits is not None:
+            worst.see(f"logits to {task}", f"of a text of {len(text)} tokens", mine.parts[task], theirs.logits)
+
+
+def _mixed(case: Case) -> Measured:
+    """Texts of the base and of two adapters in one batch, in no order."""
+    worst = Worst(case.tolerance)
+    for task in case.chosen:
+        base = case.loaded(task)
+        kinds = [None, _bound(case, task, _FULL), _bound(case, task, _SPARSE)]
+        texts = [text for text in case.texts[:-1] for _ in range(2)]
+        adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(texts))]
+        bench = case.bench(base, texts=texts)
+        together = bench.whole(texts, adapters)
+        for text, adapter, ours in zip(texts, adapters, together, strict=True):
+            name = "the base" if adapter is None else f"adapter {kinds.index(adapter)}"
+            alone = bench.whole([text], [adapter])[0]
+            see_answers(worst, f"of a text of {len(text)} tokens under {name}", ours, alone)
+    return worst.measured("the base and two adapters in one batch")
+
+
+def _see(worst: Worst, task: Task, texts: Sequence[Text], ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
+    for text, one, other in zip(texts, ours, theirs, strict=True):
+        see_answers(worst, f"of a text of {len(text)} tokens ({task} checkpoint)", one, other)
+
+
+def _recipes(case: Case) -> tuple[Recipe, ...]:
+    return (_FULL, _SPARSE) if case.variant == BASE else (_FULL,)
+
+
+def _texts(case: Case) -> list[Text]:
+    return [case.texts[0], case.texts[2], case.texts[-2]]
+
+
+def _answers(case: Case, base: LoadedModel, adapter: LoraAdapter | None) -> list[Answer]:
+    texts = _texts(case)
+    return case.bench(base, texts=texts).whole(texts, [adapter] * len(texts))
+
+
+def _bound(case: Case, task: Task, recipe: Recipe) -> LoraAdapter:
+    adapter = LoraAdapter(_adapter(case, task, recipe))
+    adapter.bind(case.loaded(task))
+    return adapter
+
+
+def _adapter(case: Case, task: Task, recipe: Recipe) -> Path:
+    folder = case.folder / f"adapter-{task}-{recipe.rank}"
+    if folder.exists():
+        return folder
+    layers = linear_layers(case.reference(task), case.account(task).ignored)
+    return write_adapter(layers, recipe, folder, seed=recipe.rank)
+
+
+CHECKS = (
+    Check("adapter-identity", "an adapter of every linear layer, with B at zero, binds and changes nothing", _identity),
+    Check("adapter-merged", "an adapter in the batch is the adapter merged into the weights", _merged),
+    Check("adapter-peft", "an adapter gives what it gives in PEFT", _peft),
+    Check("adapter-mixed", "the base and several adapters in one batch get what each gets alone", _mixed),
+)

@@ -1,0 +1,76 @@
+"""What a text gets does not depend on what it shares a batch with.
+
+Decides which batches must agree. Compares the model with itself; the numbers themselves are `numbers`' affair.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from lorax_core.testing.case import Case
+from lorax_core.testing.compare import Worst
+from lorax_core.testing.packed import Answer, Piece
+from lorax_core.testing.result import Check, CheckFailed, Measured
+from lorax_core.testing.texts import Text
+
+
+def see_answers(worst: Worst, where: str, ours: Answer, theirs: Answer) -> None:
+    """Compare two ways to the same answers: hidden rows, and the parts and answers of each head."""
+    worst.see("hidden rows", where, ours.hidden, theirs.hidden)
+    for task, answer in theirs.answers.items():
+        worst.see(f"answers to {task}", where, ours.answers[task], answer)
+        worst.see(f"numbers behind {task}", where, ours.parts[task], theirs.parts[task])
+
+
+def _together(case: Case) -> Measured:
+    worst = Worst(case.tolerance)
+    for task in case.chosen:
+        bench = case.bench(case.loaded(task))
+        _see_all(worst, "in one batch", case.texts, bench.whole(case.texts), case.alone(task))
+    return worst.measured()
+
+
+def _order(case: Case) -> Measured:
+    worst = Worst(case.tolerance)
+    bench = case.bench(case.loaded(case.main))
+    for seed in range(2):
+        order = random.Random(seed).sample(range(len(case.texts)), len(case.texts))
+        texts = [case.texts[at] for at in order]
+        alone = [case.alone(case.main)[at] for at in order]
+        lengths = ", ".join(str(len(text)) for text in texts)
+        _see_all(worst, f"in the order {lengths}", texts, bench.whole(texts), alone)
+    return worst.measured()
+
+
+def _see_all(worst: Worst, how: str, texts: Sequence[Text], ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
+    for text, one, other in zip(texts, ours, theirs, strict=True):
+        see_answers(worst, f"of a text of {len(text)} tokens {how}", one, other)
+
+
+def _repeat(case: Case) -> Measured:
+    worst = Worst(case.tolerance)
+    bench = case.bench(case.loaded(case.main))
+    pages = bench.give_pages(case.texts)
+    pieces = [Piece(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
+    batch = bench.batch(pieces)
+    fields = ("input_ids", "position_ids", "token_type_ids", "slots")
+    before = {name: value.clone() for name in fields if (value := getattr(batch, name)) is not None}
+    first = bench.run(batch, pieces)
+    second = bench.run(batch, pieces)
+    for text, one, other in zip(case.texts, second, first, strict=True):
+        worst.see("hidden rows", f"of a text of {len(text)} tokens, the second time", one.hidden, other.hidden)
+    changed = [name for name, value in before.items() if not torch.equal(getattr(batch, name), value)]
+    measured = worst.measured(f"the model changed the batch's {', '.join(changed)} in place" if changed else "")
+    if changed and measured.ok:
+        raise CheckFailed(measured.note)
+    return measured
+
+
+CHECKS = (
+    Check("packing-together", "a text gets the same alone and in a batch with others", _together),
+    Check("packing-order", "the order of a batch does not matter", _order),
+    Check("packing-repeat", "a forward pass is pure: the same batch twice gives the same", _repeat),
+)

@@ -1,0 +1,85 @@
+"""Who sees whom: which rows change when a token changes.
+
+Decides by experiment, on the reference and on the model alike: the future, and what lies beyond a window, must leave a row
+as it is. Only whether a row changes counts; by how much is `numbers`' affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.testing.case import Case
+from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.texts import Text
+
+# A change of the reference's row that is large enough to ask for one of ours, and the least that ours must then be.
+_CLEAR, _LEAST = 1e-2, 1e-3
+
+
+def _rows(case: Case) -> Measured:
+    text = next(text for text in reversed(case.texts) if len(text) <= 40)
+    probes = sorted({0, len(text) // 2, len(text) - 1})
+    causal = case.loaded(case.main).model.needs_kv_cache
+    return _probe(case, text, probes, "backwards only" if causal else "both ways")
+
+
+def _window(case: Case) -> Measured:
+    windows = {spec.window for spec in case.loaded(case.main).model.attention_specs}
+    stated = getattr(case.reference(case.main).config, "sliding_window", None)
+    widest = max(filter(None, (*windows, stated)), default=None)
+    if widest is None:
+        raise NotApplicable("this variant has no window")
+    text = case.long_text
+    if len(text) <= widest:
+        raise CheckFailed(
+            f"the window of {widest} tokens is never left: the longest text has {len(text)}; give the variant a smaller one"
+        )
+    return _probe(case, text, [0, len(text) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
+
+
+def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured:
+    bench, oracle = case.bench(case.loaded(case.main)), case.reference(case.main)
+    ours = bench.whole([text])[0].hidden
+    theirs = case.expect(oracle, [text])[0].hidden
+    worst, where = 0.0, ""
+    for probe in probes:
+        changed = text.with_id(probe, _other(text.ids[probe], case))
+        mine = _change(bench.whole([changed])[0].hidden, ours)
+        right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
+        for row, error in enumerate(_errors(mine, right).tolist()):
+            if not error <= worst:
+                verb = "sees" if right[row] < _CLEAR else "does not see"
+                worst, where = error, f"row {row} {verb} token {probe}, unlike the reference's"
+    return Measured(worst, case.tolerance, "; ".join(filter(None, (where if worst > case.tolerance else "", note))))
+
+
+def _change(after: Tensor, before: Tensor) -> Tensor:
+    """How much each row changed `[rows]`, as a share of the largest number."""
+    return (after - before).double().abs().amax(1) / before.double().abs().max()
+
+
+def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
+    """`[rows]`: our change where the reference's row did not change at all, its change where ours should and did not."""
+    blind = torch.where(theirs == 0, ours, 0.0)
+    unmoved = torch.where((theirs > _CLEAR) & (ours < _LEAST), theirs, 0.0)
+    return torch.maximum(blind, unmoved)
+
+
+def _other(token: int, case: Case) -> int:
+    """Another token, neither the same nor padding, which some architectures give no position."""
+    config = case.reference(case.main).config
+    return next(other for other in range(config.vocab_size) if other not in (token, config.pad_token_id))
+
+
+def _windowed(spec: ArchitectureSpec) -> str | None:
+    return None if "sliding_window" in spec.features else "features does not name 'sliding_window'"
+
+
+CHECKS = (
+    Check("sight", "rows see what the reference's see: causal ones are blind to the future", _rows),
+    Check("sight-window", "the edge of a window is where the reference has it", _window, _windowed),
+)

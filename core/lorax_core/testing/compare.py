@@ -1,0 +1,54 @@
+"""How far apart two tensors are, and how far they may be.
+
+Decides the measure and the tolerances of the kit. Knows nothing of where tensors come from.
+
+The measure is the largest absolute difference, as a share of the reference's largest absolute number. float32 carries
+about 1.2e-7 of a number; a few dozen operations in another order move results by some 1e-6, a mistake in the model moves
+them by 1e-2 and more. 2e-5 lies between, far from both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lorax_core.testing.result import CheckFailed, Measured
+
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-2, torch.bfloat16: 2.5e-1}
+"""By the dtype that a model computes in. The 16-bit ones serve backends that know no float32."""
+
+
+class Worst:
+    """The largest of many differences, and where it was.
+
+    Numbers of one `kind` (hidden rows, logits of a head) share a unit, the largest of them in the reference: three logits that
+    happen to be small all the same came from sums of large numbers.
+    """
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self._apart: dict[str, tuple[float, str]] = {}  # kind -> largest absolute difference and its place
+        self._units: dict[str, float] = {}
+
+    def see(self, kind: str, where: str, ours: Tensor, theirs: Tensor) -> None:
+        """Compare a pair of tensors of a kind, found at `where`; raises CheckFailed when their shapes differ."""
+        if ours.shape != theirs.shape:
+            raise CheckFailed(f"{kind} {where}: shape {list(ours.shape)} where {list(theirs.shape)} belongs")
+        ours, theirs = ours.double().cpu(), theirs.double().cpu()
+        apart = float((ours - theirs).abs().max()) if torch.isfinite(ours).all() else math.inf
+        if kind not in self._apart or apart > self._apart[kind][0]:
+            self._apart[kind] = apart, f"{kind} {where}"
+        self._units[kind] = max(self._units.get(kind, 1e-30), float(theirs.abs().max()))
+
+    def measured(self, note: str = "") -> Measured:
+        """The outcome; `note` adds to the place of the largest difference."""
+        if not self._apart:
+            raise CheckFailed("nothing was compared")
+        found = [(apart / self._units[kind], place) for kind, (apart, place) in self._apart.items()]
+        error, place = max(found)
+        where = f"largest: {place}" if error else "no difference"
+        if not math.isfinite(error):
+            where = f"not finite: {place}"
+        return Measured(error, self.tolerance, "; ".join(filter(None, (where, note))))

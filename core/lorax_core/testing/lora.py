@@ -1,0 +1,102 @@
+"""LoRA adapters for tiny checkpoints: made, written as PEFT writes them, and merged by our own arithmetic.
+
+Decides which layers there are to change and what a merged one is. Knows nothing of how lorax-core applies an adapter.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How an adapter is made. `every` takes each n-th layer only; `zero` leaves B at 0, as training starts."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    every: int = 1
+    zero: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def linear_layers(oracle: nn.Module, ignored: Collection[str]) -> dict[str, nn.Module]:
+    """The oracle's linear layers by name, without those whose weight inference is known not to need."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {
+        name: module
+        for name, module in oracle.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and f"{name}.weight" not in ignored
+    }
+
+
+def write_adapter(layers: Mapping[str, nn.Module], recipe: Recipe, folder: Path, seed: int) -> Path:
+    """An adapter of these layers in PEFT's files."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    chosen = list(layers)[:: recipe.every]
+    for name in chosen:
+        rows, columns = _shape(layers[name])
+        a = torch.randn(recipe.rank, columns, generator=generator) * columns**-0.5
+        b = torch.randn(rows, recipe.rank, generator=generator) * 0.1
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.zeros_like(b) if recipe.zero else b
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": "tiny",
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "use_rslora": recipe.rslora,
+        "target_modules": chosen,
+        "fan_in_fan_out": any(not isinstance(layers[name], nn.Linear) for name in chosen),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def merged(oracle: nn.Module, adapter: Path, recipe: Recipe) -> nn.Module:
+    """A copy of the oracle with `scale B A` added to its weights; one shared with an embedding becomes its own."""
+    changed = copy.deepcopy(oracle)
+    modules = dict(changed.named_modules())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for key, a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        layer = modules[name]
+        assert isinstance(layer.weight, Tensor)
+        delta = recipe.scale * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())  # [out, in]
+        if not isinstance(layer, nn.Linear):
+            delta = delta.t()
+        if any(other is not layer and getattr(other, "weight", None) is layer.weight for other in modules.values()):
+            changed.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        layer.weight = nn.Parameter((layer.weight.double() + delta).float(), requires_grad=False)
+    return changed
+
+
+def _shape(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns `[out, in]` of a layer, which GPT-2's kind stores the other way round."""
+    assert isinstance(layer.weight, Tensor)
+    rows, columns = layer.weight.shape
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)

@@ -1,0 +1,204 @@
+"""Which checks run on which variants of an architecture, and what becomes of each.
+
+Decides the plan, how known failures are judged, and that whatever a plugin raises is a finding. Knows nothing of what the
+checks do or of who shows the results.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from lorax_core.attention.select import select_backend
+from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.record import PluginRecord, explain
+from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.testing.case import BASE, Case
+from lorax_core.testing.checks import CHECKS
+from lorax_core.testing.result import Check, CheckFailed, CheckResult, NotApplicable, Status
+
+Planned = tuple[str | None, Check]
+"""A variant (None: the architecture as a whole) and a check that has something to say of it."""
+
+
+class Suite:
+    """The kit for one architecture on one device with one attention backend.
+
+    `architecture` is the model type of an installed plugin, or a spec that no plugin declares. What was made for the last two
+    variants is kept, in memory and in `folder`, so run a variant's checks one after the other. `close()`, or dropping the
+    suite, removes it; a check that is run later makes it anew.
+    """
+
+    folder: Path
+
+    def __init__(
+        self,
+        architecture: str | ArchitectureSpec,
+        *,
+        host: PluginHost | None = None,
+        device: str = "cpu",
+        backend: str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.host = (
+            _with(architecture, host) if isinstance(architecture, ArchitectureSpec) else host or PluginHost.discover()
+        )
+        model_type = architecture if isinstance(architecture, str) else architecture.model_type
+        self.spec = self.host.architecture(model_type)
+        self.device = device
+        self.backend = backend
+        self._dtype = dtype
+        _check_device(device)
+        select_backend(self.host.backends, (), page_size=16, dtype=torch.float32, device=device, name=backend)
+        self._cases: dict[str, Case] = {}
+        self._remove: weakref.finalize[..., Suite] | None = None
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """`base`, which is `tiny_config` itself, and the spec's `tiny_variants`."""
+        return (BASE, *self.spec.tiny_variants)
+
+    def plan(self, checks: Collection[str] = (), variants: Collection[str] = ()) -> list[Planned]:
+        """What there is to run, variant by variant; names limit it. Raises RequestError for a name that there is not."""
+        _insist(checks, [check.name for check in CHECKS], "check")
+        _insist(variants, self.variants, "variant")
+        wanted = [check for check in CHECKS if not checks or check.name in checks]
+        planned: list[Planned] = [(None, check) for check in wanted if check.once and not variants]
+        for variant in self.variants:
+            if not variants or variant in variants:
+                several = (check for check in wanted if not check.once)
+                planned += [(variant, check) for check in several if check.applies(self.spec)]
+        return planned
+
+    def run(self, variant: str | None, check: Check) -> CheckResult:
+        """The outcome of one check; whatever it raises, KeyboardInterrupt apart, is part of the outcome."""
+        start = time.perf_counter()
+        result = _judged(self._outcome(variant, check), self.spec.known_failures)
+        return replace(result, seconds=time.perf_counter() - start)
+
+    def close(self) -> None:
+        """Let go of all that was made. Idempotent."""
+        self._cases.clear()
+        if self._remove is not None:
+            self._remove()
+            self._remove = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _outcome(self, variant: str | None, check: Check) -> CheckResult:
+        result = CheckResult(check.name, variant, Status.FAILED)
+        try:
+            measured = check.run(self._case(variant or BASE))
+        except NotApplicable as reason:
+            return replace(result, status=Status.SKIPPED, detail=str(reason))
+        except CheckFailed as failure:
+            return replace(result, detail=str(failure))
+        except Exception as error:
+            return replace(result, detail=explain(error))
+        status = Status.PASSED if measured.ok else Status.FAILED
+        return replace(result, status=status, detail=measured.note, error=measured.error, tolerance=measured.tolerance)
+
+    def _case(self, variant: str) -> Case:
+        if self._remove is None:
+            self.folder = Path(tempfile.mkdtemp(prefix="lorax-conformance-"))
+            self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        if variant not in self._cases:
+            while len(self._cases) > 1:
+                shutil.rmtree(self._cases.pop(next(iter(self._cases))).folder, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=f"{variant}-", dir=self.folder))
+            self._cases[variant] = Case(
+                self.spec,
+                self.host,
+                variant,
+                folder,
+                device=self.device,
+                backend=self.backend,
+                dtype=self._dtype,
+            )
+        return self._cases[variant]
+
+
+def run_checks(
+    architecture: str | ArchitectureSpec,
+    *,
+    host: PluginHost | None = None,
+    device: str = "cpu",
+    backend: str | None = None,
+    checks: Collection[str] = (),
+    variants: Collection[str] = (),
+    told: Callable[[CheckResult], None] | None = None,
+) -> list[CheckResult]:
+    """Run the kit on an architecture, all of it unless `checks` or `variants` name less.
+
+    `told` hears of each result as it comes. Raises PluginError when no plugin brings the architecture, RequestError for a
+    device, a backend, a check or a variant that there is not; what a check finds is in its result.
+    """
+    results = []
+    with Suite(architecture, host=host, device=device, backend=backend) as suite:
+        for variant, check in suite.plan(checks, variants):
+            results.append(suite.run(variant, check))
+            if told is not None:
+                told(results[-1])
+    return results
+
+
+def known_keys(spec: ArchitectureSpec) -> set[str]:
+    """What `known_failures` may name: a check, everywhere or on one variant."""
+    once = {check.name for check in CHECKS if check.once}
+    names = {check.name for check in CHECKS}
+    return names | {f"{name}[{variant}]" for name in names - once for variant in (BASE, *spec.tiny_variants)}
+
+
+def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
+    """A result in the light of what the spec says of it."""
+    name = result.key if result.key in known else result.check
+    if name not in known or result.status is Status.SKIPPED:
+        return result
+    if result.status is Status.FAILED:
+        return replace(result, status=Status.KNOWN, detail=f"{known[name]} ({result.detail})")
+    detail = f"known_failures says it fails ({known[name]}), and it passes: take {name!r} out, or name the variants that fail"
+    return replace(result, status=Status.FAILED, detail=detail)
+
+
+def _with(spec: ArchitectureSpec, host: PluginHost | None) -> PluginHost:
+    """A host with a spec that no plugin declares; it wins over one of that name."""
+    host = host or PluginHost.discover()
+    kept = [
+        replace(record, architectures=tuple(one for one in record.architectures if one.model_type != spec.model_type))
+        for record in host.records
+    ]
+    by_hand = PluginRecord("by-hand", "by-hand", "", "", PluginStatus.READY, architectures=(spec,))
+    return PluginHost([*kept, by_hand])
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu' or 'cuda'") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use 'cpu'")
+
+
+def _insist(names: Iterable[str], known: Collection[str], what: str) -> None:
+    for name in names:
+        if name not in known:
+            close = nearest(name, known)
+            raise RequestError(
+                f"there is no {what} {name!r}; there are {listed(known, limit=40)}",
+                hint=f"did you mean {close!r}?" if close else None,
+            )

@@ -1,0 +1,54 @@
+"""The kit as a test of pytest: one parameter for each variant and check.
+
+Decides how an outcome becomes a pass, a failure, an expected failure or a skip. The only module here that imports pytest,
+and that late: the kit runs without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.testing.result import Check, CheckResult, Status
+from lorax_core.testing.suite import Suite
+
+
+def conformance(
+    architecture: str | ArchitectureSpec,
+    *,
+    host: PluginHost | None = None,
+    device: str = "cpu",
+    backend: str | None = None,
+) -> Callable[..., None]:
+    """A test function that runs the kit: `test_conformance = conformance("gpt2")`.
+
+    Plugins are discovered when the test module is imported; a plugin that is not installed is an error then.
+    """
+    import pytest
+
+    suite = Suite(architecture, host=host, device=device, backend=backend)
+    planned = [
+        pytest.param(variant, check, id=check.name if variant is None else f"{variant}-{check.name}")
+        for variant, check in suite.plan()
+    ]
+
+    @pytest.mark.parametrize(("variant", "check"), planned)
+    def test_conformance(variant: str | None, check: Check, request: pytest.FixtureRequest) -> None:
+        module = request.node.getparent(pytest.Module)
+        if module is not None:
+            module.addfinalizer(suite.close)
+        result = suite.run(variant, check)
+        if result.status is Status.SKIPPED:
+            pytest.skip(result.detail)
+        if result.status is Status.KNOWN:
+            pytest.xfail(result.detail)
+        if result.status is Status.FAILED:
+            pytest.fail(failure_text(check, result), pytrace=False)
+
+    return test_conformance
+
+
+def failure_text(check: Check, result: CheckResult) -> str:
+    """A failure in words: what should hold, how far off it is, and where."""
+    return "\n  ".join(filter(None, (f"{result.key}: {check.proves}", result.detail, result.excess)))

@@ -1,0 +1,73 @@
+"""Architectures under the kit: those that are right, and copies with one part exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from lorax_core.plugins import ArchitectureSpec, BackendSpec
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.record import PluginRecord
+from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.testing import CheckResult, Suite
+from lorax_core.testing.checks import CHECKS
+
+VARIANTS = {
+    "bert": {"relu": {"hidden_act": "relu"}},
+    "qwen2": {
+        "windows": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+        "other_base": {"rope_theta": 1000000.0},
+        "padding": {"pad_token_id": 0},
+        "tied": {"tie_word_embeddings": True},
+    },
+}
+"""Few and of our own, so that these tests do not lean on what the plugins try of themselves."""
+
+
+@pytest.fixture(scope="session")
+def make_spec(host: PluginHost) -> Callable[..., ArchitectureSpec]:
+    """A spec of an installed architecture with changes; `heads` and `references` add to what there is."""
+
+    def make(model_type: str, **changes: Any) -> ArchitectureSpec:
+        fields = {**dict(host.architecture(model_type)), "tiny_variants": VARIANTS[model_type]}
+        for name, value in changes.items():
+            fields[name] = {**fields[name], **value} if name in ("heads", "references", "hf_architectures") else value
+        return ArchitectureSpec.model_validate(fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def twins(make_spec: Callable[..., ArchitectureSpec], host: PluginHost) -> Iterator[dict[str, Suite]]:
+    """The kit on the architectures as they are: what a broken copy is held against."""
+    suites = {model_type: Suite(make_spec(model_type), host=host) for model_type in VARIANTS}
+    yield suites
+    for suite in suites.values():
+        suite.close()
+
+
+@pytest.fixture(scope="session")
+def run(host: PluginHost) -> Callable[..., CheckResult]:
+    """Runs one check, `name` or `name[variant]`, on a spec (with an attention backend of the module `broken`) or a suite."""
+
+    def run(subject: ArchitectureSpec | Suite, key: str, backend: str | None = None) -> CheckResult:
+        name, _, variant = key.removesuffix("]").partition("[")
+        check = next(check for check in CHECKS if check.name == name)
+        if isinstance(subject, Suite):
+            return subject.run(None if check.once else variant or "base", check)
+        with Suite(subject, host=with_backend(host, backend), backend=backend) as suite:
+            return suite.run(None if check.once else variant or "base", check)
+
+    return run
+
+
+def with_backend(host: PluginHost, backend: str | None) -> PluginHost:
+    """A host that also declares an attention backend of the module `broken`, by the name of its class in kebab case."""
+    if backend is None:
+        return host
+    name = "".join(word.title() if word != "a" else "A" for word in backend.split("-"))
+    spec = BackendSpec(name=backend, summary="Wrong.", backend=f"broken:{name}", device_types=("cpu",))
+    record = PluginRecord("broken", "broken", "", "", PluginStatus.READY, backends=(spec,))
+    return PluginHost([*host.records, record])

@@ -1,0 +1,118 @@
+"""`lorax plugins check`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from lorax_core.cli.main import main
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.record import PluginRecord
+from lorax_core.plugins.record import Status as PluginStatus
+
+
+@pytest.fixture
+def lorax(capsys):
+    """Runs `lorax plugins check` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as caught:
+            main(["plugins", "check", *arguments])
+        said = capsys.readouterr()
+        return int(caught.value.code or 0), said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def broken_bert(host, make_spec, monkeypatch):
+    """The only plugin there is: a BERT that shifts positions, known to, and sees only backwards, which nobody knew."""
+    changes = {"backbone": "broken:LooksBackOnly", "known_failures": {"numbers-hidden": "being mended"}}
+    record = PluginRecord(
+        "bert",
+        "lorax-bert",
+        "9.9",
+        "lorax_bert.plugin",
+        PluginStatus.READY,
+        architectures=(make_spec("bert", **changes),),
+    )
+    alone = PluginHost([host.records[0], record])
+    monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: alone))
+
+
+def test_a_table_of_checks(lorax):
+    code, out, err = lorax("bert", "--variant", "base", "--check", "packing-repeat", "--check", "numbers-embed")
+
+    header, *rows = out.splitlines()
+    assert code == 0
+    assert header.split() == ["CHECK", "PROVES", "VARIANTS", "ERROR", "TOLERANCE", "STATUS"]
+    assert [row.split()[0] for row in rows] == ["numbers-embed", "packing-repeat"]
+    assert "1 of 1" in rows[0]
+    assert rows[0].split()[-2:] == ["2.0e-05", "passed"]
+    assert err.startswith("2 passed, in ")
+
+
+def test_a_terminal_gets_colours(lorax, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+
+    _, out, _ = lorax("bert", "--check", "round-trip")
+
+    assert "\x1b[32mpassed\x1b[0m" in out
+
+
+def test_what_failed_is_told_and_what_is_known_too(lorax, broken_bert):
+    code, out, err = lorax("bert", "--variant", "base", "--check", "sight", "--check", "numbers-hidden")
+
+    statuses = {row.split()[0]: row.split()[-1] for row in out.splitlines()}
+    assert code == 1
+    assert statuses["sight"] == "failed"
+    assert statuses["numbers-hidden"] == "known"
+    assert "failed: sight[base]: row " in err
+    assert "times the tolerance" in err
+    assert "known: numbers-hidden[base]: being mended" in err
+    assert "1 failed, 1 known" in err
+
+
+def test_json(lorax, broken_bert):
+    code, out, err = lorax("bert", "--json", "--variant", "base", "--check", "sight", "--check", "numbers-hidden")
+
+    said = json.loads(out)
+    results = said.pop("results")
+    assert code == 1
+    assert err == ""
+    assert said == {
+        "schema": 1,
+        "model_type": "bert",
+        "plugin": "bert",
+        "package": "lorax-bert",
+        "version": "9.9",
+        "device": "cpu",
+        "backend": None,
+        "ok": False,
+        "counts": {"passed": 0, "failed": 1, "known": 1, "skipped": 0},
+    }
+    assert [(result["check"], result["variant"], result["status"]) for result in results] == [
+        ("numbers-hidden", "base", "known"),
+        ("sight", "base", "failed"),
+    ]
+    assert set(results[0]) == {"check", "variant", "status", "error", "tolerance", "ratio", "detail", "seconds"}
+    assert results[1]["ratio"] > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["bertt"], "did you mean 'bert'?"),
+        (["bert", "--backend", "torhc"], "did you mean 'torch'?"),
+        (["bert", "--check", "numbers-hiden"], "did you mean 'numbers-hidden'?"),
+        (["bert", "--device", "abacus"], "use 'cpu' or 'cuda'"),
+    ],
+)
+def test_what_there_is_not_is_an_error_with_a_hint(lorax, arguments, told):
+    code, out, err = lorax(*arguments)
+
+    assert (code, out) == (1, "")
+    assert told in err

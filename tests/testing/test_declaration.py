@@ -1,0 +1,117 @@
+"""The checks of a declaration: what it imports, whether it is plain data, whether it is true of what it declares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lorax_core.plugins import ArchitectureSpec
+from lorax_core.plugins.host import PluginHost
+from lorax_core.testing import Status, Suite
+from lorax_core.testing.checks import CHECKS
+from lorax_core.types import Task
+
+LIGHT = next(check for check in CHECKS if check.name == "light-import")
+
+
+@pytest.fixture
+def declared_in(host, make_spec, tmp_path, monkeypatch):
+    """The kit's word on the import of a declaration with this code."""
+
+    def judge(code):
+        (tmp_path / "somebodys_plugin.py").write_text(code, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        record = replace(host.owner("bert"), module="somebodys_plugin", architectures=(make_spec("bert"),))
+        with Suite("bert", host=PluginHost([host.records[0], record])) as suite:
+            return suite.run(None, LIGHT)
+
+    return judge
+
+
+def test_a_declaration_that_names_classes_by_strings_is_light(declared_in):
+    assert declared_in("from lorax_core.plugins import ArchitectureSpec").status is Status.PASSED
+
+
+@pytest.mark.parametrize("heavy", ["torch", "transformers", "numpy"])
+def test_a_heavy_import_is_named(declared_in, heavy):
+    result = declared_in(f"import {heavy}")
+
+    assert result.status is Status.FAILED
+    assert "importing somebodys_plugin imports " in result.detail
+    assert heavy in result.detail
+
+
+def test_a_declaration_that_cannot_be_imported_tells_why(declared_in):
+    result = declared_in("import nowhere_to_be_found")
+
+    assert result.status is Status.FAILED
+    assert "No module named 'nowhere_to_be_found'" in result.detail
+
+
+def test_what_a_declaration_prints_is_no_finding(declared_in):
+    assert declared_in("print('torch')").status is Status.PASSED
+
+
+def test_a_spec_by_hand_has_no_module_to_import(make_spec, run):
+    result = run(make_spec("bert"), "light-import")
+
+    assert result.status is Status.SKIPPED
+
+
+def test_a_spec_that_changes_on_the_way_is_not_plain_data(make_spec, run):
+    spec = make_spec("bert")
+    odd = ArchitectureSpec.model_construct(**{**dict(spec), "tiny_config": {**spec.tiny_config, "pad": (1, 2)}})
+
+    result = run(odd, "round-trip")
+
+    assert run(spec, "round-trip").status is Status.PASSED
+    assert result.status is Status.FAILED
+    assert "written as JSON" in result.detail
+
+
+def test_a_true_declaration_passes(make_spec, run):
+    assert run(make_spec("bert"), "declaration").status is Status.PASSED
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"backbone": "lorax_bert.modeling:FlashBerdModel"}, "has no class 'FlashBerdModel'"),
+        (
+            {"heads": {Task.EMBED: "lorax_core.modeling.heads:TokenClassificationHead"}},
+            "for 'embed', but its task is 'token-classification'",
+        ),
+        ({"references": {Task.EMBED: "transformers:BertTokenizer"}}, "has no config_class"),
+        ({"references": {Task.EMBED: "nowhere:Bert"}}, "importing nowhere failed"),
+        ({"hf_architectures": {"BertModel": Task.TOKEN_CLASSIFICATION}}, "has 'token-classification' for 'BertModel'"),
+        ({"features": ("token_types", "sliding_window")}, "no tiny variant has one"),
+        ({"features": ("token_types", "tied_embeddings")}, "every tiny variant is tied"),
+        ({"known_failures": {"numbers-hiden": "a typo"}}, "is 'numbers-hidden' meant?"),
+        ({"known_failures": {"sight[nowhere]": "no such variant"}}, "names 'sight[nowhere]', which is no check"),
+        ({"known_failures": {"light-import[base]": "it is of no variant"}}, "which is no check"),
+    ],
+)
+def test_what_is_not_true_of_a_declaration_is_told(changes, told, make_spec, run):
+    result = run(make_spec("bert", **changes), "declaration")
+
+    assert result.status is Status.FAILED
+    assert told in result.detail
+
+
+def test_a_head_without_a_reference_is_told(make_spec, run):
+    spec = make_spec("bert")
+    fewer = {task: path for task, path in spec.references.items() if task != Task.EMBED}
+
+    result = run(ArchitectureSpec.model_validate({**dict(spec), "references": fewer}), "declaration")
+
+    assert "references names no class for 'embed'" in result.detail
+
+
+def test_a_tiny_model_that_is_not_tiny_is_told(make_spec, run):
+    spec = make_spec("bert")
+
+    result = run(make_spec("bert", tiny_config={**spec.tiny_config, "vocab_size": 9000}), "declaration")
+
+    assert result.status is Status.FAILED
+    assert "should stay under 1,000,000" in result.detail

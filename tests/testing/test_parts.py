@@ -1,0 +1,152 @@
+"""The kit's own parts: its measure, its texts, its random checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lorax_core.testing import CheckFailed
+from lorax_core.testing.case import Case
+from lorax_core.testing.compare import Worst
+from lorax_core.testing.lora import Recipe, linear_layers, merged, write_adapter
+from lorax_core.testing.reference import build, quiet, randomise, reload
+from lorax_core.testing.texts import make_texts
+from lorax_core.types import Task
+
+
+@pytest.fixture
+def case(make_spec, host, tmp_path):
+    return Case(make_spec("qwen2"), host, "base", tmp_path)
+
+
+# --- the measure ---
+
+
+def test_the_error_is_a_share_of_the_largest_number_of_its_kind():
+    worst = Worst(1e-3)
+    worst.see("logits", "of one", torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
+    worst.see("logits", "of another", torch.tensor([100.0]), torch.tensor([100.0]))
+    worst.see("hidden rows", "of one", torch.tensor([1.001]), torch.tensor([1.0]))
+
+    measured = worst.measured()
+
+    assert measured.error == pytest.approx(0.005)
+    assert measured.note == "largest: logits of one"
+    assert not measured.ok
+
+
+def test_equal_numbers_have_no_difference():
+    worst = Worst(0.0)
+    worst.see("rows", "here", torch.zeros(2), torch.zeros(2))
+
+    assert worst.measured().ok
+    assert worst.measured().note == "no difference"
+
+
+def test_what_is_not_finite_is_never_near():
+    worst = Worst(1.0)
+    worst.see("rows", "here", torch.tensor([float("nan")]), torch.tensor([1.0]))
+    worst.see("rows", "there", torch.tensor([1.0]), torch.tensor([1.0]))
+
+    assert worst.measured().error == math.inf
+    assert worst.measured().note == "not finite: rows here"
+
+
+def test_another_shape_and_nothing_at_all_are_failures():
+    with pytest.raises(CheckFailed, match=r"shape \[2\] where \[3\] belongs"):
+        Worst(1.0).see("rows", "here", torch.zeros(2), torch.zeros(3))
+    with pytest.raises(CheckFailed, match="nothing was compared"):
+        Worst(1.0).measured()
+
+
+# --- texts ---
+
+
+def test_texts_are_of_one_token_of_a_few_and_of_as_many_as_there_may_be():
+    texts = make_texts(vocab=50, types=2, max_tokens=64, pad=None)
+
+    assert [len(text) for text in texts] == [1, 2, 5, 17, 40, 64]
+    assert all(len(text.types) == len(text) for text in texts)
+    assert {kind for text in texts for kind in text.types} == {0, 1}
+
+
+def test_no_text_is_longer_than_the_model_or_than_tests_need():
+    assert len(make_texts(vocab=50, types=1, max_tokens=9000, pad=None)[-1]) == 192
+    assert [len(text) for text in make_texts(vocab=50, types=1, max_tokens=4, pad=None)] == [1, 2, 4]
+
+
+def test_padding_stands_in_one_text_only_inside_and_at_the_end():
+    texts = make_texts(vocab=50, types=1, max_tokens=64, pad=7)
+
+    (padded,) = [text for text in texts if 7 in text.ids]
+    assert [at for at, token in enumerate(padded.ids) if token == 7] == [4, 8]
+
+
+# --- checkpoints ---
+
+
+def test_every_tensor_of_a_checkpoint_is_random(case):
+    from safetensors.torch import load_file
+
+    tensors = load_file(case.checkpoint(Task.GENERATE) / "model.safetensors")
+
+    for name, tensor in tensors.items():
+        assert tensor.std() > 0.1, name
+        assert (tensor == 0).sum() + (tensor == 1).sum() < 3, name
+    norm = tensors["model.norm.weight"]
+    assert 0.4 <= norm.min() < norm.max() <= 1.6
+    assert (norm - 1).abs().mean() > 0.2
+
+
+def test_tied_weights_stay_tied(make_spec, host, tmp_path):
+    tied = Case(make_spec("qwen2"), host, "tied", tmp_path)
+
+    oracle = tied.reference(Task.GENERATE)
+
+    assert oracle.lm_head.weight is oracle.model.embed_tokens.weight
+
+
+def test_making_checkpoints_leaves_the_process_as_it_was(case, tmp_path):
+    from transformers.utils import logging
+
+    before = torch.get_rng_state(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+
+    build(case.spec, Task.EMBED, case.config, tmp_path / "one", seed=1)
+    reload(case.spec, Task.EMBED, tmp_path / "one")
+
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before[1:]
+
+
+def test_one_seed_gives_one_checkpoint(case):
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+
+    randomise(first, 5)
+    randomise(second, 5)
+
+    assert torch.equal(first.weight, second.weight)
+    assert torch.equal(first.bias, second.bias)
+
+
+# --- adapters ---
+
+
+def test_our_merge_is_that_of_peft(case, tmp_path):
+    from peft import PeftModel
+
+    oracle = case.reference(Task.GENERATE)
+    recipe = Recipe(rank=3, alpha=5, rslora=True)
+    folder = write_adapter(linear_layers(oracle, ()), recipe, tmp_path / "adapter", seed=0)
+
+    ours = merged(oracle, folder, recipe).state_dict()
+    with quiet():
+        theirs = PeftModel.from_pretrained(
+            reload(case.spec, Task.GENERATE, case.checkpoint(Task.GENERATE)), str(folder)
+        )
+        theirs = theirs.merge_and_unload().state_dict()
+
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    assert not torch.equal(ours["lm_head.weight"], oracle.lm_head.weight)

@@ -1,0 +1,182 @@
+"""Which checks run, and what becomes of their outcomes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lorax_core.errors import PluginError, RequestError
+from lorax_core.testing import Check, CheckFailed, Measured, NotApplicable, Status, Suite, run_checks
+from lorax_core.testing.checks import CHECKS
+
+
+@pytest.fixture
+def outcome(make_spec, host):
+    """What becomes of a check that does this, under these known failures."""
+
+    def judge(run, known_failures=None, name="sight"):
+        with Suite(make_spec("bert", known_failures=known_failures or {}), host=host) as suite:
+            return suite.run("base", Check(name, "nothing", run))
+
+    return judge
+
+
+def gives(error, tolerance=1.0):
+    return lambda case: Measured(error, tolerance, "here")
+
+
+def raises(error):
+    def run(case):
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "status", "detail"),
+    [
+        (gives(0.5), Status.PASSED, "here"),
+        (gives(1.5), Status.FAILED, "here"),
+        (gives(float("nan")), Status.FAILED, "here"),
+        (gives(float("inf")), Status.FAILED, "here"),
+        (lambda case: Measured(note="yes"), Status.PASSED, "yes"),
+        (raises(CheckFailed("not so")), Status.FAILED, "not so"),
+        (raises(NotApplicable("not here")), Status.SKIPPED, "not here"),
+    ],
+)
+def test_an_outcome(outcome, run, status, detail):
+    result = outcome(run)
+
+    assert (result.status, result.detail) == (status, detail)
+
+
+def test_whatever_a_plugin_raises_is_a_finding_with_its_place(outcome):
+    result = outcome(raises(ZeroDivisionError("by nothing")))
+
+    assert result.status is Status.FAILED
+    assert "ZeroDivisionError: by nothing (at " in result.detail
+
+
+def test_ctrl_c_is_not_a_finding(outcome):
+    with pytest.raises(KeyboardInterrupt):
+        outcome(raises(KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize("key", ["sight", "sight[base]"])
+def test_a_known_failure_is_expected_and_told(outcome, key):
+    result = outcome(gives(1.5), {key: "the edge is being mended"})
+
+    assert result.status is Status.KNOWN
+    assert result.detail == "the edge is being mended (here)"
+
+
+@pytest.mark.parametrize("key", ["sight", "sight[base]"])
+def test_a_known_failure_that_passes_is_a_failure(outcome, key):
+    result = outcome(gives(0.5), {key: "the edge is being mended"})
+
+    assert result.status is Status.FAILED
+    assert "known_failures says it fails" in result.detail
+
+
+@pytest.mark.parametrize("key", ["sight[relu]", "packing-order"])
+def test_a_known_failure_elsewhere_is_no_excuse(outcome, key):
+    assert outcome(gives(1.5), {key: "the edge is being mended"}).status is Status.FAILED
+
+
+def test_what_does_not_apply_is_neither_known_nor_unexpected(outcome):
+    assert outcome(raises(NotApplicable("not here")), {"sight": "a reason"}).status is Status.SKIPPED
+
+
+def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, host):
+    with Suite(make_spec("bert"), host=host) as suite:
+        planned = [(variant, check.name) for variant, check in suite.plan()]
+
+    assert len(planned) == len(set(planned))
+    assert planned[:2] == [(None, "light-import"), (None, "round-trip")]
+    assert {variant for variant, _ in planned} == {None, "base", "relu"}
+    assert ("relu", "sight") in planned
+    assert not any(name.startswith("cache") or "window" in name or "generate" in name for _, name in planned)
+
+
+def test_names_limit_the_plan(make_spec, host):
+    with Suite(make_spec("qwen2"), host=host) as suite:
+        planned = suite.plan(checks=["sight", "round-trip"], variants=["windows"])
+        only = suite.plan(checks=["round-trip"])
+
+    assert [(variant, check.name) for variant, check in planned] == [("windows", "sight")]
+    assert [(variant, check.name) for variant, check in only] == [(None, "round-trip")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"checks": ["numbers-hiden"]}, "did you mean 'numbers-hidden'?"),
+        ({"variants": ["rellu"]}, "did you mean 'relu'?"),
+        ({"backend": "torhc"}, "did you mean 'torch'?"),
+        ({"device": "abacus"}, "'abacus' is no device"),
+    ],
+)
+def test_what_there_is_not_is_refused(arguments, told, make_spec, host):
+    with pytest.raises(RequestError) as caught:
+        run_checks(make_spec("bert"), host=host, **arguments)
+
+    assert told in str(caught.value)
+
+
+def test_a_plugin_that_nobody_brings_is_refused(host):
+    with pytest.raises(PluginError, match="no plugin brings model type 'bertt'"):
+        run_checks("bertt", host=host)
+
+
+def test_results_are_told_as_they_come_and_are_plain_data(make_spec, host):
+    heard = []
+
+    results = run_checks(
+        make_spec("bert"), host=host, checks=["round-trip", "packing-order"], variants=["base"], told=heard.append
+    )
+
+    assert results == heard
+    (only,) = json.loads(json.dumps([result.to_json() for result in results], allow_nan=False))
+    assert only["check"] == "packing-order"
+    assert only["variant"] == "base"
+    assert only["status"] == "passed"
+    assert only["ratio"] == only["error"] / only["tolerance"]
+
+
+def test_a_number_that_json_has_no_word_for_is_null(outcome):
+    told = outcome(gives(float("inf"))).to_json()
+
+    assert told["error"] is None
+    assert told["ratio"] is None
+    assert told["tolerance"] == 1.0
+
+
+def test_checkpoints_are_kept_for_two_variants_and_gone_in_the_end(make_spec, host):
+    order = next(check for check in CHECKS if check.name == "packing-order")
+    with Suite(make_spec("qwen2"), host=host) as suite:
+        first, last = suite.variants[0], suite.variants[2]
+        for variant in suite.variants[:3]:
+            suite.run(variant, order)
+        kept = {folder.name.partition("-")[0] for folder in suite.folder.iterdir()}
+        folder = suite.folder
+    assert first not in kept
+    assert last in kept
+    assert not folder.exists()
+
+
+def test_a_closed_suite_begins_anew(make_spec, host):
+    order = next(check for check in CHECKS if check.name == "packing-order")
+    with Suite(make_spec("bert"), host=host) as suite:
+        suite.run("base", order)
+    result = suite.run("base", order)
+    suite.close()
+
+    assert result.status is Status.PASSED
+
+
+def test_every_check_has_a_name_of_its_own_and_says_what_it_proves():
+    names = [check.name for check in CHECKS]
+
+    assert len(names) == len(set(names))
+    assert all(check.proves for check in CHECKS)

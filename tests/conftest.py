@@ -1,11 +1,22 @@
-"""What every test here may rely on: where the repository is, and that no LORAX_* variable from outside steers it."""
+"""What every test here may rely on: where the repository is, that no LORAX_* variable from outside steers it, and the tiny
+checkpoints that many tests only read.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from house import one_thread, settle
+
+if TYPE_CHECKING:
+    from lorax_core.plugins.host import PluginHost
+
+__all__ = ["one_thread"]
+
+settle()
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +29,28 @@ def repository() -> Path:
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("LORAX_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def host() -> PluginHost:
+    """The installed plugins."""
+    from lorax_core.plugins.host import PluginHost
+    from lorax_core.settings import Settings
+
+    return PluginHost.discover(Settings())
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2 with a tokenizer of bytes. Tests that change files make their own."""
+    from builders import make_qwen2
+
+    return make_qwen2(tmp_path_factory.mktemp("qwen2"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random BERT with a tokenizer of letters, without sentence-transformers files."""
+    from builders import make_bert
+
+    return make_bert(tmp_path_factory.mktemp("bert"))

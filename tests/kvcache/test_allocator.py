@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections import Counter
+from itertools import takewhile
 
 import pytest
 from hypothesis import settings
@@ -10,10 +10,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from lorax_core.kvcache.allocator import SCRATCH_PAGE, PageAllocator
 
 PAGES = 9
+KEYS = [b"one", b"two", b"three"]
 
 
 class Books(RuleBasedStateMachine):
-    """Tables of pages come, are shared and go; the allocator must agree with a plain count at every moment."""
+    """Tables of pages come, are shared, published, found again and go; a plain account must agree at every moment."""
 
     tables = Bundle("tables")
 
@@ -21,10 +22,21 @@ class Books(RuleBasedStateMachine):
         super().__init__()
         self.allocator = PageAllocator(PAGES, page_size=4)
         self.living = []
+        self.keys = {}  # page to its key
+        self.kept = []  # published pages that nobody holds, least recently used first
+
+    def holders(self, page):
+        return sum(table.count(page) for table in self.living)
+
+    def hold(self, pages):
+        self.living.append(pages)
+        self.kept = [page for page in self.kept if page not in pages]
+        return pages
 
     @rule(target=tables, count=st.integers(0, PAGES + 1))
     def allocate(self, count):
         free = self.allocator.free
+        unused = free - len(self.kept)
 
         pages = self.allocator.allocate(count)
 
@@ -33,37 +45,59 @@ class Books(RuleBasedStateMachine):
             assert self.allocator.free == free
             return []
         assert len(set(pages)) == count
-        assert not set(pages) & {page for table in self.living for page in table}
-        self.living.append(pages)
-        return pages
+        assert not any(self.holders(page) for page in pages)
+        # What may be asked for again is given up last, and of it what was used longest ago first.
+        assert pages[unused:] == self.kept[: max(count - unused, 0)]
+        for page in pages:
+            self.keys.pop(page, None)
+        return self.hold(list(pages))
 
     @rule(target=tables, table=tables)
     def share(self, table):
         self.allocator.share(table)
 
-        shared = list(table)
-        self.living.append(shared)
-        return shared
+        return self.hold(list(table))
 
     @rule(table=consumes(tables))
     def release(self, table):
-        free = self.allocator.free
-        others = Counter(page for other in self.living for page in other) - Counter(table)
-
         self.allocator.release(table)
 
         if table:
             self.living.remove(table)
-        assert self.allocator.free == free + sum(1 for page in table if not others[page])
+        self.kept += [page for page in reversed(table) if page in self.keys and not self.holders(page)]
+
+    @rule(table=tables, at=st.integers(0, PAGES), key=st.sampled_from(KEYS))
+    def publish(self, table, at, key):
+        if not table:
+            return
+        page = table[at % len(table)]
+
+        self.allocator.publish(key, page)
+
+        if key not in self.keys.values() and page not in self.keys:
+            self.keys[page] = key
+
+    @rule(target=tables, keys=st.lists(st.sampled_from(KEYS), max_size=3, unique=True))
+    def match(self, keys):
+        pages_of = {key: page for page, key in self.keys.items()}
+        expected = list(takewhile(lambda page: page is not None, map(pages_of.get, keys)))
+
+        pages = self.allocator.match(keys)
+
+        assert pages == expected
+        return self.hold(list(pages))
 
     @rule(page=st.integers(1, PAGES))
     def refuse_what_is_not_held(self, page):
-        if any(page in table for table in self.living):
+        if self.holders(page):
             return
         with pytest.raises(ValueError, match=f"page {page} is"):
-            self.allocator.share([page])
-        with pytest.raises(ValueError, match=f"page {page} is"):
             self.allocator.release([page])
+        with pytest.raises(ValueError, match=f"page {page} is"):
+            self.allocator.publish(b"key", page)
+        if page not in self.kept:
+            with pytest.raises(ValueError, match=f"page {page} is"):
+                self.allocator.share([page])
 
     @invariant()
     def the_books_agree(self):
@@ -71,6 +105,8 @@ class Books(RuleBasedStateMachine):
         held = {page for table in self.living for page in table}
         assert SCRATCH_PAGE not in held
         assert self.allocator.free == self.allocator.capacity - len(held)
+        assert all(self.allocator.holders(page) == self.holders(page) for page in range(1, PAGES))
+        assert len(self.allocator.prefixes) == len(self.keys)
 
 
 Books.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
@@ -105,6 +141,23 @@ def page_free_twice(allocator, tables):
     allocator._free.append(allocator._free[0])
 
 
+def kept_page_unknown(allocator, tables):
+    page = tables[0].pop()
+    allocator.publish(b"key", page)
+    allocator.release([page])
+    allocator.prefixes.forget(page)
+
+
+def keys_disagree(allocator, tables):
+    allocator.publish(b"key", tables[0][0])
+    allocator.prefixes._pages[b"key"] = tables[0][1]
+
+
+def free_page_known(allocator, tables):
+    allocator.publish(b"key", tables[0][0])
+    allocator.prefixes._keys[allocator._free[0]] = allocator.prefixes._keys.pop(tables[0][0])
+
+
 def scratch_page_free(allocator, tables):
     allocator._free[0] = SCRATCH_PAGE
 
@@ -128,6 +181,9 @@ def page_swapped(allocator, tables):
         page_free_and_held,
         page_free_twice,
         scratch_page_free,
+        kept_page_unknown,
+        keys_disagree,
+        free_page_known,
         page_in_two_tables,
         forgotten_table,
         page_swapped,
@@ -140,3 +196,31 @@ def test_check_finds_planted_corruption(corrupt):
 
     with pytest.raises(AssertionError):
         allocator.check(tables)
+
+
+def test_the_scratch_page_stands_for_a_page_given_back_and_is_nobodys():
+    allocator, tables = make_held()
+    allocator.release([tables[0][0]])
+    tables[0][0] = SCRATCH_PAGE
+
+    allocator.share(tables[0])
+    allocator.check([*tables, tables[0]])
+    allocator.release(tables[0])
+    allocator.release(tables[0])
+
+    allocator.check(tables[1:])
+
+
+def test_of_a_chain_the_end_is_given_up_before_the_beginning():
+    allocator = PageAllocator(4, page_size=4)
+    pages = allocator.allocate(3)
+    for key, page in zip(KEYS, pages, strict=False):
+        allocator.publish(key, page)
+    allocator.release(pages)
+
+    taken = allocator.allocate(1)
+    found = allocator.match(KEYS)
+
+    assert taken == pages[2:]
+    assert found == pages[:2]
+    allocator.check([taken, found])

@@ -6,7 +6,15 @@ from lorax_core.kvcache.pool import KVPool
 
 
 def make_pool(**changes):
-    sizes = {"layers": 3, "pages": 5, "page_size": 4, "kv_heads": 2, "head_dim": 6, "dtype": torch.float32, "device": "cpu"}
+    sizes = {
+        "layers": 3,
+        "pages": 5,
+        "page_size": 4,
+        "kv_heads": 2,
+        "head_dim": 6,
+        "dtype": torch.float32,
+        "device": "cpu",
+    }
     return KVPool(**{**sizes, **changes})
 
 
@@ -48,3 +56,48 @@ def test_the_layout_is_that_of_the_design_and_told_in_bytes():
 
     assert pool.data.shape == (3, 2, 5, 4, 2, 6)
     assert pool.nbytes == 3 * 2 * 5 * 4 * 2 * 6 * 4
+
+
+def test_pages_are_copied_whole_in_every_layer():
+    pool = make_pool()
+    pool.data.normal_(generator=torch.Generator().manual_seed(0))
+    before = pool.data.clone()
+
+    pool.copy([(1, 3), (4, 2)])
+
+    assert torch.equal(pool.data[:, :, [3, 2]], before[:, :, [1, 4]])
+    assert torch.equal(pool.data[:, :, [0, 1, 4]], before[:, :, [0, 1, 4]])
+
+
+def test_a_page_that_is_cleared_holds_nothing_and_others_hold_on():
+    pool = make_pool()
+    pool.data.fill_(torch.nan)
+
+    pool.clear([1, 4])
+
+    assert pool.data[:, :, [1, 4]].count_nonzero() == 0
+    assert pool.data[:, :, [0, 2, 3]].isnan().all()
+
+
+def test_an_8_bit_cache_gives_back_what_its_type_can_hold():
+    pool = make_pool(dtype=torch.float8_e4m3fn, scales=[(1.0, 1.0), (0.5, 4.0), (1.0, 1.0)])
+    k, v = make_rows(2, 1), make_rows(2, 2) * 100
+    v[0, 0, 0] = 1e6  # more than 448 * 4, where the type ends
+
+    pool.write(1, k, v, torch.tensor([5, 9]))
+    keys, values = pool.gather(1, torch.tensor([1, 2]), torch.float32)
+
+    torch.testing.assert_close(torch.stack([keys[0, 1], keys[1, 1]]), k, rtol=0.07, atol=0.01)
+    torch.testing.assert_close(torch.stack([values[0, 1], values[1, 1]]), v.clamp(max=448 * 4), rtol=0.07, atol=0.1)
+    assert pool.nbytes == 3 * 2 * 5 * 4 * 2 * 6
+
+
+def test_gathered_pages_are_those_asked_for_in_that_order():
+    pool = make_pool()
+    pool.data.normal_(generator=torch.Generator().manual_seed(0))
+    pages = torch.tensor([[3, 1], [1, 0]])
+
+    keys, values = pool.gather(2, pages, torch.float32)
+
+    assert torch.equal(keys, pool.data[2, 0][pages])
+    assert torch.equal(values, pool.data[2, 1][pages])

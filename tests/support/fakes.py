@@ -110,22 +110,23 @@ class PagedEcho:
         return sequence.pages[at // self.page_size], at % self.page_size
 
     def _next(self, sequence: Sequence, count: int) -> int:
-        return digest([self.slots[self._slot(sequence, at)] for at in range(count)], self.vocab)
+        read = [self.slots[self._slot(sequence, at)] for at in range(count)]
+        return digest(read, self.vocab, sequence.sampling.choice)
 
 
-def digest(tokens: list[int], vocab: int = 50) -> int:
-    """A token that depends on every token before it and on their order."""
-    state = 17
+def digest(tokens: list[int], vocab: int = 50, choice: int = 0) -> int:
+    """A token that depends on every token before it, on their order, and on which answer to the prompt it is for."""
+    state = 17 + choice
     for token in tokens:
         state = (state * 31 + token + 7) % 1_000_003
     return state % vocab
 
 
-def echoed(prompt: list[int], count: int, vocab: int = 50) -> list[int]:
+def echoed(prompt: list[int], count: int, vocab: int = 50, choice: int = 0) -> list[int]:
     """What `PagedEcho` answers to a prompt that has the cache to itself."""
     tokens = list(prompt)
     for _ in range(count):
-        tokens.append(digest(tokens, vocab))
+        tokens.append(digest(tokens, vocab, choice))
     return tokens[len(prompt) :]
 
 

@@ -113,10 +113,14 @@ class Bench:
         return [found[id(chunk)] for chunk in chunks]
 
 
-def all_logits(base: LoadedModel, prompts: list[list[int]], adapters: list[Adapter | None] | None = None) -> list[Tensor]:
+def all_logits(
+    base: LoadedModel, prompts: list[list[int]], adapters: list[Adapter | None] | None = None
+) -> list[Tensor]:
     """Logits of every token of every prompt, in one batch."""
     bench = Bench(base, pages=sum(-(-len(ids) // PAGE) for ids in prompts))
-    sequences = [bench.sequence(ids, adapter) for ids, adapter in zip(prompts, adapters or [None] * len(prompts), strict=True)]
+    sequences = [
+        bench.sequence(ids, adapter) for ids, adapter in zip(prompts, adapters or [None] * len(prompts), strict=True)
+    ]
     return bench.logits(*((sequence, 0, len(sequence)) for sequence in sequences))
 
 

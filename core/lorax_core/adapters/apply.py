@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter, LowRank
+from lorax_core.adapters.base import Adapter, Delta
 from lorax_core.modeling.batch import AdapterRows, NoAdapters
 from lorax_core.modeling.site import Site
 
@@ -26,24 +26,25 @@ class Segment:
 
 
 class SegmentedAdapters:
-    """One low-rank product for each segment at each site that its adapter changes; other rows are left alone."""
+    """The deltas of each segment's adapter at each site that it changes; other rows are left alone."""
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         self.segments = tuple(segments)
-        self._at: dict[str, list[tuple[slice, LowRank]]] = {}
+        self._at: dict[str, list[tuple[slice, Sequence[Delta]]]] = {}
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        for rows, delta in self._products(site.path):
-            y[rows].addmm_(x[rows] @ delta.a.t(), delta.b.t())
+        for rows, deltas in self._changes(site.path):
+            for delta in deltas:
+                delta.apply(site, x[rows], y[rows])
         return y
 
-    def _products(self, path: str) -> list[tuple[slice, LowRank]]:
+    def _changes(self, path: str) -> list[tuple[slice, Sequence[Delta]]]:
         found = self._at.get(path)
         if found is None:
             found = self._at[path] = [
-                (slice(segment.start, segment.stop), delta)
+                (slice(segment.start, segment.stop), deltas)
                 for segment in self.segments
-                if (delta := segment.adapter.deltas.get(path)) is not None
+                if (deltas := segment.adapter.deltas.get(path)) is not None
             ]
         return found
 

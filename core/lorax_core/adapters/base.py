@@ -6,23 +6,29 @@ Decides the interface that files, store and batches share. Knows nothing of form
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
+from lorax_core.modeling.heads import Head
+from lorax_core.modeling.site import Site
+from lorax_core.types import Task
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from lorax_core.weights.loader import LoadedModel
 
 
-@dataclass(frozen=True, slots=True)
-class LowRank:
-    """`y += (x A^T) B^T`: a `[rank, in]`, b `[out, rank]` with the scale already in it."""
+class Delta(Protocol):
+    """What an adapter does at one site, in the dtype and on the device of the model."""
 
-    a: Tensor
-    b: Tensor
+    @property
+    def nbytes(self) -> int:
+        """Memory on the device."""
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        """Change y `[rows, out]`, which the base layer (and deltas before this one) made of x `[rows, in]`, in place."""
 
 
 class Adapter(ABC):
@@ -51,8 +57,18 @@ class Adapter(ABC):
 
     @property
     @abstractmethod
-    def deltas(self) -> Mapping[str, LowRank]:
-        """Site path to what is added there, on the model's device in its dtype."""
+    def deltas(self) -> Mapping[str, Sequence[Delta]]:
+        """Site path to what is done there, in order."""
+
+    @property
+    def task(self) -> Task | None:
+        """What it was trained for; None when it serves any task."""
+        return None
+
+    @property
+    def head(self) -> Head | None:
+        """The head that it brings for its task; None when the base's serves."""
+        return None
 
     @abstractmethod
     def bind(self, base: LoadedModel) -> None:

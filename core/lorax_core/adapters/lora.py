@@ -1,85 +1,84 @@
-"""LoRA adapters in PEFT's files.
+"""LoRA adapters, from PEFT's files to the sites of a model.
 
-Decides what of `adapter_config.json` is served and where each tensor goes. What is not served is refused by name, and a
-tensor without a place is an error: nothing is dropped silently.
+Decides where every tensor goes: a tensor without a place, or of another shape, is an error, and nothing is dropped silently.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter, LowRank
-from lorax_core.errors import AdapterError, CheckpointError, listed, nearest
-from lorax_core.modeling.linear import Linear
-from lorax_core.modeling.model import Model
-from lorax_core.weights.checkpoint import opened
-from lorax_core.weights.loader import LoadedModel
-
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-
-# Fields that say how an adapter was trained or stored; none of them changes what it computes.
-_HARMLESS = frozenset(
-    [
-        "arrow_config",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "monteclora_config",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-        "velora_config",
-    ]
+from lorax_core.adapters.base import Adapter, Delta
+from lorax_core.adapters.deltas import (
+    Dora,
+    EmbeddingLowRank,
+    LowRank,
+    Part,
+    Replacement,
+    Shift,
+    TokenLogits,
+    TokenRows,
 )
+from lorax_core.adapters.head import HeadRequest, build_head
+from lorax_core.adapters.peft import Piece, read_peft
+from lorax_core.errors import AdapterError, nearest
+from lorax_core.modeling.embedding import Embedding
+from lorax_core.modeling.heads import Head
+from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.site import Site
+from lorax_core.types import Task
+from lorax_core.weights.loader import LoadedModel
+from lorax_core.weights.mapping import Target
 
-# Initialisations that subtract from the base's weights: such files fit only the changed base.
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A site of the model, or a part of a fused one, that a module of the files stands for."""
+
+    module: str
+    site: Site
+    target: Target
+
+    @property
+    def part(self) -> Part:
+        if self.target.part is None:
+            return None
+        start = sum(self.site.parts[: self.target.part])
+        return slice(start, start + self.site.parts[self.target.part])
+
+    @property
+    def rows(self) -> int:
+        return self.site.out_features if self.target.part is None else self.site.parts[self.target.part]
+
+    def base(self, name: str) -> Tensor | None:
+        """The base's own weight or bias here."""
+        whole = self.site.dense_weight() if name == "weight" else getattr(self.site, "bias", None)
+        return whole if whole is None or self.part is None else whole[self.part]
 
 
 class LoraAdapter(Adapter):
-    """Low-rank updates of linear layers, as PEFT's `save_pretrained` writes them.
+    """What PEFT's `save_pretrained` writes for LoRA: low-rank updates, magnitudes, biases, saved modules, token rows, heads.
 
-    Reading checks the files; `bind` checks them against a model. Ranks are those of the tensors and may differ by layer.
+    Reading checks the files; `bind` checks them against a model. `head` says what the files do not: the task, the labels.
     """
 
     kind = "lora"
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.config = _read_config(self.path)
-        self.tensors = _read_tensors(self.path)
-        self._identity = _hash(self.config, self.tensors)
-        self._deltas: dict[str, LowRank] = {}
+    def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
+        self.files = read_peft(path)
+        self._wanted = head or HeadRequest()
+        self._identity = self.files.identity(self._wanted.settings)
+        self._deltas: dict[str, list[Delta]] = {}
+        self._head: Head | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it was read from."""
+        return self.files.path
 
     @property
     def identity(self) -> str:
@@ -91,152 +90,193 @@ class LoraAdapter(Adapter):
 
     @property
     def nbytes(self) -> int:
-        return sum(delta.a.nbytes + delta.b.nbytes for delta in self._deltas.values())
+        head = sum(tensor.nbytes for tensor in self._head.parameters()) if self._head is not None else 0
+        return head + sum(delta.nbytes for deltas in self._deltas.values() for delta in deltas)
 
     @property
-    def deltas(self) -> Mapping[str, LowRank]:
+    def deltas(self) -> Mapping[str, Sequence[Delta]]:
         return self._deltas
+
+    @property
+    def task(self) -> Task | None:
+        return self._wanted.task or self.files.task
+
+    @property
+    def head(self) -> Head | None:
+        return self._head
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks in the files, ascending."""
-        return tuple(sorted({a.shape[0] for a, _ in self.tensors.values()}))
+        found = (piece.a if piece.a is not None else piece.embedding_a for piece in self.files.pieces.values())
+        return tuple(sorted({tensor.shape[0] for tensor in found if tensor is not None}))
 
     def bind(self, base: LoadedModel) -> None:
-        parts: dict[str, dict[int, LowRank]] = {}
-        for module, (a, b) in self.tensors.items():
-            target = base.weight_map.resolve_module(module)
-            site = base.model.sites.get(target.name)
-            if site is None:
-                raise self._unknown(module, base)
-            if not isinstance(site, Linear):
-                raise AdapterError(
-                    f"{self.path} changes {module!r}, a {type(site).__name__}; LoRA is served on linear layers only"
-                )
-            rows = site.out_features if target.part is None else site.parts[target.part]
-            if a.shape[1] != site.in_features or b.shape[0] != rows:
-                raise AdapterError(
-                    f"{self.path} does not fit {module!r}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, the base "
-                    f"maps {site.in_features} to {rows}; it was trained on {self._trained_on()}",
-                    hint="load it with the base that it was trained on",
-                )
-            scale = self._scale(a.shape[0])
-            b = target.arranged(b)
-            start = 0 if target.part is None else sum(site.parts[: target.part])
-            parts.setdefault(target.name, {})[start] = LowRank(a.float(), b.float() * scale)
-        model = base.model
-        self._deltas = {
-            path: _joined(members, model.sites[path].out_features, model) for path, members in parts.items()
-        }
+        head, taken = build_head(self.files, self._wanted, self.task, base)
+        sites = {**base.model.sites, **({s.path: s for s in head.modules() if isinstance(s, Site)} if head else {})}
+        places: dict[str, list[tuple[_Place, Piece]]] = {}
+        for module, piece in self.files.pieces.items():
+            if module in taken:
+                continue
+            place = self._place(module, sites, base)
+            others = places.setdefault(place.site.path, [])
+            if any(other.target.part in (None, place.target.part) for other, _ in others):
+                raise AdapterError(f"{self.path} changes {module!r} twice, under two spellings")
+            others.append((place, piece))
+        deltas: dict[str, list[Delta]] = {}
+        for path, pieces in places.items():
+            made = self._site_deltas(pieces, base)
+            if made:
+                deltas[path] = made
+        self._tie_tokens(deltas, base)
+        self._deltas, self._head = deltas, head
 
     def unbind(self) -> None:
-        self._deltas = {}
+        self._deltas, self._head = {}, None
 
-    def _scale(self, rank: int) -> float:
-        alpha = float(self.config["lora_alpha"])
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-    def _trained_on(self) -> str:
-        return repr(self.config.get("base_model_name_or_path") or "a base that it does not name")
-
-    def _unknown(self, module: str, base: LoadedModel) -> AdapterError:
-        names = [name for path in base.model.sites for name in base.weight_map.members(path)]
+    def _place(self, module: str, sites: Mapping[str, Site], base: LoadedModel) -> _Place:
+        target = base.weight_map.resolve_module(module)
+        site = sites.get(target.name)
+        if site is not None:
+            return _Place(module, site, target)
+        names = [name for path in sites for name in base.weight_map.members(path)]
         close = nearest(base.weight_map.canonical(module), names)
-        return AdapterError(
-            f"{self.path} changes {module!r}, which {base.spec.model_type!r} does not have; it was trained on "
-            f"{self._trained_on()}",
+        raise AdapterError(
+            f"{self.path} changes {module!r}, which {base.spec.model_type!r} does not have here; it was trained on "
+            f"{self.files.trained_on}",
             hint=f"the nearest layer here is {close!r}" if close else "load it with the base that it was trained on",
         )
 
+    def _site_deltas(self, pieces: list[tuple[_Place, Piece]], base: LoadedModel) -> list[Delta]:
+        """Everything that is done at one site: replacements first, then low-rank updates, then shifts of biases."""
+        model = base.model
+        first: list[Delta] = []
+        last: list[Delta] = []
+        plain: list[tuple[_Place, LowRank]] = []
+        for place, piece in pieces:
+            weight, bias = (self._replaced(place, name, getattr(piece, name)) for name in ("weight", "bias"))
+            if weight is not None or (bias is not None and not isinstance(place.site, Linear)):
+                first.append(
+                    Replacement(
+                        _to(weight, model.dtype, model.device), _to(bias, model.dtype, model.device), place.part
+                    )
+                )
+            elif bias is not None:
+                old = place.base("bias")
+                shift = bias - old.float() if old is not None else bias
+                last.append(Shift(shift.to(model.device, model.dtype), place.part))
+            if piece.a is not None:
+                delta = self._low_rank(place, piece, weight, base)
+                if isinstance(delta, LowRank):
+                    plain.append((place, delta))
+                else:
+                    first.append(delta)
+            if piece.embedding_a is not None:
+                first.append(self._embedding(place, piece, weight, base))
+            if piece.tokens is not None:
+                first.append(self._tokens(place, piece.tokens, base))
+        joined = [_joined(plain, model.dtype, model.device)] if plain else []
+        return [*first, *joined, *last]
 
-def _joined(members: dict[int, LowRank], out_features: int, model: Model) -> LowRank:
-    """The parts of a layer, by their first output row, as one product.
+    def _replaced(self, place: _Place, name: str, tensor: Tensor | None) -> Tensor | None:
+        """A weight or bias that stands in for the base's; None when there is none, or it is the same."""
+        if tensor is None:
+            return None
+        tensor = place.target.arranged(tensor)
+        old = place.base(name)
+        if old is None or tensor.shape != old.shape:
+            shape = list(old.shape) if old is not None else "none"
+            raise AdapterError(
+                f"{self.path} holds a {name} of {place.module!r} with shape {list(tensor.shape)}; the base's is {shape}",
+                hint="an adapter whose vocabulary was resized needs a base of the same size",
+            )
+        same = torch.equal(tensor.to(old.dtype), old.cpu())
+        return None if same else tensor.float()
 
-    A is stacked `[sum of ranks, in]`; B stands block by block, `[out, sum of ranks]`.
-    """
-    a = torch.cat([delta.a for delta in members.values()])
+    def _low_rank(self, place: _Place, piece: Piece, weight: Tensor | None, base: LoadedModel) -> LowRank | Dora:
+        a, b = piece.a, piece.b
+        assert a is not None
+        assert b is not None
+        if not isinstance(place.site, Linear):
+            raise AdapterError(f"{self.path} has lora_A for {place.module!r}, which is a {type(place.site).__name__}")
+        if a.shape[1] != place.site.in_features or b.shape[0] != place.rows:
+            raise AdapterError(
+                f"{self.path} does not fit {place.module!r}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, the base "
+                f"maps {place.site.in_features} to {place.rows}; it was trained on {self.files.trained_on}",
+                hint="load it with the base that it was trained on",
+            )
+        scale = self.files.scale(place.module, a.shape[0])
+        a, b = a.float(), place.target.arranged(b.float()) * scale
+        bias = place.target.arranged(piece.b_bias.float()) * scale if piece.b_bias is not None else None
+        if piece.magnitude is None:
+            return LowRank(a, b, bias)
+        if bias is not None:
+            raise AdapterError(
+                f"{self.path} has both a magnitude and a lora_B bias for {place.module!r}, which is not served"
+            )
+        whole = weight if weight is not None else place.base("weight")
+        assert whole is not None
+        norm = (whole.float().cpu() + b @ a).norm(dim=1)  # [out]
+        gain = place.target.arranged(piece.magnitude.float().flatten()) / norm
+        device, dtype = base.model.device, base.model.dtype
+        return Dora(a.to(device, dtype), b.to(device, dtype), gain.to(device, dtype), place.part)
+
+    def _embedding(self, place: _Place, piece: Piece, weight: Tensor | None, base: LoadedModel) -> EmbeddingLowRank:
+        a, b = piece.embedding_a, piece.embedding_b
+        assert a is not None
+        assert b is not None
+        site = place.site
+        if not isinstance(site, Embedding) or a.shape[1] != site.in_features or b.shape[0] != site.out_features:
+            raise AdapterError(
+                f"{self.path} does not fit {place.module!r}: lora_embedding_A is {list(a.shape)} and lora_embedding_B "
+                f"{list(b.shape)}, the base is a {type(site).__name__} of [{site.in_features}, {site.out_features}]"
+            )
+        b = b.float() * self.files.scale(place.module, a.shape[0])
+        gain = None
+        if piece.magnitude is not None:
+            whole = weight if weight is not None else site.dense_weight()
+            gain = piece.magnitude.float().flatten() / (whole.float().cpu() + a.float().t() @ b.t()).norm(dim=0)
+        device, dtype = base.model.device, base.model.dtype
+        return EmbeddingLowRank(a.t().contiguous().to(device, dtype), b.to(device, dtype), _to(gain, dtype, device))
+
+    def _tokens(self, place: _Place, rows: Tensor, base: LoadedModel) -> Delta:
+        ids = self.files.token_ids(place.module)
+        vocab, dim = place.site.dense_weight().shape
+        if list(rows.shape) != [len(ids), dim] or not all(0 <= index < vocab for index in ids):
+            raise AdapterError(
+                f"{self.path} trains {list(rows.shape)} rows of {place.module!r} for {len(ids)} token ids; the base has "
+                f"{vocab} rows of {dim}"
+            )
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        at = torch.tensor([ids[i] for i in order], device=base.model.device)
+        new = rows[order].to(base.model.device, base.model.dtype)
+        return TokenRows(at, new) if isinstance(place.site, Embedding) else TokenLogits(at, new)
+
+    def _tie_tokens(self, deltas: dict[str, list[Delta]], base: LoadedModel) -> None:
+        """Trained tokens act on both sides of a tie, as in PEFT; every other delta on one side leaves the other alone."""
+        for head, embedding in base.weight_map.tie.items():
+            source, other = embedding.rpartition(".")[0], head.rpartition(".")[0]
+            tied = other in base.model.sites and base.is_tied(head)
+            tokens = [delta for delta in deltas.get(source, []) if isinstance(delta, TokenRows)]
+            if tied and tokens and not any(isinstance(delta, TokenLogits) for delta in deltas.get(other, [])):
+                deltas.setdefault(other, []).extend(TokenLogits(delta.ids, delta.rows) for delta in tokens)
+
+
+def _to(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    return tensor.to(device, dtype) if tensor is not None else None
+
+
+def _joined(members: list[tuple[_Place, LowRank]], dtype: torch.dtype, device: torch.device) -> LowRank:
+    """The parts of a layer as one product: A stacked `[sum of ranks, in]`, B block by block `[out, sum of ranks]`."""
+    out_features = members[0][0].site.out_features
+    a = torch.cat([delta.a for _, delta in members])
     b = torch.zeros(out_features, a.shape[0])
+    bias = torch.zeros(out_features) if any(delta.bias is not None for _, delta in members) else None
     column = 0
-    for start, delta in members.items():
-        rows, rank = delta.b.shape
-        b[start : start + rows, column : column + rank] = delta.b
-        column += rank
-    return LowRank(a.to(model.device, model.dtype), b.to(model.device, model.dtype))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise AdapterError(f"there is no adapter folder {str(path)!r}", hint="give the folder that PEFT wrote")
-    file = path / "adapter_config.json"
-    if not file.is_file():
-        raise AdapterError(
-            f"{path} has no adapter_config.json; it holds {listed(sorted(p.name for p in path.iterdir()))}"
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} is an adapter of kind {kind!r}; served is 'LORA'")
-    refused = [
-        name for name, value in config.items() if name not in _HARMLESS and value not in (None, False, "none", {}, [])
-    ]
-    if refused:
-        told = ", ".join(f"{name}={config[name]!r:.60}" for name in refused)
-        raise AdapterError(f"{path} uses what is not served: {told}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
-        raise AdapterError(
-            f"{path} was initialised with {start!r}, which changes the base's weights",
-            hint="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
-        )
-    if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise AdapterError(f"{file} has no number 'lora_alpha' (found {config.get('lora_alpha')!r})")
-    return config
-
-
-def _read_tensors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module name to its A `[rank, in]` and B `[out, rank]`; every tensor of the file belongs to such a pair."""
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        pickled = (
-            " (adapter_model.bin is a pickle, which can run code, and is not read)" if any(path.glob("*.bin")) else ""
-        )
-        raise AdapterError(f"{path} has no adapter_model.safetensors{pickled}")
-    sides: dict[str, dict[str, Tensor]] = {}
-    leftover: list[str] = []
-    try:
-        with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                key = _KEY.fullmatch(name)
-                if key is None:
-                    leftover.append(name)
-                    continue
-                tensor = tensors.get_tensor(name)
-                if not torch.isfinite(tensor).all():
-                    raise AdapterError(f"{file}: {name!r} holds NaN or infinite numbers")
-                sides.setdefault(key["module"], {})[key["side"]] = tensor
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
-    if leftover:
-        raise AdapterError(f"{file} holds tensors that are not served: {listed(leftover)}")
-    if not sides:
-        raise AdapterError(f"{file} holds no tensors")
-    for module, pair in sides.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            shapes = {f"lora_{side}": list(tensor.shape) for side, tensor in sorted(pair.items())}
-            raise AdapterError(f"{file}: {module!r} is no pair of lora_A [rank, in] and lora_B [out, rank]: {shapes}")
-    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-
-
-def _hash(config: dict[str, Any], tensors: dict[str, tuple[Tensor, Tensor]]) -> str:
-    digest = hashlib.sha256()
-    settings = {name: config.get(name) for name in ("lora_alpha", "use_rslora", "task_type")}
-    digest.update(json.dumps(settings, sort_keys=True).encode())
-    for module in sorted(tensors):
-        digest.update(module.encode())
-        for tensor in tensors[module]:
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    for place, delta in members:
+        rows = place.part or slice(0, out_features)
+        b[rows, column : column + delta.b.shape[1]] = delta.b
+        column += delta.b.shape[1]
+        if bias is not None and delta.bias is not None:
+            bias[rows] = delta.bias
+    return LowRank(a.to(device, dtype), b.to(device, dtype), _to(bias, dtype, device))

@@ -7,13 +7,15 @@ flight keep the object that they started with.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.head import HeadRequest
 from lorax_core.adapters.lora import LoraAdapter
 from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
 
@@ -25,6 +27,7 @@ class AdapterInfo:
     kind: str
     identity: str
     source: str
+    task: str | None
     ranks: tuple[int, ...]
     targets: tuple[str, ...]
     nbytes: int
@@ -38,14 +41,23 @@ class AdapterStore:
         self._adapters: dict[str, LoraAdapter] = {}
         self._lock = threading.Lock()
 
-    def load(self, name: str, source: str | Path) -> AdapterInfo:
+    def load(
+        self,
+        name: str,
+        source: str | Path,
+        *,
+        task: str | None = None,
+        problem_type: str | None = None,
+        id2label: Mapping[int, str] | None = None,
+    ) -> AdapterInfo:
         """Read, check and bind the adapter in `source` under `name`, replacing what had that name.
 
+        `task`, `problem_type` and `id2label` say of its head what its files do not; unnamed labels are `LABEL_i`.
         Raises AdapterError, with the engine unharmed, when the files are bad or do not fit the base.
         """
         if not isinstance(name, str) or not name.strip():
             raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}")
-        adapter = LoraAdapter(source)
+        adapter = LoraAdapter(source, HeadRequest(_task(task), problem_type, id2label))
         with self._lock:
             twin = next((a for a in self._adapters.values() if a.identity == adapter.identity), None)
         if twin is None:
@@ -89,5 +101,23 @@ class AdapterStore:
     def _info(self, name: str) -> AdapterInfo:
         adapter = self._adapters[name]
         return AdapterInfo(
-            name, adapter.kind, adapter.identity, str(adapter.path), adapter.ranks, adapter.targets, adapter.nbytes
+            name=name,
+            kind=adapter.kind,
+            identity=adapter.identity,
+            source=str(adapter.path),
+            task=adapter.task.value if adapter.task is not None else None,
+            ranks=adapter.ranks,
+            targets=adapter.targets,
+            nbytes=adapter.nbytes,
         )
+
+
+def _task(name: str | None) -> Task | None:
+    if name is None:
+        return None
+    if name not in list(Task):
+        close = nearest(name, list(Task))
+        raise AdapterError(
+            f"there is no task {name!r}; tasks are {listed(Task)}", hint=f"did you mean {close!r}?" if close else None
+        )
+    return Task(name)

@@ -16,6 +16,7 @@ from lorax_core.adapters.apply import adapter_rows
 from lorax_core.engine.scheduler import Chunk, StepPlan
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch, HeadRows
+from lorax_core.modeling.heads import Head
 from lorax_core.modeling.model import Model
 from lorax_core.types import Task
 
@@ -65,16 +66,16 @@ class Batcher:
         return Packed(batch, tuple(chunks))
 
     def _head_rows(self, chunks: list[Chunk]) -> Iterable[HeadRows]:
-        """For each task in the step, the rows that its head reads."""
-        chosen: dict[Task, list[tuple[int, range]]] = {}
+        """For each head in the step, the rows that it reads."""
+        chosen: dict[tuple[Task, Head | None], list[tuple[int, range]]] = {}
         start = 0
         for index, chunk in enumerate(chunks):
             wanted = _wanted_rows(chunk)
             if wanted:
                 shifted = range(start + wanted.start, start + wanted.stop)
-                chosen.setdefault(chunk.sequence.task, []).append((index, shifted))
+                chosen.setdefault((chunk.sequence.task, chunk.sequence.head), []).append((index, shifted))
             start += chunk.length
-        for task, group in chosen.items():
+        for (task, head), group in chosen.items():
             counts = tuple(len(rows) for _, rows in group)
             yield HeadRows(
                 task=task,
@@ -82,6 +83,7 @@ class Batcher:
                 counts=counts,
                 rows=self._tensor([row for _, rows in group for row in rows]),
                 adapters=adapter_rows(counts, [chunks[index].sequence.adapter for index, _ in group]),
+                head=head,
             )
 
     def _tensor(self, values: list[int]) -> Tensor:

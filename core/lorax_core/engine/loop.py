@@ -49,6 +49,7 @@ class EngineLoop:
     def abort(self, sequence: Sequence) -> None:
         """A sequence leaves without an answer; its pages are free before the next step. No-op once it has finished."""
         if not sequence.finished:
+            self._runner.clear(self.scheduler.distrust(sequence))
             self._leave(sequence)
 
     def warmup(self, longest: int) -> None:
@@ -74,7 +75,10 @@ class EngineLoop:
         answers = self._run(plan)
         for chunk in plan.chunks:
             answer = answers[chunk.sequence]
-            update = answer if isinstance(answer, Update) else self._accept(chunk, answer)
+            try:
+                update = answer if isinstance(answer, Update) else self._accept(chunk, answer)
+            except Exception as error:  # a tokenizer that cannot read its own tokens, say
+                update = _broken(error)
             if update is not None:
                 self._emit(chunk.sequence, update)
 
@@ -99,13 +103,13 @@ class EngineLoop:
         sequence.prompt_scores += answer.prompt_scores
         if not answer.picked:
             if answer.values is not None and not np.isfinite(answer.values).all():
-                self._scrub(sequence)
+                self._runner.clear(self.scheduler.distrust(sequence))
                 return Update(error=StepError("the model gave NaN or infinite values", results=[]))
             self.scheduler.advance(chunk)
             return Update(answer=answer.values) if answer.values is not None else None
         update = self._take(sequence, answer.picked)
         if update.error is not None:
-            self._scrub(sequence)
+            self._runner.clear(self.scheduler.distrust(sequence))
             return update
         accepted = max(len(update.token_ids) - 1, 0)
         sequence.accepted_drafts += accepted
@@ -157,16 +161,14 @@ class EngineLoop:
             return text, FinishReason.STOP
         return text + stop_text.flush() if reason is not None else text, reason
 
-    def _scrub(self, sequence: Sequence) -> None:
-        """Clear the pages of a sequence that went wrong: a NaN would outlive it, even where it is masked."""
-        allocator = self.scheduler.allocator
-        if allocator is not None:
-            self._runner.clear([page for page in sequence.pages if allocator.holders(page) == 1])
-
     def _emit(self, sequence: Sequence, update: Update) -> None:
         if update.last:
             self._leave(sequence)
-        sequence.sink(update)
+        try:
+            sequence.sink(update)
+        except Exception:
+            _log.exception("a caller could not take its answer; its request is dropped")
+            self.abort(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
         self._texts.pop(sequence, None)

@@ -54,6 +54,7 @@ class Runner:
     def run(self, plan: StepPlan) -> dict[Sequence, Answer]:
         """Compute a plan; an answer for each sequence whose rows were read."""
         if self._pool is not None:
+            self.clear(list(plan.clears))
             self._pool.copy(plan.copies)
         packed = self._batcher.pack(plan)
         packed.batch.attention = self._backend
@@ -65,7 +66,7 @@ class Runner:
             if group.task is Task.GENERATE:
                 answers |= self._generated(chunks, rows, group)
             elif group.task is not None:
-                answers |= self._joined(self._model.head(group.task), chunks, rows, group)
+                answers |= self._joined(group.head or self._model.head(group.task), chunks, rows, group)
         unread = [chunk for chunk in packed.chunks if chunk.final and chunk.sequence not in answers]
         answers |= {chunk.sequence: Answer(part=chunk.sequence.part) for chunk in unread}
         return self._finished([chunk for chunk in packed.chunks if chunk.final], answers)
@@ -124,12 +125,15 @@ class Runner:
         return joined
 
     def _finished(self, chunks: list[Chunk], answers: dict[Sequence, Answer]) -> dict[Sequence, Answer]:
-        """Whole texts to their answers, task by task."""
-        sequences = [chunk.sequence for chunk in chunks if chunk.sequence.span is not None]
-        for task in dict.fromkeys(sequence.task for sequence in sequences):
-            group = [sequence for sequence in sequences if sequence.task is task]
+        """Whole texts to their answers, head by head."""
+        groups: dict[Head, list[Sequence]] = {}
+        for chunk in chunks:
+            if chunk.sequence.span is not None:
+                head = chunk.sequence.head or self._model.head(chunk.sequence.task)
+                groups.setdefault(head, []).append(chunk.sequence)
+        for head, group in groups.items():
             counts = [len(sequence.span) for sequence in group if sequence.span is not None]
-            made = self._model.head(task).finish([answers[sequence].part for sequence in group], counts)
+            made = head.finish([answers[sequence].part for sequence in group], counts)
             for sequence, values in zip(group, made, strict=True):
                 answers[sequence] = replace(answers[sequence], values=values.float().cpu().numpy().copy())
         return answers

@@ -159,9 +159,15 @@ def _points(draws: list[Draw], like: Tensor) -> Tensor:
     return _column([uniform(draw.sampling.seed, draw.sampling.choice, draw.position) for draw in draws], like)
 
 
+def _scaled(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Logits over their temperatures, the largest at 0: no temperature above 0 is too small."""
+    below = logits.double() - logits.amax(-1, keepdim=True)
+    return below / _column([draw.sampling.temperature for draw in draws], logits)
+
+
 def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
     """Inverse transform over the whole vocabulary, in its order."""
-    scaled = logits.double() / _column([draw.sampling.temperature for draw in draws], logits)
+    scaled = _scaled(logits, draws)
     mass = scaled.softmax(-1).cumsum(-1)  # [rows, vocab]
     picked = (mass <= _points(draws, logits) * mass[:, -1:]).sum(-1)
     # Rounding may push a draw past the last token that has mass.
@@ -170,7 +176,7 @@ def _draw(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 def _draw_filtered(logits: Tensor, draws: list[Draw]) -> Tensor:
     """Inverse transform over the tokens that top_k, top_p, min_p and typical_p leave, likeliest first."""
-    scaled = logits.double() / _column([draw.sampling.temperature for draw in draws], logits)
+    scaled = _scaled(logits, draws)
     total = scaled.logsumexp(-1, keepdim=True)
     for count in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
         ranked, order = scaled.topk(count, dim=-1)

@@ -42,10 +42,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The chunks of one step, by rank. `copies` are pages `(from, to)` to be copied before anything is computed."""
+    """The chunks of one step, by rank.
+
+    Before anything is computed `clears` are pages to be zeroed, which somebody gave back in the middle of something, and then
+    `copies` are pages `(from, to)` to be copied.
+    """
 
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    clears: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -60,6 +65,7 @@ class _Draft:
     rows: int
     chunks: dict[Sequence, Chunk]
     copies: list[tuple[int, int]]
+    clears: list[int]
 
     def add(self, chunk: Chunk) -> None:
         self.chunks[chunk.sequence] = chunk
@@ -71,6 +77,12 @@ class _Draft:
         if chunk is not None:
             self.budget += chunk.length
             self.rows += 1
+
+    def clear(self, pages: list[int]) -> None:
+        # A page that another one is about to copy stays as it is until then; who writes to it next overwrites it.
+        self.copies = [(old, new) for old, new in self.copies if new not in pages]
+        kept = {old for old, _ in self.copies}
+        self.clears += [page for page in pages if page not in kept]
 
     @property
     def full(self) -> bool:
@@ -138,7 +150,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """The next step. Pages that its tokens need are allocated already."""
-        draft = _Draft(self.max_tokens, self.max_rows, {}, [])
+        draft = _Draft(self.max_tokens, self.max_rows, {}, [], [])
         decoding = [sequence for sequence in self._running if sequence.remaining == 1]
         prompts = [sequence for sequence in self._running if sequence.remaining > 1]
         for sequence in (*decoding, *prompts):
@@ -150,7 +162,7 @@ class Scheduler:
             if not self._admit(draft):
                 break
         chunks = sorted(draft.chunks.values(), key=lambda chunk: chunk.sequence.rank)
-        return StepPlan(tuple(chunks), tuple(draft.copies))
+        return StepPlan(tuple(chunks), tuple(draft.copies), tuple(draft.clears))
 
     def advance(self, chunk: Chunk, accepted: int = 0) -> None:
         """A chunk was computed, and `accepted` of its guesses were right: those tokens count as computed.
@@ -190,6 +202,21 @@ class Scheduler:
                 self.allocator.share(sequence.pages)
             insort(self._running, sequence, key=_rank)
 
+    def distrust(self, sequence: Sequence) -> list[int]:
+        """Pages of a sequence that leaves early, or went wrong, whose numbers nobody has seen to be sound.
+
+        They can no longer be found by others, and are to be cleared: a NaN would outlive the sequence, even where it is masked.
+        """
+        if self.allocator is None:
+            return []
+        # An answer vouches for what it was made of; without one, only what was found in the cache is known.
+        vouched = len(sequence) - 1 if sequence.output else sequence.reused
+        pages = sequence.pages[vouched // self.allocator.page_size :]
+        mine = [page for page in pages if self.allocator.holders(page) == 1]
+        for page in mine:
+            self.allocator.prefixes.forget(page)
+        return mine
+
     def check(self) -> None:
         """Prove the invariants between sequences and pages; AssertionError otherwise."""
         ranks = [sequence.rank for sequence in self._running]
@@ -211,6 +238,7 @@ class Scheduler:
         while not self._reserve(sequence, length, draft):
             victim = self._running[-1]
             draft.drop(victim)
+            draft.clear(self.distrust(victim))
             self._preempt(victim)
             if victim is sequence:
                 return
@@ -292,6 +320,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
+        sequence.preemptions += 1
         self._forget(sequence)
         self._wait(sequence)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorax_core.engine.drafting import Drafter
     from lorax_core.engine.grammar import Grammar
     from lorax_core.engine.stopping import StopRule
+    from lorax_core.modeling.heads import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class Sequence:
     adapter: Adapter | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: StopRule | None = None  # generation only
+    head: Head | None = None  # the adapter's own; None is the model's for the task
     span: range | None = None  # tokens whose rows the head reads; None is the newest, for generation
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
@@ -96,6 +98,7 @@ class Sequence:
     reused: int = 0  # tokens found in the cache instead of computed
     draft: list[int] = field(default_factory=list)  # guessed tokens that the step in progress verifies
     page_keys: list[PageKey] = field(default_factory=list)
+    preemptions: int = 0  # times that it gave its pages back
 
     # Filled as steps are accepted.
     output: list[int] = field(default_factory=list)

@@ -5,6 +5,7 @@ Decides when to step and hands work in and out. The loop itself is touched by th
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -13,6 +14,8 @@ from concurrent.futures import Future
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.errors import LoraxError, RequestError
+
+_log = logging.getLogger(__name__)
 
 
 class EngineWorker:
@@ -61,10 +64,15 @@ class EngineWorker:
             self._thread.join()
 
     def _run(self) -> None:
-        while self._take():
-            self._work()
-            if self._loop.busy:
-                self._loop.step()
+        try:
+            while self._take():
+                self._work()
+                if self._loop.busy:
+                    self._loop.step()
+        except Exception:  # a bug of ours: callers must hear of it instead of waiting for ever
+            _log.exception("the step loop broke, and the engine closes")
+            with self._changed:
+                self._closed = True
         self._work()
         while self._joining:
             self._loop.add(self._joining.popleft())

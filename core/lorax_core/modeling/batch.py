@@ -23,6 +23,7 @@ from lorax_core.types import Task
 
 if TYPE_CHECKING:
     from lorax_core.attention.base import AttentionBackend
+    from lorax_core.modeling.heads import Head
     from lorax_core.modeling.site import Site
 
 
@@ -68,6 +69,7 @@ class HeadRows:
 
     `sequences` are positions in the batch, `counts` how many rows each of them gives, `rows` `[sum(counts)]` int64 the rows
     themselves in that order, and `adapters` acts on exactly those rows. Without a `task` the answer is hidden itself.
+    `head` is one that an adapter brought; None is the model's own for the task.
     """
 
     task: Task | None
@@ -75,6 +77,7 @@ class HeadRows:
     counts: tuple[int, ...]
     rows: Tensor
     adapters: AdapterRows = field(default_factory=NoAdapters)
+    head: Head | None = None
 
 
 @dataclass(slots=True)

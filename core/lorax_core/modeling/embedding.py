@@ -25,5 +25,8 @@ class Embedding(Site):
     def forward(self, ids: Tensor, batch: HasAdapters) -> Tensor:
         return batch.adapters.apply(self, ids, F.embedding(ids, self.weight))
 
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.embedding(x, weight)
+
     def dense_weight(self) -> Tensor:
         return self.weight.detach()

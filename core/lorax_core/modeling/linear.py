@@ -50,6 +50,9 @@ class Linear(Site):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.weight = None
 
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
     def dense_weight(self) -> Tensor:
         if self._packed is not None:
             return self._packed.to_dense()

@@ -117,5 +117,5 @@ class Model(nn.Module):
     def _answer(self, hidden: Tensor, group: HeadRows) -> Tensor:
         if group.task is None:
             return hidden
-        answers: Tensor = self.head(group.task)(hidden, group)
+        answers: Tensor = (group.head or self.head(group.task))(hidden, group)
         return answers

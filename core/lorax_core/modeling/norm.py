@@ -24,8 +24,10 @@ class LayerNorm(Site):
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
     def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
-        y = F.layer_norm(x, (self.out_features,), self.weight, self.bias, self.eps)
-        return batch.adapters.apply(self, x, y)
+        return batch.adapters.apply(self, x, self.compute(x, self.weight, self.bias))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, (self.out_features,), weight, bias, self.eps)
 
     def dense_weight(self) -> Tensor:
         return self.weight.detach()
@@ -41,9 +43,11 @@ class RMSNorm(Site):
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
 
     def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
+        return batch.adapters.apply(self, x, self.compute(x, self.weight, None))
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # The rows are normalised in float32 and rounded before the weight: transformers' order, which 16 bit can tell.
-        y = F.rms_norm(x.float(), (self.out_features,), None, self.eps).to(x.dtype) * self.weight
-        return batch.adapters.apply(self, x, y)
+        return F.rms_norm(x.float(), (self.out_features,), None, self.eps).to(x.dtype) * weight
 
     def dense_weight(self) -> Tensor:
         return self.weight.detach()

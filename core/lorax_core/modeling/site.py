@@ -27,3 +27,7 @@ class Site(nn.Module):
     def dense_weight(self) -> Tensor:
         """The base's weight `[out, in]`, unpacked and in the layer's dtype."""
         raise NotImplementedError
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer makes of x with another weight `[out, in]` and bias, for adapters that replace them."""
+        raise NotImplementedError

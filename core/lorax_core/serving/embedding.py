@@ -26,7 +26,7 @@ def set_up_embedding(
     if Task.EMBED not in model.tasks:
         return None
     if pooling is not None and pooling not in list(Pooling):
-        raise RequestError(f"pooling {pooling!r} is not served; served are {listed(Pooling)}")
+        raise RequestError(f"pooling {pooling!r} is not served; served are {listed(one.value for one in Pooling)}")
     files = read_sentence_files(base.checkpoint, Pooling(pooling) if pooling is not None else None)
     head = cast("EmbeddingHead", model.head(Task.EMBED))
     if pooling is not None:

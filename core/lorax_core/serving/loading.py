@@ -80,6 +80,9 @@ def load(
 
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
     """
+    for option, value, least in (("threads", threads, 1), ("speculate", speculate, 0)):
+        if value is not None and value < least:
+            raise RequestError(f"{option} must be at least {least}, not {value}")
     _set_threads(threads)
     where = _device(device)
     files = Checkpoint(find_checkpoint(checkpoint, revision=revision, token=token))

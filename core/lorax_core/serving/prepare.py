@@ -182,24 +182,30 @@ class Preparer:
         head = self.model.head(Task.EMBED)
         encoded = self._fitted(request, Task.EMBED)
         usage = Usage(len(encoded.ids))
-        sequence = self._read(head, encoded, request.adapter)
+        sequence = self._read(head, encoded, self._adapter(request.adapter))
         return Prepared(sequence, lambda values: Embedding(values, usage, encoded.truncated))
 
     def _classify(self, request: ClassifyRequest) -> Prepared:
-        head = self.model.head(self._classifying_task())
+        adapter = self._adapter(request.adapter)
+        head = self._classifying_head(adapter)
         encoded = self._fitted(request, head.task)
-        sequence = self._read(head, encoded, request.adapter)
+        sequence = self._read(head, encoded, adapter)
         if isinstance(head, TokenClassificationHead):
             labels, source, text = head.labels, request.input, self.text
             return Prepared(sequence, lambda values: token_labels(values, labels, encoded, source, text))
         labels = cast("SequenceClassificationHead", head).labels
         return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
 
-    def _classifying_task(self) -> Task:
-        """The checkpoint's own kind of classification; without any, the one that the error will name."""
+    def _classifying_head(self, adapter: Adapter | None) -> Head:
+        """The adapter's own head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
+        if adapter is not None and adapter.head is not None:
+            return adapter.head
+        if adapter is not None and adapter.task in CLASSIFICATION:
+            return self.model.head(adapter.task)
         if self.default_task in CLASSIFICATION:
-            return self.default_task
-        return next((task for task in CLASSIFICATION if task in self.model.tasks), Task.SEQUENCE_CLASSIFICATION)
+            return self.model.head(self.default_task)
+        # Without any, the error names one of them.
+        return self.model.head(next((task for task in CLASSIFICATION if task in self.model.tasks), CLASSIFICATION[1]))
 
     def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
         """The ids of a text, cut to what the checkpoint takes when the request allows it."""
@@ -214,12 +220,13 @@ class Preparer:
             )
         return cut(encoded, limit, request.truncate)
 
-    def _read(self, head: Head, encoded: Encoded, adapter: str | None) -> Sequence:
+    def _read(self, head: Head, encoded: Encoded, adapter: Adapter | None) -> Sequence:
         return Sequence(
             task=head.task,
             prompt=encoded.ids,
             token_types=encoded.token_types,
-            adapter=self._adapter(adapter),
+            adapter=adapter,
+            head=head if adapter is not None and head is adapter.head else None,
             span=head.span(encoded.ids, encoded.pool_from),
         )
 

@@ -193,10 +193,7 @@ class Stream:
         """Cancel what has not finished; its pages are free before the engine's next step. Idempotent."""
         if not self._closed:
             self._closed = True
-            unfinished = [
-                s for s, result in zip(self._call.sequences, self._call.results, strict=True) if result is None
-            ]
-            if unfinished:
+            if unfinished := self._call.unfinished:
                 self._abort(unfinished)
 
     def __enter__(self) -> Self:

@@ -52,6 +52,12 @@ class Checkpoint:
             raise CheckpointError(f"{file} holds {type(found).__name__}, not an object or a list")
         return found
 
+    def tensor(self, name: str) -> Tensor:
+        """One tensor by its name in the files."""
+        with opened(self.tensors[name]) as tensors:
+            found: Tensor = tensors.get_tensor(name)
+            return found
+
     def read(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor, file by file, so that no more than one is held beyond what the caller keeps."""
         for file in self.files:

@@ -19,6 +19,7 @@ from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.record import PluginRecord
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.types import Task
@@ -44,6 +45,12 @@ class LoadedModel:
     weight_map: WeightMap
     checkpoint: Checkpoint
     default_task: Task
+    owner: PluginRecord
+
+    def is_tied(self, name: str) -> bool:
+        """Whether a parameter of the map's ties has no numbers of its own in the checkpoint."""
+        stored = {self.weight_map.resolve(tensor).name for tensor in self.checkpoint.tensors}
+        return name in self.weight_map.tie and name not in stored
 
 
 @dataclass
@@ -125,7 +132,7 @@ def assemble(
     account = _fill(model, checkpoint, weight_map, spare)
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
-    return LoadedModel(model, spec, weight_map, checkpoint, default_task), account
+    return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), account
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

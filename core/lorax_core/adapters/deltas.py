@@ -1,0 +1,158 @@
+"""What adapters do to the output of a layer.
+
+Decides the arithmetic of each kind. Every delta changes rows of y in place and leaves other rows alone; `part` is the range of
+output columns that it acts on, all of them when None. Knows nothing of files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lorax_core.modeling.site import Site
+
+Part = slice | None
+
+
+def _columns(y: Tensor, part: Part) -> Tensor:
+    return y if part is None else y[:, part]
+
+
+def _bias(site: Site, part: Part) -> Tensor | None:
+    bias = cast("Tensor | None", getattr(site, "bias", None))
+    return bias if bias is None or part is None else bias[part]
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """`y += (x A^T) B^T + bias`: a `[rank, in]`, b `[out, rank]`, the scale already in b and bias."""
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        y.addmm_(x @ self.a.t(), self.b.t())
+        if self.bias is not None:
+            y += self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingLowRank:
+    """`y += A^T[ids] B^T` for ids `[rows]`: a `[vocab, rank]` (A transposed), b `[dim, rank]` with the scale in it.
+
+    With `gain` `[dim]` (DoRA) the sum with the base's row is multiplied by it.
+    """
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + (self.gain.nbytes if self.gain is not None else 0)
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        y.addmm_(self.a[x], self.b.t())
+        if self.gain is not None:
+            y *= self.gain
+
+
+@dataclass(frozen=True, slots=True)
+class Dora:
+    """`y = gain * (x W^T + (x A^T) B^T) + bias`, where y came in as `x W^T + bias`; the scale is in b."""
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor  # [out]
+    part: Part = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + self.gain.nbytes
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        y = _columns(y, self.part)
+        bias = _bias(site, self.part)
+        if bias is not None:
+            y -= bias
+        y += (x @ self.a.t()) @ self.b.t()
+        y *= self.gain
+        if bias is not None:
+            y += bias
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """`y += vector`: the difference between a bias that was trained and the base's."""
+
+    vector: Tensor
+    part: Part = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.vector.nbytes
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        columns = _columns(y, self.part)
+        columns += self.vector
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """The layer computed with another weight, or another bias, or both; what is None stays the base's."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    part: Part = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.weight, self.bias) if tensor is not None)
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        weight = self.weight
+        if weight is None:
+            weight = site.dense_weight()
+            weight = weight if self.part is None else weight[self.part]
+        bias = self.bias if self.bias is not None else _bias(site, self.part)
+        _columns(y, self.part).copy_(site.compute(x, weight, bias))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """New embeddings of single tokens: ids `[n]` ascending, rows `[n, dim]`."""
+
+    ids: Tensor
+    rows: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.rows.nbytes
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        at = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # [rows]
+        mine = self.ids[at] == x
+        y.copy_(torch.where(mine[:, None], self.rows[at], y))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogits:
+    """The other side of `TokenRows` in a tied head: logits of single tokens come from their new rows."""
+
+    ids: Tensor
+    rows: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.ids.nbytes + self.rows.nbytes
+
+    def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
+        y[:, self.ids] = x @ self.rows.t()

@@ -1,0 +1,295 @@
+"""The files that PEFT writes.
+
+Decides what of `adapter_config.json` is served, and sorts the tensors by module and role. What is not served is refused by
+name. Knows nothing of models: whether a module exists is for `lora` to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorax_core.errors import AdapterError, CheckpointError, listed
+from lorax_core.types import Task
+from lorax_core.weights.checkpoint import opened
+
+TASKS = {
+    "CAUSAL_LM": Task.GENERATE,
+    "FEATURE_EXTRACTION": Task.EMBED,
+    "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
+    "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
+}
+
+# Fields that say how an adapter was trained or stored, or whose effect is in the tensors.
+_HARMLESS = frozenset(
+    [
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+        "velora_config",
+    ]
+)
+
+# Initialisations that subtract from the base's weights: such files fit only the changed base.
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+# What stands behind the module in a tensor's name, the adapter's own name left out.
+_ROLES = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_B.bias": "b_bias",
+    "lora_embedding_A": "embedding_a",
+    "lora_embedding_B": "embedding_b",
+    "lora_magnitude_vector": "magnitude",
+    "base_layer.weight": "weight",
+    "base_layer.bias": "bias",
+    "token_adapter.trainable_tokens_delta": "tokens",
+    "weight": "weight",
+    "bias": "bias",
+}
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+?)\."
+    r"(?P<role>(?P<lora>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
+    r"(?P<leaf>\.weight|\.bias)?"
+    r"|base_layer\.(?:weight|bias)|token_adapter\.trainable_tokens_delta|modules_to_save\.[^.]+\.(?P<saved>weight|bias)"
+    r"|weight|bias)"
+)
+
+
+@dataclass
+class Piece:
+    """What an adapter says of one module, by role; None where it says nothing. Shapes are PEFT's."""
+
+    a: Tensor | None = None  # [rank, in]
+    b: Tensor | None = None  # [out, rank]
+    b_bias: Tensor | None = None  # [out]
+    embedding_a: Tensor | None = None  # [rank, vocab]
+    embedding_b: Tensor | None = None  # [dim, rank]
+    magnitude: Tensor | None = None  # [out]
+    weight: Tensor | None = None  # as the base's
+    bias: Tensor | None = None  # as the base's
+    tokens: Tensor | None = None  # [tokens, dim]
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Roles that are filled."""
+        yield from ((role, tensor) for role, tensor in vars(self).items() if tensor is not None)
+
+
+@dataclass
+class PeftFiles:
+    """An adapter folder, read and sorted."""
+
+    path: Path
+    config: dict[str, Any]
+    pieces: dict[str, Piece] = field(default_factory=dict)
+
+    @property
+    def trained_on(self) -> str:
+        """The base that the files name, for errors."""
+        name = self.config.get("base_model_name_or_path")
+        return repr(name) if name else "a base that it does not name"
+
+    @property
+    def task(self) -> Task | None:
+        """The task that the files name."""
+        return TASKS.get(str(self.config.get("task_type")))
+
+    def scale(self, module: str, rank: int) -> float:
+        """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own."""
+        patterns = self.config.get("alpha_pattern") or {}
+        matched = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        alpha = float(patterns[matched] if matched is not None else self.config["lora_alpha"])
+        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    def token_ids(self, module: str) -> list[int]:
+        """Ids whose rows were trained in a module."""
+        indices = self.config.get("trainable_token_indices")
+        if isinstance(indices, dict):
+            matched = next((key for key in indices if module == key or module.endswith(f".{key}")), None)
+            indices = indices.get(matched)
+        if not isinstance(indices, list) or not all(isinstance(index, int) for index in indices):
+            raise AdapterError(f"{self.path} trains rows of {module!r}, but trainable_token_indices does not say which")
+        return indices
+
+    def identity(self, extra: Iterable[object] = ()) -> str:
+        """Hash of the tensors and of the settings that change their effect, with `extra` settings given at load."""
+        digest = hashlib.sha256()
+        names = ("lora_alpha", "use_rslora", "task_type", "alpha_pattern", "trainable_token_indices")
+        digest.update(json.dumps([self.config.get(name) for name in names], sort_keys=True).encode())
+        digest.update(repr(list(extra)).encode())
+        for module in sorted(self.pieces):
+            for role, tensor in self.pieces[module].items():
+                digest.update(f"{module} {role} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_peft(path: str | Path) -> PeftFiles:
+    """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not served."""
+    folder = Path(path)
+    config = _read_config(folder)
+    files = PeftFiles(folder, config)
+    leftover: list[str] = []
+    for name, tensor in _read_tensors(folder):
+        found = _KEY.fullmatch(name)
+        role = _ROLES.get(_role(found)) if found is not None else None
+        if found is None or role is None:
+            leftover.append(name)
+            continue
+        piece = files.pieces.setdefault(found["module"], Piece())
+        if getattr(piece, role) is not None:
+            raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
+        setattr(piece, role, tensor)
+    if leftover:
+        raise AdapterError(f"{folder} holds tensors that are not served: {listed(leftover)}")
+    if not files.pieces:
+        raise AdapterError(f"{folder} holds no tensors")
+    for module, piece in files.pieces.items():
+        _check_pairs(folder, module, piece)
+        _check_claims(files, module, piece)
+    if config.get("trainable_token_indices") and all(piece.tokens is None for piece in files.pieces.values()):
+        told = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
+        raise AdapterError(f"{folder} says {told}, but holds no trained tokens")
+    return files
+
+
+def _role(found: re.Match[str]) -> str:
+    if found["lora"]:
+        # Magnitudes and embeddings are stored with and without `.weight`, by version.
+        plain = found["lora"] in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+        return found["lora"] if plain else f"{found['lora']}{found['leaf'] or ''}"
+    return found["saved"] or found["role"]
+
+
+def _check_pairs(folder: Path, module: str, piece: Piece) -> None:
+    for pair, names in (
+        ({"lora_A": piece.a, "lora_B": piece.b}, "lora_A [rank, in] and lora_B [out, rank]"),
+        (
+            {"lora_embedding_A": piece.embedding_a, "lora_embedding_B": piece.embedding_b},
+            "lora_embedding_A [rank, vocab] and lora_embedding_B [dim, rank]",
+        ),
+    ):
+        shapes = {name: list(tensor.shape) for name, tensor in pair.items() if tensor is not None}
+        sides = list(shapes.values())
+        fits = len(sides) == 2 and all(len(shape) == 2 for shape in sides) and sides[0][0] == sides[1][1]
+        if shapes and not fits:
+            raise AdapterError(f"{folder}: {module!r} is no pair of {names}: {shapes}")
+
+
+def _check_claims(files: PeftFiles, module: str, piece: Piece) -> None:
+    """What the settings say must be in the tensors, and what is in the tensors must be said."""
+    updated = piece.a is not None or piece.embedding_a is not None
+    for setting, name, tensor, expected in (
+        ("use_dora", "lora_magnitude_vector", piece.magnitude, updated),
+        ("lora_bias", "lora_B.bias", piece.b_bias, piece.a is not None),
+    ):
+        said = bool(files.config.get(setting))
+        if tensor is not None and not said:
+            raise AdapterError(f"{files.path} holds {module}.{name}, but {setting} is not set")
+        if tensor is None and said and expected:
+            raise AdapterError(f"{files.path} says {setting}=True, but {module!r} has no {name}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise AdapterError(f"there is no adapter folder {str(path)!r}", hint="give the folder that PEFT wrote")
+    file = path / "adapter_config.json"
+    if not file.is_file():
+        raise AdapterError(
+            f"{path} has no adapter_config.json; it holds {listed(sorted(p.name for p in path.iterdir()))}"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{path} is an adapter of kind {kind!r}; served is 'LORA'")
+    unserved = [
+        name for name, value in config.items() if name not in _HARMLESS and value not in (None, False, "none", {}, [])
+    ]
+    if unserved:
+        told = ", ".join(f"{name}={config[name]!r:.60}" for name in unserved)
+        raise AdapterError(f"{path} uses what is not served: {told}")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+        raise AdapterError(
+            f"{path} was initialised with {start!r}, which changes the base's weights",
+            hint="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    alpha = config.get("lora_alpha")
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise AdapterError(f"{file} has no number 'lora_alpha' (found {alpha!r})")
+    return config
+
+
+def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        for file in _tensor_files(path):
+            with opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                    tensor = tensors.get_tensor(name)
+                    if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8 bit would need its scales
+                        raise AdapterError(
+                            f"{file}: {name!r} holds {tensor.dtype}; 16, 32 or 64 bit floating point is needed"
+                        )
+                    if not torch.isfinite(tensor).all():
+                        raise AdapterError(f"{file}: {name!r} holds NaN or infinite numbers")
+                    yield name, tensor
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
+
+
+def _tensor_files(path: Path) -> list[Path]:
+    single = path / "adapter_model.safetensors"
+    if single.is_file():
+        return [single]
+    shards = sorted(path.glob("adapter_model-*-of-*.safetensors"))
+    if shards:
+        count = int(shards[0].stem.rpartition("-of-")[2])
+        if len(shards) != count:
+            raise AdapterError(f"{path} has {len(shards)} of {count} files of its tensors")
+        return shards
+    pickled = " (adapter_model.bin is a pickle, which can run code, and is not read)" if any(path.glob("*.bin")) else ""
+    raise AdapterError(f"{path} has no adapter_model.safetensors{pickled}")

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorax_core.adapters.apply import adapter_rows
+from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.deltas import LowRank
+from lorax_core.modeling import Linear
+from lorax_core.modeling.batch import NoAdapters
+
+
+class Whole(Adapter):
+    """An adapter made of numbers instead of files; it changes the layers called `here`."""
+
+    kind = "whole"
+
+    def __init__(self, seed, rank, paths=("here",)):
+        generator = torch.Generator().manual_seed(seed)
+        made = {
+            path: (LowRank(torch.randn(rank, 5, generator=generator), torch.randn(3, rank, generator=generator)),)
+            for path in paths
+        }
+        self._deltas = MappingProxyType(made)
+
+    @property
+    def identity(self):
+        return str(id(self))
+
+    @property
+    def targets(self):
+        return tuple(self._deltas)
+
+    @property
+    def nbytes(self):
+        return 0
+
+    @property
+    def deltas(self):
+        return self._deltas
+
+    def bind(self, base):
+        raise AssertionError("bound from the start")
+
+    def unbind(self):
+        raise AssertionError("bound for ever")
+
+
+ADAPTERS = [None, Whole(1, rank=2), Whole(2, rank=1), Whole(3, rank=4, paths=("elsewhere",))]
+
+
+def make_site(path="here"):
+    site = Linear(5, 3)
+    site.path = path
+    return site
+
+
+def changed_row_by_row(counts, adapters, x, y, path):
+    """The oracle: each row by itself."""
+    rows = [adapter for count, adapter in zip(counts, adapters, strict=True) for _ in range(count)]
+    expected = y.clone()
+    for at, adapter in enumerate(rows):
+        if adapter is not None and path in adapter.deltas:
+            (delta,) = adapter.deltas[path]
+            expected[at] += delta.b @ (delta.a @ x[at])
+    return expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, len(ADAPTERS) - 1)), max_size=6),
+    st.sampled_from(["here", "elsewhere", "nowhere"]),
+)
+def test_every_row_gets_its_own_adapter_and_no_other(runs, path):
+    counts, adapters = [count for count, _ in runs], [ADAPTERS[at] for _, at in runs]
+    x, y = torch.randn(sum(counts), 5), torch.randn(sum(counts), 3)
+    expected = changed_row_by_row(counts, adapters, x, y, path)
+
+    changed = adapter_rows(counts, adapters).apply(make_site(path), x, y.clone())
+
+    torch.testing.assert_close(changed, expected)
+
+
+def test_runs_of_one_adapter_are_one_product():
+    one, other = ADAPTERS[1], ADAPTERS[2]
+
+    rows = adapter_rows([2, 3, 1, 0, 4], [one, one, other, None, other])
+
+    assert [(segment.start, segment.stop, segment.adapter) for segment in rows.segments] == [
+        (0, 5, one),
+        (5, 10, other),
+    ]
+
+
+def test_the_base_alone_pays_nothing():
+    y = torch.randn(4, 3)
+
+    rows = adapter_rows([4], [None])
+
+    assert isinstance(rows, NoAdapters)
+    assert rows.apply(make_site(), torch.randn(4, 5), y) is y
+
+
+def test_a_layer_that_no_adapter_changes_is_left_alone():
+    y = torch.randn(2, 3)
+
+    assert adapter_rows([2], [ADAPTERS[3]]).apply(make_site(), torch.randn(2, 5), y) is y

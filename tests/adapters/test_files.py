@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from builders import change_json, change_tensors, make_bert_model, make_lora, make_qwen2_model
+
+import lorax_core as lorax
+from lorax_core.errors import AdapterError
+
+MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """An adapter without fault, for each test to spoil a copy of."""
+    return make_lora(make_qwen2_model(), tmp_path_factory.mktemp("sound"), target_modules=["q_proj", "down_proj"])
+
+
+@pytest.fixture(scope="module")
+def engine(qwen2, sound):
+    with lorax.load(qwen2, adapters={"sound": sound}, kv_cache_tokens=256) as engine:
+        yield engine
+
+
+def make_copy(sound, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(sound, folder)
+    return folder
+
+
+def refusal(engine, folder):
+    """The error of loading a folder; the engine must not have noticed."""
+    before = engine.adapters.list()
+    served = engine.generate([1, 2, 3], adapter="sound", max_tokens=4)
+
+    with pytest.raises(AdapterError) as caught:
+        engine.adapters.load("spoilt", folder)
+
+    assert engine.adapters.list() == before
+    assert engine.generate([1, 2, 3], adapter="sound", max_tokens=4) == served
+    return caught.value
+
+
+SETTINGS = {
+    "dora": ({"use_dora": True}, "use_dora=True"),
+    "lora's own biases": ({"lora_bias": True}, "lora_bias=True"),
+    "new tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices=[5]"),
+    "bare parameters": ({"target_parameters": ["mlp.weight"]}, "target_parameters=['mlp.weight']"),
+    "copied layers": ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]]"),
+    "an activation": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1]"),
+    "what is not invented yet": ({"use_quantum_lora": True}, "use_quantum_lora=True"),
+    "another kind": ({"peft_type": "IA3"}, "'IA3'"),
+    "no kind": ({"peft_type": None}, "None"),
+    "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
+    "olora": ({"init_lora_weights": "olora"}, "'olora'"),
+    "no alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "alpha in words": ({"lora_alpha": "eight"}, "'eight'"),
+    "alpha that is no number": ({"lora_alpha": float("nan")}, "nan"),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), SETTINGS.values(), ids=SETTINGS)
+def test_a_setting_that_is_not_served_is_refused_by_name_and_value(engine, sound, tmp_path, changes, named):
+    folder = make_copy(sound, tmp_path)
+    change_json(folder / "adapter_config.json", **changes)
+
+    error = refusal(engine, folder)
+
+    assert named in error.message
+    assert str(folder) in error.message
+
+
+def without(name):
+    return lambda tensors: {key: t for key, t in tensors.items() if key != name}
+
+
+def with_one(name, make):
+    return lambda tensors: {**tensors, name: make(tensors)}
+
+
+TENSORS = {
+    "an unknown layer": (
+        lambda tensors: {key.replace("q_proj", "g_proj"): t for key, t in tensors.items()},
+        [
+            "self_attn.g_proj'",
+            "'qwen2'",
+            "trained on a base that it does not name",
+            "the nearest layer here is 'layers.",
+        ],
+    ),
+    "a layer too deep": (
+        lambda tensors: {key.replace("layers.1.", "layers.7."): t for key, t in tensors.items()},
+        ["layers.7."],
+    ),
+    "another base": (
+        lambda tensors: {key: t[:, :32] if "lora_A" in key else t for key, t in tensors.items()},
+        ["lora_A is [4, 32]", "the base maps"],
+    ),
+    "a norm": (
+        lambda tensors: {key.replace("self_attn.q_proj", "input_layernorm"): t for key, t in tensors.items()},
+        ["input_layernorm", "RMSNorm"],
+    ),
+    "an embedding": (with_one(f"{MODULE}.lora_embedding_A", lambda t: t[A]), ["lora_embedding_A"]),
+    "the base's own weight": (with_one(f"{MODULE}.base_layer.weight", lambda t: t[A]), ["self_attn.q_proj'", "[4, 64]", "[64, 64]"]),
+    "a bias": (with_one(f"{MODULE}.lora_B.bias", lambda t: t[B][:, 0]), ["lora_B.bias"]),
+    "a magnitude": (with_one(f"{MODULE}.lora_magnitude_vector", lambda t: t[B][:, 0]), ["lora_magnitude_vector"]),
+    "half a pair": (without(B), ["q_proj", "{'lora_A': [4, 64]}"]),
+    "the other half": (without(A), ["q_proj", "{'lora_B': [64, 4]}"]),
+    "no tensors": (lambda tensors: {}, ["no tensors"]),
+    "ranks that differ": (with_one(B, lambda t: t[B][:, :3]), ["[64, 3]"]),
+    "one dimension": (with_one(B, lambda t: t[B][:, 0]), ["[64]"]),
+    "no dimension": (with_one(A, lambda t: t[A][0, 0]), ["'lora_A': []"]),
+    "four dimensions": (lambda tensors: {key: t[:, :, None, None] for key, t in tensors.items()}, [", 1, 1]"]),
+    "NaN": (with_one(A, lambda t: t[A].masked_fill(t[A] == t[A].max(), torch.nan)), [repr(A), "NaN"]),
+    "infinity": (with_one(B, lambda t: t[B].masked_fill(t[B] == t[B].max(), torch.inf)), [repr(B), "infinite"]),
+    "integers": (with_one(A, lambda t: t[A].int()), [repr(A), "torch.int32"]),
+    "8 bit": (with_one(A, lambda t: t[A].to(torch.float8_e4m3fn)), [repr(A), "torch.float8_e4m3fn"]),
+    "a layer under two spellings": (
+        lambda tensors: (
+            tensors | {key.replace("model.model.model.", "model.model."): t * 2 for key, t in tensors.items()}
+        ),
+        ["_proj' twice, under two spellings"],
+    ),
+    "two adapters in one file": (
+        lambda tensors: tensors | {key.replace(".weight", ".default.weight"): t * 2 for key, t in tensors.items()},
+        ["weight' is there twice, under two spellings"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), TENSORS.values(), ids=TENSORS)
+def test_a_tensor_without_a_place_is_refused_by_name(engine, sound, tmp_path, change, named):
+    folder = make_copy(sound, tmp_path)
+    change_tensors(folder / "adapter_model.safetensors", change)
+
+    told = str(refusal(engine, folder))
+
+    for part in named:
+        assert part in told
+
+
+FILES = {
+    "a pickle": (
+        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+        "adapter_model.bin is a pickle",
+    ),
+    "no tensors at all": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "has no adapter_model.safetensors",
+    ),
+    "half a file": (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x40\0\0\0\0\0\0\0{"),
+        "not a readable safetensors file",
+    ),
+    "no settings": (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    "settings cut short": (lambda folder: (folder / "adapter_config.json").write_text('{"r": '), "is not valid JSON"),
+    "settings that are a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "'list'"),
+    "nothing there": (shutil.rmtree, "there is no adapter folder"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), FILES.values(), ids=FILES)
+def test_files_that_cannot_be_read_are_named(engine, sound, tmp_path, spoil, named):
+    folder = make_copy(sound, tmp_path)
+    spoil(folder)
+
+    error = refusal(engine, folder)
+
+    assert named in error.message
+    assert str(folder) in error.message
+
+
+def test_an_adapter_of_another_architecture_names_the_base_that_it_was_trained_on(engine, tmp_path):
+    folder = make_lora(make_bert_model(), tmp_path)
+    change_json(folder / "adapter_config.json", base_model_name_or_path="google-bert/bert-base-uncased")
+
+    error = refusal(engine, folder)
+
+    assert "trained on 'google-bert/bert-base-uncased'" in error.message
+    assert "encoder.layer" in error.message
+
+
+def test_an_adapter_of_a_larger_base_tells_both_sizes(engine, tmp_path):
+    folder = make_lora(make_qwen2_model(hidden_size=128), tmp_path, target_modules=["down_proj"])
+
+    error = refusal(engine, folder)
+
+    assert "lora_B [128, 4]" in error.message
+    assert "maps 96 to 64" in error.message
+    assert "trained on" in error.hint
+
+
+def test_the_base_s_own_weight_beside_an_adapter_changes_nothing(engine, tmp_path):
+    model = make_qwen2_model()
+    folder = make_lora(model, tmp_path, target_modules=["lm_head"])
+    engine.adapters.load("without", folder)
+    weight = model.lm_head.weight.detach()
+    change_tensors(
+        folder / "adapter_model.safetensors", with_one("base_model.model.lm_head.base_layer.weight", lambda tensors: weight)
+    )
+
+    engine.adapters.load("with", folder)
+
+    one, other = engine.generate([[1, 2, 3]] * 2, adapter=["with", "without"], max_tokens=4)
+    assert one.token_ids == other.token_ids
+    engine.adapters.unload("with")
+    engine.adapters.unload("without")
+
+
+def test_a_part_of_an_encoder_that_embeddings_do_not_use_is_refused_by_name(bert, tmp_path):
+    folder = make_lora(make_bert_model(), tmp_path, target_modules=["pooler.dense"])
+
+    with pytest.raises(AdapterError, match=r"changes 'pooler\.dense', which 'bert' does not have"):
+        lorax.load(bert, adapters={"pooled": folder})
+
+
+@pytest.mark.parametrize("name", ["", "  ", None, 7])
+def test_a_name_that_is_none_is_refused(engine, sound, name):
+    with pytest.raises(AdapterError, match="non-empty string"):
+        engine.adapters.load(name, sound)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+from builders import make_bert_model, make_lora, make_qwen2_model
+from rigs import make_adapters, make_loaded, make_pool
+
+from lorax_core.engine.batcher import Batcher
+from lorax_core.engine.scheduler import Chunk, StepPlan
+from lorax_core.engine.sequence import Sequence
+from lorax_core.engine.stopping import StopRule
+from lorax_core.modeling.batch import NoAdapters
+from lorax_core.types import Task
+
+
+@pytest.fixture(scope="module")
+def base(qwen2, host):
+    return make_loaded(qwen2, host)
+
+
+def make_chunk(tokens, start=0, *, pages=(), adapter=None, task=Task.GENERATE, span=None):
+    stop = StopRule(max_tokens=9) if task is Task.GENERATE else None
+    sequence = Sequence(task=task, prompt=tokens, adapter=adapter, stop=stop, span=span, pages=list(pages))
+    return Chunk(sequence, start, len(tokens) - start)
+
+
+def packed(base, *chunks, page_size=4):
+    return Batcher(base.model, make_pool(base, 16, page_size)).pack(StepPlan(chunks))
+
+
+def test_tokens_are_packed_end_to_end_with_their_positions_and_slots(base):
+    first, second = make_chunk([5, 6, 7, 8, 9, 10], 3, pages=(2, 7)), make_chunk([20, 21], pages=(4,))
+
+    batch = packed(base, first, second).batch
+
+    assert batch.input_ids.tolist() == [8, 9, 10, 20, 21]
+    assert batch.position_ids.tolist() == [3, 4, 5, 0, 1]
+    assert batch.slots.tolist() == [2 * 4 + 3, 7 * 4, 7 * 4 + 1, 4 * 4, 4 * 4 + 1]
+    assert batch.lengths == (3, 2)
+    assert batch.cached == (3, 0)
+    assert batch.pages == ((2, 7), (4,))
+
+
+def test_a_generating_head_reads_the_newest_row_of_each_finished_prompt(base):
+    whole, part = make_chunk([5, 6, 7], pages=(1,)), make_chunk([8] * 6, pages=(2, 3))
+    part = Chunk(part.sequence, 0, 4)
+
+    [rows] = packed(base, part, whole).batch.head_rows
+
+    assert rows.task is Task.GENERATE
+    assert rows.sequences == (1,)
+    assert rows.rows.tolist() == [6]
+
+
+def test_rows_of_several_tasks_are_told_apart(base):
+    text = make_chunk([1, 2, 3], pages=(1,), task=Task.EMBED, span=range(1, 3))
+    prompt = make_chunk([4, 5], pages=(2,))
+
+    groups = {rows.task: rows for rows in packed(base, text, prompt).batch.head_rows}
+
+    assert groups[Task.EMBED].rows.tolist() == [1, 2]
+    assert groups[Task.EMBED].counts == (2,)
+    assert groups[Task.GENERATE].rows.tolist() == [4]
+
+
+def test_rows_of_one_adapter_lie_side_by_side(base, tmp_path):
+    folders = {name: make_lora(make_qwen2_model(), tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    store = make_adapters(base, **folders)
+    named = ["a", None, "b", "a", None, "b"]
+    chunks = [
+        make_chunk([at, at], pages=(at + 1,), adapter=store.get(name) if name else None)
+        for at, name in enumerate(named)
+    ]
+
+    batch = packed(base, *chunks).batch
+
+    segments = batch.adapters.segments
+    assert [(one.stop - one.start) for one in segments] == [4, 4]
+    assert {one.adapter for one in segments} == {store.get("a"), store.get("b")}
+    assert batch.input_ids.tolist()[:4] == [1, 1, 4, 4]  # the base comes first
+    assert [one.stop - one.start for one in batch.head_rows[0].adapters.segments] == [2, 2]
+
+
+def test_an_encoders_batch_has_token_types_and_no_cache(bert, host):
+    encoder = make_loaded(bert, host)
+    chunk = make_chunk([1, 2, 3], task=Task.EMBED, span=range(1))
+    chunk.sequence.token_types = [0, 1, 1]
+
+    batch = Batcher(encoder.model, None).pack(StepPlan((chunk, make_chunk([4], task=Task.EMBED, span=range(1))))).batch
+
+    assert batch.token_type_ids.tolist() == [0, 1, 1, 0]
+    assert batch.kv is None
+    assert batch.slots is None
+    assert isinstance(batch.adapters, NoAdapters)
+    assert make_bert_model().config.type_vocab_size == 2

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lorax_core.modeling import EmbeddingHead, LanguageModelHead, ModelConfig
+from lorax_core.modeling.batch import HeadRows
+from lorax_core.types import Pooling, Task
+
+HIDDEN = 8
+
+
+def make_config(**changes):
+    fields = {"model_type": "x", "hidden_size": HIDDEN, "vocab_size": 5, "num_hidden_layers": 1}
+    return ModelConfig(**{**fields, **changes})
+
+
+def make_text(length, seed=0):
+    return torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(seed))
+
+
+def embedded(head, texts, pool_from=0, chunks=None):
+    """Each text's vector, its rows read in chunks of `chunks` tokens as the engine would."""
+    parts, counts = [], []
+    for text in texts:
+        span = head.span(list(range(1, len(text) + 1)), pool_from)
+        total = torch.zeros(HIDDEN)
+        for start in range(0, len(text), chunks or len(text)):
+            stop = min(start + (chunks or len(text)), len(text))
+            rows = [row for row in span if start <= row < stop]
+            if rows:
+                group = HeadRows(Task.EMBED, (0,), (len(rows),), torch.tensor(rows))
+                total += head(text[rows], group)[0]
+        parts.append(total)
+        counts.append(len(span))
+    return head.finish(parts, counts)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "oracle"),
+    [
+        (Pooling.CLS, lambda text: text[0]),
+        (Pooling.LAST, lambda text: text[-1]),
+        (Pooling.MEAN, lambda text: text.mean(0)),
+    ],
+)
+@pytest.mark.parametrize("chunks", [None, 1, 3])
+def test_pooling_reads_the_rows_that_it_names_whatever_the_chunks(pooling, oracle, chunks):
+    head = EmbeddingHead(HIDDEN, pooling, normalize=False)
+    texts = [make_text(length, seed=length) for length in (1, 2, 7)]
+
+    vectors = embedded(head, texts, chunks=chunks)
+
+    for vector, text in zip(vectors, texts, strict=True):
+        torch.testing.assert_close(vector, oracle(text))
+
+
+def test_the_mean_leaves_out_a_prompt():
+    head = EmbeddingHead(HIDDEN, Pooling.MEAN, normalize=False)
+    text = make_text(7)
+
+    [vector] = embedded(head, [text], pool_from=3)
+
+    torch.testing.assert_close(vector, text[3:].mean(0))
+
+
+def test_the_mean_of_a_text_that_is_all_prompt_is_its_last_row():
+    head = EmbeddingHead(HIDDEN, Pooling.MEAN, normalize=False)
+    text = make_text(3)
+
+    [vector] = embedded(head, [text], pool_from=9)
+
+    torch.testing.assert_close(vector, text[-1])
+
+
+def test_normalised_vectors_have_unit_length():
+    head = EmbeddingHead(HIDDEN, Pooling.MEAN, normalize=True)
+
+    [vector] = embedded(head, [make_text(4) * 50])
+
+    assert vector.norm().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_sums_of_16_bit_rows_are_taken_in_32():
+    head = EmbeddingHead(HIDDEN, Pooling.MEAN, normalize=False)
+    rows = torch.full((3000, HIDDEN), 1.0, dtype=torch.bfloat16)  # bfloat16 counts to 256
+
+    sums = head(rows, HeadRows(Task.EMBED, (0,), (3000,), torch.arange(3000)))
+
+    assert sums.dtype is torch.float32
+    assert sums[0, 0].item() == 3000
+
+
+def test_a_language_model_head_gives_logits_in_32_bit():
+    head = LanguageModelHead(make_config()).to(torch.bfloat16)
+    head.lm_head.weight.data = torch.ones_like(head.lm_head.weight)
+    hidden = make_text(2).to(torch.bfloat16)
+
+    logits = head(hidden, HeadRows(Task.GENERATE, (0, 1), (1, 1), torch.arange(2)))
+
+    assert logits.dtype is torch.float32
+    assert logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("tied", "names", "built"),
+    [(True, set(), True), (False, {"lm_head.weight"}, True), (False, {"norm.weight"}, False)],
+)
+def test_a_checkpoint_generates_when_it_has_output_weights_or_ties_them(tied, names, built):
+    head = LanguageModelHead.build(make_config(tie_word_embeddings=tied), names, None)
+
+    assert (head is not None) is built

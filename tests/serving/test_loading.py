@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import change_json, make_bert, make_lora, make_qwen2, make_qwen2_model, make_sentence_files
+from fakes import make_backend_spec, with_backends
+
+import lorax_core as lorax
+
+
+def refusal(folder, **options):
+    with pytest.raises(lorax.LoraxError) as caught:
+        lorax.load(folder, **options)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": "int8"}, "dtype 'int8' is not served; served are 'auto' and 'float32', 'bfloat16', 'float16'"),
+        ({"device": "tpu7"}, "'tpu7' is no device"),
+        ({"attention": "flashy"}, "no attention backend is called 'flashy'"),
+        ({"pooling": "max"}, "pooling 'max' is not served; served are 'cls', 'mean', 'last'"),
+        ({"kv_cache_tokens": 0}, "kv_cache_tokens=0 is out of range"),
+        ({"kv_cache_tokens": -16}, "kv_cache_tokens=-16 is out of range"),
+        ({"kv_cache_fraction": 1.5}, "kv_cache_fraction=1.5 is out of range"),
+        ({"kv_cache_tokens": 32, "kv_cache_pages": 2}, "exclude each other"),
+        ({"kv_cache_bytes": 1}, "less than one page"),
+        ({"kv_cache_tokens": 10**13}, "a KV cache of 10000000000000 tokens takes"),
+        ({"kv_dtype": "int4"}, "kv_dtype 'int4' is not served"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, not 0"),
+        ({"max_batch_rows": -1}, "max_batch_rows must be at least 1, not -1"),
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"speculate": -1}, "speculate must be at least 0, not -1"),
+        ({"embedding_dim": 256}, "2_Dense_256"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_with_its_value(qwen2, options, told):
+    assert told in refusal(qwen2, **options).message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_the_way_out(qwen2):
+    error = refusal(qwen2, device="cuda")
+
+    assert "'cuda'" in error.message
+    assert "cpu" in error.hint
+
+
+def test_a_cache_for_a_model_that_has_none_is_refused(bert):
+    assert "no KV cache" in refusal(bert, kv_cache_tokens=64).message
+
+
+def test_a_cache_larger_than_the_memory_is_told_with_what_fits(qwen2):
+    error = refusal(qwen2, kv_cache_tokens=10**13)
+
+    assert isinstance(error, lorax.CapacityError)
+    assert "GB are free" in error.message
+    assert error.hint.startswith("kv_cache_tokens=")
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"),
+    [
+        ({"kv_cache_tokens": 100}, 112),  # whole pages of 16
+        ({"kv_cache_pages": 5}, 80),
+        ({"kv_cache_bytes": 3 * 16 * 2 * 2 * 2 * 16 * 4}, 48),
+        ({}, 65_536),
+    ],
+)
+def test_the_cache_has_the_size_that_was_asked_for(qwen2, options, tokens):
+    with lorax.load(qwen2, **options) as engine:
+        assert engine.info().kv_cache_tokens == tokens
+
+
+def test_the_threads_of_a_process_are_one_number_for_all_engines(qwen2):
+    with lorax.load(qwen2, threads=1, kv_cache_tokens=64) as engine, lorax.load(qwen2, threads=1, kv_cache_tokens=64):
+        error = refusal(qwen2, threads=2)
+
+        assert isinstance(error, lorax.RequestError)
+        assert "threads=2" in error.message
+        assert "threads=1" in error.hint
+        assert torch.get_num_threads() == 1
+        assert len(engine.generate([5], max_tokens=1).token_ids) == 1
+
+
+def test_sixteen_bits_become_thirty_two_where_the_processor_has_no_fast_ones(tmp_path):
+    folder = make_qwen2(tmp_path)
+    change_json(folder / "config.json", dtype="float16")
+
+    with (
+        lorax.load(folder, kv_cache_tokens=64) as kept,
+        lorax.load(folder, kv_cache_tokens=64, dtype="bfloat16") as asked,
+    ):
+        assert kept.info().dtype == "float32"
+        assert asked.info().dtype == "bfloat16"
+        assert len(asked.generate([5], max_tokens=3, ignore_eos=True).token_ids) == 3
+
+
+def test_the_backend_asked_for_is_used_and_those_passed_over_are_told(qwen2, host):
+    host = with_backends(
+        host,
+        make_backend_spec("absent", "AbsentBackend", priority=9),
+        make_backend_spec("stumbling", "StumblingBackend", priority=-1),
+    )
+
+    with (
+        lorax.load(qwen2, host=host, kv_cache_tokens=64) as default,
+        lorax.load(qwen2, host=host, kv_cache_tokens=64, attention="stumbling") as asked,
+    ):
+        assert default.info().attention == "torch"
+        assert default.info().passed_over == (("absent", "its library is not installed"),)
+        assert asked.info().attention == "stumbling"
+
+
+def test_adapters_are_loaded_with_the_engine(qwen2, tmp_path):
+    folder = make_lora(make_qwen2_model(), tmp_path)
+
+    with lorax.load(qwen2, adapters={"it": folder}, kv_cache_tokens=64) as engine:
+        assert [adapter.name for adapter in engine.adapters.list()] == ["it"]
+
+
+def test_pooling_and_normalisation_may_be_overridden_and_the_rest_of_the_files_stays(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path), transformer={"max_seq_length": 12, "do_lower_case": True})
+    with (
+        lorax.load(folder) as plain,
+        lorax.load(folder, pooling="cls") as first,
+        lorax.load(folder, normalize=False) as long,
+    ):
+        mean, cls, raw = (engine.embed("Ab c") for engine in (plain, first, long))
+        with pytest.raises(lorax.CapacityError, match="takes 12"):
+            first.embed("x " * 12)
+        lower = first.embed("ab c")
+
+    assert np.linalg.norm(mean) == pytest.approx(1, abs=1e-6)
+    assert np.linalg.norm(cls) == pytest.approx(1, abs=1e-6)
+    assert np.linalg.norm(raw) != pytest.approx(1, abs=1e-2)
+    np.testing.assert_allclose(raw / np.linalg.norm(raw), mean, atol=1e-6)
+    assert np.abs(cls - mean).max() > 0.01
+    np.testing.assert_array_equal(lower, cls)
+
+
+def test_a_pooling_of_the_files_that_is_not_served_may_be_overridden(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path), pooling={"pooling_mode": "max"})
+
+    assert "'max'" in refusal(folder).message
+    with lorax.load(folder, pooling="mean") as engine:
+        assert engine.embed("ab").shape == (64,)
+
+
+def test_an_8_bit_cache_and_guessing_ahead_still_write(qwen2):
+    with (
+        lorax.load(qwen2, kv_cache_tokens=256) as plain,
+        lorax.load(qwen2, kv_cache_tokens=256, kv_dtype="fp8_e4m3") as small,
+        lorax.load(qwen2, kv_cache_tokens=256, speculate=6) as guessing,
+    ):
+        expected = plain.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True)
+
+        assert guessing.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids == expected.token_ids
+        assert small.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids[:1] == expected.token_ids[:1]
+        assert small.info().kv_cache_bytes * 4 == plain.info().kv_cache_bytes
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [3, 9]}, 7, {3, 9}),
+        ({"eos_token_id": 4}, 7, {4}),
+        (None, 7, {7}),
+        (None, None, {256}),  # the tokenizer's
+    ],
+)
+def test_end_tokens_are_the_generation_configurations_else_the_models_else_the_tokenizers(
+    tmp_path, generation, config, ends
+):
+    folder = make_qwen2(tmp_path)
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        change_json(folder / "generation_config.json", **generation)
+    change_json(folder / "config.json", eos_token_id=config)
+
+    with lorax.load(folder, kv_cache_tokens=64) as engine:
+        # Each token is made the only one that can come.
+        forced = {token: engine.generate([5], max_tokens=2, logit_bias={token: 100.0}) for token in (3, 4, 7, 9, 256)}
+
+    assert {token for token, completion in forced.items() if completion.finish_reason == "stop"} == ends

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from builders import change_json, change_tensors, make_qwen2, make_qwen2_model
+from safetensors.torch import load_file, save_file
+
+from lorax_core.errors import CheckpointError
+from lorax_core.weights.checkpoint import Checkpoint
+
+LFS_POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
+size 90868376
+"""
+
+
+def make_sharded(folder):
+    make_qwen2_model().save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def test_tensors_of_a_sharded_checkpoint_are_all_read(tmp_path):
+    single, sharded = make_qwen2(tmp_path / "single"), make_sharded(tmp_path / "sharded")
+
+    read = dict(Checkpoint(sharded).read())
+
+    known = load_file(single / "model.safetensors")
+    assert read.keys() == known.keys() == Checkpoint(sharded).tensors.keys()
+    assert all(torch.equal(read[name], known[name]) for name in known)
+
+
+def test_a_shard_that_the_index_names_and_nobody_copied_is_named(tmp_path):
+    folder = make_sharded(tmp_path)
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder)
+
+    assert repr(lost.name) in caught.value.message
+    assert "download" in caught.value.hint
+
+
+def test_a_tensor_in_two_shards_is_refused_with_both(tmp_path):
+    folder = make_sharded(tmp_path)
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    twice = load_file(first)[name]
+    change_tensors(second, lambda tensors: {**tensors, name: twice})
+
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder)
+
+    assert all(part in caught.value.message for part in (repr(name), first.name, second.name))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
+def test_an_index_without_a_map_is_refused(tmp_path, content):
+    folder = make_qwen2(tmp_path)
+    (folder / "model.safetensors.index.json").write_text(content)
+
+    with pytest.raises(CheckpointError, match="has no 'weight_map'"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole[:5],
+        lambda whole: b"",
+        lambda whole: b"\xff" * 8 + whole[8:],
+        lambda whole: LFS_POINTER.encode(),
+        lambda whole: b"<!DOCTYPE html><html><body>404</body></html>",
+    ],
+    ids=["cut in half", "cut in the header", "empty", "wild header", "Git LFS pointer", "a web page"],
+)
+def test_a_damaged_weight_file_is_named_with_its_size(tmp_path, damage):
+    file = make_qwen2(tmp_path) / "model.safetensors"
+    damaged = damage(file.read_bytes())
+    file.write_bytes(damaged)
+
+    with pytest.raises(CheckpointError) as caught:
+        list(Checkpoint(tmp_path).read())
+
+    assert str(file) in caught.value.message
+    assert f"{len(damaged)} bytes" in caught.value.message
+    assert "Git LFS pointer" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
+def test_weights_only_as_a_pickle_are_refused_with_the_way_out(tmp_path, name):
+    folder = make_qwen2(tmp_path)
+    (folder / "model.safetensors").rename(folder / name)
+
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(folder)
+
+    assert repr(name) in caught.value.message
+    assert "save_pretrained" in caught.value.hint
+
+
+def test_a_folder_without_weights_is_refused_with_what_it_holds(tmp_path):
+    folder = make_qwen2(tmp_path)
+    (folder / "model.safetensors").unlink()
+
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors") as caught:
+        Checkpoint(folder)
+
+    assert "'config.json'" in caught.value.message
+
+
+def test_a_quantised_checkpoint_is_refused_by_its_method(tmp_path):
+    folder = make_qwen2(tmp_path)
+    change_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+
+    with pytest.raises(CheckpointError, match="'gptq'"):
+        Checkpoint(folder)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere' does not exist"):
+        Checkpoint(tmp_path / "nowhere")
+
+
+def test_a_small_file_beside_the_weights_is_read_or_not_there(tmp_path):
+    folder = make_qwen2(tmp_path)
+    (folder / "list.json").write_text("[1]")
+
+    checkpoint = Checkpoint(folder)
+
+    assert checkpoint.json("list.json") == [1]
+    assert checkpoint.json("nothing.json") is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"3"])
+def test_a_small_file_that_is_damaged_is_named(tmp_path, content):
+    folder = make_qwen2(tmp_path)
+    (folder / "modules.json").write_bytes(content)
+
+    with pytest.raises(CheckpointError, match=r"modules\.json"):
+        Checkpoint(folder).json("modules.json")
+
+
+def test_an_index_counts_before_a_single_file(tmp_path):
+    folder = make_sharded(tmp_path)
+    save_file({"stale": torch.zeros(1)}, folder / "model.safetensors")
+
+    checkpoint = Checkpoint(folder)
+
+    assert "stale" not in checkpoint.tensors
+    assert (
+        checkpoint.tensors.keys()
+        == json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].keys()
+    )

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import BERT, change_json, make_bert, make_sentence_files
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
+
+import lorax_core as lorax
+from lorax_core.errors import CheckpointError
+from lorax_core.types import Pooling
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.sentence import read_sentence_files
+
+HIDDEN = BERT["hidden_size"]
+TEXTS = ["Ab", "the quick brown fox", "x", "Jumps over THE lazy dog, twice!", "the quick brown fox"]
+NO_CLOCK = {"show_progress_bar": False, "convert_to_numpy": True}
+
+
+def make_files(folder, **files):
+    return read_sentence_files(Checkpoint(make_sentence_files(make_bert(folder), **files)))
+
+
+def make_new(folder, modules, **options):
+    """A checkpoint as the installed sentence-transformers writes one."""
+    transformer = Transformer(str(make_bert(folder / "bert")), max_seq_length=64)
+    SentenceTransformer(modules=[transformer, *modules], device="cpu", **options).save_pretrained(str(folder / "new"))
+    return folder / "new"
+
+
+def assert_as_sentence_transformers(folder, texts=TEXTS, tolerance=3e-6):
+    oracle = SentenceTransformer(str(folder), device="cpu")
+    expected = oracle.encode(texts, **NO_CLOCK)
+
+    with lorax.load(folder) as engine:
+        vectors = engine.embed(texts)
+
+    np.testing.assert_allclose(vectors, expected, atol=tolerance, rtol=0)
+    assert np.abs(expected).max() > 10 * tolerance
+    return vectors
+
+
+def test_a_checkpoint_without_a_list_of_modules_says_nothing(bert):
+    assert read_sentence_files(Checkpoint(bert)) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "pooling"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, Pooling.CLS),
+        ({"pooling_mode_mean_tokens": True}, Pooling.MEAN),
+        ({"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}, Pooling.LAST),
+        ({"pooling_mode": "cls"}, Pooling.CLS),
+        ({"pooling_mode": "mean"}, Pooling.MEAN),
+        ({"pooling_mode": ["lasttoken"]}, Pooling.LAST),
+        ({"pooling_mode": "cls", "pooling_mode_mean_tokens": True}, Pooling.CLS),  # the new spelling counts
+        ({}, Pooling.MEAN),
+    ],
+)
+def test_pooling_is_read_in_both_spellings(tmp_path, said, pooling):
+    assert make_files(tmp_path, pooling=said).pooling is pooling
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"pooling_mode_max_tokens": True, "pooling_mode_mean_tokens": False}, "'max'"),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, "'mean_sqrt_len_tokens'"),
+        ({"pooling_mode": "weightedmean"}, "'weightedmean'"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "'cls', 'mean'"),
+        ({"pooling_mode": ["mean", "max"]}, "'mean', 'max'"),
+    ],
+)
+def test_a_pooling_that_is_not_served_is_refused_by_name(tmp_path, said, named):
+    with pytest.raises(CheckpointError) as caught:
+        make_files(tmp_path, pooling=said)
+
+    assert named in caught.value.message
+    assert "'cls', 'mean', 'lasttoken'" in caught.value.message
+
+
+def test_a_normalise_entry_counts_without_a_folder(tmp_path):
+    files = make_files(tmp_path)
+
+    assert files.normalize
+    assert not (tmp_path / "2_Normalize").exists()
+
+
+def test_without_a_normalise_entry_vectors_keep_their_length(tmp_path):
+    assert not make_files(tmp_path, modules=("Transformer", "Pooling")).normalize
+
+
+@pytest.mark.parametrize("module", ["LayerNorm", "LSTM", "WeightedLayerPooling"])
+def test_a_module_that_is_not_served_is_refused_by_name(tmp_path, module):
+    with pytest.raises(CheckpointError) as caught:
+        make_files(tmp_path, modules=("Transformer", "Pooling", module, "Normalize"))
+
+    assert repr(module) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "modules", [("Pooling", "Transformer"), ("Transformer",), ("Transformer", "Normalize", "Pooling"), ()]
+)
+def test_modules_in_another_order_are_refused(tmp_path, modules):
+    with pytest.raises(CheckpointError, match="in this order"):
+        make_files(tmp_path, modules=modules)
+
+
+def test_length_and_case_are_read(tmp_path):
+    files = make_files(tmp_path, transformer={"max_seq_length": 17, "do_lower_case": True})
+
+    assert files.max_tokens == 17
+    assert files.lower_case
+
+
+def test_the_default_prompt_is_read(tmp_path):
+    files = make_files(
+        tmp_path,
+        sentence={"prompts": {"query": "find: ", "passage": ""}, "default_prompt_name": "query"},
+        pooling={"pooling_mode": "mean", "include_prompt": False},
+    )
+
+    assert files.prompt == "find: "
+    assert not files.pool_prompt
+
+
+def test_prompts_without_a_default_are_left_to_the_caller(tmp_path):
+    assert make_files(tmp_path, sentence={"prompts": {"query": "find: "}}).prompt == ""
+
+
+def test_a_default_prompt_that_is_not_among_the_prompts_is_refused_with_those_that_are(tmp_path):
+    with pytest.raises(CheckpointError, match=r"'query'.*'passage'"):
+        make_files(tmp_path, sentence={"prompts": {"passage": ""}, "default_prompt_name": "query"})
+
+
+@pytest.mark.parametrize("mode", ["cls", "mean", "lasttoken"])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_vectors_are_sentence_transformers(tmp_path, mode, normalise):
+    modules = [PoolingModule(HIDDEN, mode), *([Normalize()] if normalise else [])]
+
+    vectors = assert_as_sentence_transformers(make_new(tmp_path, modules))
+
+    lengths = np.linalg.norm(vectors, axis=1)
+    assert np.allclose(lengths, 1, atol=1e-6) is normalise
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("mode", ["mean", "cls"])
+def test_a_default_prompt_is_put_in_front_and_pooled_as_the_files_say(tmp_path, include, mode):
+    folder = make_new(
+        tmp_path,
+        [PoolingModule(HIDDEN, mode, include_prompt=include)],
+        prompts={"q": "find this: "},
+        default_prompt_name="q",
+    )
+
+    vectors = assert_as_sentence_transformers(folder)
+
+    change_json(folder / "config_sentence_transformers.json", default_prompt_name=None)
+    with lorax.load(folder) as engine:
+        assert not np.allclose(vectors, engine.embed(TEXTS), atol=1e-3)
+
+
+def test_vectors_of_old_files_are_sentence_transformers(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path), transformer={"max_seq_length": 64, "do_lower_case": True})
+
+    vectors = assert_as_sentence_transformers(folder)
+
+    change_json(folder / "sentence_bert_config.json", do_lower_case=False)
+    with lorax.load(folder) as engine:
+        assert not np.allclose(vectors, engine.embed(TEXTS), atol=1e-3)
+
+
+def test_a_pair_of_texts_is_lower_cased_as_sentence_transformers_does(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path), transformer={"max_seq_length": 64, "do_lower_case": True})
+
+    assert_as_sentence_transformers(folder, [("Ab", "CD"), ("x", "Jumps over THE lazy dog")])
+
+
+def test_a_text_longer_than_the_files_allow_is_cut_where_sentence_transformers_cuts_it(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path), transformer={"max_seq_length": 12})
+    long = "the quick brown fox jumps over the lazy dog"
+    expected = SentenceTransformer(str(folder), device="cpu").encode(long, **NO_CLOCK)
+
+    with lorax.load(folder) as engine:
+        vector = engine.embed(long, truncate="end")
+
+    np.testing.assert_allclose(vector, expected, atol=1e-6, rtol=0)
+
+
+def make_dense(out, bias=True, activation=None):
+    torch.manual_seed(6)
+    return Dense(HIDDEN, out, bias=bias, activation_function=activation or torch.nn.Tanh())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "activation", [torch.nn.Tanh(), torch.nn.Identity(), torch.nn.GELU()], ids=["tanh", "none", "gelu"]
+)
+def test_a_dense_module_projects_the_vectors(tmp_path, bias, activation):
+    folder = make_new(tmp_path, [PoolingModule(HIDDEN, "mean"), make_dense(24, bias, activation), Normalize()])
+
+    vectors = assert_as_sentence_transformers(folder)
+
+    assert vectors.shape == (len(TEXTS), 24)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda dense: (dense / "model.safetensors").unlink(), "has no model.safetensors"),
+        (lambda dense: change_json(dense / "config.json", activation_function="torch.nn.Softplus"), "'Softplus'"),
+        (lambda dense: (dense / "model.safetensors").write_bytes(b"nothing"), "not a readable safetensors"),
+    ],
+)
+def test_a_dense_module_that_cannot_be_served_is_refused_by_what_is_wrong(tmp_path, spoil, told):
+    folder = make_new(tmp_path, [PoolingModule(HIDDEN, "mean"), make_dense(24)])
+    spoil(folder / "2_Dense")
+
+    with pytest.raises(CheckpointError, match=told):
+        read_sentence_files(Checkpoint(folder))
+
+
+def test_both_spellings_of_module_types_name_the_same_modules(tmp_path):
+    folder = make_new(tmp_path, [PoolingModule(HIDDEN, "mean"), Normalize()])
+    new = [entry["type"] for entry in json.loads(Path(folder / "modules.json").read_text())]
+
+    files = read_sentence_files(Checkpoint(folder))
+
+    assert new[0] != "sentence_transformers.models.Transformer"
+    assert files == make_files(
+        tmp_path / "bert", pooling={"pooling_mode_mean_tokens": True}, transformer={"do_lower_case": False}
+    )

@@ -104,7 +104,10 @@ TENSORS = {
         ["input_layernorm", "RMSNorm"],
     ),
     "an embedding": (with_one(f"{MODULE}.lora_embedding_A", lambda t: t[A]), ["lora_embedding_A"]),
-    "the base's own weight": (with_one(f"{MODULE}.base_layer.weight", lambda t: t[A]), ["self_attn.q_proj'", "[4, 64]", "[64, 64]"]),
+    "the base's own weight": (
+        with_one(f"{MODULE}.base_layer.weight", lambda t: t[A]),
+        ["q_proj'", "[4, 64]", "[64, 64]"],
+    ),
     "a bias": (with_one(f"{MODULE}.lora_B.bias", lambda t: t[B][:, 0]), ["lora_B.bias"]),
     "a magnitude": (with_one(f"{MODULE}.lora_magnitude_vector", lambda t: t[B][:, 0]), ["lora_magnitude_vector"]),
     "half a pair": (without(B), ["q_proj", "{'lora_A': [4, 64]}"]),
@@ -199,7 +202,8 @@ def test_the_base_s_own_weight_beside_an_adapter_changes_nothing(engine, tmp_pat
     engine.adapters.load("without", folder)
     weight = model.lm_head.weight.detach()
     change_tensors(
-        folder / "adapter_model.safetensors", with_one("base_model.model.lm_head.base_layer.weight", lambda tensors: weight)
+        folder / "adapter_model.safetensors",
+        with_one("base_model.model.lm_head.base_layer.weight", lambda tensors: weight),
     )
 
     engine.adapters.load("with", folder)

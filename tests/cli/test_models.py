@@ -28,8 +28,10 @@ def test_the_list_has_a_row_for_each_architecture(main):
     rows = [line.split() for line in out.splitlines()]
     assert (code, err) == (0, "")
     assert " ".join(rows[0]) == "MODEL TYPE TASKS ATTENTION LORA PACKAGE VERSION STATUS"
-    assert next(row for row in rows if row[0] == "bert")[:5] == ["bert", "embed,", "token-classification,", "sequence-classification", "bidirectional"]
-    assert next(row for row in rows if row[0] == "qwen2")[:5] == ["qwen2", "generate,", "embed,", "token-classification,", "sequence-classification"]
+    encoder, decoder = (next(row for row in rows if row[0] == name) for name in ("bert", "qwen2"))
+    classifying = ["token-classification,", "sequence-classification"]
+    assert encoder[:7] == ["bert", "embed,", *classifying, "bidirectional", "yes", "lorax-bert"]
+    assert decoder[:7] == ["qwen2", "generate,", "embed,", *classifying, "causal", "yes"]
 
 
 def test_on_a_terminal_the_list_is_a_table_that_fits(main, monkeypatch):

@@ -8,13 +8,16 @@ from lorax_core.engine.drafting import Drafter
 
 
 def guessed(text, limit, most, ngram):
-    """The oracle: the latest earlier place where the text ended as it does now."""
+    """The oracle: the latest earlier place where the text ended as it does now; what followed repeats from there."""
     tail = text[-ngram:]
     if len(text) < ngram:
         return []
     for place in range(len(text) - 1, ngram - 1, -1):
         if text[place - ngram : place] == tail:
-            return text[place : place + min(limit, most)]
+            found = []
+            for ahead in range(min(limit, most)):
+                found.append((text + found)[place + ahead])
+            return found
     return []
 
 

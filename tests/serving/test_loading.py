@@ -167,6 +167,7 @@ def test_an_8_bit_cache_and_guessing_ahead_still_write(qwen2):
     [
         ({"eos_token_id": [3, 9]}, 7, {3, 9}),
         ({"eos_token_id": 4}, 7, {4}),
+        ({"eos_token_id": 0}, 7, {0}),
         (None, 7, {7}),
         (None, None, {256}),  # the tokenizer's
     ],
@@ -182,6 +183,8 @@ def test_end_tokens_are_the_generation_configurations_else_the_models_else_the_t
 
     with lorax.load(folder, kv_cache_tokens=64) as engine:
         # Each token is made the only one that can come.
-        forced = {token: engine.generate([5], max_tokens=2, logit_bias={token: 100.0}) for token in (3, 4, 7, 9, 256)}
+        forced = {
+            token: engine.generate([5], max_tokens=2, logit_bias={token: 100.0}) for token in (0, 3, 4, 7, 9, 256)
+        }
 
     assert {token for token, completion in forced.items() if completion.finish_reason == "stop"} == ends

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import threading
 
 import pytest
 from builders import make_qwen2
@@ -121,6 +123,22 @@ def test_a_stream_that_is_left_by_an_exception_frees_its_seat(endless):
 
     with pytest.raises(KeyError):
         listen()
+
+    assert seat_is_free(endless)
+
+
+def test_a_call_that_is_interrupted_frees_its_seat(endless):
+    def interrupt():
+        busy = []
+        while not busy:
+            endless._worker.call(lambda loop: busy.extend(loop.scheduler))
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    helper = threading.Thread(target=interrupt)
+    helper.start()
+    with pytest.raises(KeyboardInterrupt):
+        endless.generate([5], ignore_eos=True)
+    helper.join(LIMIT)
 
     assert seat_is_free(endless)
 

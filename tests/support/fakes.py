@@ -86,6 +86,7 @@ class PagedEcho:
 
     def run(self, plan: StepPlan) -> dict[Sequence, Answer]:
         self.plans.append(plan)
+        self.clear(list(plan.clears))
         for old, new in plan.copies:
             for offset in range(self.page_size):
                 self.slots[new, offset] = self.slots.get((old, offset), -1)

@@ -6,16 +6,17 @@ taken from the base's checkpoint. Knows nothing of low-rank updates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from typing import cast
+from enum import StrEnum
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorax_core.adapters.peft import PeftFiles
-from lorax_core.errors import AdapterError, listed
-from lorax_core.modeling.config import ModelConfig
+from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head
 from lorax_core.modeling.linear import Linear
 from lorax_core.modeling.site import Site
@@ -23,20 +24,44 @@ from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
+_Enum = TypeVar("_Enum", bound=StrEnum)
+
 
 @dataclass(frozen=True)
 class HeadRequest:
     """What the user says of an adapter's head, where its files do not."""
 
     task: Task | None = None
-    problem_type: str | None = None
+    problem: Problem | None = None
     id2label: Mapping[int, str] | None = field(default=None, hash=False)
+
+    @classmethod
+    def of(cls, task: str | None, problem_type: str | None, id2label: Mapping[int, str] | None) -> HeadRequest:
+        """A request from a user's words; raises AdapterError for a word that is none."""
+        labels = None
+        if id2label is not None:
+            try:  # JSON has text for keys
+                labels = {int(index): str(name) for index, name in id2label.items()}
+            except (TypeError, ValueError, AttributeError) as error:
+                raise AdapterError(f"id2label maps numbers to names; this is {id2label!r:.80}") from error
+        return cls(_known("task", task, Task), _known("problem_type", problem_type, Problem), labels)
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What changes the adapter's effect."""
         labels = sorted(self.id2label.items()) if self.id2label is not None else None
-        return (self.task, self.problem_type, labels)
+        return (self.task, self.problem, labels)
+
+
+def _known(what: str, name: str | None, kind: type[_Enum]) -> _Enum | None:
+    if name is None:
+        return None
+    if name not in list(kind):
+        close = nearest(str(name), list(kind))
+        raise AdapterError(
+            f"there is no {what} {name!r}; there are {listed(kind)}", hint=f"did you mean {close!r}?" if close else None
+        )
+    return kind(name)
 
 
 def build_head(
@@ -47,32 +72,75 @@ def build_head(
     Raises AdapterError when a head is there but not for which task, or the base lacks what it needs.
     """
     candidates = _head_tensors(files, base)
-    if task is None:
-        if candidates and not any(module in base.model.sites for module in candidates):
-            raise AdapterError(
-                f"{files.path} brings a head ({listed(candidates)}) and does not say for which task",
-                hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
-            )
-        return None, frozenset()
-    if task not in CLASSIFICATION:
+    if wanted.task is not None and files.task in CLASSIFICATION and files.task is not wanted.task:
+        raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
+    if task is None and candidates and not any(module in base.model.sites for module in candidates):
+        raise AdapterError(
+            f"{files.path} brings a head ({listed(candidates)}) and does not say for which task",
+            hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
+        )
+    if task not in CLASSIFICATION or not candidates:
+        if wanted.id2label is not None or wanted.problem is not None:
+            raise AdapterError(f"{files.path} brings no head of its own for id2label or problem_type to speak of")
         return None, frozenset()
     path = base.spec.heads.get(task)
     if path is None:
         raise AdapterError(f"{files.path} is for {task.value!r}, for which {base.spec.model_type!r} has no head")
-    own = {f"{module}.{leaf}": tensor for module, leafs in candidates.items() for leaf, tensor in leafs.items()}
-    if not own:
-        return None, frozenset()
     kind = cast("type[Head]", load_class(path, base.owner))
+    own = {f"{module}.{leaf}": tensor for module, leafs in candidates.items() for leaf, tensor in leafs.items()}
     tensors = _with_base(own, base)
-    with torch.device("meta"):
-        head = kind.build(_config(files, wanted, own, base.model.config), set(tensors), task)
+    labels = _labels(files, wanted, own, _output(kind, base.model.config, set(tensors), task))
+    head = _built(kind, base.model.config, set(tensors), task, labels, wanted.problem)
     if head is None:
+        lacking = [name for name in getattr(kind, "needed", ()) if name not in tensors]
         raise AdapterError(
             f"{files.path} brings {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
+            + (f": {listed(lacking)}" if lacking else "")
         )
     _fill(head, tensors, files, base)
     modules = {base.weight_map.canonical(module): module for module in files.pieces}
     return head, frozenset(modules[module] for module in candidates)
+
+
+def _built(
+    kind: type[Head],
+    config: ModelConfig,
+    names: Set[str],
+    task: Task,
+    labels: Mapping[int, str] | None,
+    problem: Problem | None = None,
+) -> Head | None:
+    """A head without numbers, for these labels; the configuration's own when None."""
+    changes = {"id2label": dict(labels), "problem_type": problem} if labels is not None else {}
+    with torch.device("meta"):
+        return kind.build(config.model_copy(update=changes), names, task)
+
+
+def _output(kind: type[Head], config: ModelConfig, names: Set[str], task: Task) -> str | None:
+    """The head's weight that has a row for each label: the one whose shape follows their number."""
+    shapes: list[dict[str, torch.Size]] = []
+    for count in (2, 3):
+        head = _built(kind, config, names, task, {index: "" for index in range(count)})
+        shapes.append({name: tensor.shape for name, tensor in head.named_parameters()} if head is not None else {})
+    two, three = shapes
+    return next((name for name in two if len(two[name]) == 2 and two[name] != three[name]), None)
+
+
+def _labels(
+    files: PeftFiles, wanted: HeadRequest, own: Mapping[str, Tensor], output: str | None
+) -> Mapping[int, str] | None:
+    """Names of the rows of the adapter's last layer; None when that layer is the base's, and so the labels.
+
+    That both have equally many labels does not make them the same, so the base's names are never taken for the adapter's.
+    """
+    if output is None or output not in own:
+        if output is not None and (wanted.id2label is not None or wanted.problem is not None):
+            raise AdapterError(f"{files.path} has no {output!r} of its own for id2label or problem_type to speak of")
+        return None
+    count = own[output].shape[0]
+    if wanted.id2label is not None and sorted(wanted.id2label) != list(range(count)):
+        raise AdapterError(f"{files.path} has {count} labels; id2label names {sorted(wanted.id2label)}")
+    return wanted.id2label or {index: f"LABEL_{index}" for index in range(count)}
 
 
 def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Tensor]]:
@@ -86,6 +154,8 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
         }
         only_saved = saved and piece.a is None and piece.embedding_a is None and piece.tokens is None
         if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
+            if target.name in found:
+                raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
             found[target.name] = saved
     return found
 
@@ -99,21 +169,6 @@ def _with_base(own: Mapping[str, Tensor], base: LoadedModel) -> dict[str, Tensor
         if target.name not in backbone and target.name not in tensors:
             tensors[target.name] = target.arranged(base.checkpoint.tensor(name))
     return tensors
-
-
-def _config(files: PeftFiles, wanted: HeadRequest, own: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
-    """The base's configuration with the adapter's labels: as many as its last layer has rows."""
-    count = next(reversed([tensor.shape[0] for name, tensor in own.items() if name.endswith(".weight")]))
-    labels = dict(wanted.id2label) if wanted.id2label is not None else None
-    if labels is None and config.id2label is not None and len(config.id2label) == count and wanted.task is None:
-        labels = None  # equal counts do not make equal labels: the base's are not the adapter's
-    if labels is not None and sorted(labels) != list(range(count)):
-        raise AdapterError(f"{files.path} has {count} labels; id2label names {sorted(labels)}")
-    changes: dict[str, object] = {
-        "id2label": labels or {index: f"LABEL_{index}" for index in range(count)},
-        "problem_type": wanted.problem_type,
-    }
-    return type(config).model_validate({**config.model_dump(), **changes})
 
 
 def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: LoadedModel) -> None:

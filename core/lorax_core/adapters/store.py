@@ -15,7 +15,6 @@ from lorax_core.adapters.base import Adapter
 from lorax_core.adapters.head import HeadRequest
 from lorax_core.adapters.lora import LoraAdapter
 from lorax_core.errors import AdapterError, listed, nearest
-from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
 
@@ -57,7 +56,7 @@ class AdapterStore:
         """
         if not isinstance(name, str) or not name.strip():
             raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}")
-        adapter = LoraAdapter(source, HeadRequest(_task(task), problem_type, id2label))
+        adapter = LoraAdapter(source, HeadRequest.of(task, problem_type, id2label))
         with self._lock:
             twin = next((a for a in self._adapters.values() if a.identity == adapter.identity), None)
         if twin is None:
@@ -110,14 +109,3 @@ class AdapterStore:
             targets=adapter.targets,
             nbytes=adapter.nbytes,
         )
-
-
-def _task(name: str | None) -> Task | None:
-    if name is None:
-        return None
-    if name not in list(Task):
-        close = nearest(name, list(Task))
-        raise AdapterError(
-            f"there is no task {name!r}; tasks are {listed(Task)}", hint=f"did you mean {close!r}?" if close else None
-        )
-    return Task(name)

@@ -36,6 +36,16 @@ class Drafter:
             self._text.append(token)
 
     def guess(self, limit: int) -> list[int]:
-        """Up to `limit` tokens that may follow the text; none when it never ended like this before."""
+        """Up to `limit` tokens that may follow the text; none when it never ended like this before.
+
+        What followed may reach the end of the text itself; then it goes on repeating.
+        """
         place = self._after.get(tuple(self._text[-self.ngram :]))
-        return [] if place is None else self._text[place : place + min(limit, self.most)]
+        if place is None:
+            return []
+        length = min(limit, self.most)
+        found = self._text[place : place + length]
+        period = len(self._text) - place
+        while len(found) < length:
+            found.append(found[-period])
+        return found

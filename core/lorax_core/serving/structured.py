@@ -1,8 +1,7 @@
 """Text that follows a JSON schema, a regular expression or a list of choices.
 
-Decides how a request's constraint becomes a grammar over tokens. The work is done by llguidance (MIT, no dependencies, masks
-in well under a millisecond); xgrammar would bring triton, outlines-core knows no rollback and needs minutes for large
-schemas. It is the extra `lorax-core[structured]`, imported when first asked for.
+Decides how a request's constraint becomes a grammar over tokens. The work is done by llguidance, the extra
+`lorax-core[structured]`, imported when first asked for; `docs/engine.md` compares it with the others.
 """
 
 from __future__ import annotations

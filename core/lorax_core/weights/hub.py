@@ -12,7 +12,11 @@ from pathlib import Path
 from lorax_core.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*/config.json", "*/*.safetensors"]
+_ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")
+_WANTED = [*_ENDINGS, "*.jinja"]  # the hub's client lets * run over slashes
+_UNWANTED = [
+    f"[!0-9]*/{ending}" for ending in _ENDINGS
+]  # of folders, only those such as 1_Pooling and 2_Dense are read
 
 
 def find_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -35,11 +39,12 @@ def find_checkpoint(source: str | Path, *, revision: str | None = None, token: s
 
 def _download(source: str, revision: str | None, token: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        return Path(
+            snapshot_download(source, revision=revision, token=token, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
+    except Exception as error:  # the client's own, its HTTP library's (which one hangs on its version), and JSON's
         at = f" at revision {revision!r}" if revision else ""
         raise CheckpointError(
             f"there is no folder {source!r} here, and the hub did not give it{at}: {type(error).__name__}: {error}",

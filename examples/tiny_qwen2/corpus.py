@@ -61,6 +61,10 @@ class Document:
         return "\n".join(self.paragraphs) + "\n"
 
     @property
+    def is_topic(self) -> bool:
+        return self.name.startswith("topics/")
+
+    @property
     def held_out(self) -> bool:
         return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 100 < HELD_OUT_PERCENT
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 IGNORED = -100  # the label that cross entropy leaves out
 UPPER_ROW_SHARE = 0.2
+TOPIC_WEIGHT = 3  # the topics quote names and constants ("True"), which are rare elsewhere and keep their case longest
 LONGEST_OPENING_WORDS = 24
 CONTINUATION_CHARACTERS = 420
 BULLET_CHARACTERS = (12, 150)
@@ -64,7 +65,7 @@ def style_batches(
     documents: Sequence[Document], style: Style, tokenizer: Tokenizer, rows: int, length: int, rng: random.Random
 ) -> Iterator[Batch]:
     """Endless batches of openings with a changed continuation."""
-    weights = [len(document.text) for document in documents]
+    weights = [len(document.text) * (TOPIC_WEIGHT if document.is_topic else 1) for document in documents]
     while True:
         ids = torch.zeros(rows, length, dtype=torch.long)
         labels = torch.full((rows, length), IGNORED)

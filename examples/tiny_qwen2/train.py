@@ -31,8 +31,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from samples import STYLES, Batch, TokenStream, base_batches, style_batches
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 HERE = Path(__file__).resolve().parent
 NAME = "tiny_qwen2"
@@ -62,7 +63,7 @@ class Schedule:
         return 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
 
 
-BASE_SCHEDULE = Schedule(steps=1500, rows=8, length=LENGTH, warmup=60)
+BASE_SCHEDULE = Schedule(steps=1300, rows=8, length=LENGTH, warmup=60)
 ADAPTER_SCHEDULE = Schedule(steps=240, rows=12, length=144, warmup=20)
 MATRIX_RATE = 0.02
 VECTOR_RATE = 5e-3  # the base's embeddings and norms
@@ -83,7 +84,12 @@ ADAPTERS = {
 def train_tokenizer(documents: Sequence[Document]) -> Tokenizer:
     """Byte-level BPE; every second document also counts in upper case, or upper-case text would fall into letters."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # AutoTokenizer gives every Qwen2 folder Qwen2's own splitting, whatever the folder says: so it is trained with that.
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -103,6 +109,15 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> Any:
     )
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
+
+
+def check_tokenizer(folder: Path, texts: Sequence[str]) -> None:
+    """Raises where AutoTokenizer and tokenizer.json disagree: the model would be fed ids it was not trained on."""
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in [*texts, *(text.upper() for text in texts)]:
+        if loaded(text)["input_ids"] != plain.encode(text).ids:
+            raise ValueError(f"AutoTokenizer and tokenizer.json split differently: {text[:80]!r}")
 
 
 def build_model(end_id: int) -> Any:
@@ -188,6 +203,7 @@ def train_base(documents: Sequence[Document], folder: Path, seed: int, console: 
     shutil.rmtree(folder, ignore_errors=True)
     checkpoint.model.save_pretrained(folder)
     checkpoint.tokenizer.save_pretrained(folder)
+    check_tokenizer(folder, texts)
     readable(folder)
     return checkpoint
 

@@ -24,21 +24,23 @@ import json, sys
 from lorax_core.errors import CheckpointError
 from lorax_core.weights.hub import find_checkpoint
 
-try:
-    answer = {"folder": str(find_checkpoint(sys.argv[1], **json.loads(sys.argv[2])))}
-except CheckpointError as error:
-    answer = {"message": error.message, "hint": error.hint}
-print(json.dumps(answer))
+answers = []
+for source, options in json.loads(sys.argv[1]):
+    try:
+        answers.append({"folder": str(find_checkpoint(source, **options))})
+    except CheckpointError as error:
+        answers.append({"message": error.message, "hint": error.hint})
+print(json.dumps(answers))
 """
 LOAD = """
 import json, sys
 import lorax_core as lorax
 
-answer = {}
-for revision in json.loads(sys.argv[2])["revisions"]:
-    with lorax.load(sys.argv[1], revision=revision, kv_cache_tokens=64) as engine:
-        answer[revision or "main"] = list(engine.generate("the", max_tokens=8).token_ids)
-print(json.dumps(answer))
+answers = []
+for source, options in json.loads(sys.argv[1]):
+    with lorax.load(source, kv_cache_tokens=64, **options) as engine:
+        answers.append(list(engine.generate("the", max_tokens=8).token_ids))
+print(json.dumps(answers))
 """
 HANG_UP = 0  # instead of a status
 SMALL = {"config.json": "{}", "model.safetensors": "weights"}
@@ -164,8 +166,9 @@ class Client(NamedTuple):
     home: Path
 
     def run(
-        self, code: str, source: str, options: Mapping[str, Any], environ: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
+        self, code: str, *asked: tuple[str, Mapping[str, Any]], environ: Mapping[str, str] | None = None
+    ) -> list[Any]:
+        """What the code answers to each pair of an id and options, all in one process."""
         outside = {
             k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING")) and "proxy" not in k.lower()
         }
@@ -177,14 +180,14 @@ class Client(NamedTuple):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **(environ or {}),
         }
-        command = [sys.executable, "-c", code, source, json.dumps(options)]
+        command = [sys.executable, "-c", code, json.dumps(asked)]
         done = subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    def find(self, source: str, *, environ: Mapping[str, str] | None = None, **options: Any) -> dict[str, Any]:
+    def find(self, source: str, *, environ: Mapping[str, str] | None = None, **options: Any) -> dict[str, str]:
         """The folder that the hub's files of an id are in, or the refusal."""
-        return self.run(FIND, source, options, environ)
+        return self.run(FIND, (source, options), environ=environ)[0]
 
 
 @pytest.fixture
@@ -249,12 +252,19 @@ def test_an_id_that_the_hub_cannot_have_is_a_checkpoint_error_too(source, tmp_pa
     assert repr(source) in caught.value.message
 
 
-@pytest.mark.parametrize(("options", "told"), [({}, ""), ({"revision": "v2"}, " at revision 'v2'")])
-def test_offline_an_id_that_was_never_downloaded_is_told_with_what_to_try(client, options, told):
-    refused = client.find("acme/tiny", environ={"HF_HUB_OFFLINE": "1"}, **options)
+def test_offline_an_id_that_was_never_downloaded_is_told_with_what_to_try_and_the_hub_is_not_asked(
+    hub, client, tmp_path
+):
+    hub.add("acme/tiny", write(tmp_path / "repo"))
 
-    assert f"there is no folder 'acme/tiny' here, and the hub did not give it{told}:" in refused["message"]
-    assert "offline, only what was downloaded before" in refused["hint"]
+    plain, revised = client.run(
+        FIND, ("acme/tiny", {}), ("acme/tiny", {"revision": "v2"}), environ={"HF_HUB_OFFLINE": "1"}
+    )
+
+    assert "there is no folder 'acme/tiny' here, and the hub did not give it: " in plain["message"]
+    assert "the hub did not give it at revision 'v2': " in revised["message"]
+    assert "offline, only what was downloaded before" in plain["hint"]
+    assert hub.requests == []
 
 
 def test_an_id_and_its_revisions_generate_what_their_folders_do(hub, client, qwen2, tmp_path):
@@ -262,10 +272,10 @@ def test_an_id_and_its_revisions_generate_what_their_folders_do(hub, client, qwe
     hub.add("acme/tiny", qwen2)
     hub.add("acme/tiny", other, revision="v2")
 
-    tokens = client.run(LOAD, "acme/tiny", {"revisions": [None, "v2"]})
+    plain, revised = client.run(LOAD, ("acme/tiny", {}), ("acme/tiny", {"revision": "v2"}))
 
-    assert tokens == {"main": generated(qwen2), "v2": generated(other)}
-    assert tokens["main"] != tokens["v2"]
+    assert plain == generated(qwen2)
+    assert revised == generated(other) != plain
 
 
 def test_offline_an_id_that_was_downloaded_is_answered_from_the_cache(hub, client, qwen2):
@@ -278,22 +288,12 @@ def test_offline_an_id_that_was_downloaded_is_answered_from_the_cache(hub, clien
     assert generated(Path(found["folder"])) == generated(qwen2)
 
 
-def test_offline_the_hub_is_not_asked(hub, client, tmp_path):
-    hub.add("acme/tiny", write(tmp_path / "repo"))
-    client.find("acme/tiny")
-    hub.requests.clear()
-
-    client.find("acme/tiny", environ={"HF_HUB_OFFLINE": "1"})
-
-    assert hub.requests == []
-
-
 def test_a_hub_that_is_down_leaves_what_was_downloaded(hub, client, tmp_path):
     hub.add("acme/tiny", write(tmp_path / "repo"))
     first = client.find("acme/tiny")
     hub.close()
 
-    again, never = client.find("acme/tiny"), client.find("acme/never-seen")
+    again, never = client.run(FIND, ("acme/tiny", {}), ("acme/never-seen", {}))
 
     assert again == first
     assert "'acme/never-seen'" in never["message"]
@@ -317,7 +317,7 @@ def test_main_that_moved_is_downloaded_and_its_commit_before_stays(hub, client, 
     client.find("acme/tiny")
     hub.add("acme/tiny", write(tmp_path / "after", {"config.json": "2"}))
 
-    moved, pinned = client.find("acme/tiny"), client.find("acme/tiny", revision=before)
+    moved, pinned = client.run(FIND, ("acme/tiny", {}), ("acme/tiny", {"revision": before}))
 
     assert held(moved["folder"]) == {"config.json": "2"}
     assert held(pinned["folder"]) == {"config.json": "1"}
@@ -363,14 +363,14 @@ def test_an_unknown_revision_is_refused_with_id_and_revision(hub, client, tmp_pa
     assert "at revision 'v9'" in refused["message"]
 
 
-@pytest.mark.parametrize("page", [b"", b"<html>Log in to the network</html>"], ids=["hangs up", "a portal's page"])
-def test_a_hub_that_answers_nonsense_is_a_checkpoint_error_too(hub, client, page):
-    hub.pages["acme/tiny"] = page
+def test_a_hub_that_answers_nonsense_is_a_checkpoint_error_too(hub, client):
+    hub.pages = {"acme/hangs-up": b"", "acme/portal": b"<html>Log in to the network</html>"}
 
-    refused = client.find("acme/tiny")
+    hung_up, portal = client.run(FIND, ("acme/hangs-up", {}), ("acme/portal", {}))
 
-    assert "the hub did not give it" in refused["message"]
-    assert hub.requests
+    assert "'acme/hangs-up' here, and the hub did not give it" in hung_up["message"]
+    assert "'acme/portal' here, and the hub did not give it" in portal["message"]
+    assert {r.status for r in hub.requests if "/acme/" in r.path} == {HANG_UP, 200}
 
 
 def test_an_endpoint_that_is_no_address_is_a_checkpoint_error_too(client):
@@ -411,3 +411,8 @@ def test_only_files_that_loading_reads_are_downloaded(hub, client, tmp_path):
 
     assert held(found["folder"]).keys() == wanted
     assert hub.downloaded() == wanted
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder, which has no revision 'v2'"):
+        find_checkpoint(tmp_path, revision="v2")

@@ -13,10 +13,9 @@ from lorax_core.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")
-_WANTED = [*_ENDINGS, "*.jinja"]  # the hub's client lets * run over slashes
-_UNWANTED = [
-    f"[!0-9]*/{ending}" for ending in _ENDINGS
-]  # of folders, only those such as 1_Pooling and 2_Dense are read
+# The hub's client lets * run over slashes. Of folders, only those of sentence-transformers are read: 1_Pooling, 2_Dense.
+_WANTED = [*_ENDINGS, "*.jinja"]
+_UNWANTED = [f"[!0-9]*/{ending}" for ending in _ENDINGS]
 
 
 def find_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -26,6 +25,10 @@ def find_checkpoint(source: str | Path, *, revision: str | None = None, token: s
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"{str(source)!r} is a folder, which has no revision {revision!r}", hint="leave revision out"
+            )
         return path
     if path.exists():
         raise CheckpointError(f"{str(source)!r} is a file; a checkpoint is a folder", hint=f"try {str(path.parent)!r}")

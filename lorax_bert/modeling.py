@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lorax_bert.config import BertConfig
 from lorax_core.modeling import (
-    Attention,
     Batch,
     Embedding,
     HasAdapters,
@@ -21,10 +20,9 @@ from lorax_core.modeling import (
     Linear,
     Model,
     ModelConfig,
-    QKVLinear,
+    PostNormLayer,
     SequenceClassificationHead,
     Task,
-    get_activation,
 )
 from lorax_core.weights import WeightMap
 
@@ -46,48 +44,16 @@ class BertEmbeddings(nn.Module):
         return cast("Tensor", self.LayerNorm(words + types + positions, batch))
 
 
-class BertAttention(nn.Module):
-    """Self-attention with its residual."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        heads = config.num_attention_heads
-        dim = config.hidden_size // heads
-        self.qkv = QKVLinear(config.hidden_size, heads, heads, dim)
-        self.attention = Attention(heads, heads, dim, causal=False)
-        self.dense = Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        q, k, v = self.qkv.project(x, batch)  # [tokens, heads, dim] each
-        attended = self.dense(self.attention(q, k, v, batch), batch)
-        return cast("Tensor", self.LayerNorm(attended + x, batch))
-
-
-class BertLayer(nn.Module):
-    """Attention, then a feed-forward layer, each normalised after its residual."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.attention = BertAttention(config)
-        self.intermediate = Linear(config.hidden_size, config.intermediate_size)
-        self.act = get_activation(config.hidden_act)
-        self.output = Linear(config.intermediate_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        x = self.attention(x, batch)
-        inner = self.act(self.intermediate(x, batch))  # [tokens, intermediate]
-        return cast("Tensor", self.LayerNorm(self.output(inner, batch) + x, batch))
-
-
 class FlashBertModel(nn.Module):
     """Embeddings and layers: a batch to hidden rows `[tokens, hidden]`."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(config)
-        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        width = config.hidden_size, config.num_attention_heads, config.intermediate_size
+        self.layers = nn.ModuleList(
+            PostNormLayer(*width, config.hidden_act, config.layer_norm_eps) for _ in range(config.num_hidden_layers)
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         x: Tensor = self.embeddings(batch)

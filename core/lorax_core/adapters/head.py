@@ -98,8 +98,10 @@ def build_head(
             + (f": {listed(lacking)}" if lacking else "")
         )
     _fill(head, tensors, files, base)
+    used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
     modules = {base.weight_map.canonical(module): module for module in files.pieces}
-    return head, frozenset(modules[module] for module in candidates)
+    # What the head has no use for is for the backbone to take, or to refuse by name.
+    return head, frozenset(modules[module] for module in candidates if module in used)
 
 
 def _built(
@@ -120,7 +122,7 @@ def _output(kind: type[Head], config: ModelConfig, names: Set[str], task: Task) 
     """The head's weight that has a row for each label: the one whose shape follows their number."""
     shapes: list[dict[str, torch.Size]] = []
     for count in (2, 3):
-        head = _built(kind, config, names, task, {index: "" for index in range(count)})
+        head = _built(kind, config, names, task, dict.fromkeys(range(count), ""))
         shapes.append({name: tensor.shape for name, tensor in head.named_parameters()} if head is not None else {})
     two, three = shapes
     return next((name for name in two if len(two[name]) == 2 and two[name] != three[name]), None)

@@ -128,6 +128,7 @@ class LoraAdapter(Adapter):
             made = self._site_deltas(pieces, base)
             if made:
                 deltas[path] = made
+        self._tie_bases(deltas, places, base)
         self._tie_tokens(deltas, base)
         self._deltas, self._head = deltas, head
 
@@ -154,7 +155,7 @@ class LoraAdapter(Adapter):
         last: list[Delta] = []
         plain: list[tuple[_Place, LowRank]] = []
         for place, piece in pieces:
-            weight, bias = (self._replaced(place, name, getattr(piece, name)) for name in ("weight", "bias"))
+            weight, bias = (self._replaced(place, name, getattr(piece, name), base) for name in ("weight", "bias"))
             if weight is not None or (bias is not None and not isinstance(place.site, Linear)):
                 first.append(
                     Replacement(
@@ -178,11 +179,11 @@ class LoraAdapter(Adapter):
         joined = [_joined(plain, model.dtype, model.device)] if plain else []
         return [*first, *joined, *last]
 
-    def _replaced(self, place: _Place, name: str, tensor: Tensor | None) -> Tensor | None:
+    def _replaced(self, place: _Place, name: str, tensor: Tensor | None, base: LoadedModel) -> Tensor | None:
         """A weight or bias that stands in for the base's; None when there is none, or it is the same."""
         if tensor is None:
             return None
-        tensor = place.target.arranged(tensor)
+        tensor = base.weight_map.resolve(f"{place.module}.{name}").arranged(tensor)  # a matrix may be stored [in, out]
         old = place.base(name)
         if old is None or tensor.shape != old.shape:
             shape = list(old.shape) if old is not None else "none"
@@ -251,6 +252,23 @@ class LoraAdapter(Adapter):
         at = torch.tensor([ids[i] for i in order], device=base.model.device)
         new = rows[order].to(base.model.device, base.model.dtype)
         return TokenRows(at, new) if isinstance(place.site, Embedding) else TokenLogits(at, new)
+
+    def _tie_bases(
+        self, deltas: dict[str, list[Delta]], places: Mapping[str, list[tuple[_Place, Piece]]], base: LoadedModel
+    ) -> None:
+        """A weight beneath a low-rank update (`base_layer`) is the base's, so of a tie it changes both sides, as in PEFT."""
+        for name in [name for name in base.weight_map.tie if base.is_tied(name)]:
+            sides = [path.rpartition(".")[0] for path in (base.weight_map.tie[name], name)]
+            for one, other in (sides, sides[::-1]):
+                updated = any(p.a is not None or p.embedding_a is not None for _, p in places.get(one, []))
+                new = next((delta for delta in deltas.get(one, []) if isinstance(delta, Replacement)), None)
+                if not updated or new is None or other not in base.model.sites:
+                    continue
+                if other in places:
+                    raise AdapterError(
+                        f"{self.path} changes {other!r} and the weight beneath {one!r}, which are tied; that is not served"
+                    )
+                deltas[other] = [new]
 
     def _tie_tokens(self, deltas: dict[str, list[Delta]], base: LoadedModel) -> None:
         """Trained tokens act on both sides of a tie, as in PEFT; every other delta on one side leaves the other alone."""

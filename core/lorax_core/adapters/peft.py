@@ -92,9 +92,12 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)\."
     r"(?P<role>(?P<lora>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
     r"(?P<leaf>\.weight|\.bias)?"
-    r"|base_layer\.(?:weight|bias)|token_adapter\.trainable_tokens_delta|modules_to_save\.[^.]+\.(?P<saved>weight|bias)"
+    r"|base_layer\.(?:weight|bias)|token_adapter\.trainable_tokens_delta"
+    r"|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.(?P<saved>weight|bias)"
     r"|weight|bias)"
 )
+# A layer of a saved module that has several, as bias="all" spells it.
+_NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=.+\.(?:weight|bias)$)")
 
 
 @dataclass
@@ -171,16 +174,31 @@ def read_peft(path: str | Path) -> PeftFiles:
     config = _read_config(folder)
     files = PeftFiles(folder, config)
     leftover: list[str] = []
+    doubled: set[tuple[str, str]] = set()
+    originals: list[
+        tuple[str, str]
+    ] = []  # the base's own numbers beside a saved module: PEFT writes them with bias="all"
     for name, tensor in _read_tensors(folder):
-        found = _KEY.fullmatch(name)
+        spelt = _NESTED.sub(".", name)
+        found = _KEY.fullmatch(spelt.replace(".original_module.", "."))
+        if found is not None and ".original_module." in spelt:
+            originals.append((name, found["module"]))
+            continue
         role = _ROLES.get(_role(found)) if found is not None else None
         if found is None or role is None:
             leftover.append(name)
             continue
         piece = files.pieces.setdefault(found["module"], Piece())
-        if getattr(piece, role) is not None:
+        before = getattr(piece, role)
+        # A saved module's bias stands there under its plain name too, with bias="all".
+        if found["saved"] or spelt != name:
+            doubled.add((found["module"], role))
+        again = (found["module"], role) in doubled
+        if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
         setattr(piece, role, tensor)
+    saved = {module for module, piece in files.pieces.items() if piece.weight is not None or piece.bias is not None}
+    leftover += [name for name, module in originals if module not in saved]
     if leftover:
         raise AdapterError(f"{folder} holds tensors that are not served: {listed(leftover)}")
     if not files.pieces:

@@ -27,6 +27,7 @@ _HOMES = {
     "Linear": "linear",
     "Model": "model",
     "ModelConfig": "config",
+    "PostNormLayer": "blocks",
     "QKVLinear": "linear",
     "RMSNorm": "norm",
     "RotaryEmbedding": "rotary",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from lorax_core.modeling.batch import Batch as Batch
     from lorax_core.modeling.batch import HasAdapters as HasAdapters
     from lorax_core.modeling.batch import HeadRows as HeadRows
+    from lorax_core.modeling.blocks import PostNormLayer as PostNormLayer
     from lorax_core.modeling.config import ModelConfig as ModelConfig
     from lorax_core.modeling.embedding import Embedding as Embedding
     from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead

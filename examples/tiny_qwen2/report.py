@@ -22,7 +22,7 @@ from measure import (
 )
 from samples import TokenStream
 
-SAMPLE_PROMPTS = ("If the file does not exist", "The function returns", "This method is called when")
+SAMPLE_PROMPTS = ("When an exception is raised", "The event loop", "The input stream")
 SAMPLE_TOKENS = 48
 _MARKED = re.compile(r"(<!-- measured -->\n).*(<!-- end of measured -->)", re.DOTALL)
 

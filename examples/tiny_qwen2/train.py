@@ -64,10 +64,10 @@ class Schedule:
 
 
 BASE_SCHEDULE = Schedule(steps=1300, rows=8, length=LENGTH, warmup=60)
-ADAPTER_SCHEDULE = Schedule(steps=240, rows=12, length=144, warmup=20)
+ADAPTER_SCHEDULE = Schedule(steps=400, rows=12, length=144, warmup=20)
 MATRIX_RATE = 0.02
 VECTOR_RATE = 5e-3  # the base's embeddings and norms
-ADAPTER_RATE = 4e-3
+ADAPTER_RATE = 5e-3
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 # Rank, scaling and targets differ, so that code which mixes two adapters up, or leaves the scaling out, shows it.

@@ -45,7 +45,7 @@ QUESTIONS = [
 ]
 BEST = 2  # passages shown for each question
 
-PROMPT = "If the file does not exist"
+PROMPT = "When an exception is raised"
 VOICES = {"base": None, "upper": "upper", "bullets": "bullets"}  # title: adapter
 OPTIONS = {"max_tokens": 80, "repetition_penalty": 1.15}  # greedy; without the penalty so small a model goes in circles
 

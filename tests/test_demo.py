@@ -35,7 +35,7 @@ def done():
 
 def answer(done, title):
     """What one voice wrote, without the prompt."""
-    [text] = re.findall(rf"^\[{title}\] If the file does not exist(.*?)\n\n", done.stdout, re.DOTALL | re.MULTILINE)
+    [text] = re.findall(rf"^\[{title}\] When an exception is raised(.*?)\n\n", done.stdout, re.DOTALL | re.MULTILINE)
     return text
 
 

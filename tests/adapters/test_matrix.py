@@ -120,7 +120,7 @@ def differ(one: Answers, other: Answers) -> bool:
 def test_an_adapter_computes_what_peft_computes(bench, tmp_path, row):
     made = make_cell(bench.arch, bench.model, row, tmp_path)
     if made is None:
-        return  # nothing of the kind is there
+        pytest.skip("the architecture has nothing of the kind")
     assert differ(made[1], bench.expected[None])
 
     prove(bench, made)

@@ -72,7 +72,7 @@ class LoraAdapter(Adapter):
         self.files = read_peft(path)
         self._wanted = head or HeadRequest()
         self._identity = self.files.identity(self._wanted.settings)
-        self._deltas: dict[str, list[Delta]] = {}
+        self._deltas: dict[str, list[Delta]] | None = None  # while bound
         self._head: Head | None = None
 
     @property
@@ -86,15 +86,17 @@ class LoraAdapter(Adapter):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return tuple(self._deltas)
+        return tuple(self._deltas or ())
 
     @property
     def nbytes(self) -> int:
         head = sum(tensor.nbytes for tensor in self._head.parameters()) if self._head is not None else 0
-        return head + sum(delta.nbytes for deltas in self._deltas.values() for delta in deltas)
+        return head + sum(delta.nbytes for deltas in (self._deltas or {}).values() for delta in deltas)
 
     @property
     def deltas(self) -> Mapping[str, Sequence[Delta]]:
+        if self._deltas is None:  # no deltas at all would pass for the base, silently
+            raise AdapterError(f"{self.path} is not bound to a model any more", hint="load the adapter again")
         return self._deltas
 
     @property
@@ -133,7 +135,7 @@ class LoraAdapter(Adapter):
         self._deltas, self._head = deltas, head
 
     def unbind(self) -> None:
-        self._deltas, self._head = {}, None
+        self._deltas, self._head = None, None
 
     def _place(self, module: str, sites: Mapping[str, Site], base: LoadedModel) -> _Place:
         target = base.weight_map.resolve_module(module)

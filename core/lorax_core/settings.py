@@ -10,11 +10,13 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from lorax_core.errors import PluginError, nearest
 
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_CACHE: Final = Path("~/.cache/lorax")
 _TRUE: Final = ("1", "true", "yes", "on")
 _FALSE: Final = ("0", "false", "no", "off")
 
@@ -32,6 +34,10 @@ class Settings:
       distributions (`lorax-bert`) or of their entry points (`bert`).
     - `block_plugins` (`LORAX_BLOCK_PLUGINS`): these are not loaded, whatever `plugins` says.
     - `strict` (`LORAX_STRICT`): discovery raises on the first plugin that cannot be used; it does not go on without.
+    - `cache` (`LORAX_CACHE`): the folder for downloads that no library of their own keeps. It need not exist, and a
+      leading `~` is still to be expanded. Unset: `lorax` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
+
+    - `native` (`LORAX_NATIVE`, on by default): products of adapters may be compiled for this machine.
 
     Names are kept in canonical form.
     """
@@ -39,6 +45,8 @@ class Settings:
     plugins: frozenset[str] = frozenset()
     block_plugins: frozenset[str] = frozenset()
     strict: bool = False
+    cache: Path = _CACHE
+    native: bool = True
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -49,7 +57,9 @@ class Settings:
         return cls(
             plugins=_names(environ, "LORAX_PLUGINS"),
             block_plugins=_names(environ, "LORAX_BLOCK_PLUGINS"),
-            strict=_switch(environ, "LORAX_STRICT"),
+            strict=_switch(environ, "LORAX_STRICT", False),
+            cache=_cache(environ),
+            native=_switch(environ, "LORAX_NATIVE", True),
         )
 
 
@@ -64,12 +74,18 @@ def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
     return frozenset(canonical(name) for name in names if name)
 
 
-def _switch(environ: Mapping[str, str], variable: str) -> bool:
+def _cache(environ: Mapping[str, str]) -> Path:
+    told = environ.get("LORAX_CACHE", "").strip()
+    if told:
+        return Path(told)
+    shared = environ.get("XDG_CACHE_HOME", "")
+    return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # relative ones are void, as XDG has it
+
+
+def _switch(environ: Mapping[str, str], variable: str, default: bool) -> bool:
     value = environ.get(variable, "").strip().lower()
-    if value in _TRUE:
-        return True
-    if value in ("", *_FALSE):
-        return False
+    if value in ("", *_TRUE, *_FALSE):
+        return value in _TRUE if value else default
     close = nearest(value, (*_TRUE, *_FALSE))
     raise PluginError(
         f"{variable} is {value!r}, which is neither on nor off",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lorax_core.errors import PluginError
@@ -26,6 +28,21 @@ def test_names_are_separated_by_commas_and_compared_in_canonical_form():
 @pytest.mark.parametrize(("value", "strict"), [("1", True), ("Yes", True), ("0", False), ("off", False), (" ", False)])
 def test_a_switch_is_on_or_off(value, strict):
     assert Settings.from_env({"LORAX_STRICT": value}).strict is strict
+
+
+@pytest.mark.parametrize(
+    ("environ", "folder"),
+    [
+        ({"LORAX_CACHE": "/data/lorax", "XDG_CACHE_HOME": "/cache"}, "/data/lorax"),
+        ({"LORAX_CACHE": " ~/lorax "}, "~/lorax"),
+        ({"LORAX_CACHE": " ", "XDG_CACHE_HOME": "/cache"}, "/cache/lorax"),
+        ({"XDG_CACHE_HOME": "relative"}, "~/.cache/lorax"),
+        ({"XDG_CACHE_HOME": ""}, "~/.cache/lorax"),
+        ({}, "~/.cache/lorax"),
+    ],
+)
+def test_the_cache_is_ours_or_in_the_one_that_programs_share(environ, folder):
+    assert Settings.from_env(environ).cache == Path(folder)
 
 
 @pytest.mark.parametrize(

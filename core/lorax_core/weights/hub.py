@@ -1,55 +1,133 @@
 """Where a checkpoint comes from.
 
 Decides whether a source is a folder or a model id on the hub, and fetches the latter. Only files that loading reads are
-downloaded; offline, the local cache answers.
+downloaded; offline, the local cache answers. What is wanted of a source is a `Kind`, so that adapters come the same way;
+knows nothing of what the files hold.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
-from lorax_core.errors import CheckpointError
+from lorax_core.errors import CheckpointError, LoraxError, listed, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is looked for: its noun in errors and their class, and which files of the hub are its own.
+
+    Of the hub's files, those are fetched that match one of `wanted` and none of `unwanted`.
+    """
+
+    noun: str
+    error: type[LoraxError]
+    wanted: tuple[str, ...]
+    unwanted: tuple[str, ...]
+    forms: str  # what may be given, as a hint
+    convert: str  # how pickles become safetensors, as a hint
+
+
 # The hub's client lets * run over slashes. Of folders, only those of sentence-transformers are read: 1_Pooling, 2_Dense.
-_WANTED = [*_ENDINGS, "*.jinja"]
-_UNWANTED = [f"[!0-9]*/{ending}" for ending in _ENDINGS]
+_CHECKPOINT = Kind(
+    noun="checkpoint",
+    error=CheckpointError,
+    wanted=(*_ENDINGS, "*.jinja"),
+    unwanted=tuple(f"[!0-9]*/{ending}" for ending in _ENDINGS),
+    forms="give a folder with config.json and safetensors, or an id such as 'Qwen/Qwen2-0.5B'",
+    convert="where you trust them, AutoModel.from_pretrained(ID).save_pretrained(FOLDER) of transformers writes safetensors",
+)
 
 
 def find_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """The folder of `source`: itself when it is one, else the hub's files for the id.
 
-    Raises CheckpointError when it is neither, or the hub does not give it.
+    Raises CheckpointError when it is neither, or the hub does not give it, or has its weights only as pickles.
+    """
+    return find_files(_CHECKPOINT, source, revision, token)[0]
+
+
+def find_files(kind: Kind, source: str | Path, revision: str | None, token: str | None) -> tuple[Path, str | None]:
+    """The folder of a source, and the commit when it is the hub's; None for a folder of this machine.
+
+    Raises the kind's error when it is neither, or the hub does not give it, or has its weights only as pickles.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise CheckpointError(
+            raise kind.error(
                 f"{str(source)!r} is a folder, which has no revision {revision!r}", hint="leave revision out"
             )
-        return path
+        return path, None
     if path.exists():
-        raise CheckpointError(f"{str(source)!r} is a file; a checkpoint is a folder", hint=f"try {str(path.parent)!r}")
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"there is no folder {str(source)!r}, and it is no hub id either",
-            hint="give a folder with config.json and safetensors, or an id such as 'Qwen/Qwen2-0.5B'",
+        raise kind.error(
+            f"{str(source)!r} is a file; the folder of the {kind.noun} is needed", hint=f"try {str(path.parent)!r}"
         )
-    return _download(source, revision, token)
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise kind.error(
+            f"there is no {kind.noun} folder {str(source)!r}, and it is no hub id either",
+            hint=f"{_neighbour(path)}{kind.forms}",
+        )
+    return _download(kind, source, revision, token)
 
 
-def _download(source: str, revision: str | None, token: str | None) -> Path:
+def refuse_pickles(kind: Kind, source: str, names: Iterable[str]) -> None:
+    """Raises the kind's error when the files at the top of a source hold pickles and no safetensors."""
+    top = sorted(name for name in names if "/" not in name)
+    pickles = [name for name in top if any(fnmatch(name, pattern) for pattern in _PICKLES)]
+    if pickles and not any(name.endswith(".safetensors") for name in top):
+        raise kind.error(
+            f"{source!r} has its weights only as pickles ({listed(pickles)}), which can run code and are not read",
+            hint=kind.convert,
+        )
+
+
+def _download(kind: Kind, source: str, revision: str | None, token: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(source, revision=revision, token=token, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        folder = Path(
+            snapshot_download(
+                source,
+                revision=revision,
+                token=token,
+                allow_patterns=list(kind.wanted),
+                ignore_patterns=list(kind.unwanted),
+            )
         )
     except Exception as error:  # the client's own, its HTTP library's (which one hangs on its version), and JSON's
         at = f" at revision {revision!r}" if revision else ""
-        raise CheckpointError(
-            f"there is no folder {source!r} here, and the hub did not give it{at}: {type(error).__name__}: {error}",
-            hint="check the spelling; private models need token=; offline, only what was downloaded before is there",
+        told = "check the spelling; private models need token=; offline, only what was downloaded before is there"
+        raise kind.error(
+            f"there is no {kind.noun} folder {source!r} here, and the hub did not give it{at}: {type(error).__name__}: {error}",
+            hint=f"{_neighbour(Path(source))}{told}",
         ) from error
+    if not any(folder.glob("*.safetensors")):
+        refuse_pickles(kind, source, _hub_names(source, folder.name, token))
+    return folder, folder.name  # the client calls a snapshot's folder after its commit
+
+
+def _hub_names(source: str, commit: str, token: str | None) -> list[str]:
+    """All files of a commit; none when the hub cannot be asked, as what was downloaded is then all that is known."""
+    from huggingface_hub import HfApi
+
+    try:
+        return list(HfApi().list_repo_files(source, revision=commit, token=token))
+    except Exception:  # as above; reading the folder tells what is missing
+        return []
+
+
+def _neighbour(path: Path) -> str:
+    """The folder beside `path` with the most similar name, as the start of a hint; empty when none is close."""
+    try:
+        close = nearest(path.name, (other.name for other in path.parent.iterdir() if other.is_dir()))
+    except OSError:
+        return ""
+    return f"did you mean {str(path.parent / close)!r}? Else " if close else ""

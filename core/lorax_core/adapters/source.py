@@ -1,0 +1,233 @@
+"""Where an adapter comes from.
+
+Decides what a source means (a folder, a hub id, the URL of a folder that fsspec reads), fetches the files of an adapter,
+and keeps those of URLs in a cache, by what they were when they were fetched. Knows nothing of what the files hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.settings import Settings
+from lorax_core.weights.hub import Kind, find_files, refuse_pickles
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
+_COLLAPSED = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)", re.DOTALL)  # what Path makes of one
+_ADAPTER = Kind(
+    noun="adapter",
+    error=AdapterError,
+    wanted=("*.json", "*.safetensors"),
+    unwanted=("*/*",),
+    forms="give the folder that PEFT wrote, a hub id such as 'org/name', or a URL such as 's3://bucket/folder'",
+    convert="where you trust them, PeftModel.from_pretrained(BASE, ID).save_pretrained(FOLDER) writes safetensors",
+)
+# What filesystems call the mark of a file's version, the surest first.
+_TAGS = ("ETag", "etag", "md5Hash", "version_id", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundAdapter:
+    """A folder of this machine with an adapter's files, and where they came from.
+
+    `origin` is the source as it was given. `revision` says exactly what was found there: the hub's commit, a hash of a
+    URL's listing or content, and None for a folder, which may change. Remote files are not to be changed.
+    """
+
+    folder: Path
+    origin: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where that is not told."""
+
+    path: str
+    name: str
+    size: int | None
+    tag: str | None
+
+
+def find_adapter(
+    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path | None = None
+) -> FoundAdapter:
+    """The files of an adapter, fetched when they are elsewhere.
+
+    - A folder is itself.
+    - A hub id `org/name` may have a `revision` and a `token`. The hub's client keeps the files; offline, what it has kept
+      is the answer.
+    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache` (by default
+      `Settings.cache`). Calls at the same time, from any process, do not disturb each other.
+
+    Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
+    """
+    url = _URL.fullmatch(source) if isinstance(source, str) else None
+    if url is not None:
+        _refuse_pages(url[0], url["scheme"])
+        _refuse_options(url[0], revision, token)
+        root = (cache or Settings.from_env().cache) / "adapters"
+        return _from_url(url[0], url["scheme"], root)
+    collapsed = _COLLAPSED.fullmatch(str(source))
+    if isinstance(source, Path) and collapsed is not None and not source.exists():
+        raise AdapterError(
+            f"there is no adapter folder {str(source)!r}; a path cannot be a URL",
+            hint=f"give URLs as text: '{collapsed['scheme']}://{collapsed['rest']}'",
+        )
+    folder, commit = find_files(_ADAPTER, source, revision, token)
+    return FoundAdapter(folder, str(source), commit)
+
+
+def _refuse_pages(url: str, scheme: str) -> None:
+    """The web has pages, not folders: what one of them links to may be anything."""
+    if scheme.lower() in ("http", "https"):
+        parts = [part for part in url.split("/")[3:] if part]
+        close = f", for this page perhaps {'/'.join(parts[:2])!r}" if len(parts) > 1 else ""
+        raise AdapterError(f"{url!r} is a page, not a folder", hint=f"for the hub give the id{close}")
+
+
+def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
+    if revision is not None:
+        raise AdapterError(
+            f"{url!r} has no revision {revision!r}; only hub ids have revisions",
+            hint="leave revision out, and give each version a folder of its own",
+        )
+    if token is not None:
+        raise AdapterError(
+            f"token is for hub ids, not for {url!r}",
+            hint="leave token out; set the store's own credentials, for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
+
+
+def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
+    files, path = _filesystem(url, scheme)
+    remote = _listing(files, path, url)
+    told = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
+    sure = all(file.tag is not None and file.size is not None for file in remote)
+    try:
+        root = root.expanduser()
+        if sure and _whole(root / told, remote):
+            return FoundAdapter(root / told, url, told)
+        root.mkdir(parents=True, exist_ok=True)
+        # Beside its final place, so that the move there is one step; what breaks before leaves nothing.
+        with tempfile.TemporaryDirectory(dir=root, prefix=".part-") as scratch:
+            part = Path(scratch) / "files"
+            part.mkdir()
+            _fetch(files, remote, part, url)
+            if _listing(files, path, url) != remote:
+                raise AdapterError(f"{url!r} changed while it was downloaded", hint="try again")
+            key = told if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
+            _settle(part, root / key, remote)
+            return FoundAdapter(root / key, url, key)
+    except (OSError, RuntimeError) as error:  # no room, no rights, no home
+        raise AdapterError(
+            f"{url!r} could not be kept in {str(root)!r}: {type(error).__name__}: {error}",
+            hint="name a folder that can be written to with LORAX_CACHE",
+        ) from error
+
+
+def _filesystem(url: str, scheme: str) -> tuple[Any, str]:
+    """What reads a URL, and the URL as it calls it. Never a shared one: those remember credentials and listings."""
+    try:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(url, skip_instance_cache=True)
+    except ImportError as error:
+        extra = scheme.lower() in ("s3", "s3a")
+        raise AdapterError(
+            f"{url!r} needs a package that is not installed: {error}",
+            hint="pip install 'lorax-core[s3]'" if extra else f"install what fsspec reads {scheme}:// with",
+        ) from error
+    except ValueError as error:
+        close = nearest(scheme, fsspec.available_protocols())
+        raise AdapterError(
+            f"{url!r} cannot be read: {error}", hint=f"did you mean '{close}://'?" if close else _ADAPTER.forms
+        ) from error
+    except Exception as error:  # each filesystem has its own
+        raise AdapterError(f"{url!r} cannot be read: {type(error).__name__}: {error}") from error
+    return filesystem, path
+
+
+def _listing(filesystem: Any, path: str, url: str) -> list[_File]:
+    """The adapter's files at a URL, by name; an error when there is no adapter among them."""
+    try:
+        filesystem.invalidate_cache()
+        entries = filesystem.ls(path, detail=True)
+    except Exception as error:  # each filesystem has its own
+        raise AdapterError(
+            f"{url!r} cannot be listed: {type(error).__name__}: {error}",
+            hint="check the spelling, and the credentials that the environment gives",
+        ) from error
+    found = [
+        _File(str(entry["name"]), str(entry["name"]).rpartition("/")[2], entry.get("size"), _tag(entry))
+        for entry in entries
+        if entry.get("type") != "directory" and not str(entry["name"]).endswith("/")
+    ]
+    if [file.path.rstrip("/") for file in found] == [str(path).rstrip("/")]:
+        raise AdapterError(
+            f"{url!r} is a file; the folder of the adapter is needed", hint=f"try {url.rpartition('/')[0]!r}"
+        )
+    names = sorted(file.name for file in found)
+    refuse_pickles(_ADAPTER, url, names)
+    if not {"adapter_config.json", "config.json"} & set(names):  # the latter is Medusa's
+        raise AdapterError(
+            f"{url!r} has no adapter_config.json; it holds {listed(names)}", hint="give the folder that PEFT wrote"
+        )
+    wanted = (file for file in found if any(fnmatch(file.name, pattern) for pattern in _ADAPTER.wanted))
+    return sorted(wanted, key=lambda file: file.name)
+
+
+def _tag(entry: dict[str, Any]) -> str | None:
+    return next((f"{name}={entry[name]}" for name in _TAGS if entry.get(name) is not None), None)
+
+
+def _fetch(filesystem: Any, remote: Iterable[_File], folder: Path, url: str) -> None:
+    for file in remote:
+        target = folder / file.name
+        try:
+            filesystem.get_file(file.path, str(target))
+        except Exception as error:  # each filesystem has its own
+            raise AdapterError(
+                f"{file.name!r} of {url!r} could not be downloaded: {type(error).__name__}: {error}", hint="try again"
+            ) from error
+        size = target.stat().st_size
+        if file.size not in (None, size):
+            raise AdapterError(
+                f"{file.name!r} of {url!r} has {file.size} bytes, of which {size} arrived", hint="try again"
+            )
+
+
+def _settle(part: Path, folder: Path, remote: Iterable[_File]) -> None:
+    """Moves a finished download to its place, unless another one got there first."""
+    if folder.is_dir() and not _whole(folder, remote):
+        os.rename(folder, part.with_name("spoilt"))
+    try:
+        os.rename(part, folder)
+    except OSError:
+        if not _whole(folder, remote):
+            raise
+
+
+def _whole(folder: Path, remote: Iterable[_File]) -> bool:
+    """Whether a folder of the cache holds what is listed: people clean caches by hand."""
+    return all(
+        (folder / file.name).is_file() and file.size in (None, (folder / file.name).stat().st_size) for file in remote
+    )
+
+
+def _content(file: Path) -> tuple[str, str]:
+    with file.open("rb") as opened:
+        return file.name, hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest(told: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:40]

@@ -44,7 +44,14 @@ ONLY = {("modeling", "attention"): "lorax_core.attention.base"}
 COMMAND_OF = {"cli/check.py": "testing"}
 
 MAX_FILE, MAX_FUNCTION, MAX_MODELING = 400, 60, 199
-PLANNERS = {"engine/scheduler.py", "engine/sequence.py", "kvcache/allocator.py", "kvcache/prefix.py"}
+PLANNERS = {
+    "adapters/places.py",
+    "engine/queue.py",
+    "engine/scheduler.py",
+    "engine/sequence.py",
+    "kvcache/allocator.py",
+    "kvcache/prefix.py",
+}
 MODEL_TYPES = {"bert", "gpt2", "qwen2", "roberta", "xlm-roberta", "camembert", "gpt_neox", "distilbert"}
 # A literal key that does not begin with LORAX_ belongs to somebody else and is admitted.
 ENVIRONMENT_READ = re.compile(r"(os\.)?(environ\[|environ\.(get|pop|setdefault)\(|getenv\()(?!['\"](?!LORAX_))")

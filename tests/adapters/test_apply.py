@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_core.adapters.apply import adapter_rows
+from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Adapter
 from lorax_core.adapters.deltas import LowRank
 from lorax_core.modeling import Linear
@@ -21,7 +21,7 @@ class Whole(Adapter):
     def __init__(self, seed, rank, paths=("here",)):
         generator = torch.Generator().manual_seed(seed)
         made = {
-            path: (LowRank(torch.randn(rank, 5, generator=generator), torch.randn(3, rank, generator=generator)),)
+            path: (LowRank.whole(torch.randn(rank, 5, generator=generator), torch.randn(3, rank, generator=generator)),)
             for path in paths
         }
         self._deltas = MappingProxyType(made)
@@ -29,6 +29,10 @@ class Whole(Adapter):
     @property
     def identity(self):
         return str(id(self))
+
+    @property
+    def is_bound(self):
+        return True
 
     @property
     def targets(self):
@@ -65,7 +69,7 @@ def changed_row_by_row(counts, adapters, x, y, path):
     for at, adapter in enumerate(rows):
         if adapter is not None and path in adapter.deltas:
             (delta,) = adapter.deltas[path]
-            expected[at] += delta.b @ (delta.a @ x[at])
+            expected[at] += delta.blocks[0].b.t() @ (delta.a @ x[at])
     return expected
 
 
@@ -78,7 +82,7 @@ def test_every_row_gets_its_own_adapter_and_no_other(runs, path):
     x, y = torch.randn(sum(counts), 5), torch.randn(sum(counts), 3)
     expected = changed_row_by_row(counts, adapters, x, y, path)
 
-    changed = adapter_rows(counts, adapters).apply(make_site(path), x, y.clone())
+    changed = AdapterRowsMaker().rows(counts, adapters).apply(make_site(path), x, y.clone())
 
     torch.testing.assert_close(changed, expected)
 
@@ -86,7 +90,7 @@ def test_every_row_gets_its_own_adapter_and_no_other(runs, path):
 def test_runs_of_one_adapter_are_one_product():
     one, other = ADAPTERS[1], ADAPTERS[2]
 
-    rows = adapter_rows([2, 3, 1, 0, 4], [one, one, other, None, other])
+    rows = AdapterRowsMaker().rows([2, 3, 1, 0, 4], [one, one, other, None, other])
 
     assert [(segment.start, segment.stop, segment.adapter) for segment in rows.segments] == [
         (0, 5, one),
@@ -97,7 +101,7 @@ def test_runs_of_one_adapter_are_one_product():
 def test_the_base_alone_pays_nothing():
     y = torch.randn(4, 3)
 
-    rows = adapter_rows([4], [None])
+    rows = AdapterRowsMaker().rows([4], [None])
 
     assert isinstance(rows, NoAdapters)
     assert rows.apply(make_site(), torch.randn(4, 5), y) is y
@@ -106,4 +110,4 @@ def test_the_base_alone_pays_nothing():
 def test_a_layer_that_no_adapter_changes_is_left_alone():
     y = torch.randn(2, 3)
 
-    assert adapter_rows([2], [ADAPTERS[3]]).apply(make_site(), torch.randn(2, 5), y) is y
+    assert AdapterRowsMaker().rows([2], [ADAPTERS[3]]).apply(make_site(), torch.randn(2, 5), y) is y

@@ -48,6 +48,7 @@ SETTINGS = {
     "dora": ({"use_dora": True}, "use_dora=True"),
     "lora's own biases": ({"lora_bias": True}, "lora_bias=True"),
     "new tokens": ({"trainable_token_indices": [5]}, "trainable_token_indices=[5]"),
+    "saved modules that are not there": ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
     "bare parameters": ({"target_parameters": ["mlp.weight"]}, "target_parameters=['mlp.weight']"),
     "copied layers": ({"layer_replication": [[0, 2]]}, "layer_replication=[[0, 2]]"),
     "an activation": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens=[1]"),

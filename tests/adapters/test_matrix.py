@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import torch
 from builders import change_json, change_tensors
@@ -24,7 +25,6 @@ from matrix import (
     answers,
     make_cell,
     make_head_cell,
-    page,
     saved,
     trained,
 )
@@ -265,6 +265,6 @@ def test_an_adapter_of_a_pooler_is_refused_where_nothing_reads_it(tmp_path, host
 
 
 def test_the_committed_page_is_the_one_that_is_made(repository):
-    assert (repository / "docs/adapters.md").read_text(encoding="utf-8") == page(), (
-        "the page is old; `PYTHONPATH=tests/support python -c 'import matrix; print(matrix.page(), end=\"\")'` makes it"
+    assert (repository / "docs/adapters.md").read_text(encoding="utf-8") == pages.adapters(), (
+        "the page is old; `PYTHONPATH=tests/support python -c 'import pages; print(pages.adapters(), end=\"\")'` makes it"
     )

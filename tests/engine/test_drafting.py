@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_core.engine.drafting import Drafter
+from lorax_core.engine.drafting import PromptLookup
 
 
 def guessed(text, limit, most, ngram):
@@ -28,7 +28,7 @@ def guessed(text, limit, most, ngram):
     st.integers(1, 3),
 )
 def test_what_followed_the_last_time_is_guessed(pieces, limit, most, ngram):
-    drafter, text = Drafter(most, ngram), []
+    drafter, text = PromptLookup(most, ngram), []
 
     for piece in pieces:
         drafter.extend(piece)
@@ -41,4 +41,4 @@ def test_what_followed_the_last_time_is_guessed(pieces, limit, most, ngram):
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
 def test_a_guess_of_nothing_is_refused(sizes):
     with pytest.raises(ValueError, match="at least one token"):
-        Drafter(*sizes)
+        PromptLookup(*sizes)

@@ -5,7 +5,7 @@ from builders import make_byte_tokenizer, make_lora, make_qwen2_model
 from fakes import FlakyBackend, PagedEcho, echoed
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
-from lorax_core.engine.drafting import Drafter
+from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Answer
 from lorax_core.engine.sampler import Picked
@@ -91,7 +91,7 @@ def test_a_prompt_whose_beginning_is_cached_is_continued_in_the_same_way(base):
 def test_guessing_ahead_writes_the_same(base, sampling):
     prompt = [9, 8, 7, 6] * 4
     sequence = make_sequence(prompt, 40, sampling=sampling)
-    sequence.drafter = Drafter(most=4, ngram=1)
+    sequence.drafter = PromptLookup(most=4, ngram=1)
     loop = make_loop(base)
 
     assert finish(loop, sequence) == [written(base, prompt, 40, sampling=sampling)]

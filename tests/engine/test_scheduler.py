@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rigs import make_sequence
 
-from lorax_core.engine.drafting import Drafter
+from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import Sampling, Sequence
@@ -232,7 +232,7 @@ def test_forks_share_their_prompt_and_go_their_own_ways(prompt, answers, pages, 
 def test_guesses_change_no_answer(prompt, ngram, count, max_tokens):
     loop = make_loop(pages=6, max_tokens=max_tokens, vocab=2)  # two tokens: guesses are often right and often wrong
     sequence = make_sequence(prompt, count)
-    sequence.drafter = Drafter(most=4, ngram=ngram)
+    sequence.drafter = PromptLookup(most=4, ngram=ngram)
     loop.add(sequence)
 
     plans = list(steps(loop))
@@ -245,7 +245,7 @@ def test_guesses_change_no_answer(prompt, ngram, count, max_tokens):
 def test_right_guesses_save_steps():
     loop = make_loop(pages=20, max_tokens=32, vocab=1)  # the same token over and over
     sequence = make_sequence([0] * 4, 30)
-    sequence.drafter = Drafter(most=8, ngram=2)
+    sequence.drafter = PromptLookup(most=8, ngram=2)
     loop.add(sequence)
 
     plans = list(steps(loop))
@@ -267,7 +267,7 @@ def test_a_higher_priority_is_served_first_and_waiting_long_enough_beats_it():
     assert order == [urgent, plain]
     late = make_sequence([3], 1)
     late.priority = 1
-    late.arrival = plain.arrival + 2000
+    late.turn = plain.turn + 2000
     assert plain.rank < late.rank
 
 
@@ -324,7 +324,7 @@ def make_busy_scheduler():
         lambda running, waiting: running[0].pages.pop(),
         lambda running, waiting: running[1].pages.append(running[0].pages[0]),
         lambda running, waiting: setattr(running[2], "computed", 900),
-        lambda running, waiting: setattr(running[0], "arrival", 99),
+        lambda running, waiting: setattr(running[0], "turn", 99),
         lambda running, waiting: setattr(waiting, "computed", 1),
     ],
     ids=["a page lost", "a page taken twice", "more computed than held", "out of order", "waiting with progress"],

@@ -10,7 +10,7 @@ from builders import make_qwen2, make_qwen2_model
 from rigs import make_loaded
 
 from lorax_core.attention.reference import TorchBackend
-from lorax_core.engine.drafting import Drafter
+from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
@@ -102,7 +102,7 @@ def make_request(subject, source, heard):
             task=Task.GENERATE,
             prompt=subject.prompts[which],
             stop=StopRule(count),
-            drafter=Drafter(source.randint(1, 6), source.randint(1, 3)) if source.random() < 0.4 else None,
+            drafter=PromptLookup(source.randint(1, 6), source.randint(1, 3)) if source.random() < 0.4 else None,
             priority=source.choice([0, 0, 1]),
         )
         sequence.sink = lambda update: tokens.extend(update.token_ids)

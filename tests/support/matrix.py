@@ -1,6 +1,6 @@
 """The table adapters x architectures: what PEFT is asked to train on each, and what PEFT then computes alone and unmerged.
 
-Decides the rows and the columns, and writes `docs/adapters.md` from them; `tests/adapters/test_matrix.py` proves each cell.
+Decides the rows and the columns; `tests/adapters/test_matrix.py` proves each cell, and `pages` writes them down.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import transformers as hf
 from builders import BERT, QWEN2, change_tensors
-from oracles import TOLERANCE, make_model
+from converted import save_converted, trained_within
+from oracles import make_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from rewrites import half, infix, sharded
 from torch import Tensor
 
 TEXTS = [[5, 9, 2, 77, 13], [30, 3, 0, 8, 5], list(range(2, 23))]  # 0 is padding for models that look for it
@@ -42,6 +43,7 @@ class Arch:
     norm: str
     head: str | None = None
     tied: bool = False
+    transposed: bool = False  # its matrices, as stored
     last: str = "classifier"  # what its sequence classifier saves
 
     @property
@@ -101,6 +103,7 @@ ARCHS = (
         norm="ln_2",
         head="lm_head",
         tied=True,
+        transposed=True,
         last="score",
     ),
     Arch(
@@ -113,7 +116,7 @@ ARCHS = (
         dense="dense_h_to_4h",
         embedding="embed_in",
         norm="post_attention_layernorm",
-        head="embed_out",
+        head="lm_head",
         last="score",
     ),
     Arch("qwen2", config={**QWEN2, "pad_token_id": 0}, **_QWEN2),
@@ -129,24 +132,7 @@ class Row:
     rewrite: Callable[[Path], None] | None = None
     bare: bool = False  # trained on the model without its head
     new_base: bool = False  # with other base weights in the files
-
-
-def _half(file: Path) -> None:
-    change_tensors(file, lambda found: {name: tensor.half() for name, tensor in found.items()})
-
-
-def _infix(file: Path) -> None:
-    def renamed(name: str) -> str:
-        return name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default.")
-
-    change_tensors(file, lambda found: {renamed(name): tensor for name, tensor in found.items()})
-
-
-def _sharded(file: Path) -> None:
-    tensors = list(load_file(file).items())
-    for at in (0, 1):
-        save_file(dict(tensors[at::2]), file.with_name(f"adapter_model-0000{at + 1}-of-00002.safetensors"))
-    file.unlink()
+    converted: bool = False  # from a start inside the base's weights
 
 
 def _on(*places: str, **options: Any) -> Callable[[Arch], Options]:
@@ -156,6 +142,14 @@ def _on(*places: str, **options: Any) -> Callable[[Arch], Options]:
 
 def _headed(arch: Arch, **options: Any) -> Options | None:
     return {"target_modules": [arch.head, arch.dense], **options} if arch.head else None
+
+
+def _patterns(arch: Arch) -> Options:
+    return {
+        "target_modules": [arch.part, arch.dense],
+        "rank_pattern": {arch.part: 5, rf".*\.1\..*{arch.dense}": 2},
+        "alpha_pattern": {rf".*\.0\..*{arch.dense}": 3},
+    }
 
 
 ROWS: dict[str, Row] = {
@@ -168,13 +162,7 @@ ROWS: dict[str, Row] = {
     "rank 256": Row(_on("dense", r=256)),
     "`lora_alpha` unequal to rank": Row(_on("part", r=3, lora_alpha=7)),
     "`use_rslora`": Row(_on("part", "dense", r=4, lora_alpha=6, use_rslora=True)),
-    "`rank_pattern`, `alpha_pattern`": Row(
-        lambda arch: {
-            "target_modules": [arch.part, arch.dense],
-            "rank_pattern": {arch.part: 5, rf".*\.1\..*{arch.dense}": 2},
-            "alpha_pattern": {rf".*\.0\..*{arch.dense}": 3},
-        }
-    ),
+    "`rank_pattern`, `alpha_pattern`": Row(_patterns),
     "DoRA": Row(lambda arch: {"target_modules": "all-linear", "use_dora": True}),
     "DoRA on a fused layer, or one part of it": Row(_on("part", use_dora=True)),
     "`lora_bias`": Row(_on("part", "dense", lora_bias=True)),
@@ -200,13 +188,12 @@ ROWS: dict[str, Row] = {
     "`trainable_token_indices`": Row(
         lambda arch: {"target_modules": [arch.part], "trainable_token_indices": {arch.embedding: [9, 2, 5]}}
     ),
+    "output head and trained tokens, tied": Row(
+        lambda arch: _headed(arch, trainable_token_indices={arch.embedding: [9, 2, 5]}) if arch.tied else None
+    ),
     "`ensure_weight_tying`": Row(
         lambda arch: (
-            {
-                "target_modules": [arch.part],
-                "modules_to_save": [arch.embedding],
-                "ensure_weight_tying": True,
-            }
+            {"target_modules": [arch.part], "modules_to_save": [arch.embedding], "ensure_weight_tying": True}
             if arch.tied
             else None
         )
@@ -214,9 +201,22 @@ ROWS: dict[str, Row] = {
     "`base_layer` weights unlike the base's": Row(_on("part", "dense"), new_base=True),
     "`base_layer` of the token embedding unlike the base's": Row(_on("embedding"), new_base=True),
     "trained on the model without its head": Row(_on("part", "dense"), bare=True),
-    "float16 files": Row(_on("part", "dense"), _half),
-    "adapter name in the tensors' names": Row(_on("part", "dense"), _infix),
-    "files in shards": Row(_on("part", "dense"), _sharded),
+    "PiSSA, converted": Row(_on("part", "dense", init_lora_weights="pissa"), converted=True),
+    "PiSSA with `use_rslora`, converted": Row(
+        _on("part", "dense", init_lora_weights="pissa", use_rslora=True, lora_alpha=6), converted=True
+    ),
+    "PiSSA with `rank_pattern`, `alpha_pattern`, converted": Row(
+        lambda arch: {**_patterns(arch), "init_lora_weights": "pissa"}, converted=True
+    ),
+    # PEFT's OLoRA takes a transposed matrix as it is: it cannot be made where that is not square.
+    "OLoRA, converted": Row(
+        lambda arch: None if arch.transposed else _on("part", "dense", init_lora_weights="olora")(arch), converted=True
+    ),
+    "CorDA, converted": Row(_on("part", "dense", init_lora_weights="corda"), converted=True),
+    "LoRA-GA, converted": Row(_on("part", "dense", init_lora_weights="lora_ga"), converted=True),
+    "float16 files": Row(_on("part", "dense"), half),
+    "adapter name in the tensors' names": Row(_on("part", "dense"), infix),
+    "files in shards": Row(_on("part", "dense"), sharded),
 }
 
 
@@ -268,9 +268,14 @@ HEADS: dict[str, HeadRow] = {
 
 def trained(model: Any, seed: int, *, new_base: bool = False, **options: Any) -> PeftModel:
     """PEFT on `model`, with everything that training could change set to random numbers."""
+    told = (options.get("target_modules"), options.get("modules_to_save"))
+    places = [place for one in told if isinstance(one, list) for place in one]  # now, as PEFT writes into its lists
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT corrects fan_in_fan_out by itself, and nothing tied is merged here
         lora = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **options})).eval()
+    changed = [name for name, tensor in lora.named_parameters() if tensor.requires_grad]
+    found = (any(f".{place}." in name for name in changed) for place in places)
+    assert options.get("exclude_modules") or all(found)  # PEFT passes over what is not there
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in lora.named_parameters():
@@ -331,6 +336,10 @@ def make_cell(
     model = copy.deepcopy(base)
     if hasattr(model, "pooler"):
         model.pooler = None  # saved with the base for those who need it; vectors do not
+    if row.converted:  # the oracle is what was trained, on its own changed base
+        changed = trained_within(model, folder, seed, TEXTS, **options)
+        expected = answers(changed)
+        return save_converted(changed, folder), expected
     lora = trained(model.base_model if row.bare else model, seed, new_base=row.new_base, **options)
     return saved(lora, folder, row), answers(model, head)
 
@@ -341,53 +350,3 @@ def make_head_cell(arch: Arch, base: Any, row: HeadRow, folder: Path, seed: int 
     model = arch.task_model(kind, base, row.labels)
     lora = trained(model, seed, task_type=row.task, **row.options(arch))
     return saved(lora, folder), answers(model, row)
-
-
-PAGE = """\
-# Adapters
-
-What of PEFT's LoRA is served on which architecture. A dot is a cell that `tests/adapters/test_matrix.py` proves on small
-random models in float32, against PEFT with that adapter alone and unmerged, to {tolerance:.0e} of the largest number: alone, in
-one batch with another adapter and the base, and after it was unloaded and loaded again. Architectures that generate are
-compared by prompt log-probabilities and by embeddings, the others by embeddings; rows with labels by their classes and by
-embeddings. A blank is what an architecture
-does not have. The page is made from the test's own table:
-
-```sh
-PYTHONPATH=tests/support python -c 'import matrix; print(matrix.page(), end="")' > docs/adapters.md
-```
-
-{table}
-
-## Heads travel with adapters
-
-An adapter that was trained as `TOKEN_CLS` or `SEQ_CLS` brings its own head, with any number of labels. It loads onto the bare
-base or the generating checkpoint, and `engine.classify(text, adapter=name)` answers with that head. Generating, embedding
-and classifying adapters, whatever their heads, and the base share one `engine.run`.
-
-- The task is the files' `task_type`, else `engine.adapters.load(name, path, task="token-classification")` (or
-  `"sequence-classification"`). A head without either is refused.
-- `id2label` names the labels; without it they are `LABEL_0`, `LABEL_1` and so on, never the base's names.
-- `problem_type="multi_label_classification"` makes the scores of a text independent; one label alone is a raw number.
-- An adapter without a head uses the base's, where the base has one. `engine.embed` ignores heads.
-- BERT's sequence head reads the pooler, which is the base's unless the adapter brings one.
-
-## What is refused
-
-By name, with the engine unharmed:
-
-- a head without a task; a task, `problem_type` or `id2label` that does not exist, does not fit the head's rows, contradicts
-  the files, or comes with an adapter that brings no head;
-- a sequence head of BERT on a base that was saved without a pooler, and an adapter of the pooler without such a head;
-- kinds other than LoRA, settings that change the computation and are not in the table, initialisations that changed the base
-  and were not converted (`pissa`, `olora`), and settings that the tensors contradict.
-"""
-
-
-def page() -> str:
-    """The text of `docs/adapters.md`."""
-    lines = [f"| adapter | {' | '.join(arch.name for arch in ARCHS)} |", "| --- |" + " :-: |" * len(ARCHS)]
-    for name, row in ROWS.items():
-        lines.append(f"| {name} | {' | '.join('•' if row.options(arch) else ' ' for arch in ARCHS)} |")
-    lines += [f"| {name} | {' | '.join('•' for _ in ARCHS)} |" for name in HEADS]
-    return PAGE.format(tolerance=TOLERANCE, table="\n".join(lines))

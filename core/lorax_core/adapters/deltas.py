@@ -27,19 +27,43 @@ def _bias(site: Site, part: Part) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
+class Block:
+    """What some ranks of an update add, to the columns from `column` on: b `[ranks, width]` is B transposed, with the scale."""
+
+    ranks: slice
+    column: int
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LowRank:
-    """`y += (x A^T) B^T + bias`: a `[rank, in]`, b `[out, rank]`, the scale already in b and bias."""
+    """`y += (x A^T) B^T + bias`: a `[rank, in]`, and B in blocks, one for each part of a fused layer that is updated.
+
+    Blocks share no columns. What B has no block for is zero and costs nothing.
+    """
 
     a: Tensor
-    b: Tensor
+    blocks: tuple[Block, ...]
     bias: Tensor | None = None
+
+    @classmethod
+    def whole(cls, a: Tensor, b: Tensor, bias: Tensor | None = None) -> LowRank:
+        """An update of all columns: a `[rank, in]`, b `[out, rank]` with the scale."""
+        return cls(a, (Block(slice(0, len(a)), 0, b.t().contiguous()),), bias)
 
     @property
     def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+        blocks = sum(block.b.nbytes for block in self.blocks)
+        return self.a.nbytes + blocks + (self.bias.nbytes if self.bias is not None else 0)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """The product alone, added to y `[rows, out]` for x `[rows, in]`."""
+        h = x @ self.a.t()  # [rows, rank]
+        for block in self.blocks:
+            y[:, block.column : block.column + block.b.shape[1]].addmm_(h[:, block.ranks], block.b)
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        y.addmm_(x @ self.a.t(), self.b.t())
+        self.add(x, y)
         if self.bias is not None:
             y += self.bias
 

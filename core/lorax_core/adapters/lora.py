@@ -1,84 +1,75 @@
-"""LoRA adapters, from PEFT's files to the sites of a model.
+"""LoRA adapters as PEFT saves them.
 
-Decides where every tensor goes: a tensor without a place, or of another shape, is an error, and nothing is dropped silently.
+Decides what is kept of one: the files, what was read of them, and what a model was given. Where its tensors go is decided in
+`binding`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from lorax_core.adapters.base import Adapter, Delta
-from lorax_core.adapters.deltas import (
-    Dora,
-    EmbeddingLowRank,
-    LowRank,
-    Part,
-    Replacement,
-    Shift,
-    TokenLogits,
-    TokenRows,
-)
-from lorax_core.adapters.head import HeadRequest, build_head
-from lorax_core.adapters.peft import Piece, read_peft
-from lorax_core.errors import AdapterError, nearest
-from lorax_core.modeling.embedding import Embedding
+from lorax_core.adapters.base import Delta, FileAdapter
+from lorax_core.adapters.binding import Binding
+from lorax_core.adapters.deltas import Dora, EmbeddingLowRank, LowRank, TokenLogits, TokenRows
+from lorax_core.adapters.head import HeadRequest, drop_numbers, head_bytes, take_numbers
+from lorax_core.adapters.peft import PeftFiles, read_peft
+from lorax_core.errors import AdapterError
 from lorax_core.modeling.heads import Head
-from lorax_core.modeling.linear import Linear
-from lorax_core.modeling.site import Site
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
-from lorax_core.weights.mapping import Target
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """A site of the model, or a part of a fused one, that a module of the files stands for."""
-
-    module: str
-    site: Site
-    target: Target
-
-    @property
-    def part(self) -> Part:
-        if self.target.part is None:
-            return None
-        start = sum(self.site.parts[: self.target.part])
-        return slice(start, start + self.site.parts[self.target.part])
-
-    @property
-    def rows(self) -> int:
-        return self.site.out_features if self.target.part is None else self.site.parts[self.target.part]
-
-    def base(self, name: str) -> Tensor | None:
-        """The base's own weight or bias here."""
-        whole = self.site.dense_weight() if name == "weight" else getattr(self.site, "bias", None)
-        return whole if whole is None or self.part is None else whole[self.part]
-
-
-class LoraAdapter(Adapter):
+class LoraAdapter(FileAdapter):
     """What PEFT's `save_pretrained` writes for LoRA: low-rank updates, magnitudes, biases, saved modules, token rows, heads.
 
     Reading checks the files; `bind` checks them against a model. `head` says what the files do not: the task, the labels.
+    What was read is kept until `forget_files`; it is read again when needed, and must be the same then.
     """
 
     kind = "lora"
 
     def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
-        self.files = read_peft(path)
         self._wanted = head or HeadRequest()
-        self._identity = self.files.identity(self._wanted.settings)
+        self.path = Path(path)
+        self._files: PeftFiles | None = read_peft(path)
+        self._identity = self._files.identity(self._wanted.settings)
+        self._task = self._wanted.task or self._files.task
+        ranks = (piece.a if piece.a is not None else piece.embedding_a for piece in self._files.pieces.values())
+        self._ranks = tuple(sorted({tensor.shape[0] for tensor in ranks if tensor is not None}))
+        self._targets: tuple[str, ...] = ()
+        self._not_a_sum: str | None = None
         self._deltas: dict[str, list[Delta]] | None = None  # while bound
-        self._head: Head | None = None
+        self._head: Head | None = None  # its numbers are there while bound, its labels always
 
     @property
-    def path(self) -> Path:
-        """Where it was read from."""
-        return self.files.path
+    def files(self) -> PeftFiles:
+        """What the folder holds; raises AdapterError when that is not what it was."""
+        files = self._files
+        if files is None:
+            files = read_peft(self.path)
+            if files.identity(self._wanted.settings) != self._identity:
+                raise AdapterError(
+                    f"the files in {self.path} are not those that were loaded",
+                    hint="load the adapter again, under its name",
+                )
+            self._files = files
+        return files
+
+    def forget_files(self) -> None:
+        self._files = None
+
+    @property
+    def holds_files(self) -> bool:
+        return self._files is not None
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self._ranks
+
+    @property
+    def not_a_sum(self) -> str | None:
+        return self._not_a_sum
 
     @property
     def identity(self) -> str:
@@ -86,12 +77,18 @@ class LoraAdapter(Adapter):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return tuple(self._deltas or ())
+        return self._targets
+
+    @property
+    def is_bound(self) -> bool:
+        return self._deltas is not None
 
     @property
     def nbytes(self) -> int:
-        head = sum(tensor.nbytes for tensor in self._head.parameters()) if self._head is not None else 0
-        return head + sum(delta.nbytes for deltas in (self._deltas or {}).values() for delta in deltas)
+        if self._deltas is None:
+            return 0
+        head = head_bytes(self._head) if self._head is not None else 0
+        return head + sum(delta.nbytes for deltas in self._deltas.values() for delta in deltas)
 
     @property
     def deltas(self) -> Mapping[str, Sequence[Delta]]:
@@ -101,202 +98,44 @@ class LoraAdapter(Adapter):
 
     @property
     def task(self) -> Task | None:
-        return self._wanted.task or self.files.task
+        return self._task
 
     @property
     def head(self) -> Head | None:
         return self._head
 
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """The distinct ranks in the files, ascending."""
-        found = (piece.a if piece.a is not None else piece.embedding_a for piece in self.files.pieces.values())
-        return tuple(sorted({tensor.shape[0] for tensor in found if tensor is not None}))
+    def deltas_for(self, base: LoadedModel) -> Mapping[str, Sequence[Delta]]:
+        return self._deltas if self._deltas is not None else self._made(base)[0]
 
     def bind(self, base: LoadedModel) -> None:
-        head, taken = build_head(self.files, self._wanted, self.task, base)
-        sites = {**base.model.sites, **({s.path: s for s in head.modules() if isinstance(s, Site)} if head else {})}
-        places: dict[str, list[tuple[_Place, Piece]]] = {}
-        for module, piece in self.files.pieces.items():
-            if module in taken:
-                continue
-            place = self._place(module, sites, base)
-            others = places.setdefault(place.site.path, [])
-            if any(other.target.part in (None, place.target.part) for other, _ in others):
-                raise AdapterError(f"{self.path} changes {module!r} twice, under two spellings")
-            others.append((place, piece))
-        deltas: dict[str, list[Delta]] = {}
-        for path, pieces in places.items():
-            made = self._site_deltas(pieces, base)
-            if made:
-                deltas[path] = made
-        self._tie_bases(deltas, places, base)
-        self._tie_tokens(deltas, base)
+        deltas, head = self._made(base)
+        if head is not None and self._head is not None:
+            take_numbers(self._head, head)  # sequences that wait hold the head that they were made for
+            head = self._head
+        self._targets = tuple(deltas)
+        self._not_a_sum = "a head" if head is not None else _not_a_sum(deltas)
         self._deltas, self._head = deltas, head
 
     def unbind(self) -> None:
-        self._deltas, self._head = None, None
+        self._deltas = None
+        if self._head is not None:
+            drop_numbers(self._head)
 
-    def _place(self, module: str, sites: Mapping[str, Site], base: LoadedModel) -> _Place:
-        target = base.weight_map.resolve_module(module)
-        site = sites.get(target.name)
-        if site is not None:
-            return _Place(module, site, target)
-        names = [name for path in sites for name in base.weight_map.members(path)]
-        close = nearest(base.weight_map.canonical(module), names)
-        raise AdapterError(
-            f"{self.path} changes {module!r}, which {base.spec.model_type!r} does not have here; it was trained on "
-            f"{self.files.trained_on}",
-            hint=f"the nearest layer here is {close!r}" if close else "load it with the base that it was trained on",
-        )
+    def _made(self, base: LoadedModel) -> tuple[dict[str, list[Delta]], Head | None]:
+        return Binding(self.files, self._wanted, self._task, base).made()
 
-    def _site_deltas(self, pieces: list[tuple[_Place, Piece]], base: LoadedModel) -> list[Delta]:
-        """Everything that is done at one site: replacements first, then low-rank updates, then shifts of biases."""
-        model = base.model
-        first: list[Delta] = []
-        last: list[Delta] = []
-        plain: list[tuple[_Place, LowRank]] = []
-        for place, piece in pieces:
-            weight, bias = (self._replaced(place, name, getattr(piece, name), base) for name in ("weight", "bias"))
-            if weight is not None or (bias is not None and not isinstance(place.site, Linear)):
-                first.append(
-                    Replacement(
-                        _to(weight, model.dtype, model.device), _to(bias, model.dtype, model.device), place.part
-                    )
-                )
-            elif bias is not None:
-                old = place.base("bias")
-                shift = bias - old.float() if old is not None else bias
-                last.append(Shift(shift.to(model.device, model.dtype), place.part))
-            if piece.a is not None:
-                delta = self._low_rank(place, piece, weight, base)
-                if isinstance(delta, LowRank):
-                    plain.append((place, delta))
-                else:
-                    first.append(delta)
-            if piece.embedding_a is not None:
-                first.append(self._embedding(place, piece, weight, base))
-            if piece.tokens is not None:
-                first.append(self._tokens(place, piece.tokens, base))
-        joined = [_joined(plain, model.dtype, model.device)] if plain else []
-        return [*first, *joined, *last]
 
-    def _replaced(self, place: _Place, name: str, tensor: Tensor | None, base: LoadedModel) -> Tensor | None:
-        """A weight or bias that stands in for the base's; None when there is none, or it is the same."""
-        if tensor is None:
-            return None
-        tensor = base.weight_map.resolve(f"{place.module}.{name}").arranged(tensor)  # a matrix may be stored [in, out]
-        old = place.base(name)
-        if old is None or tensor.shape != old.shape:
-            shape = list(old.shape) if old is not None else "none"
-            raise AdapterError(
-                f"{self.path} holds a {name} of {place.module!r} with shape {list(tensor.shape)}; the base's is {shape}",
-                hint="an adapter whose vocabulary was resized needs a base of the same size",
-            )
-        same = torch.equal(tensor.to(old.dtype), old.cpu())
-        return None if same else tensor.float()
-
-    def _low_rank(self, place: _Place, piece: Piece, weight: Tensor | None, base: LoadedModel) -> LowRank | Dora:
-        a, b = piece.a, piece.b
-        assert a is not None
-        assert b is not None
-        if not isinstance(place.site, Linear):
-            raise AdapterError(f"{self.path} has lora_A for {place.module!r}, which is a {type(place.site).__name__}")
-        if a.shape[1] != place.site.in_features or b.shape[0] != place.rows:
-            raise AdapterError(
-                f"{self.path} does not fit {place.module!r}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}, the base "
-                f"maps {place.site.in_features} to {place.rows}; it was trained on {self.files.trained_on}",
-                hint="load it with the base that it was trained on",
-            )
-        scale = self.files.scale(place.module, a.shape[0])
-        a, b = a.float(), place.target.arranged(b.float()) * scale
-        bias = place.target.arranged(piece.b_bias.float()) * scale if piece.b_bias is not None else None
-        if piece.magnitude is None:
-            return LowRank(a, b, bias)
-        if bias is not None:
-            raise AdapterError(
-                f"{self.path} has both a magnitude and a lora_B bias for {place.module!r}, which is not served"
-            )
-        whole = weight if weight is not None else place.base("weight")
-        assert whole is not None
-        norm = (whole.float().cpu() + b @ a).norm(dim=1)  # [out]
-        gain = place.target.arranged(piece.magnitude.float().flatten()) / norm
-        device, dtype = base.model.device, base.model.dtype
-        return Dora(a.to(device, dtype), b.to(device, dtype), gain.to(device, dtype), place.part)
-
-    def _embedding(self, place: _Place, piece: Piece, weight: Tensor | None, base: LoadedModel) -> EmbeddingLowRank:
-        a, b = piece.embedding_a, piece.embedding_b
-        assert a is not None
-        assert b is not None
-        site = place.site
-        if not isinstance(site, Embedding) or a.shape[1] != site.in_features or b.shape[0] != site.out_features:
-            raise AdapterError(
-                f"{self.path} does not fit {place.module!r}: lora_embedding_A is {list(a.shape)} and lora_embedding_B "
-                f"{list(b.shape)}, the base is a {type(site).__name__} of [{site.in_features}, {site.out_features}]"
-            )
-        b = b.float() * self.files.scale(place.module, a.shape[0])
-        gain = None
-        if piece.magnitude is not None:
-            whole = weight if weight is not None else site.dense_weight()
-            gain = piece.magnitude.float().flatten() / (whole.float().cpu() + a.float().t() @ b.t()).norm(dim=0)
-        device, dtype = base.model.device, base.model.dtype
-        return EmbeddingLowRank(a.t().contiguous().to(device, dtype), b.to(device, dtype), _to(gain, dtype, device))
-
-    def _tokens(self, place: _Place, rows: Tensor, base: LoadedModel) -> Delta:
-        ids = self.files.token_ids(place.module)
-        vocab, dim = place.site.dense_weight().shape
-        if list(rows.shape) != [len(ids), dim] or not all(0 <= index < vocab for index in ids):
-            raise AdapterError(
-                f"{self.path} trains {list(rows.shape)} rows of {place.module!r} for {len(ids)} token ids; the base has "
-                f"{vocab} rows of {dim}"
-            )
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-        at = torch.tensor([ids[i] for i in order], device=base.model.device)
-        new = rows[order].to(base.model.device, base.model.dtype)
-        return TokenRows(at, new) if isinstance(place.site, Embedding) else TokenLogits(at, new)
-
-    def _tie_bases(
-        self, deltas: dict[str, list[Delta]], places: Mapping[str, list[tuple[_Place, Piece]]], base: LoadedModel
-    ) -> None:
-        """A weight beneath a low-rank update (`base_layer`) is the base's, so of a tie it changes both sides, as in PEFT."""
-        for name in [name for name in base.weight_map.tie if base.is_tied(name)]:
-            sides = [path.rpartition(".")[0] for path in (base.weight_map.tie[name], name)]
-            for one, other in (sides, sides[::-1]):
-                updated = any(p.a is not None or p.embedding_a is not None for _, p in places.get(one, []))
-                new = next((delta for delta in deltas.get(one, []) if isinstance(delta, Replacement)), None)
-                if not updated or new is None or other not in base.model.sites:
+def _not_a_sum(deltas: Mapping[str, Sequence[Delta]]) -> str | None:
+    """The first delta that does more than add a product, in words; None when all of them add."""
+    for path, made in deltas.items():
+        for delta in made:
+            match delta:
+                case LowRank() | EmbeddingLowRank(gain=None):
                     continue
-                if other in places:
-                    raise AdapterError(
-                        f"{self.path} changes {other!r} and the weight beneath {one!r}, which are tied; that is not served"
-                    )
-                deltas[other] = [new]
-
-    def _tie_tokens(self, deltas: dict[str, list[Delta]], base: LoadedModel) -> None:
-        """Trained tokens act on both sides of a tie, as in PEFT; every other delta on one side leaves the other alone."""
-        for head, embedding in base.weight_map.tie.items():
-            source, other = embedding.rpartition(".")[0], head.rpartition(".")[0]
-            tied = other in base.model.sites and base.is_tied(head)
-            tokens = [delta for delta in deltas.get(source, []) if isinstance(delta, TokenRows)]
-            if tied and tokens and not any(isinstance(delta, TokenLogits) for delta in deltas.get(other, [])):
-                deltas.setdefault(other, []).extend(TokenLogits(delta.ids, delta.rows) for delta in tokens)
-
-
-def _to(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    return tensor.to(device, dtype) if tensor is not None else None
-
-
-def _joined(members: list[tuple[_Place, LowRank]], dtype: torch.dtype, device: torch.device) -> LowRank:
-    """The parts of a layer as one product: A stacked `[sum of ranks, in]`, B block by block `[out, sum of ranks]`."""
-    out_features = members[0][0].site.out_features
-    a = torch.cat([delta.a for _, delta in members])
-    b = torch.zeros(out_features, a.shape[0])
-    bias = torch.zeros(out_features) if any(delta.bias is not None for _, delta in members) else None
-    column = 0
-    for place, delta in members:
-        rows = place.part or slice(0, out_features)
-        b[rows, column : column + delta.b.shape[1]] = delta.b
-        column += delta.b.shape[1]
-        if bias is not None and delta.bias is not None:
-            bias[rows] = delta.bias
-    return LowRank(a.to(device, dtype), b.to(device, dtype), _to(bias, dtype, device))
+                case Dora() | EmbeddingLowRank():
+                    return f"a magnitude (DoRA) at {path!r}"
+                case TokenRows() | TokenLogits():
+                    return f"trained tokens at {path!r}"
+                case _:
+                    return f"a replaced weight or bias at {path!r}"
+    return None

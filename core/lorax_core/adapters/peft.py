@@ -206,6 +206,7 @@ def read_peft(path: str | Path) -> PeftFiles:
     for module, piece in files.pieces.items():
         _check_pairs(folder, module, piece)
         _check_claims(files, module, piece)
+    _check_saved(files)
     if config.get("trainable_token_indices") and all(piece.tokens is None for piece in files.pieces.values()):
         told = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
         raise AdapterError(f"{folder} says {told}, but holds no trained tokens")
@@ -247,6 +248,18 @@ def _check_claims(files: PeftFiles, module: str, piece: Piece) -> None:
             raise AdapterError(f"{files.path} holds {module}.{name}, but {setting} is not set")
         if tensor is None and said and expected:
             raise AdapterError(f"{files.path} says {setting}=True, but {module!r} has no {name}")
+
+
+def _check_saved(files: PeftFiles) -> None:
+    """PEFT's conversion of PiSSA and its like drops saved modules. Which are there cannot be asked: PEFT names more heads
+    than a model has, and versions name modules differently.
+    """
+    wanted = files.config.get("modules_to_save")
+    if wanted and all(piece.weight is None and piece.bias is None for piece in files.pieces.values()):
+        raise AdapterError(
+            f"{files.path} says modules_to_save={wanted!r:.60}, but holds no saved module",
+            hint="PEFT leaves them out when it converts PiSSA and its like: such an adapter cannot be converted",
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.apply import adapter_rows
+from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.engine.scheduler import Chunk, StepPlan
+from lorax_core.engine.sequence import Sequence
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.batch import Batch, HeadRows
+from lorax_core.modeling.batch import Batch, HeadRows, Speculator
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.model import Model
 from lorax_core.types import Task
@@ -36,9 +37,11 @@ class Batcher:
         self._model = model
         self._pool = pool
         self._device = model.device
+        self._adapters = AdapterRowsMaker()
 
     def pack(self, plan: StepPlan) -> Packed:
         """The batch of a plan. Chunks are ordered by adapter, the base first."""
+        self._adapters.start_step()
         chunks = sorted(plan.chunks, key=lambda c: c.sequence.adapter.identity if c.sequence.adapter else "")
         ids: list[int] = []
         positions: list[int] = []
@@ -56,7 +59,7 @@ class Batcher:
             token_type_ids=self._tensor(types),
             lengths=lengths,
             head_rows=tuple(self._head_rows(chunks)),
-            adapters=adapter_rows(lengths, [chunk.sequence.adapter for chunk in chunks]),
+            adapters=self._adapters.rows(lengths, [chunk.sequence.adapter for chunk in chunks]),
         )
         if self._pool is not None:
             batch.kv = self._pool
@@ -67,27 +70,34 @@ class Batcher:
 
     def _head_rows(self, chunks: list[Chunk]) -> Iterable[HeadRows]:
         """For each head in the step, the rows that it reads."""
-        chosen: dict[tuple[Task, Head | None], list[tuple[int, range]]] = {}
+        chosen: dict[tuple[Task, Head | None, Speculator | None], list[tuple[int, range]]] = {}
         start = 0
         for index, chunk in enumerate(chunks):
             wanted = _wanted_rows(chunk)
             if wanted:
                 shifted = range(start + wanted.start, start + wanted.stop)
-                chosen.setdefault((chunk.sequence.task, chunk.sequence.head), []).append((index, shifted))
+                sequence = chunk.sequence
+                chosen.setdefault((sequence.task, sequence.head, _speculator(sequence)), []).append((index, shifted))
             start += chunk.length
-        for (task, head), group in chosen.items():
+        for (task, head, speculator), group in chosen.items():
             counts = tuple(len(rows) for _, rows in group)
             yield HeadRows(
                 task=task,
                 sequences=tuple(index for index, _ in group),
                 counts=counts,
                 rows=self._tensor([row for _, rows in group for row in rows]),
-                adapters=adapter_rows(counts, [chunks[index].sequence.adapter for index, _ in group]),
+                adapters=self._adapters.rows(counts, [chunks[index].sequence.adapter for index, _ in group]),
                 head=head,
+                speculator=speculator,
             )
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _speculator(sequence: Sequence) -> Speculator | None:
+    """What guesses ahead for a sequence that can use guesses."""
+    return sequence.adapter.speculator if sequence.adapter is not None and sequence.drafter is not None else None
 
 
 def _wanted_rows(chunk: Chunk) -> range:

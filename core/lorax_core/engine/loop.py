@@ -6,10 +6,12 @@ Decides what a step means for each sequence: plan, run, accept, emit. Single-thr
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorax_core.engine.detokenizer import Detokenizer, TextDecoder
+from lorax_core.engine.drafting import Proposals
 from lorax_core.engine.runner import Answer, Runner
 from lorax_core.engine.sampler import Picked
 from lorax_core.engine.scheduler import Chunk, Scheduler, StepPlan
@@ -17,6 +19,9 @@ from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.engine.stopping import StopText
 from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
+
+if TYPE_CHECKING:
+    from lorax_core.adapters.base import Adapter
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +71,16 @@ class EngineLoop:
                 hint="load(..., max_batch_tokens=...) with less, or a smaller KV cache",
             ) from error
 
-    def step(self) -> None:
-        """One forward pass, and what follows from it."""
+    def fail(self, adapter: Adapter, error: LoraxError) -> None:
+        """Sequences of an adapter that cannot be had end with the error; all of them still wait for it."""
+        for sequence in [one for one in self.scheduler if one.adapter is adapter]:
+            self._emit(sequence, Update(error=error))
+
+    def step(self) -> bool:
+        """One forward pass, and what follows from it. False when there is nothing to compute until an adapter arrives."""
         plan = self.scheduler.plan()
         if not plan.chunks:
-            return
+            return not self.scheduler.blocked
         self.steps += 1
         answers = self._run(plan)
         for chunk in plan.chunks:
@@ -81,6 +91,7 @@ class EngineLoop:
                 update = _broken(error)
             if update is not None:
                 self._emit(chunk.sequence, update)
+        return True
 
     def _run(self, plan: StepPlan) -> dict[Sequence, Answer | Update]:
         """Answers of a plan. When the step breaks, each chunk is tried alone: only those that break alone end with an error."""
@@ -114,6 +125,8 @@ class EngineLoop:
         accepted = max(len(update.token_ids) - 1, 0)
         sequence.accepted_drafts += accepted
         self.scheduler.advance(chunk, accepted)
+        if isinstance(sequence.drafter, Proposals):
+            sequence.drafter.propose(answer.guesses)
         if sequence.forks:
             self.scheduler.fork(sequence)
         return update

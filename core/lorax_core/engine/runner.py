@@ -6,6 +6,7 @@ Knows nothing of stopping, text or who waits for the answers.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class Answer:
 
     picked: tuple[Picked, ...] = ()
     prompt_scores: tuple[TokenLogprobs, ...] = ()
+    guesses: tuple[int, ...] = ()  # of the adapter's speculator, for the tokens after the last of `picked`
     part: Any = None
     values: Any = None  # float32 numpy
 
@@ -61,10 +63,11 @@ class Runner:
         self._backend.plan(packed.batch, self._specs)
         output = self._model(packed.batch)
         answers: dict[Sequence, Answer] = {}
-        for group, rows in zip(packed.batch.head_rows, output.answers, strict=True):
+        for group, rows, read in zip(packed.batch.head_rows, output.answers, output.read, strict=True):
             chunks = [packed.chunks[index] for index in group.sequences]
             if group.task is Task.GENERATE:
-                answers |= self._generated(chunks, rows, group)
+                generated = self._generated(chunks, rows, group)
+                answers |= generated if read is None else self._guessed(chunks, read, group, generated)
             elif group.task is not None:
                 answers |= self._joined(group.head or self._model.head(group.task), chunks, rows, group)
         unread = [chunk for chunk in packed.chunks if chunk.final and chunk.sequence not in answers]
@@ -111,6 +114,22 @@ class Runner:
             own = [next(picked) for _ in range(1 + chunk.drafted)] if chunk.final else []
             scores = _prompt_scores(chunk, logits[start : start + count]) if scores_prompt(chunk) else ()
             answers[chunk.sequence] = Answer(picked=_verified(own, chunk.sequence.draft), prompt_scores=scores)
+        return answers
+
+    def _guessed(
+        self, chunks: list[Chunk], hidden: Tensor, group: HeadRows, answers: dict[Sequence, Answer]
+    ) -> dict[Sequence, Answer]:
+        """Answers with guesses at what follows, read off the last row whose token stands: hidden `[rows, hidden]`."""
+        assert group.speculator is not None
+        at: dict[Sequence, int] = {}
+        for chunk, stop in zip(chunks, itertools.accumulate(group.counts), strict=True):
+            if answers[chunk.sequence].picked:
+                at[chunk.sequence] = stop - 1 - chunk.drafted + len(answers[chunk.sequence].picked) - 1
+        if at:
+            rows = hidden[torch.tensor(list(at.values()), device=hidden.device)]
+            guesses = group.speculator.guess(rows, self._model.base_logits).tolist()
+            for sequence, tokens in zip(at, guesses, strict=True):
+                answers[sequence] = replace(answers[sequence], guesses=tuple(tokens))
         return answers
 
     def _joined(self, head: Head, chunks: list[Chunk], answers: Tensor, group: HeadRows) -> dict[Sequence, Answer]:

@@ -4,7 +4,8 @@ Decides which tokens of which sequences make up a step, within a budget of token
 tensors.
 
 - Sequences that decode come first, a token each, so a long prompt never stalls running answers; prompts share what is left,
-  by rank (arrival, moved by priority), in chunks.
+  by rank (turn, moved by priority), in chunks.
+- A sequence whose adapter is not on the device waits for it, and lets others pass whose adapters are.
 - A sequence begins with the pages that the cache already has for its tokens.
 - When pages run out, the last by rank gives its own back and is computed again later, so the first always ends.
 - Pages that no layer can see any more (past the widest sliding window) are given back.
@@ -12,13 +13,17 @@ tensors.
 
 from __future__ import annotations
 
-import heapq
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
+from lorax_core.engine.queue import WaitingQueue
 from lorax_core.engine.sequence import Sequence
 from lorax_core.kvcache.allocator import SCRATCH_PAGE, PageAllocator
+
+if TYPE_CHECKING:
+    from lorax_core.adapters.base import Adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,22 @@ class StepPlan:
     @property
     def tokens(self) -> int:
         return sum(chunk.length for chunk in self.chunks)
+
+
+class AdapterGate(Protocol):
+    """Who says which adapters are on the device. A sequence holds its adapter there from its admission until it leaves."""
+
+    def start_round(self) -> None:
+        """A plan begins; adapters are asked for in the order of the queue."""
+
+    def enter(self, adapter: Adapter) -> bool:
+        """Hold an adapter; False while it is not there, and then it is on its way."""
+
+    def share(self, adapter: Adapter) -> None:
+        """Hold an adapter once more, beside a sequence that holds it."""
+
+    def leave(self, adapter: Adapter) -> None:
+        """Hold it once less."""
 
 
 @dataclass(slots=True)
@@ -95,7 +116,7 @@ class Scheduler:
     With an `allocator`, sequences hold pages and may be computed in chunks. Without one (bidirectional models) a text runs
     whole; one that is longer than `max_tokens` runs alone. `window` is the widest sliding window of the model in tokens,
     None when a layer sees everything. `scored_tokens` bounds chunks whose every row is scored, for a row of scores is as
-    wide as the vocabulary.
+    wide as the vocabulary. Without a `gate` every adapter is taken to be on the device.
     """
 
     def __init__(
@@ -106,6 +127,7 @@ class Scheduler:
         allocator: PageAllocator | None = None,
         window: int | None = None,
         scored_tokens: int = 256,
+        gate: AdapterGate | None = None,
     ) -> None:
         if max_tokens < 1 or max_rows < 1:
             raise ValueError(f"a step needs room for a token and a row, not {max_tokens} and {max_rows}")
@@ -114,38 +136,37 @@ class Scheduler:
         self.allocator = allocator
         self.window = window
         self.scored_tokens = scored_tokens
+        self.gate = gate
+        self.blocked = False  # whether the last plan left out a sequence for want of its adapter
         self._running: list[Sequence] = []  # by rank
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap by rank, with cancelled ones in it
-        self._waiting_count = 0
-        self._arrivals = 0
+        self._queue = WaitingQueue()
 
     def __len__(self) -> int:
-        return len(self._running) + self._waiting_count
+        return len(self._running) + len(self._queue)
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self._running
-        yield from (sequence for _, sequence in sorted(self._waiting, key=_first) if not sequence.finished)
+        yield from self._queue
 
     @property
     def waiting(self) -> int:
         """Sequences that have not begun, or gave their pages back."""
-        return self._waiting_count
+        return len(self._queue)
 
     def add(self, sequence: Sequence) -> None:
         """A new sequence joins the queue."""
-        self._arrivals += 1
-        sequence.arrival = self._arrivals
-        self._wait(sequence)
+        self._queue.join(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence leaves, finished or cancelled; its pages are free before the next plan. Marks it finished."""
         if sequence.finished:
             return
         sequence.finished = True
-        if sequence in self._running:
-            self._running.remove(sequence)
-        elif sequence.arrival:  # a fork that has not joined yet is not counted
-            self._waiting_count -= 1
+        running = sequence in self._running
+        if running:
+            self._stop(sequence)
+        if sequence.arrival:  # a fork that has not joined yet is not counted
+            self._queue.depart(sequence, waiting=not running)
         self._release(sequence)
 
     def plan(self) -> StepPlan:
@@ -158,9 +179,7 @@ class Scheduler:
                 break
             if sequence.pages or self.allocator is None:  # it has not just given them to one before it
                 self._continue(sequence, draft)
-        while self._waiting and not draft.full and len(self._running) < self.max_rows:
-            if not self._admit(draft):
-                break
+        self._admit_all(draft)
         chunks = sorted(draft.chunks.values(), key=lambda chunk: chunk.sequence.rank)
         return StepPlan(tuple(chunks), tuple(draft.copies), tuple(draft.clears))
 
@@ -193,8 +212,9 @@ class Scheduler:
         for sequence in forks:
             if sequence.finished:
                 continue
-            self._arrivals += 1
-            sequence.arrival = self._arrivals
+            self._queue.accompany(sequence, parent)
+            if self.gate is not None and sequence.adapter is not None:
+                self.gate.share(sequence.adapter)
             sequence.computed = len(sequence) - 1
             sequence.reused = sequence.computed
             sequence.pages = list(parent.pages)
@@ -221,9 +241,7 @@ class Scheduler:
         """Prove the invariants between sequences and pages; AssertionError otherwise."""
         ranks = [sequence.rank for sequence in self._running]
         assert ranks == sorted(set(ranks)), "running sequences are out of order"
-        waiting = [sequence for _, sequence in self._waiting if not sequence.finished]
-        assert len(waiting) == self._waiting_count, "a waiting sequence is not counted"
-        assert all(sequence.computed == 0 and not sequence.pages for sequence in waiting), "a waiting one holds pages"
+        self._queue.check()
         if self.allocator is not None:
             for sequence in self._running:
                 held = len(sequence.pages) * self.allocator.page_size
@@ -255,12 +273,25 @@ class Scheduler:
         sequence.draft = sequence.drafter.guess(room) if room > 0 else []
         return len(sequence.draft)
 
-    def _admit(self, draft: _Draft) -> bool:
+    def _admit_all(self, draft: _Draft) -> None:
+        """Let waiting sequences run by rank, until one does not fit. Those without their adapter are passed over."""
+        if self.gate is not None:
+            self.gate.start_round()
+        aside: list[Sequence] = []
+        while not draft.full and len(self._running) < self.max_rows and len(aside) < LOOK_PAST:
+            sequence = self._queue.first()
+            if sequence is None:
+                break
+            if not self._enter(sequence):
+                aside.append(self._queue.pop())
+            elif not self._admit(sequence, draft):
+                self._exit(sequence)
+                break
+        self._queue.put_back(aside)
+        self.blocked = bool(aside)
+
+    def _admit(self, sequence: Sequence, draft: _Draft) -> bool:
         """Let the first waiting sequence run; False when it does not fit."""
-        sequence = self._waiting[0][1]
-        if sequence.finished:
-            heapq.heappop(self._waiting)
-            return True
         if self.allocator is None:
             if sequence.remaining > draft.budget and draft.chunks:
                 return False
@@ -271,11 +302,22 @@ class Scheduler:
             if not self._reserve(sequence, length, draft):
                 self._forget(sequence)
                 return False
-        heapq.heappop(self._waiting)
-        self._waiting_count -= 1
+        self._queue.serve()
         insort(self._running, sequence, key=_rank)
         draft.add(Chunk(sequence, sequence.computed, length))
         return True
+
+    def _enter(self, sequence: Sequence) -> bool:
+        return self.gate is None or sequence.adapter is None or self.gate.enter(sequence.adapter)
+
+    def _exit(self, sequence: Sequence) -> None:
+        if self.gate is not None and sequence.adapter is not None:
+            self.gate.leave(sequence.adapter)
+
+    def _stop(self, sequence: Sequence) -> None:
+        """A running sequence runs no longer."""
+        self._running.remove(sequence)
+        self._exit(sequence)
 
     def _length(self, sequence: Sequence, budget: int) -> int:
         length = min(sequence.remaining, budget)
@@ -319,14 +361,10 @@ class Scheduler:
             sequence.pages[at] = SCRATCH_PAGE
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        self._stop(sequence)
         sequence.preemptions += 1
         self._forget(sequence)
-        self._wait(sequence)
-
-    def _wait(self, sequence: Sequence) -> None:
-        heapq.heappush(self._waiting, (sequence.rank, sequence))
-        self._waiting_count += 1
+        self._queue.put_back([sequence])
 
     def _forget(self, sequence: Sequence) -> None:
         """Everything computed is lost, and computed again when the sequence runs next."""
@@ -343,9 +381,9 @@ class Scheduler:
         sequence.pages = []
 
 
+LOOK_PAST = 64
+"""How many waiting sequences without their adapter a plan looks past, so that a long queue costs it nothing."""
+
+
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
-
-
-def _first(item: tuple[tuple[int, int], Sequence]) -> tuple[int, int]:
-    return item[0]

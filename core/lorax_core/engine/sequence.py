@@ -93,6 +93,7 @@ class Sequence:
 
     # Filled by the scheduler.
     arrival: int = 0
+    turn: int = 0  # when it is served, counted in turns of all adapters
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     reused: int = 0  # tokens found in the cache instead of computed
@@ -125,8 +126,13 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Order of service, smaller first: arrival, moved forward by priority. Waiting long enough beats any priority."""
-        return self.arrival - self.priority * PRIORITY_ARRIVALS, self.arrival
+        """Order of service, smaller first: its turn, moved forward by priority. Waiting long enough beats any priority."""
+        return self.turn - self.priority * PRIORITY_TURNS, self.arrival
+
+    @property
+    def salt(self) -> str:
+        """What tells its pages, and its place in the queue, from those of other adapters: the identity; empty for the base."""
+        return self.adapter.identity if self.adapter is not None else ""
 
     @property
     def reusable(self) -> int:
@@ -147,7 +153,7 @@ class Sequence:
 
     def keys(self, count: int, page_size: int) -> list[PageKey]:
         """Keys of the first `count` full pages of prompt and output."""
-        salt = self.adapter.identity if self.adapter is not None else ""
+        salt = self.salt
         while len(self.page_keys) < count:
             start = len(self.page_keys) * page_size
             before = self.page_keys[-1] if self.page_keys else None
@@ -155,5 +161,5 @@ class Sequence:
         return self.page_keys[:count]
 
 
-PRIORITY_ARRIVALS = 1000
-"""How many later arrivals one step of priority is worth."""
+PRIORITY_TURNS = 1000
+"""How many turns one step of priority is worth."""

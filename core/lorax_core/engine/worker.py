@@ -10,10 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.errors import LoraxError, RequestError
+
+if TYPE_CHECKING:
+    from lorax_core.adapters.base import Adapter
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +31,8 @@ class EngineWorker:
         self._joining: deque[Sequence] = deque()
         self._leaving: deque[Sequence] = deque()
         self._jobs: deque[tuple[Callable[[EngineLoop], None], Future[None]]] = deque()
+        self._came: deque[tuple[Adapter, LoraxError | None]] = deque()
+        self._stalled = False  # every living sequence waits for its adapter
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
         self._thread.start()
@@ -55,6 +61,12 @@ class EngineWorker:
             self._changed.notify_all()
         done.result()
 
+    def adapter_came(self, adapter: Adapter, error: LoraxError | None) -> None:
+        """An adapter that sequences wait for is on the device, or cannot be had. No-op when the engine is closed."""
+        with self._changed:
+            self._came.append((adapter, error))
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Stop after the step in progress; sequences still alive end with an error. Idempotent."""
         with self._changed:
@@ -68,7 +80,7 @@ class EngineWorker:
             while self._take():
                 self._work()
                 if self._loop.busy:
-                    self._loop.step()
+                    self._stalled = not self._loop.step()
         except Exception:  # a bug of ours: callers must hear of it instead of waiting for ever
             _log.exception("the step loop broke, and the engine closes")
             with self._changed:
@@ -93,7 +105,7 @@ class EngineWorker:
     def _take(self) -> bool:
         """Let sequences in and out; waits while there is nothing to do. False when the engine is closed."""
         with self._changed:
-            while not (self._closed or self._joining or self._leaving or self._jobs or self._loop.busy):
+            while not (self._closed or self._joining or self._leaving or self._jobs or self._came or self._runs):
                 self._changed.wait()
             if self._closed:
                 return False
@@ -102,4 +114,13 @@ class EngineWorker:
                 self._loop.add(self._joining.popleft())
             while self._leaving:
                 self._loop.abort(self._leaving.popleft())
+            while self._came:
+                adapter, error = self._came.popleft()
+                if error is not None:
+                    self._loop.fail(adapter, error)
+            self._stalled = False
         return True
+
+    @property
+    def _runs(self) -> bool:
+        return self._loop.busy and not self._stalled

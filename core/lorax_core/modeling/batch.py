@@ -13,6 +13,7 @@ Shapes used throughout the project:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,6 +50,14 @@ class AdapterRows(Protocol):
         """y `[rows, out]` of the base layer for x `[rows, in]`, with each row's adapter added (y may be changed in place)."""
 
 
+class Speculator(Protocol):
+    """What guesses tokens ahead of a language model's."""
+
+    def guess(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tokens `[rows, guesses]` after the one that follows each row of hidden `[rows, hidden]`; the base's logits of other
+        hidden rows are at hand."""
+
+
 class NoAdapters:
     """Every row is the base model's: sites pay one call and nothing else."""
 
@@ -69,7 +78,8 @@ class HeadRows:
 
     `sequences` are positions in the batch, `counts` how many rows each of them gives, `rows` `[sum(counts)]` int64 the rows
     themselves in that order, and `adapters` acts on exactly those rows. Without a `task` the answer is hidden itself.
-    `head` is one that an adapter brought; None is the model's own for the task.
+    `head` is one that an adapter brought; None is the model's own for the task. With a `speculator` the rows themselves are
+    part of the step's output, for it to read once the step's tokens are known.
     """
 
     task: Task | None
@@ -78,6 +88,7 @@ class HeadRows:
     rows: Tensor
     adapters: AdapterRows = field(default_factory=NoAdapters)
     head: Head | None = None
+    speculator: Speculator | None = None
 
 
 @dataclass(slots=True)
@@ -118,7 +129,9 @@ class StepOutput:
     """What the rows of a batch asked for.
 
     `answers` runs parallel to `Batch.head_rows`: what the head of each group gave, one row for each of its rows or, from
-    heads that pool, for each of its sequences; or the hidden rows, where no head was asked.
+    heads that pool, for each of its sequences; or the hidden rows, where no head was asked. `read` are the hidden rows of
+    groups with a speculator, None for the others.
     """
 
     answers: tuple[Tensor, ...]
+    read: tuple[Tensor | None, ...] = ()

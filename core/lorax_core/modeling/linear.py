@@ -50,6 +50,20 @@ class Linear(Site):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.weight = None
 
+    @property
+    def packed_bytes(self) -> int:
+        """Memory of the packed weight, which is no parameter any more."""
+        return self._packed.numel() * self._packed.element_size() if self._packed is not None else 0
+
+    def drop_packed(self) -> None:
+        """Give the packed weight back; the layer cannot compute until it takes another's."""
+        self._packed = None
+
+    def take_packed(self, other: Linear) -> None:
+        """Compute with the packed weight of an equal layer from now on; its parameters are taken beside."""
+        if other._packed is not None:
+            self._packed, self.weight = other._packed, None
+
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 

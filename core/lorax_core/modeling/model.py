@@ -112,7 +112,16 @@ class Model(nn.Module):
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:
         hidden: Tensor = self.backbone(batch)  # [tokens, hidden]
-        return StepOutput(tuple(self._answer(hidden[group.rows], group) for group in batch.head_rows))
+        rows = [hidden[group.rows] for group in batch.head_rows]
+        answers = tuple(self._answer(one, group) for one, group in zip(rows, batch.head_rows, strict=True))
+        read = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
+        return StepOutput(answers, tuple(read))
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[rows, vocab]` of hidden rows `[rows, hidden]`, without any adapter."""
+        group = HeadRows(Task.GENERATE, (), (), torch.arange(len(hidden), device=hidden.device))
+        logits: Tensor = self.head(Task.GENERATE)(hidden, group)
+        return logits
 
     def _answer(self, hidden: Tensor, group: HeadRows) -> Tensor:
         if group.task is None:

@@ -20,6 +20,7 @@ from lorax_core.errors import RequestError
 from lorax_core.serving.cache import peak_memory
 from lorax_core.serving.prepare import Preparer, Result
 from lorax_core.serving.requests import (
+    AdapterChoices,
     ClassifyRequest,
     EmbedRequest,
     GenerateRequest,
@@ -32,7 +33,6 @@ from lorax_core.serving.requests import (
 from lorax_core.serving.stream import Call, Stream
 from lorax_core.types import Classification, Completion, Embedding
 
-AdapterNames = str | SequenceOf[str | None] | None
 TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
 TextInputs = list[str] | list[list[int]] | list[tuple[str, str]] | list[TextInput]
 
@@ -73,16 +73,16 @@ class Engine:
         self.adapters = adapters
 
     @overload
-    def generate(self, prompt: TextPrompt, *, adapter: AdapterNames = ..., **options: Any) -> Completion: ...
+    def generate(self, prompt: TextPrompt, *, adapter: AdapterChoices = ..., **options: Any) -> Completion: ...
     @overload
-    def generate(self, prompt: TextPrompts, *, adapter: AdapterNames = ..., **options: Any) -> list[Completion]: ...
-    def generate(self, prompt: Any, *, adapter: AdapterNames = None, **options: Any) -> Completion | list[Completion]:
+    def generate(self, prompt: TextPrompts, *, adapter: AdapterChoices = ..., **options: Any) -> list[Completion]: ...
+    def generate(self, prompt: Any, *, adapter: AdapterChoices = None, **options: Any) -> Completion | list[Completion]:
         """Continue one prompt, or several in one batch. Options are those of `GenerateRequest`."""
         requests, single = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
         results = cast("list[Completion]", self.run(requests))
         return results[0] if single else results
 
-    def stream(self, prompt: Any, *, adapter: AdapterNames = None, **options: Any) -> Stream:
+    def stream(self, prompt: Any, *, adapter: AdapterChoices = None, **options: Any) -> Stream:
         """Continue one prompt or several, giving an `Event` for each new piece of text. Dropping the stream cancels it."""
         requests, _ = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
         return Stream(self._submit(requests), self._worker.abort)
@@ -91,7 +91,7 @@ class Engine:
         self,
         text: TextInput | TextInputs,
         *,
-        adapter: AdapterNames = None,
+        adapter: AdapterChoices = None,
         truncate: Truncate = "error",
     ) -> NDArray[np.float32]:
         """Vectors of texts: `[dim]` for one, `[n, dim]` for a list of n."""
@@ -102,13 +102,15 @@ class Engine:
         return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
 
     @overload
-    def classify(self, text: TextInput, *, adapter: AdapterNames = ..., truncate: Truncate = ...) -> Classification: ...
+    def classify(
+        self, text: TextInput, *, adapter: AdapterChoices = ..., truncate: Truncate = ...
+    ) -> Classification: ...
     @overload
     def classify(
-        self, text: TextInputs, *, adapter: AdapterNames = ..., truncate: Truncate = ...
+        self, text: TextInputs, *, adapter: AdapterChoices = ..., truncate: Truncate = ...
     ) -> list[Classification]: ...
     def classify(
-        self, text: Any, *, adapter: AdapterNames = None, truncate: Truncate = "error"
+        self, text: Any, *, adapter: AdapterChoices = None, truncate: Truncate = "error"
     ) -> Classification | list[Classification]:
         """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained."""
         requests, single = make_requests(ClassifyRequest, "input", text, adapter, {"truncate": truncate})
@@ -151,6 +153,7 @@ class Engine:
     def close(self) -> None:
         """Stop the engine; requests still running end with an error. Idempotent."""
         self._worker.close()
+        self.adapters.close()
 
     def __enter__(self) -> Self:
         return self

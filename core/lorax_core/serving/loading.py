@@ -17,7 +17,7 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
-from lorax_core.engine.scheduler import Scheduler
+from lorax_core.engine.scheduler import AdapterGate, Scheduler
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
@@ -49,6 +49,8 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     adapters: Mapping[str, str | Path] | None = None,
+    max_adapters: int | None = None,
+    max_cpu_adapters: int | None = None,
     pooling: str | None = None,
     normalize: bool | None = None,
     embedding_dim: int | None = None,
@@ -68,6 +70,8 @@ def load(
     """Load a checkpoint (a folder or a hub id) and its adapters, ready to answer.
 
     - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
+    - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
+      in host memory, four times as many when None. The least recently used makes room, and comes back when a request asks.
     - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
     - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
     - `kv_cache_tokens`, `_pages`, `_bytes` or `_fraction` (of the free memory): how much all running sequences share; by
@@ -89,7 +93,7 @@ def load(
     host = host or PluginHost.discover()
     base = load_model(files, host, dtype=_dtype(dtype, files, where), device=where)
     text = load_text_front(files, set_up_embedding(base, pooling, normalize, embedding_dim))
-    store = AdapterStore(base)
+    store = AdapterStore(base, max_adapters=max_adapters, max_cpu_adapters=max_cpu_adapters)
     for name, source in (adapters or {}).items():
         store.load(name, source)
     size = CacheSize(kv_cache_tokens, kv_cache_pages, kv_cache_bytes, kv_cache_fraction)
@@ -102,22 +106,32 @@ def load(
         device=where,
         name=attention,
     )
-    loop = _loop(base.model, chosen.backend, pool, text, max_batch_tokens, max_batch_rows)
+    loop = _loop(base.model, chosen.backend, pool, text, max_batch_tokens, max_batch_rows, store)
     limits = Limits(base.model.max_tokens, (pool.pages - 1) * PAGE_SIZE if pool is not None else None)
     eos_ids = _eos_ids(files, text)
     grammars = GrammarFactory(text.tokenizer, base.model.config.vocab_size, eos_ids)
     preparer = Preparer(base.model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
-    return Engine(EngineWorker(loop), preparer, store, _info(base, chosen, preparer, pool))
+    worker = EngineWorker(loop)
+    store.listener = worker.adapter_came
+    return Engine(worker, preparer, store, _info(base, chosen, preparer, pool))
 
 
 def _loop(
-    model: Model, backend: AttentionBackend, pool: KVPool | None, text: TextFront, max_tokens: int, max_rows: int
+    model: Model,
+    backend: AttentionBackend,
+    pool: KVPool | None,
+    text: TextFront,
+    max_tokens: int,
+    max_rows: int,
+    gate: AdapterGate,
 ) -> EngineLoop:
     for option, value in (("max_batch_tokens", max_tokens), ("max_batch_rows", max_rows)):
         if value < 1:
             raise RequestError(f"{option} must be at least 1, not {value}")
     allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
-    scheduler = Scheduler(max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window)
+    scheduler = Scheduler(
+        max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window, gate=gate
+    )
     return EngineLoop(scheduler, Runner(model, backend, pool), text if text.has_tokenizer else None)
 
 

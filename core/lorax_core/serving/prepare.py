@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.base import Adapter, FileAdapter
 from lorax_core.adapters.store import AdapterStore
-from lorax_core.engine.drafting import Drafter
+from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
 from lorax_core.engine.sequence import Sampling, Sequence
 from lorax_core.engine.stopping import StopRule
@@ -29,7 +29,7 @@ from lorax_core.modeling.heads import (
 )
 from lorax_core.modeling.model import Model
 from lorax_core.serving.labels import sequence_labels, token_labels
-from lorax_core.serving.requests import ClassifyRequest, EmbedRequest, GenerateRequest, Request
+from lorax_core.serving.requests import AdapterChoice, ClassifyRequest, EmbedRequest, GenerateRequest, Request
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import Encoded, TextFront, cut
 from lorax_core.types import Classification, Completion, Embedding, Task, Usage
@@ -124,16 +124,17 @@ class Preparer:
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
         grammar = self.grammars.grammar(request)
+        adapter = self._adapter(request.adapter)
         first = Sequence(
             task=Task.GENERATE,
             prompt=encoded.ids,
-            adapter=self._adapter(request.adapter),
+            adapter=adapter,
             sampling=self._sampling(request),
             stop=stop,
             prompt_logprobs=request.prompt_logprobs,
             grammar=grammar,
             # A grammar must see each token before it says what may follow, so it cannot judge guesses ahead.
-            drafter=Drafter(self.speculate) if self.speculate and grammar is None else None,
+            drafter=self._drafter(adapter) if grammar is None else None,
             priority=request.priority,
         )
         first.forks = [self._fork(first, choice) for choice in range(1, request.n)]
@@ -166,9 +167,15 @@ class Preparer:
             sampling=replace(first.sampling, choice=choice),
             stop=first.stop,
             grammar=first.grammar.copy() if first.grammar is not None else None,
-            drafter=Drafter(self.speculate) if first.drafter is not None else None,
+            drafter=self._drafter(first.adapter) if first.drafter is not None else None,
             priority=first.priority,
         )
+
+    def _drafter(self, adapter: Adapter | None) -> Drafter | None:
+        """What guesses ahead: the adapter's heads where it has some, else the text itself where that is asked for."""
+        if isinstance(adapter, FileAdapter) and adapter.guesses_ahead:
+            return Proposals()
+        return PromptLookup(self.speculate) if self.speculate else None
 
     def _check_tokens(self, option: str, tokens: Iterable[int]) -> None:
         vocab = self.model.config.vocab_size
@@ -230,8 +237,8 @@ class Preparer:
             span=head.span(encoded.ids, encoded.pool_from),
         )
 
-    def _adapter(self, name: str | None) -> Adapter | None:
-        return self.adapters.get(name) if name is not None else None
+    def _adapter(self, wanted: AdapterChoice) -> Adapter | None:
+        return self.adapters.get(wanted) if wanted is not None else None
 
     def _checked(self, encoded: Encoded) -> Encoded:
         if not encoded.ids:

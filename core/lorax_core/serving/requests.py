@@ -16,6 +16,8 @@ from lorax_core.errors import RequestError, listed, nearest
 TextPrompt = str | list[int] | list[dict[str, Any]]
 TextInput = str | list[int] | tuple[str, str]
 Truncate = Literal["error", "start", "end"]
+AdapterChoice = str | dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None
+"""An adapter's name, or several with weights, whose sum is meant. None is the base."""
 
 
 class _Request(BaseModel):
@@ -43,7 +45,7 @@ class GenerateRequest(_Request):
     """
 
     prompt: TextPrompt
-    adapter: str | None = None
+    adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
@@ -91,7 +93,7 @@ class EmbedRequest(_Request):
     """
 
     input: TextInput
-    adapter: str | None = None
+    adapter: AdapterChoice = None
     truncate: Truncate = "error"
 
 
@@ -102,24 +104,25 @@ class ClassifyRequest(_Request):
     """
 
     input: TextInput
-    adapter: str | None = None
+    adapter: AdapterChoice = None
     truncate: Truncate = "error"
 
 
 Request = GenerateRequest | EmbedRequest | ClassifyRequest
+AdapterChoices = AdapterChoice | Sequence[AdapterChoice]
 _R = TypeVar("_R", GenerateRequest, EmbedRequest, ClassifyRequest)
 
 
 def make_requests(
-    kind: type[_R], field: str, prompts: Any, adapter: str | Sequence[str | None] | None, options: Mapping[str, Any]
+    kind: type[_R], field: str, prompts: Any, adapter: AdapterChoices, options: Mapping[str, Any]
 ) -> tuple[list[_R], bool]:
     """Requests for one prompt or a list of them, and whether it was a single one.
 
-    `adapter` is one name for all prompts, or a list as long as the prompts. Raises RequestError.
+    `adapter` is one choice for all prompts, or a list as long as the prompts. Raises RequestError.
     """
     single = is_single(prompts)
     items = [prompts] if single else list(prompts)
-    names = [adapter] * len(items) if adapter is None or isinstance(adapter, str) else list(adapter)
+    names = [adapter] * len(items) if adapter is None or isinstance(adapter, (str, Mapping)) else list(adapter)
     if len(names) != len(items):
         raise RequestError(
             f"{len(names)} adapters were named for {len(items)} prompts; name one for each, or one for all"
@@ -140,16 +143,15 @@ def is_single(prompts: Any) -> bool:
 
 
 def _told(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    told: list[str] = []
+    told: dict[str, tuple[int, str]] = {}  # by option: how deep the problem lies, and what it is
     hint = None
     for problem in error.errors():
         where = ".".join(str(step) for step in problem["loc"][:1]) or kind.__name__
         if problem["type"] == "extra_forbidden":
-            told.append(f"{kind.__name__} has no option {where!r}")
+            told[where] = (1, f"{kind.__name__} has no option {where!r}")
             close = nearest(where, kind.model_fields)
             hint = f"did you mean {close!r}?" if close else f"options are {listed(kind.model_fields, limit=30)}"
-        else:
-            line = f"{where}: {problem['msg']} (found {problem['input']!r:.80})"
-            if not any(existing.startswith(f"{where}: ") for existing in told):
-                told.append(line)
-    return RequestError("; ".join(told), hint=hint)
+        # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
+        elif where not in told or len(problem["loc"]) > told[where][0]:
+            told[where] = (len(problem["loc"]), f"{where}: {problem['msg']} (found {problem['input']!r:.80})")
+    return RequestError("; ".join(line for _, line in told.values()), hint=hint)

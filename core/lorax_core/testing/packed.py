@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.apply import adapter_rows
+from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.products import Products, available_forms
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
@@ -62,6 +63,8 @@ class Bench:
         self.model = model
         self.page_size = page_size
         self._backend = backend
+        # Work is seldom seen twice here, so the form that engines settle on for most of it comes first.
+        self._rows = AdapterRowsMaker(Products(available_forms()[::-1]))
         self._pool: KVPool | None = None
         if model.needs_kv_cache:
             spec = model.attention_specs[0]
@@ -126,7 +129,7 @@ class Bench:
             lengths=lengths,
             head_rows=self._head_rows(pieces, lengths),
             attention=self._backend,
-            adapters=adapter_rows(lengths, [piece.adapter for piece in pieces]),
+            adapters=self._rows.rows(lengths, [piece.adapter for piece in pieces]),
         )
         if self._pool is not None:
             batch.kv = self._pool
@@ -173,7 +176,7 @@ class Bench:
                 counts.append(len(wanted))
                 rows += [first + position - piece.start for position in wanted]
             first += length
-        adapters = adapter_rows(counts, [pieces[at].adapter for at in sequences])
+        adapters = self._rows.rows(counts, [pieces[at].adapter for at in sequences])
         return HeadRows(task, tuple(sequences), tuple(counts), self._tensor(rows), adapters)
 
     def span(self, task: Task, text: Text) -> range:

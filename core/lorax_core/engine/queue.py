@@ -1,0 +1,115 @@
+"""The sequences that wait to run.
+
+Decides whose turn it is. Adapters take turns: one that floods the queue delays every other by no more than one sequence each
+time around. The base is one of them, and an adapter's requests of each priority are a flow of their own. Knows nothing of
+pages.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lorax_core.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Flow:
+    """The living sequences of one adapter at one priority, and the last turn that one of them was given."""
+
+    alive: int = 0
+    last: int = 0
+
+
+@dataclass(slots=True)
+class _Level:
+    """A priority: the turn that is served at it, and how many wait."""
+
+    turn: int = 0
+    waiting: int = 0
+
+
+class WaitingQueue:
+    """Waiting sequences by rank, smallest first.
+
+    A new sequence gets the turn after the last of its flow, or after the one that is served now at its priority if that is
+    later: so the flows that wait advance side by side, and one that was silent begins beside the others, with nothing saved
+    up. A priority at which nobody waited begins where the furthest one is.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], Sequence]] = []  # with cancelled ones in it
+        self._arrivals = 0
+        self._levels: defaultdict[int, _Level] = defaultdict(_Level)
+        self._flows: dict[tuple[str, int], _Flow] = {}
+
+    def __len__(self) -> int:
+        return sum(level.waiting for level in self._levels.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from (sequence for _, sequence in sorted(self._heap, key=_first) if not sequence.finished)
+
+    def join(self, sequence: Sequence) -> None:
+        """A new sequence."""
+        flow = self._joined(sequence)
+        level = self._levels[sequence.priority]
+        if not level.waiting:
+            level.turn = max(other.turn for other in self._levels.values())
+        sequence.turn = flow.last = max(flow.last, level.turn) + 1
+        self.put_back([sequence])
+
+    def accompany(self, sequence: Sequence, parent: Sequence) -> None:
+        """A new sequence that runs at once, in the turn of another."""
+        self._joined(sequence)
+        sequence.turn = parent.turn
+
+    def depart(self, sequence: Sequence, *, waiting: bool) -> None:
+        """A sequence that joined is finished; `waiting` when it stands here."""
+        self._levels[sequence.priority].waiting -= waiting
+        flow = self._flows[sequence.salt, sequence.priority]
+        flow.alive -= 1
+        if not flow.alive:
+            del self._flows[sequence.salt, sequence.priority]
+
+    def first(self) -> Sequence | None:
+        """Whose turn it is."""
+        while self._heap and self._heap[0][1].finished:
+            heapq.heappop(self._heap)
+        return self._heap[0][1] if self._heap else None
+
+    def pop(self) -> Sequence:
+        """Take out the first, to run or to stand aside for a moment."""
+        _, sequence = heapq.heappop(self._heap)
+        self._levels[sequence.priority].waiting -= 1
+        return sequence
+
+    def put_back(self, sequences: Iterable[Sequence]) -> None:
+        """Sequences that stood here, or ran, wait again in their old turn."""
+        for sequence in sequences:
+            heapq.heappush(self._heap, (sequence.rank, sequence))
+            self._levels[sequence.priority].waiting += 1
+
+    def serve(self) -> None:
+        """The first runs now."""
+        sequence = self.pop()
+        level = self._levels[sequence.priority]
+        level.turn = max(level.turn, sequence.turn)
+
+    def check(self) -> None:
+        """Prove the invariants; AssertionError otherwise."""
+        waiting = list(self)
+        assert len(waiting) == len(self), "a waiting sequence is not counted"
+        assert all(sequence.computed == 0 and not sequence.pages for sequence in waiting), "a waiting one holds pages"
+
+    def _joined(self, sequence: Sequence) -> _Flow:
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        flow = self._flows.setdefault((sequence.salt, sequence.priority), _Flow())
+        flow.alive += 1
+        return flow
+
+
+def _first(item: tuple[tuple[int, int], Sequence]) -> tuple[int, int]:
+    return item[0]

@@ -65,6 +65,16 @@ def test_among_several_adapters_one_is_named(main, engine):
     assert out == engine.generate(PROMPT, adapter="bullets", max_tokens=24).text + "\n"
 
 
+def test_several_adapters_answer_as_their_weighted_sum(main, engine):
+    asked = ["generate", MODEL, PROMPT, *GIVEN.values(), "--max-tokens", "24"]
+
+    _, out, _ = main(*asked, "--use", "upper=0.4,bullets=0.8")
+    refused, _, why = main(*asked, "--use", "upper=half")
+
+    assert out == engine.generate(PROMPT, adapter={"upper": 0.4, "bullets": 0.8}, max_tokens=24).text + "\n"
+    assert (refused, "'upper=half' is not NAME=WEIGHT" in why) == (2, True)
+
+
 def test_json_has_the_whole_answer(main, engine):
     code, out, err = main("generate", MODEL, PROMPT, GIVEN["upper"], "--max-tokens", "8", "--json")
 

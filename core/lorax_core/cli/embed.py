@@ -6,14 +6,13 @@ when the command runs.
 
 from __future__ import annotations
 
-import sys
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 import lorax_core
-from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table, tell
+from lorax_core.cli.options import Truncate, read_texts, tell_truncated
+from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table
 from lorax_core.types import Pooling
 
 if TYPE_CHECKING:
@@ -22,14 +21,6 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 _SHOWN = 4  # numbers of a vector in the table
-
-
-class Truncate(StrEnum):
-    """What happens to a text that is too long; the values are those of `EmbedRequest`."""
-
-    ERROR = "error"
-    START = "start"
-    END = "end"
 
 
 @app.command()
@@ -49,7 +40,7 @@ def embed(
     Without --json only the first numbers of each vector are shown.
     """
     chosen: Any = truncate.value  # a Literal there
-    requests = [lorax_core.EmbedRequest(input=text, truncate=chosen) for text in _read(texts)]
+    requests = [lorax_core.EmbedRequest(input=text, truncate=chosen) for text in read_texts(texts)]
     with data_only_stdout():
         engine = lorax_core.load(path, pooling=pooling)
     with engine:
@@ -58,14 +49,7 @@ def embed(
         _show_lines(embeddings)
     else:
         show_table(("index", "tokens", "dim", "first values"), [_row(*at) for at in enumerate(embeddings)])
-    for index, embedding in enumerate(embeddings):
-        if embedding.truncated:
-            tell(f"text {index} was cut to {embedding.usage.prompt_tokens} tokens", label="warning", style="yellow")
-
-
-def _read(texts: list[str]) -> list[str]:
-    """The texts themselves, or the lines of stdin."""
-    return sys.stdin.read().splitlines() if texts == ["-"] else texts
+    tell_truncated(embeddings)
 
 
 def _show_lines(embeddings: list[Embedding]) -> None:

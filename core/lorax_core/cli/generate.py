@@ -6,15 +6,14 @@ answering are those of the Python face, imported when the command runs.
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import lorax_core
+from lorax_core.cli.options import chosen_adapter, named_sources, read_text
 from lorax_core.cli.render import data_only_stdout, show_json, tell
-from lorax_core.errors import AdapterError, listed, nearest
 
 if TYPE_CHECKING:
     from lorax_core.serving.stream import Stream
@@ -34,7 +33,10 @@ def generate(
         list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Load an adapter; may be given several times.")
     ] = None,
     use: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The adapter that answers; one that is given alone is used.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The adapter that answers, or a weighted sum: a=0.7,b=0.3. One given alone is used."
+        ),
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="The longest answer, in tokens; by default 128, or what the model has room for.")
@@ -49,10 +51,10 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON, once the answer is complete.")] = False,
 ) -> None:
     """Continue a prompt; the text streams to stdout."""
-    adapters = _folders(adapter or [])
+    adapters = named_sources(adapter or [])
     request = lorax_core.GenerateRequest(
-        prompt=_read(prompt),
-        adapter=_chosen(adapters, use),
+        prompt=read_text(prompt),
+        adapter=chosen_adapter(adapters, use),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
@@ -74,39 +76,6 @@ def generate(
         tell(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
 
 
-def _folders(given: list[str]) -> dict[str, str]:
-    """Adapters by name; a wrong or repeated `NAME=FOLDER` is a wrong command line."""
-    folders: dict[str, str] = {}
-    for one in given:
-        name, equals, folder = one.partition("=")
-        if not (name and equals and folder):
-            raise typer.BadParameter(f"{one!r} is not NAME=FOLDER", param_hint="--adapter")
-        if name in folders:
-            raise typer.BadParameter(f"two adapters are called {name!r}", param_hint="--adapter")
-        folders[name] = folder
-    return folders
-
-
-def _chosen(adapters: dict[str, str], use: str | None) -> str | None:
-    """The name of the adapter that answers: the one asked for, or the only one; None for the base."""
-    if use is None and len(adapters) > 1:
-        raise typer.BadParameter(f"which of {listed(adapters)} answers?", param_hint="--use")
-    if use is None:
-        return next(iter(adapters), None)
-    if use not in adapters:
-        close = nearest(use, adapters)
-        raise AdapterError(
-            f"no adapter is called {use!r}; given are {listed(adapters)}",
-            hint=f"did you mean {close!r}?" if close else f"--adapter {use}=FOLDER loads it",
-        )
-    return use
-
-
-def _read(prompt: str) -> str:
-    """The prompt itself, or all of stdin without its last line break."""
-    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-
-
 def _follow(stream: Stream, quiet: bool) -> Completion:
     """The whole answer; unless `quiet`, each piece is printed as it comes."""
     completion = None
@@ -120,7 +89,7 @@ def _follow(stream: Stream, quiet: bool) -> Completion:
     return completion
 
 
-def _show_json(path: str, adapter: str | None, completion: Completion) -> None:
+def _show_json(path: str, adapter: str | dict[str, float] | None, completion: Completion) -> None:
     usage = completion.usage
     show_json(
         {

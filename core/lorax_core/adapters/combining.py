@@ -1,0 +1,193 @@
+"""How several low-rank updates of one module become one.
+
+Decides the arithmetic of each strategy, number for number PEFT's. Knows nothing of files, and of modules only the order in
+which random numbers are drawn for them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from lorax_core.errors import AdapterError, listed, nearest
+
+SignMethod = Literal["total", "frequency"]
+Pair = tuple[Tensor, Tensor]  # a [rank, in], b [out, rank]
+
+STRATEGIES: Final = ("linear", "ties", "dare_linear", "dare_ties", "svd", "cat")
+SIGN_METHODS: Final = ("total", "frequency")
+_SPARSE: Final = ("ties", "dare_linear", "dare_ties")
+_DRAWING: Final = ("dare_linear", "dare_ties")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How adapters are combined; raises AdapterError for a setting that is none, is missing, or belongs to another strategy.
+
+    `weights` has one number for each adapter. `density` is the share of numbers that are kept, `rank` that of the result.
+    """
+
+    strategy: str
+    weights: tuple[float, ...]
+    density: float | None = None
+    seed: int | None = None
+    rank: int | None = None
+    majority_sign_method: str = "total"
+
+    def __post_init__(self) -> None:
+        _check_word("strategy", self.strategy, STRATEGIES)
+        _check_word("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
+        if not all(math.isfinite(weight) for weight in self.weights):
+            raise AdapterError(f"weights are finite numbers; these are {list(self.weights)}")
+        if self.strategy in _SPARSE and self.density is None:
+            raise AdapterError(f"{self.strategy!r} needs a density", hint="the share of numbers to keep, such as 0.5")
+        for name, value, takers in (
+            ("density", self.density, _SPARSE),
+            ("seed", self.seed, _DRAWING),
+            ("rank", self.rank, ("svd",)),
+        ):
+            if value is not None and self.strategy not in takers:
+                raise AdapterError(
+                    f"{self.strategy!r} takes no {name} (given: {value}); those that do: {listed(takers)}"
+                )
+        if self.density is not None and not 0 < self.density <= 1:
+            raise AdapterError(f"density is above 0 and at most 1; this is {self.density}")
+        if self.rank is not None and self.rank < 1:
+            raise AdapterError(f"rank is at least 1; this is {self.rank}")
+
+    @property
+    def draws(self) -> bool:
+        """Whether random numbers are drawn: not where everything is kept."""
+        return self.strategy in _DRAWING and self.density != 1
+
+    @property
+    def needs_one_rank(self) -> bool:
+        """Whether updates of one module must have equal ranks."""
+        return self.strategy not in ("svd", "cat")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one adapter adds to a weight: `strength * b @ a`, with the adapter's own scale and its weight in `strength`."""
+
+    a: Tensor
+    b: Tensor
+    strength: float
+
+
+def combined(updates: Sequence[Update], recipe: Recipe, rank: int, generator: torch.Generator | None = None) -> Pair:
+    """One pair for several updates of a module, of scale 1, in float32. `rank` is what `svd` keeps at most.
+
+    Raises AdapterError when the density keeps none of the numbers.
+    """
+    match recipe.strategy:
+        case "cat":
+            return _concatenated(updates)
+        case "svd":
+            return _decomposed(updates, rank)
+        case _:
+            return _factorwise(updates, recipe, generator)
+
+
+def draw_as_at_creation(pair: Pair, embedding: bool, rank: int, start: object, generator: torch.Generator) -> None:
+    """Draw what PEFT draws when it creates an adapter at this module, and throw it away.
+
+    PEFT creates the result before it prunes, from the same stream: without these the same seed gives other masks.
+    `start` is the `init_lora_weights` of the result.
+    """
+    a, b = torch.empty(rank, pair[0].shape[1]), torch.empty(pair[1].shape[0], rank)
+    if embedding:
+        a.normal_(generator=generator)
+        b.normal_(generator=generator)
+        if start is not False:
+            b.normal_(generator=generator)
+        return
+    a.uniform_(generator=generator)
+    b.uniform_(generator=generator)
+    if start == "gaussian":
+        a.normal_(generator=generator)
+    elif start is not False:
+        a.uniform_(generator=generator)
+
+
+def _check_word(what: str, word: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if word not in known:
+        close = nearest(str(word), known)
+        raise AdapterError(
+            f"there is no {what} {word!r}; there are {listed(known)}",
+            hint=f"did you mean {close!r}?" if close else None,
+        )
+
+
+def _concatenated(updates: Sequence[Update]) -> Pair:
+    a = torch.cat([update.a * update.strength for update in updates])  # [sum of ranks, in]
+    return a, torch.cat([update.b for update in updates], dim=1)  # [out, sum of ranks]
+
+
+def _decomposed(updates: Sequence[Update], rank: int) -> Pair:
+    """The best approximation of the sum of all updates by so many ranks.
+
+    The sum `[out, in]` is never formed: its singular values are those of a matrix as small as the ranks together.
+    """
+    a, b = (tensor.double() for tensor in _concatenated(updates))
+    left, left_rest = torch.linalg.qr(b)  # [out, n], [n, ranks]
+    right, right_rest = torch.linalg.qr(a.t())  # [in, m], [m, ranks]
+    u, values, v = torch.linalg.svd(left_rest @ right_rest.t(), full_matrices=False)
+    rank = min(rank, len(values))
+    return (v[:rank] @ right.t()).float(), (left @ (u[:, :rank] * values[:rank])).float()
+
+
+def _factorwise(updates: Sequence[Update], recipe: Recipe, generator: torch.Generator | None) -> Pair:
+    """A and B each combined on their own, as PEFT does: each gets the root of the strength, A its sign as well."""
+    roots = [math.sqrt(abs(update.strength)) for update in updates]
+    signed = [math.copysign(root, update.strength) for root, update in zip(roots, updates, strict=True)]
+    a = _mixed([update.a for update in updates], signed, recipe, generator)
+    return a, _mixed([update.b for update in updates], roots, recipe, generator)
+
+
+def _mixed(
+    tensors: Sequence[Tensor], factors: Sequence[float], recipe: Recipe, generator: torch.Generator | None
+) -> Tensor:
+    if recipe.density is not None and recipe.density < 1:
+        if recipe.strategy in _DRAWING:
+            tensors = [_dropped_at_random(tensor, recipe.density, generator) for tensor in tensors]
+        else:
+            tensors = [_dropped_by_size(tensor, recipe.density) for tensor in tensors]
+    stacked = torch.stack(list(tensors))  # [adapters, rows, columns]
+    weighted = stacked * torch.tensor(factors)[:, None, None]
+    if not recipe.strategy.endswith("ties"):
+        return weighted.sum(0)
+    agreeing = _agreeing(stacked, recipe.majority_sign_method)
+    return (weighted * agreeing).sum(0) / agreeing.sum(0).clamp(min=1.0)
+
+
+def _dropped_by_size(tensor: Tensor, density: float) -> Tensor:
+    """The largest numbers, zero elsewhere."""
+    count = int(density * tensor.numel())
+    if count == 0:
+        raise AdapterError(
+            f"density {density} keeps none of the {tensor.numel()} numbers of a tensor {list(tensor.shape)}",
+            hint=f"at least 1/{tensor.numel()} keeps one of them",
+        )
+    kept = torch.zeros(tensor.numel())
+    kept[tensor.abs().reshape(-1).topk(count).indices] = 1
+    return tensor * kept.view_as(tensor)
+
+
+def _dropped_at_random(tensor: Tensor, density: float, generator: torch.Generator | None) -> Tensor:
+    """Numbers that a coin keeps, made larger so that their expectation stays."""
+    kept = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
+    return tensor * kept / density
+
+
+def _agreeing(stacked: Tensor, method: str) -> Tensor:
+    """Which numbers have the sign of the majority: of the sum, or of most adapters. Weights have no say, as in PEFT."""
+    signs = stacked.sign()
+    votes = stacked if method == "total" else signs
+    return signs == torch.where(votes.sum(0) >= 0, 1, -1)

@@ -1,0 +1,331 @@
+"""One adapter into the weights of its base, for a checkpoint of its own.
+
+Decides which tensor of the files each part of an adapter changes, and what a change of one side of a tie means. Works in the
+orientation of the files, a shard at a time. Knows nothing of running models.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorax_core.adapters.change import Change, leaves
+from lorax_core.adapters.merge import Told
+from lorax_core.adapters.output import check_free, new_folder
+from lorax_core.adapters.peft import PeftFiles, Piece, read_peft
+from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.modeling.config import ModelConfig
+from lorax_core.modeling.heads import CLASSIFICATION
+from lorax_core.plugins.host import PluginHost
+from lorax_core.plugins.resolve import load_class
+from lorax_core.types import Task
+from lorax_core.weights.checkpoint import Checkpoint, opened
+from lorax_core.weights.loader import Backbone, stated_task
+from lorax_core.weights.mapping import WeightMap
+
+_INDEX: Final = "model.safetensors.index.json"
+# The same weights in other formats: a copy would still hold the base's numbers.
+_OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".gguf", ".safetensors")
+_EXPORTS: Final = (".onnx", ".onnx_data", ".tflite", ".mlmodel")
+
+
+@dataclass(frozen=True)
+class MergedBase:
+    """What was written: the tensors that changed or are new, by their names in the files, and notes to be told."""
+
+    path: Path
+    changed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def merge_into_base(
+    base: str | Path,
+    adapter: str | Path | PeftFiles,
+    out: str | Path,
+    host: PluginHost,
+    *,
+    overwrite: bool = False,
+    told: Told | None = None,
+) -> MergedBase:
+    """Write the checkpoint `base` with an adapter in its weights: the same files, names and dtypes, computed in float32.
+
+    Where the output head shares the embedding's weight and the adapter changes one of them alone, both are written and
+    `config.json` says `tie_word_embeddings: false`; `notes` tells it. Trained tokens change both sides of a tie, as in PEFT.
+    Other files are copied, but for weights in other formats, which are named in `notes`.
+
+    Raises AdapterError naming the module that the base does not have (a head of the adapter's own among them) or that has
+    another shape, CheckpointError for a base that cannot be read, PluginError when nothing serves its `model_type`; `out` is
+    then as it was.
+    """
+    final = Path(out)
+    check_free(final, overwrite)
+    checkpoint = Checkpoint(base)
+    source = checkpoint.path.resolve()
+    if final.resolve() == source or source in final.resolve().parents:
+        raise AdapterError(f"{out} is the base's own folder, or inside it", hint="give a folder of its own")
+    files = adapter if isinstance(adapter, PeftFiles) else read_peft(adapter)
+    plan = _Plan.of(checkpoint, files, host)
+    with new_folder(final, overwrite=overwrite) as folder:
+        plan.write(folder, told)
+    return MergedBase(final, tuple(plan.changed), tuple(plan.notes))
+
+
+@dataclass
+class _Plan:
+    """Which tensor of a checkpoint changes how, all of it found before anything is written."""
+
+    checkpoint: Checkpoint
+    files: PeftFiles
+    weight_map: WeightMap
+    changes: dict[str, Change] = field(default_factory=dict)  # by name in the files
+    added: dict[str, Tensor] = field(default_factory=dict)  # by name in the files: the other side of what was a tie
+    beside: dict[str, str] = field(default_factory=dict)  # such a name to the tensor in whose file it goes
+    untied: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, files: PeftFiles, host: PluginHost) -> _Plan:
+        """The plan; raises AdapterError for a part of the adapter that has no place."""
+        spec = host.architecture(checkpoint.config["model_type"])
+        owner = host.owner(spec.model_type)
+        config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
+        weight_map = cast("Backbone", load_class(spec.backbone, owner)).weight_map(config)
+        plan = cls(checkpoint, files, weight_map)
+        stored = {_place(weight_map, name): name for name in checkpoint.tensors}
+        # Only a class that generates has the output head that a tie speaks of.
+        stated = stated_task(spec, config)
+        generates = stated in (None, Task.GENERATE)
+        ties = {side: name for name, side in weight_map.tie.items()} if generates else {}
+        heads = {head: side for side, head in ties.items()}
+        tied: dict[str, Change] = {}  # changes of heads without numbers of their own in the files
+        for module, piece in files.pieces.items():
+            for leaf in leaves(piece):
+                place = _place(weight_map, f"{module}.{leaf}")
+                change = Change(module, leaf, piece, files)
+                name = stored.get(place)
+                if name is None and place[0] in heads and (heads[place[0]], None) in stored:
+                    plan._take(tied, place[0], change)
+                elif name is None:
+                    raise plan._no_place(change, stored)
+                else:
+                    plan._take(plan.changes, name, change)
+        for embedding, head in ties.items():
+            plan._tie(embedding, head, stored, tied)
+        plan._note_unserved(config.vocab_size)
+        if stated in CLASSIFICATION:
+            plan._note_labels(len(config.labels))
+        return plan
+
+    @property
+    def changed(self) -> list[str]:
+        """The tensors that are not the base's, sorted."""
+        return sorted({*self.changes, *self.added})
+
+    def write(self, folder: Path, told: Told | None) -> None:
+        """Everything into an empty folder."""
+        done, total = 0, len(self.checkpoint.files)
+        for file in self.checkpoint.files:
+            if told is not None:
+                told(done, total)
+            self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
+            done += 1
+        if told is not None:
+            told(done, total)
+        self._write_index(folder)
+        self._copy_others(folder)
+        if self.untied:
+            config = {**self.checkpoint.config, "tie_word_embeddings": False}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _take(changes: dict[str, Change], name: str, change: Change) -> None:
+        if name in changes:
+            raise AdapterError(f"{change.files.path} changes {change.module!r} twice, under two spellings")
+        changes[name] = change
+
+    def _no_place(self, change: Change, stored: dict[tuple[str, int | None], str]) -> AdapterError:
+        modules = {name.rpartition(".")[0] for name in stored.values()}
+        own = _place(self.weight_map, f"{change.module}.weight")
+        model_type = self.checkpoint.config["model_type"]
+        if change.leaf == "bias" and own in stored:
+            return AdapterError(
+                f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
+                hint="serve it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
+            )
+        if change.piece.a is None and change.piece.embedding_a is None and change.piece.tokens is None:
+            return AdapterError(
+                f"{self.files.path} brings {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
+                "adapter's own cannot be merged",
+                hint="serve it unmerged, or merge it into a checkpoint of a class that has this head",
+            )
+        close = nearest(change.module, modules)
+        return AdapterError(
+            f"{self.files.path} changes {change.module!r}, which the {model_type!r} checkpoint {self.checkpoint.path} does "
+            f"not have; it was trained on {self.files.trained_on}",
+            hint=f"the nearest layer here is {close!r}" if close else "merge it into the base that it was trained on",
+        )
+
+    def _tie(
+        self,
+        embedding: str,
+        head: str,
+        stored: dict[tuple[str, int | None], str],
+        tied: dict[str, Change],
+    ) -> None:
+        """What a change of an embedding, of the head that shares its weight, or of both comes to."""
+        below = stored.get((embedding, None))
+        above = stored.get((head, None))
+        if below is None:
+            return
+        one = self.changes.get(below)
+        other = tied.get(head) or (self.changes.get(above) if above is not None else None)
+        if one is None and other is None:
+            return
+        old = self.checkpoint.tensor(below)
+        old_head = self.checkpoint.tensor(above) if above is not None else old
+        # A weight beneath a low-rank update is the base's, so of a tie it is that of both sides.
+        sides = (one, other) if above is None else (one,)
+        start, *rest = [side.beneath(old) for side in sides if side is not None and side.holds_base] or [old.float()]
+        if any(not torch.equal(start, another) for another in rest):
+            raise AdapterError(
+                f"{self.files.path} holds one weight beneath the update of {below!r} and another beneath that of its tied head"
+            )
+        new = (one.apply(start, False) if one is not None else start).to(old.dtype)
+        new_head = old_head.float() if above is not None else start
+        if one is not None and one.piece.tokens is not None and (other is None or other.piece.tokens is None):
+            # Beneath what else is done to the head, as in PEFT.
+            new_head = Change(one.module, "weight", Piece(tokens=one.piece.tokens), self.files).apply(new_head, False)
+        if other is not None:
+            new_head = other.apply(new_head, False)
+        new_head = new_head.to(old_head.dtype)
+        # Both sides are here already: nothing is left to do for them while the shards are written.
+        self.changes.pop(below, None)
+        if not torch.equal(new, old):
+            self.added[below] = new
+        if new.shape == new_head.shape and torch.equal(new, new_head) and above is None:
+            return
+        name = above or _file_name(self.weight_map, head)
+        self.changes.pop(name, None)
+        if above is None or not torch.equal(new_head, old_head):
+            self.added[name] = new_head
+            self.beside[name] = below
+        if not torch.equal(new, new_head):
+            self.untied = True
+            self.notes.append(
+                f"{below!r} and {name!r} shared one weight and do not any more: both are written, and config.json says "
+                "tie_word_embeddings: false"
+            )
+
+    def _note_unserved(self, vocabulary: int) -> None:
+        """Heads that are not served may be tied to an embedding that changed; only their own class knows."""
+        if not any(
+            change.piece.tokens is not None or change.embeddings == vocabulary for change in self.changes.values()
+        ):
+            return
+        ignored = [name for name in self.checkpoint.tensors if self.weight_map.ignores(name)]
+        heads = [name for name in ignored if self.checkpoint.tensor(name).shape[:1] == (vocabulary,)]
+        if heads:
+            self.notes.append(
+                f"heads that are not served were copied as they are, and may be tied to the embedding: {listed(heads)}"
+            )
+
+    def _note_labels(self, count: int) -> None:
+        for change in self.changes.values():
+            weight = change.piece.weight
+            if change.leaf == "weight" and weight is not None and not change.holds_base and len(weight) == count:
+                self.notes.append(
+                    f"{change.module!r} is the adapter's now, and its {count} labels are still named as in the base"
+                )
+
+    def _write_shard(self, file: Path, out: Path) -> None:
+        tensors: dict[str, Tensor] = {}
+        with opened(file) as found:
+            metadata = found.metadata()
+            for name in found.keys():  # noqa: SIM118  (not a mapping)
+                tensors[name] = self._tensor(name, found.get_tensor(name))
+        for name, beside in self.beside.items():
+            if name not in self.checkpoint.tensors and beside in tensors:
+                tensors[name] = _finite(self.files, name, self.added[name])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, out, metadata=metadata)
+
+    def _tensor(self, name: str, old: Tensor) -> Tensor:
+        if name in self.added:
+            return _finite(self.files, name, self.added[name])
+        change = self.changes.get(name)
+        if change is None:
+            return old
+        new = change.apply(old, self.weight_map.resolve(name).transpose).to(old.dtype)
+        return _finite(self.files, name, new)
+
+    def _write_index(self, folder: Path) -> None:
+        index = self.checkpoint.json(_INDEX)
+        if not isinstance(index, dict):
+            return
+        places = dict(index["weight_map"])
+        metadata = dict(index.get("metadata") or {})
+        for name, beside in self.beside.items():
+            if name in places:
+                continue
+            places[name] = places[beside]
+            for key, more in (("total_size", self.added[name].nbytes), ("total_parameters", self.added[name].numel())):
+                if isinstance(metadata.get(key), (int, float)):
+                    metadata[key] += more
+        made: dict[str, Any] = {**index, "metadata": metadata, "weight_map": dict(sorted(places.items()))}
+        (folder / _INDEX).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+
+    def _copy_others(self, folder: Path) -> None:
+        written = {file.relative_to(self.checkpoint.path) for file in self.checkpoint.files} | {Path(_INDEX)}
+        left: list[str] = []
+        for path in _everything(self.checkpoint.path):
+            relative = path.relative_to(self.checkpoint.path)
+            top = len(relative.parts) == 1
+            if relative in written:
+                continue
+            if path.suffix in _EXPORTS or (top and path.suffix in _OTHER_WEIGHTS):
+                left.append(relative.as_posix())
+                continue
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / relative)
+        if left:
+            self.notes.append(f"not copied, for they hold the base's weights in other formats: {listed(left)}")
+
+
+def _everything(folder: Path) -> Iterator[Path]:
+    """Files below a folder, hidden folders and files left out: they are of the tools that brought them."""
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden:
+            yield path
+
+
+def _place(weight_map: WeightMap, name: str) -> tuple[str, int | None]:
+    target = weight_map.resolve(name)
+    return target.name, target.part
+
+
+def _file_name(weight_map: WeightMap, parameter: str) -> str:
+    """What files call a parameter: where two names are known, the one that is renamed, which is older and read by all."""
+    for pattern, replacement in weight_map.rename.items():
+        stem = replacement.removesuffix(".**")
+        old = f"{pattern.removesuffix('.**')}{parameter.removeprefix(stem)}"
+        if "*" not in stem and parameter.startswith(f"{stem}.") and weight_map.resolve(old).name == parameter:
+            return old
+    return parameter
+
+
+def _finite(files: PeftFiles, name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(
+            f"{files.path} brings {name!r} beyond what {tensor.dtype} holds",
+            hint="convert the base to bfloat16 or float32 first",
+        )
+    return tensor.contiguous().clone()

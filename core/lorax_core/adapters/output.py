@@ -1,0 +1,54 @@
+"""A folder that is there whole or not at all.
+
+Decides how results are written: into a new folder beside the final one, which is renamed when everything is in it. Knows
+nothing of what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lorax_core.errors import AdapterError
+
+
+@contextlib.contextmanager
+def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` at the end; an error on the way leaves `out` as it was.
+
+    Raises AdapterError when `out` holds anything and may not be overwritten.
+    """
+    final = Path(out).absolute()
+    check_free(final, overwrite)
+    mark = uuid.uuid4().hex[:8]
+    fresh, old = (final.with_name(f".{final.name}.{kind}-{mark}") for kind in ("new", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        check_free(final, overwrite)  # writing may take long
+        if final.exists():
+            final.rename(old)
+        try:
+            fresh.rename(final)
+        except OSError:
+            if old.exists():
+                old.rename(final)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise AdapterError when `out` is a file, or a folder that holds something and may not be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise AdapterError(f"{out} is a file; a folder is written", hint="give another name")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise AdapterError(f"{out} holds files already", hint="give another folder, or overwrite=True (--overwrite)")

@@ -1,0 +1,349 @@
+"""`lorax adapters`: what an adapter holds and whether it fits a base, and merging several into one or into their base.
+
+Decides what is shown of an adapter. Knows nothing of tensors beyond their sizes: finding, reading, fitting and merging are
+those of `lorax_core.adapters`, imported when a command runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorax_core.cli.render import data_only_stdout, show_json, show_table, tell, tell_error
+from lorax_core.errors import AdapterError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorax_core.adapters.lora import LoraAdapter
+    from lorax_core.adapters.medusa import MedusaAdapter
+    from lorax_core.adapters.peft import PeftFiles, Piece
+    from lorax_core.plugins.host import PluginHost
+
+app = typer.Typer(help="Adapters: look into them, combine them, merge them into their base.", no_args_is_help=True)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_FORMS = "a folder, a hub id or the URL of a folder"
+
+# What a part of an adapter is called, by its role in the files.
+_FEATURES = {
+    "magnitude": "DoRA",
+    "b_bias": "lora_bias",
+    "embedding_a": "embeddings",
+    "tokens": "trained tokens",
+    "bias": "biases",
+}
+
+
+@app.command("inspect")
+def inspect_adapter(
+    source: Annotated[str, typer.Argument(metavar="ADAPTER", help=f"What PEFT or Medusa wrote: {_FORMS}.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="A folder or hub id: does the adapter fit it, and where.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")] = None,
+    json: _Json = False,
+) -> None:
+    """Show what an adapter holds. Exits with 1 when it cannot be read, or does not fit the base."""
+    from lorax_core.adapters.lora import LoraAdapter
+    from lorax_core.adapters.medusa import MedusaAdapter, is_medusa
+    from lorax_core.adapters.source import find_adapter
+
+    found = find_adapter(source, revision=revision)
+    adapter = MedusaAdapter(found.folder) if is_medusa(found.folder) else LoraAdapter(found.folder)
+    about = {"path": found.origin, "revision": found.revision, **_about(adapter)}
+    fit, error = _fit(adapter, base) if base is not None else (None, None)
+    if json:
+        show_json({"adapter": about, "base": fit})
+    else:
+        show_table(("", ""), [*_summary(about), *(_fit_rows(fit) if fit else [])])
+        _show_modules(about["modules"])
+    if error is not None:
+        tell_error(error)
+        raise typer.Exit(1)
+
+
+def _show_modules(modules: list[dict[str, Any]]) -> None:
+    if not modules:
+        return
+    print()
+    rows = [[row["module"], *map(_listed, (row["count"], row["ranks"], row["holds"]))] for row in modules]
+    show_table(("modules", "count", "ranks", "holds"), rows)
+
+
+@app.command("merge")
+def merge(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"What PEFT wrote, each {_FORMS}.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the result goes.")],
+    strategy: Annotated[str, typer.Option(help="linear, ties, dare_linear, dare_ties, svd or cat.")] = "linear",
+    weight: Annotated[
+        list[float] | None, typer.Option(metavar="W", help="Once for each adapter, in order; 1 by default.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(metavar="D", help="Share of numbers that ties and dare keep.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Of what dare drops; 0 by default.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Of svd's result; by default the largest one.")] = None,
+    majority_sign: Annotated[str, typer.Option(help="How ties counts: total or frequency.")] = "total",
+    base: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Merge into this folder or hub id, not into an adapter.")
+    ] = None,
+    revision: Annotated[
+        list[str] | None, typer.Option(metavar="REV", help="Of hub ids; once for each adapter, '' for none.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what DIR holds.")] = False,
+    json: _Json = False,
+) -> None:
+    """Combine adapters into a new one, or merge them into a copy of their base."""
+    settings: dict[str, Any] = {"strategy": strategy, "weights": weight, "density": density, "seed": seed, "rank": rank}
+    settings["majority_sign_method"] = majority_sign
+    if revision is not None and len(revision) != len(adapters):
+        told = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
+        raise typer.BadParameter(told, param_hint="--revision")
+    _check_out(out, overwrite)
+    about: dict[str, Any] = {"path": str(out), "strategy": strategy}
+    folders = [_find_lora(*one) for one in zip(adapters, revision or [""] * len(adapters), strict=True)]
+    if base is not None:
+        done = _merge_into_base(folders, out, base, settings, overwrite)
+        _show_merged({**about, "base": base, "adapters": adapters, **done}, json)
+        return
+    from lorax_core.adapters.merge import merge_adapters
+
+    with _progress("combining modules") as told_of:
+        merged = merge_adapters(folders, out, **settings, overwrite=overwrite, told=told_of)
+    about |= {"modules": merged.modules, "ranks": list(merged.ranks), "notes": list(merged.notes)}
+    _show_merged(about, json)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Before anything is fetched or read."""
+    from lorax_core.adapters.output import check_free
+
+    check_free(out, overwrite)
+
+
+def _find_lora(source: str, revision: str) -> Path:
+    """The folder of a source that PEFT wrote; Medusa's heads cannot be merged."""
+    from lorax_core.adapters.medusa import is_medusa
+    from lorax_core.adapters.source import find_adapter
+
+    found = find_adapter(source, revision=revision or None)
+    if is_medusa(found.folder):
+        beside = (found.folder / "adapter_config.json").is_file()
+        hint = (
+            "give a folder of PEFT's files alone: adapter_config.json and adapter_model.safetensors" if beside else None
+        )
+        raise AdapterError(
+            f"{source} holds Medusa heads, which guess tokens; they have no sum and no place in a base", hint=hint
+        )
+    return found.folder
+
+
+def _merge_into_base(
+    adapters: Sequence[Path], out: Path, base: str, settings: dict[str, Any], overwrite: bool
+) -> dict[str, Any]:
+    """What of the JSON is known only afterwards."""
+    from lorax_core.adapters.into_base import merge_into_base
+    from lorax_core.adapters.merge import combine, make_recipe
+    from lorax_core.adapters.peft import read_peft
+    from lorax_core.weights.hub import find_checkpoint
+
+    recipe = make_recipe(adapters, **settings)
+    files, notes = [read_peft(path) for path in adapters], list[str]()
+    # One adapter as it is may hold what has no sum.
+    if len(files) > 1 or recipe.weights != (1.0,) or recipe.strategy not in ("linear", "cat"):
+        with _progress("combining modules") as told:
+            together, notes = combine(files, recipe, told=told)
+    else:
+        together = files[0]
+    host = _discover()
+    with _progress("writing files") as told:
+        done = merge_into_base(find_checkpoint(base), together, out, host, overwrite=overwrite, told=told)
+    return {"changed": list(done.changed), "notes": [*notes, *done.notes]}
+
+
+def _show_merged(about: dict[str, Any], json: bool) -> None:
+    if json:
+        show_json({"merged": about})
+        return
+    told = {name: value for name, value in about.items() if name != "notes"}
+    if "changed" in told:
+        told["changed"] = f"{len(told['changed']):,} tensors"
+    show_table(("", ""), [(name, _listed(value)) for name, value in told.items()])
+    for note in about["notes"]:
+        tell(note, label="note", style="yellow")
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """On a terminal, how far it is; in a pipe nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what) as status:
+        yield lambda done, total: status.update(f"{what}: {done} of {total}")
+
+
+def _discover() -> PluginHost:
+    from lorax_core.plugins.host import PluginHost
+
+    with data_only_stdout():
+        return PluginHost.discover()
+
+
+def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
+    """The "adapter" of the JSON: what its files say, and what is in them. Of Medusa's heads alone, LoRA's fields are empty."""
+    from lorax_core.adapters.medusa import MedusaAdapter
+
+    medusa = adapter if isinstance(adapter, MedusaAdapter) else None
+    lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter
+    files = lora.files if lora is not None else None
+    pieces = files.pieces if files is not None else {}
+    config = files.config if files is not None else {}
+    modules = _modules(files) if files is not None else []
+    tensors = [tensor for piece in pieces.values() for _, tensor in piece.items()]
+    tensors += [tensor for head in (medusa.files if medusa is not None else ()) for tensor in head.tensors]
+    return {
+        "kind": adapter.kind,
+        "task_type": config.get("task_type"),
+        "base_model": config.get("base_model_name_or_path") or (medusa.trained_on if medusa is not None else None),
+        "ranks": sorted({rank for row in modules for rank in row["ranks"]}),
+        "alphas": sorted({alpha for row in modules for alpha in row["alphas"]}),
+        "features": _features(files) if files is not None else [],
+        "modules": modules,
+        "saved": [
+            {"module": module, "shape": list(piece.weight.shape)}
+            for module, piece in pieces.items()
+            if piece.weight is not None and _rank(piece) is None
+        ],
+        "tokens": sum(len(piece.tokens) for piece in pieces.values() if piece.tokens is not None),
+        "medusa": _heads(medusa) if medusa is not None else None,
+        **_sizes(tensors),
+        "identity": adapter.identity,
+    }
+
+
+def _heads(adapter: MedusaAdapter) -> dict[str, Any]:
+    first = adapter.files[0]
+    weight, _ = first.blocks[0]
+    return {
+        "heads": len(adapter.files),
+        "blocks": len(first.blocks),
+        "width": weight.shape[0],
+        "own_output": first.out is not None,  # all heads have one, or none
+        "vocabulary": first.out.shape[0] if first.out is not None else None,
+    }
+
+
+def _sizes(tensors: list[Tensor]) -> dict[str, Any]:
+    return {
+        "tensors": len(tensors),
+        "parameters": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+    }
+
+
+def _rank(piece: Piece) -> int | None:
+    a = piece.a if piece.a is not None else piece.embedding_a
+    return a.shape[0] if a is not None else None
+
+
+def _modules(files: PeftFiles) -> list[dict[str, Any]]:
+    """Modules that differ only in the number of their layer, together."""
+    rows: dict[str, dict[str, Any]] = {}
+    root = bool(files.config.get("use_rslora"))
+    for module, piece in files.pieces.items():
+        name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", module)
+        row = rows.setdefault(name, {"module": name, "count": 0, "ranks": set(), "alphas": set(), "holds": []})
+        row["count"] += 1
+        rank = _rank(piece)
+        if rank is not None:
+            row["ranks"].add(rank)
+            row["alphas"].add(round(files.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
+        holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in piece.items()]
+        row["holds"] += [one for one in dict.fromkeys(holds) if one not in row["holds"]]
+    return [{**row, "ranks": sorted(row["ranks"]), "alphas": sorted(row["alphas"])} for _, row in sorted(rows.items())]
+
+
+def _features(files: PeftFiles) -> list[str]:
+    found = {_FEATURES[role] for piece in files.pieces.values() for role, _ in piece.items() if role in _FEATURES}
+    for piece in files.pieces.values():
+        if piece.weight is not None:
+            found.add("saved modules" if _rank(piece) is None else "base weights")
+    if files.config.get("use_rslora"):
+        found.add("rslora")
+    return sorted(found, key=str.lower)
+
+
+def _summary(about: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("adapter", about["path"]),
+        *([("revision", about["revision"])] if about["revision"] else []),
+        ("kind", "medusa, lora" if about["medusa"] and about["modules"] else about["kind"]),
+        ("task type", about["task_type"] or "-"),
+        ("trained on", about["base_model"] or "-"),
+        ("ranks", _listed(about["ranks"])),
+        ("alphas", _listed(about["alphas"])),
+        ("features", _listed(about["features"])),
+        *((f"saved {one['module']}", " x ".join(map(str, one["shape"]))) for one in about["saved"]),
+        *([("trained tokens", f"{about['tokens']:,}")] if about["tokens"] else []),
+        *([("medusa heads", _told_heads(about["medusa"]))] if about["medusa"] else []),
+        ("tensors", f"{about['tensors']:,}"),
+        ("parameters", f"{about['parameters']:,}"),
+        ("bytes", f"{about['bytes']:,}"),
+        ("dtype", _listed(about["dtypes"])),
+        ("identity", about["identity"]),
+    ]
+
+
+def _told_heads(heads: dict[str, Any]) -> str:
+    blocks = "1 block" if heads["blocks"] == 1 else f"{heads['blocks']} blocks"
+    out = (
+        f"with output layers for {heads['vocabulary']:,} tokens"
+        if heads["own_output"]
+        else "with the base's output layer"
+    )
+    return f"{heads['heads']} of {blocks}, {heads['width']:,} wide, {out}"
+
+
+def _listed(value: object) -> str:
+    if not isinstance(value, list):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return ", ".join(f"{one:g}" if isinstance(one, float) else str(one) for one in value) or "-"
+
+
+def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any], AdapterError | None]:
+    """The "base" of the JSON, and the error that says why the adapter does not fit; raises when the base cannot be loaded."""
+    host = _discover()
+    from lorax_core.weights.checkpoint import Checkpoint
+    from lorax_core.weights.hub import find_checkpoint
+    from lorax_core.weights.loader import load_model
+
+    loaded = load_model(Checkpoint(find_checkpoint(base)), host)
+    told: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
+    try:
+        adapter.bind(loaded)
+    except AdapterError as error:
+        return {**told, "fits": False, "problem": error.message, "sites": [], "head": None}, error
+    head = adapter.head
+    labels = list(getattr(head, "labels", ()))
+    about = {"task": str(head.task), "labels": labels} if head is not None else None
+    return {**told, "sites": sorted(adapter.targets), "head": about}, None
+
+
+def _fit_rows(fit: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "base", f"{fit['path']} ({fit['model_type']})"
+    sites = f", at {len(fit['sites']):,} sites" if fit["sites"] else ""
+    yield "fits", f"yes{sites}" if fit["fits"] else "no"
+    if fit["head"]:
+        yield "head", f"{fit['head']['task']}: {_listed(fit['head']['labels'])}"

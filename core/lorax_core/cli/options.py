@@ -1,0 +1,81 @@
+"""What commands that load a checkpoint have in common: adapters by name, texts, and texts that are too long.
+
+Decides how `--adapter`, `--use`, `--truncate` and `-` are read. Knows nothing of models or of what adapters hold.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorax_core.cli.render import tell
+from lorax_core.errors import AdapterError, listed, nearest
+
+if TYPE_CHECKING:
+    from lorax_core.types import Classification, Embedding
+
+
+class Truncate(StrEnum):
+    """What happens to a text that is too long; the values are those of `EmbedRequest` and `ClassifyRequest`."""
+
+    ERROR = "error"
+    START = "start"
+    END = "end"
+
+
+def named_sources(given: Iterable[str]) -> dict[str, str]:
+    """Adapters by name; a wrong or repeated `NAME=FOLDER` is a wrong command line."""
+    sources: dict[str, str] = {}
+    for one in given:
+        name, equals, source = one.partition("=")
+        if not (name and equals and source):
+            raise typer.BadParameter(f"{one!r} is not NAME=FOLDER", param_hint="--adapter")
+        if name in sources:
+            raise typer.BadParameter(f"two adapters are called {name!r}", param_hint="--adapter")
+        sources[name] = source
+    return sources
+
+
+def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str, float] | None:
+    """The adapter that answers: the one asked for, or a weighted sum, or the only one there is; None for the base."""
+    if use is None and len(adapters) > 1:
+        raise typer.BadParameter(f"which of {listed(adapters)} answers?", param_hint="--use")
+    if use is None:
+        return next(iter(adapters), None)
+    weights: dict[str, float] = {}
+    for one in use.split(","):
+        name, equals, weight = one.partition("=")
+        if name not in adapters:
+            close = nearest(name, adapters)
+            raise AdapterError(
+                f"no adapter is called {name!r}; given are {listed(adapters)}",
+                hint=f"did you mean {close!r}?" if close else f"--adapter {name}=FOLDER loads it",
+            )
+        if name in weights:
+            raise typer.BadParameter(f"{name!r} has two weights", param_hint="--use")
+        try:
+            weights[name] = float(weight) if equals else 1.0
+        except ValueError as error:
+            raise typer.BadParameter(f"{one!r} is not NAME=WEIGHT", param_hint="--use") from error
+    return use if use in adapters else weights
+
+
+def read_text(given: str) -> str:
+    """The text itself, or for - all of stdin without its last line break."""
+    return sys.stdin.read().removesuffix("\n") if given == "-" else given
+
+
+def read_texts(given: list[str]) -> list[str]:
+    """The texts themselves, or for a single - the lines of stdin."""
+    return sys.stdin.read().splitlines() if given == ["-"] else given
+
+
+def tell_truncated(answers: Sequence[Embedding | Classification]) -> None:
+    """On stderr, each text that was cut."""
+    for index, answer in enumerate(answers):
+        if answer.truncated:
+            tell(f"text {index} was cut to {answer.usage.prompt_tokens} tokens", label="warning", style="yellow")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.deltas import LowRank
+from lorax_core.adapters.deltas import LowRank, TokenLogits
 from lorax_core.modeling import Linear
 from lorax_core.modeling.batch import NoAdapters
 
@@ -111,3 +111,31 @@ def test_a_layer_that_no_adapter_changes_is_left_alone():
     y = torch.randn(2, 3)
 
     assert AdapterRowsMaker().rows([2], [ADAPTERS[3]]).apply(make_site(), torch.randn(2, 5), y) is y
+
+
+def test_new_rows_of_a_head_keep_its_bias():
+    site, x = make_site(), torch.randn(4, 5)
+    site.bias = torch.nn.Parameter(torch.tensor([10.0, 20.0, 30.0]), requires_grad=False)
+    ids, rows, y = torch.tensor([0, 2]), torch.randn(2, 5), torch.zeros(4, 3)
+
+    TokenLogits(ids, rows).apply(site, x, y)
+
+    expected = torch.zeros(4, 3)
+    expected[:, 0], expected[:, 2] = x @ rows[0] + 10, x @ rows[1] + 30
+    torch.testing.assert_close(y, expected)
+
+
+def test_steps_alike_share_their_rows_until_an_adapter_comes_back_with_other_numbers():
+    maker, (_, one, other, _) = AdapterRowsMaker(), ADAPTERS
+    first = maker.rows([2, 1], [one, other])
+    maker.start_step()
+    assert maker.rows([2, 1], [one, other]) is first
+    assert maker.rows([1, 2], [one, other]) is not first
+
+    again = Whole(1, rank=2)
+    one_before, one._deltas = one._deltas, again._deltas
+    maker.start_step()
+    changed = maker.rows([2, 1], [one, other])
+    one._deltas = one_before
+
+    assert changed is not first

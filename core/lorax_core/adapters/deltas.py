@@ -179,4 +179,6 @@ class TokenLogits:
         return self.ids.nbytes + self.rows.nbytes
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        y[:, self.ids] = x @ self.rows.t()
+        bias = _bias(site, None)
+        logits = x @ self.rows.t()  # [rows, ids]
+        y[:, self.ids] = logits if bias is None else logits + bias[self.ids]

@@ -220,6 +220,12 @@ def train_adapter(
     adapted = get_peft_model(checkpoint.model, ADAPTERS[name])
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     train(adapted, batches, schedule, [adamw(parameters, ADAPTER_RATE)], name, console)
+    save_adapter(adapted, folder)
+    adapted.unload()
+
+
+def save_adapter(adapted: Any, folder: Path) -> None:
+    """What PEFT saves of an adapter, without what differs from run to run or names this machine."""
     adapted.peft_config["default"].base_model_name_or_path = NAME
     shutil.rmtree(folder, ignore_errors=True)
     adapted.save_pretrained(folder, save_embedding_layers=False)
@@ -229,7 +235,6 @@ def train_adapter(
     settings["target_modules"].sort()  # PEFT writes a set, whose order differs from run to run
     settings_file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     readable(folder)
-    adapted.unload()
 
 
 def readable(folder: Path) -> None:

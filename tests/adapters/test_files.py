@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from builders import change_json, change_tensors, make_bert_model, make_lora, make_qwen2_model
+from builders import change_json, change_tensors, make_bert_model, make_lora, make_qwen2_model, with_lora
 
 import lorax_core as lorax
 from lorax_core.errors import AdapterError
@@ -220,6 +220,24 @@ def test_a_part_of_an_encoder_that_embeddings_do_not_use_is_refused_by_name(bert
 
     with pytest.raises(AdapterError, match=r"changes 'pooler\.dense', which 'bert' does not have"):
         lorax.load(bert, adapters={"pooled": folder})
+
+
+def test_a_pooler_that_training_did_not_reach_stands_in_nobodys_way(bert, tmp_path):
+    folder = make_lora(make_bert_model(), tmp_path / "all")  # "all-linear" has the pooler too
+    with pytest.raises(AdapterError, match=r"changes 'pooler\.dense'"):
+        lorax.load(bert, adapters={"all": folder})
+    change_tensors(
+        folder / "adapter_model.safetensors",
+        lambda found: {name: t * 0 if "pooler" in name and "lora_B" in name else t for name, t in found.items()},
+    )
+    ids = [5, 9, 2, 77]
+    with torch.no_grad():
+        expected = with_lora(make_bert_model(), folder)(torch.tensor([ids])).last_hidden_state[0].mean(0)
+
+    with lorax.load(bert, adapters={"all": folder}, pooling="mean", normalize=False) as engine:
+        found = engine.embed(ids, adapter="all")
+
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["", "  ", None, 7])

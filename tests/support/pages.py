@@ -97,7 +97,8 @@ By name, with the engine unharmed:
 
 - a head without a task; a task, `problem_type` or `id2label` that does not exist, does not fit the head's rows, contradicts
   the files, or comes with an adapter that brings no head;
-- a sequence head of BERT on a base that was saved without a pooler, and an adapter of the pooler without such a head;
+- a sequence head of BERT on a base that was saved without a pooler, and an adapter of the pooler without such a head, unless
+  its update is zero (`all-linear` names the pooler, and embeddings train nothing there);
 - kinds other than LoRA and Medusa, settings that change the computation and are not in the table, initialisations that changed
   the base and were not converted (`pissa`, `olora`), and settings that the tensors contradict.
 """

@@ -78,7 +78,7 @@ class Binding:
         sites = {**self._base.model.sites, **own}
         places: dict[str, list[tuple[_Place, Piece]]] = {}
         for module, piece in self.files.pieces.items():
-            if module in taken:
+            if module in taken or self._is_idle(module, piece, sites):
                 continue
             place = self._place(module, sites)
             others = places.setdefault(place.site.path, [])
@@ -93,6 +93,21 @@ class Binding:
         self._tie_bases(deltas, places)
         self._tie_tokens(deltas)
         return deltas, head
+
+    def _is_idle(self, module: str, piece: Piece, sites: Mapping[str, Site]) -> bool:
+        """Whether a module of the base that nothing here reads, such as BERT's pooler under embeddings, was left untrained:
+        "all-linear" names it, no gradient reaches it, and its update is zero."""
+        weight_map = self._base.weight_map
+        if weight_map.resolve_module(module).name in sites or not weight_map.ignores(f"{module}.weight"):
+            return False
+        stored = {weight_map.canonical(name) for name in self._base.checkpoint.tensors}
+        only_low_rank = {role for role, _ in piece.items()} == {"a", "b"}
+        return (
+            only_low_rank
+            and piece.b is not None
+            and not piece.b.any()
+            and (weight_map.canonical(f"{module}.weight") in stored)
+        )
 
     def _place(self, module: str, sites: Mapping[str, Site]) -> _Place:
         target = self._base.weight_map.resolve_module(module)

@@ -6,7 +6,7 @@ from fakes import WindowlessBackend, make_backend_spec
 
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.attention.reference import TorchBackend
-from lorax_core.attention.select import select_backend
+from lorax_core.attention.select import select_backend, why_not
 from lorax_core.errors import RequestError
 from lorax_core.plugins.spec import BackendSpec
 
@@ -30,6 +30,14 @@ def test_the_first_backend_that_serves_every_layer_is_taken_and_the_others_are_t
         ("absent", "its library is not installed"),
         ("windowless", "no window of 8"),
     )
+
+
+def test_why_a_backend_serves_nothing_at_all_is_told_without_a_model():
+    told = {spec.name: (why_not(spec, "cpu"), why_not(spec, "cuda")) for spec in (ABSENT, WINDOWLESS, TORCH)}
+
+    assert told["absent"][0] == "its library is not installed"
+    assert told["windowless"][0] is None
+    assert told["torch"] == (None, "runs on 'cpu', not on 'cuda'")
 
 
 def test_a_backend_asked_for_by_name_is_the_only_one_tried():

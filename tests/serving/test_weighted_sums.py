@@ -73,9 +73,10 @@ def test_sums_mix_with_their_members_and_share_places(qwen2, pair):
     with lorax.load(qwen2, adapters=pair) as engine:
         alone = [engine.generate(PROMPTS[0], adapter=one, max_tokens=9, ignore_eos=True).token_ids for one in choices]
 
-    with lorax.load(qwen2, adapters=pair, max_adapters=1) as engine:
+    with lorax.load(qwen2, adapters=pair, max_adapters=1, max_cpu_adapters=1) as engine:
         mixed = within(60, lambda: engine.generate([PROMPTS[0]] * 6, adapter=choices, max_tokens=9, ignore_eos=True))
 
+        engine.adapters.check()
     assert [one.token_ids for one in mixed] == alone
     assert alone[0] == alone[2]
     assert alone[4] == alone[1]

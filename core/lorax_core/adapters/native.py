@@ -65,21 +65,27 @@ class NativeProduct:
         )
 
 
-@functools.cache
 def load_native() -> NativeProduct | None:
     """The compiled product of this machine, None where there is none."""
+    return native_status()[0]
+
+
+@functools.cache
+def native_status() -> tuple[NativeProduct | None, str]:
+    """The compiled product, and where it lies; or None, and why there is none."""
     settings = Settings.from_env()
     if not settings.native:
-        return None
+        return None, "LORAX_NATIVE is off"
     try:
         library = _built(settings.cache.expanduser() / "native")
         product = NativeProduct(ctypes.CDLL(str(library)))
         if _works(product):
-            return product
-        _log.warning("the compiled adapter product gives wrong numbers on this machine and is left out")
+            return product, str(library)
+        reason = "it gives wrong numbers on this machine"
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
-        _log.info("adapters are computed without the compiled product: %s", error)
-    return None
+        reason = str(error)
+    _log.info("adapters are computed without the compiled product: %s", reason)
+    return None, reason
 
 
 def _built(folder: Path) -> Path:

@@ -43,6 +43,11 @@ class StackedAdapter(Adapter):
         self._deltas: dict[str, list[Delta]] | None = None
 
     @property
+    def members(self) -> tuple[FileAdapter, ...]:
+        """The adapters that are added up."""
+        return tuple(self._members.values())
+
+    @property
     def identity(self) -> str:
         return self._identity
 

@@ -218,6 +218,8 @@ class AdapterStore:
             assert set(self._bound) <= set(self._places), "an adapter without a place is held"
             assert all(adapter.is_bound for adapter in self._bound.values()), "an adapter has a place and is not there"
             assert len(self._copies) <= self._max_copies, "more copies in host memory than allowed"
+            holders = {entry.adapter.identity for entry in self._entries.values() if entry.adapter.holds_files}
+            assert holders <= set(self._copies), "a copy in host memory is not counted"
 
     def _named(self, name: str) -> FileAdapter:
         with self._lock:
@@ -298,8 +300,9 @@ class AdapterStore:
         self._places.arrived(adapter.identity)
         if adapter.identity in self._places:
             self._bound[adapter.identity] = adapter
-        if isinstance(adapter, FileAdapter):
-            self._keep_copy(adapter)
+        for one in adapter.members if isinstance(adapter, StackedAdapter) else (adapter,):
+            if isinstance(one, FileAdapter):
+                self._keep_copy(one)
 
     def _keep_copy(self, adapter: FileAdapter) -> None:
         """Its copy in host memory is the last used; the oldest beyond the limit goes."""

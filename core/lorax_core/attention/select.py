@@ -59,17 +59,28 @@ def _try(
     spec: BackendSpec, specs: Sequence[AttentionSpec], page_size: int, dtype: torch.dtype, device: str
 ) -> tuple[AttentionBackend | None, str]:
     kind = torch.device(device).type
+    backend_class, reason = _available(spec, kind)
+    if backend_class is None:
+        return None, reason
+    backend = backend_class()
+    for layer in specs:
+        unserved = backend.supports(layer, page_size, dtype, kind)
+        if unserved is not None:
+            return None, unserved
+    return backend, ""
+
+
+def why_not(spec: BackendSpec, device: str) -> str | None:
+    """Why a declared backend serves no model at all on a device; None when it serves some."""
+    found, reason = _available(spec, torch.device(device).type)
+    return reason if found is None else None
+
+
+def _available(spec: BackendSpec, kind: str) -> tuple[type[AttentionBackend] | None, str]:
     if kind not in spec.device_types:
         return None, f"runs on {listed(spec.device_types)}, not on {kind!r}"
     backend_class = load_class(spec.backend, None)
     if not issubclass(backend_class, AttentionBackend):
         return None, f"{spec.backend} is not an AttentionBackend"
     available, why = backend_class.is_available()
-    if not available:
-        return None, why
-    backend = backend_class()
-    for layer in specs:
-        reason = backend.supports(layer, page_size, dtype, kind)
-        if reason is not None:
-            return None, reason
-    return backend, ""
+    return (backend_class, "") if available else (None, why)

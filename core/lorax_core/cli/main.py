@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 import lorax_core
 from lorax_core.errors import LoraxError
 
-SUBCOMMANDS: Final = ("models", "plugins", "adapters", "generate", "embed", "classify")
+SUBCOMMANDS: Final = ("models", "plugins", "adapters", "generate", "embed", "classify", "doctor")
 
 
 class Subcommands(TyperGroup):

@@ -1,0 +1,97 @@
+"""`lorax doctor`: what this machine offers, and what of it is used.
+
+Decides which facts help somebody who asks why something is slow or missing. Knows nothing of how backends and products are
+chosen; asks those who choose.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import lorax_core
+from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell_problems
+
+if TYPE_CHECKING:
+    from lorax_core.plugins.host import PluginHost
+
+app = typer.Typer(add_completion=False)
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "llguidance",
+    "s3fs",
+    "flashinfer-python",
+    "flash-attn",
+)
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin has failed."""
+    from lorax_core.plugins.host import PluginHost
+
+    with data_only_stdout():
+        host = PluginHost.discover()
+        versions, machine, attention, plugins = _versions(), _machine(), _attention(host), _plugins(host)
+    if json:
+        problems = [problem_json(record) for record in host.problems]
+        facts = {"versions": versions, "machine": machine, "attention": attention, "plugins": plugins}
+        show_json({**facts, "problems": problems})
+    else:
+        backends = {one["name"]: one["reason"] or "serves" for one in attention}
+        groups = {"versions": versions, "machine": machine, "attention": backends, "plugins": plugins}
+        lines = [(group, name, str(value)) for group, found in groups.items() for name, value in found.items()]
+        show_table(("", "", ""), lines)
+    tell_problems(host.records)
+    if host.problems:
+        raise typer.Exit(1)
+
+
+def _versions() -> dict[str, str]:
+    found = {"lorax-core": lorax_core.__version__, "python": platform.python_version(), "system": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    from lorax_core.adapters.native import native_status
+    from lorax_core.modeling.linear import packing_works
+
+    packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]
+    product, told = native_status()
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "device": "cuda" if gpus else "cpu",
+        "gpus": ", ".join(gpus) or "none that torch sees",
+        "threads": torch.get_num_threads(),
+        "packed products": ", ".join(packed) or "none",
+        "compiled adapter product": told if product is not None else f"none: {told}",
+    }
+
+
+def _attention(host: PluginHost) -> list[dict[str, Any]]:
+    """Each declared backend, the first choice first, and why it serves nothing here."""
+    import torch
+
+    from lorax_core.attention.select import why_not
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [{"name": spec.name, "summary": spec.summary, "reason": why_not(spec, device)} for spec in host.backends]
+
+
+def _plugins(host: PluginHost) -> dict[str, str]:
+    return {record.name: f"{record.package} {record.version or '-'}: {record.status}" for record in host.records}

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+
+import torch
+
+import lorax_core
+
+
+def test_doctor_tells_versions_backends_with_reasons_and_plugins(main):
+    code, out, _ = main("doctor", "--json")
+
+    told = json.loads(out)
+    assert (code, told["schema"], told["problems"]) == (0, 1, [])
+    assert told["versions"]["lorax-core"] == lorax_core.__version__
+    assert told["versions"]["torch"] == torch.__version__
+    assert {one["name"]: one["reason"] for one in told["attention"]}["torch"] is None
+    assert told["machine"]["threads"] == torch.get_num_threads()
+    assert told["machine"]["compiled adapter product"]
+    assert "ready" in told["plugins"]["qwen2"]
+
+
+def test_the_table_has_a_line_for_each_fact(main):
+    code, out, _ = main("doctor")
+
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert ["attention", "torch", "serves"] in lines
+    assert ["versions", "lorax-core", lorax_core.__version__] in lines
+
+
+def test_a_plugin_that_failed_is_told_and_counts(main, monkeypatch):
+    monkeypatch.setenv("LORAX_PLUGINS", "qwen2,no-such-plugin")
+
+    code, out, err = main("doctor", "--json")
+
+    assert code == 1
+    assert [problem["plugin"] for problem in json.loads(out)["problems"]] == ["no-such-plugin"]
+    assert "no-such-plugin" in err

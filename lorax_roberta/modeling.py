@@ -6,24 +6,22 @@ Computes hidden rows of packed texts. Knows nothing of files, batching or adapte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorax_core.modeling import (
     Batch,
-    Embedding,
     HasAdapters,
-    LayerNorm,
     Linear,
     Model,
     ModelConfig,
-    PostNormLayer,
+    PostNormEmbeddings,
+    PostNormEncoder,
     SequenceClassificationHead,
     Task,
 )
-from lorax_core.weights import WeightMap
+from lorax_core.weights import WeightMap, post_norm_map
 from lorax_roberta.config import RobertaConfig
 
 
@@ -38,63 +36,27 @@ def text_positions(input_ids: Tensor, position_ids: Tensor, padding: int) -> Ten
     return (seen - (seen - real)[first]) * real + padding
 
 
-class RobertaEmbeddings(nn.Module):
-    """Word, position and token type, summed and normalised."""
+class RobertaEmbeddings(PostNormEmbeddings):
+    """Word, position and token type, where positions begin after the padding id."""
 
     def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         self.padding = config.padding
-        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, batch: Batch) -> Tensor:
-        positions = text_positions(batch.input_ids, batch.position_ids, self.padding)
-        words = self.word_embeddings(batch.input_ids, batch)  # [tokens, hidden]
-        types = self.token_type_embeddings(batch.token_type_ids, batch)
-        return cast("Tensor", self.LayerNorm(words + types + self.position_embeddings(positions, batch), batch))
+    def positions(self, batch: Batch) -> Tensor:
+        return text_positions(batch.input_ids, batch.position_ids, self.padding)
 
 
-class FlashRobertaModel(nn.Module):
-    """Embeddings and layers: a batch to hidden rows `[tokens, hidden]`."""
+class FlashRobertaModel(PostNormEncoder):
+    """RoBERTa's encoder: a batch to hidden rows `[tokens, hidden]`."""
 
     def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
-        self.embeddings = RobertaEmbeddings(config)
-        width = config.hidden_size, config.num_attention_heads, config.intermediate_size
-        self.layers = nn.ModuleList(
-            PostNormLayer(*width, config.hidden_act, config.layer_norm_eps) for _ in range(config.num_hidden_layers)
-        )
-
-    def forward(self, batch: Batch) -> Tensor:
-        x: Tensor = self.embeddings(batch)
-        for layer in self.layers:
-            x = layer(x, batch)
-        return x
+        super().__init__(config, RobertaEmbeddings(config))
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004
-        """Names as RobertaModel and its task models save them, with or without `roberta.`, old LayerNorm names too."""
-        return WeightMap(
-            prefixes=("roberta",),
-            rename={
-                "embeddings.LayerNorm.gamma": "embeddings.LayerNorm.weight",
-                "embeddings.LayerNorm.beta": "embeddings.LayerNorm.bias",
-                "encoder.layer.*.attention.output.LayerNorm.gamma": "layers.*.attention.LayerNorm.weight",
-                "encoder.layer.*.attention.output.LayerNorm.beta": "layers.*.attention.LayerNorm.bias",
-                "encoder.layer.*.output.LayerNorm.gamma": "layers.*.LayerNorm.weight",
-                "encoder.layer.*.output.LayerNorm.beta": "layers.*.LayerNorm.bias",
-                "encoder.layer.*.attention.self.**": "layers.*.attention.**",
-                "encoder.layer.*.attention.output.**": "layers.*.attention.**",
-                "encoder.layer.*.intermediate.dense.**": "layers.*.intermediate.**",
-                "encoder.layer.*.output.dense.**": "layers.*.output.**",
-                "encoder.layer.*.output.LayerNorm.**": "layers.*.LayerNorm.**",
-            },
-            fuse={"layers.*.attention.qkv": ("query", "key", "value")},
-            # Heads that are not served, and position numbers that old checkpoints hold.
-            ignore=("embeddings.position_ids", "pooler.**", "lm_head.**", "qa_outputs.**"),
-        )
+        """Names as RobertaModel and its task models save them."""
+        return post_norm_map("roberta", "lm_head.**", "qa_outputs.**")
 
 
 class RobertaSequenceClassificationHead(SequenceClassificationHead):

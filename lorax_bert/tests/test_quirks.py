@@ -28,7 +28,7 @@ from transformers import (
 import lorax_core as lorax
 from lorax_bert.config import BertConfig
 from lorax_bert.modeling import FlashBert, FlashBertForSequenceClassification, FlashBertForTokenClassification
-from lorax_core.adapters.apply import adapter_rows
+from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.errors import CheckpointError
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.types import Task
@@ -64,7 +64,10 @@ def head_logits(head, hidden, adapter=None):
     chosen = [rows[list(head.span(range(len(rows)), 0))] for rows in hidden]
     return [
         head(
-            rows, HeadRows(head.task, (0,), (len(rows),), torch.arange(len(rows)), adapter_rows([len(rows)], [adapter]))
+            rows,
+            HeadRows(
+                head.task, (0,), (len(rows),), torch.arange(len(rows)), AdapterRowsMaker().rows([len(rows)], [adapter])
+            ),
         )
         for rows in chosen
     ]

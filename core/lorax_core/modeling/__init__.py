@@ -27,7 +27,9 @@ _HOMES = {
     "Linear": "linear",
     "Model": "model",
     "ModelConfig": "config",
-    "PostNormLayer": "blocks",
+    "PostNormConfig": "blocks",
+    "PostNormEmbeddings": "blocks",
+    "PostNormEncoder": "blocks",
     "QKVLinear": "linear",
     "RMSNorm": "norm",
     "RotaryEmbedding": "rotary",
@@ -43,7 +45,9 @@ if TYPE_CHECKING:
     from lorax_core.modeling.batch import Batch as Batch
     from lorax_core.modeling.batch import HasAdapters as HasAdapters
     from lorax_core.modeling.batch import HeadRows as HeadRows
-    from lorax_core.modeling.blocks import PostNormLayer as PostNormLayer
+    from lorax_core.modeling.blocks import PostNormConfig as PostNormConfig
+    from lorax_core.modeling.blocks import PostNormEmbeddings as PostNormEmbeddings
+    from lorax_core.modeling.blocks import PostNormEncoder as PostNormEncoder
     from lorax_core.modeling.config import ModelConfig as ModelConfig
     from lorax_core.modeling.embedding import Embedding as Embedding
     from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead

@@ -1,8 +1,8 @@
 """From files to a model: checkpoint folders, name mapping, loading.
 
-Decides which names an author may rely on (`WeightMap`); the rest is for the engine.
+Decides which names an author may rely on (`WeightMap`, `post_norm_map`); the rest is for the engine.
 """
 
-from lorax_core.weights.mapping import WeightMap
+from lorax_core.weights.mapping import WeightMap, post_norm_map
 
-__all__ = ["WeightMap"]
+__all__ = ["WeightMap", "post_norm_map"]

@@ -111,6 +111,33 @@ class WeightMap:
         return (module,)
 
 
+def post_norm_map(prefix: str, *unserved: str) -> WeightMap:
+    """The map of an encoder with BERT's names, with or without a `prefix`, old names of norms too.
+
+    `unserved` are patterns of heads that the architecture's checkpoints may hold and that are not served.
+    """
+    layer = "encoder.layer.*"
+    return WeightMap(
+        prefixes=(prefix,),
+        rename={
+            "embeddings.LayerNorm.gamma": "embeddings.LayerNorm.weight",
+            "embeddings.LayerNorm.beta": "embeddings.LayerNorm.bias",
+            f"{layer}.attention.output.LayerNorm.gamma": "layers.*.attention.LayerNorm.weight",
+            f"{layer}.attention.output.LayerNorm.beta": "layers.*.attention.LayerNorm.bias",
+            f"{layer}.output.LayerNorm.gamma": "layers.*.LayerNorm.weight",
+            f"{layer}.output.LayerNorm.beta": "layers.*.LayerNorm.bias",
+            f"{layer}.attention.self.**": "layers.*.attention.**",
+            f"{layer}.attention.output.**": "layers.*.attention.**",
+            f"{layer}.intermediate.dense.**": "layers.*.intermediate.**",
+            f"{layer}.output.dense.**": "layers.*.output.**",
+            f"{layer}.output.LayerNorm.**": "layers.*.LayerNorm.**",
+        },
+        fuse={"layers.*.attention.qkv": ("query", "key", "value")},
+        # Position numbers are stored by old checkpoints, the pooler by those that were saved without a head.
+        ignore=("embeddings.position_ids", "pooler.**", *unserved),
+    )
+
+
 def _matches(pattern: str, name: str) -> bool:
     return _compiled(pattern).fullmatch(f".{name}") is not None
 

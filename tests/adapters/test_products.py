@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -165,3 +168,16 @@ def test_a_library_is_compiled_once(monkeypatch, tmp_path):
     assert second is not None
     assert made.stat().st_mtime_ns == before
     assert list((tmp_path / "native").iterdir()) == [made]
+
+
+def test_an_engine_without_adapters_compiles_nothing(qwen2, tmp_path):
+    code = (
+        "import lorax_core, sys\n"
+        "with lorax_core.load(sys.argv[1]) as engine:\n"
+        "    engine.generate([1, 2, 3], max_tokens=2)\n"
+    )
+    environment = {**os.environ, "LORAX_CACHE": str(tmp_path / "cache")}
+
+    subprocess.run([sys.executable, "-c", code, str(qwen2)], env=environment, check=True, timeout=120)
+
+    assert not (tmp_path / "cache").exists()

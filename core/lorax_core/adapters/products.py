@@ -98,9 +98,16 @@ class Products:
     """Computes updates in the form that was fastest for work of their kind. One for each engine; not for several threads."""
 
     def __init__(self, forms: Sequence[Form] | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._forms = tuple(forms) if forms is not None else available_forms()
+        self._given = tuple(forms) if forms is not None else None
         self._clock = clock
         self._trials: dict[Any, _Trial] = {}
+
+    @property
+    def _forms(self) -> tuple[Form, ...]:
+        # Asked for when there is work: an engine without adapters compiles nothing.
+        if self._given is None:
+            self._given = available_forms()
+        return self._given
 
     def add(self, x: Tensor, y: Tensor, updates: Updates) -> None:
         """Add the updates to y `[rows, out]` for x `[rows, in]`."""

@@ -19,6 +19,7 @@ from lorax_core.adapters.base import Adapter, FileAdapter
 from lorax_core.adapters.head import HeadRequest
 from lorax_core.adapters.lora import LoraAdapter
 from lorax_core.adapters.medusa import MedusaAdapter, is_medusa
+from lorax_core.adapters.native import load_native
 from lorax_core.adapters.places import Places
 from lorax_core.adapters.source import find_adapter
 from lorax_core.adapters.stack import StackedAdapter
@@ -125,6 +126,7 @@ class AdapterStore:
         adapter = _read(found.folder, wanted)
         with self._lock:
             known = self._known.get(adapter.identity)
+        load_native()  # what may have to be compiled is so here, and not in the first step that needs it
         if known is None:
             adapter.bind(self._base)  # beside the running engine; this is also the check that it fits
         with self._lock:

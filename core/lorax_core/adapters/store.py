@@ -192,6 +192,8 @@ class AdapterStore:
                 return False
             if key not in self._places:
                 self._bring(adapter)
+            if key in self._copies:
+                self._copies.move_to_end(key)
             return self._places.enter(key)
 
     def share(self, adapter: Adapter) -> None:

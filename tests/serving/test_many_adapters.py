@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import random
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -303,3 +307,44 @@ def test_a_flood_for_one_adapter_does_not_keep_another_waiting(qwen2, folders):
             within(60, sequence.sink.finished.wait)
 
     assert ended.index(late.sink) < 4
+
+
+@pytest.mark.parametrize("places", [1, 3, None])
+def test_answers_hold_while_adapters_come_and_go(qwen2, folders, expected, places):
+    """Callers in several threads, while others unload adapters and load them again, under other names too."""
+    by_name = dict(zip(folders, expected, strict=True))
+    wrong, refused, answered = [], [], []
+
+    def ask(engine, seed):
+        source = random.Random(seed)
+        for _ in range(12):
+            number = source.randrange(COUNT)
+            name = f"a{number}"
+            try:
+                found = engine.generate(PROMPTS[number], adapter=name, max_tokens=12, ignore_eos=True)
+            except AdapterError:  # nobody is called so at the moment
+                refused.append(name)
+                continue
+            (answered if found.token_ids == by_name[name] else wrong).append(name)
+
+    def come_and_go(engine, seed):
+        source = random.Random(seed)
+        for turn in range(15):
+            number = source.randrange(COUNT)
+            engine.adapters.load(f"other{seed}-{turn}", folders[f"a{number}"])
+            if source.random() < 0.5:
+                with contextlib.suppress(AdapterError):
+                    engine.adapters.unload(f"a{number}")
+            engine.adapters.load(f"a{number}", folders[f"a{number}"], pin=turn % 5 == 0 and places == 3 and number == 0)
+
+    with lorax.load(qwen2, adapters=folders, max_adapters=places, max_cpu_adapters=places and 2) as engine:
+        jobs = [partial(ask, engine, seed) for seed in range(3)] + [
+            partial(come_and_go, engine, seed) for seed in (8, 9)
+        ]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            within(120, lambda: [one.result() for one in [pool.submit(job) for job in jobs]])
+        engine.adapters.check()
+
+    assert wrong == []
+    assert len(answered) + len(refused) == 36
+    assert len(answered) > 18

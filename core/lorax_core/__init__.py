@@ -34,6 +34,8 @@ _HOMES = {
     "Batch": "modeling.batch",
     "Model": "modeling.model",
     "Adapter": "adapters.base",
+    "merge_adapters": "adapters.merge",
+    "merge_into_base": "adapters.into_base",
     "Engine": "serving.face",
     "load": "serving.loading",
     "ClassifyRequest": "serving.requests",
@@ -45,6 +47,8 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from lorax_core.adapters.base import Adapter as Adapter
+    from lorax_core.adapters.into_base import merge_into_base as merge_into_base
+    from lorax_core.adapters.merge import merge_adapters as merge_adapters
     from lorax_core.errors import AdapterError as AdapterError
     from lorax_core.errors import CapacityError as CapacityError
     from lorax_core.errors import CheckpointError as CheckpointError

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from builders import change_json, change_tensors, make_byte_tokenizer, make_qwen2, make_qwen2_model
+from builders import change_json, change_tensors, make_byte_tokenizer, make_lora, make_qwen2, make_qwen2_model
 from matrix import ARCHS, ROWS, TEXTS, HeadRow, answers, make_cell, make_head_cell, saved, trained
 from oracles import TOLERANCE, add_tensors, rename_tensors
 from safetensors import safe_open
@@ -444,3 +444,13 @@ def test_progress_is_told_shard_by_shard(plain, tmp_path, host):
     merge_into_base(plain[1], folder, tmp_path / "out", host, told=lambda *at: heard.append(at))
 
     assert heard == [(0, 1), (1, 1)]
+
+
+def test_the_public_face_takes_the_installed_plugins(plain, tmp_path):
+    model, base = plain
+    adapter = make_lora(model, tmp_path / "adapter", target_modules=["q_proj"])
+
+    done = lorax.merge_into_base(base, adapter, tmp_path / "out")
+
+    assert done.path == tmp_path / "out"
+    assert done.changed == tuple(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))

@@ -74,7 +74,7 @@ many guesses were right. Heads have an output layer of their own, or use the bas
 ## Merging
 
 `lorax adapters merge A B --out DIR` combines LoRA adapters into an ordinary PEFT adapter;
-`lorax_core.adapters.merge.merge_adapters` is the same in Python. The numbers are those of PEFT's `add_weighted_adapter`:
+`lorax_core.merge_adapters` is the same in Python. The numbers are those of PEFT's `add_weighted_adapter`:
 
 - `cat` is exact and its ranks add up; `svd` is the best approximation of the exact sum by `--rank` ranks; both take any
   ranks;

@@ -50,7 +50,7 @@ def merge_into_base(
     base: str | Path,
     adapter: str | Path | PeftFiles,
     out: str | Path,
-    host: PluginHost,
+    host: PluginHost | None = None,
     *,
     overwrite: bool = False,
     told: Told | None = None,
@@ -59,7 +59,8 @@ def merge_into_base(
 
     Where the output head shares the embedding's weight and the adapter changes one of them alone, both are written and
     `config.json` says `tie_word_embeddings: false`; `notes` tells it. Trained tokens change both sides of a tie, as in PEFT.
-    Other files are copied, but for weights in other formats, which are named in `notes`.
+    Other files are copied, but for weights in other formats, which are named in `notes`. Without a `host` the installed plugins
+    are asked.
 
     Raises AdapterError naming the module that the base does not have (a head of the adapter's own among them) or that has
     another shape, CheckpointError for a base that cannot be read, PluginError when nothing serves its `model_type`; `out` is
@@ -72,7 +73,7 @@ def merge_into_base(
     if final.resolve() == source or source in final.resolve().parents:
         raise AdapterError(f"{out} is the base's own folder, or inside it", hint="give a folder of its own")
     files = adapter if isinstance(adapter, PeftFiles) else read_peft(adapter)
-    plan = _Plan.of(checkpoint, files, host)
+    plan = _Plan.of(checkpoint, files, host or PluginHost.discover())
     with new_folder(final, overwrite=overwrite) as folder:
         plan.write(folder, told)
     return MergedBase(final, tuple(plan.changed), tuple(plan.notes))

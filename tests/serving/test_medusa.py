@@ -191,6 +191,12 @@ def test_bad_heads_are_refused_by_name(engine, tmp_path, spoil, told):
     assert "bad" not in engine.adapters
 
 
+@pytest.mark.parametrize("said", [{"task": "token-classification"}, {"id2label": {0: "a"}}])
+def test_what_is_said_of_a_head_that_labels_is_refused(engine, folders, said):
+    with pytest.raises(AdapterError, match="Medusa heads alone"):
+        engine.adapters.load("labels", folders["own"], **said)
+
+
 def test_a_base_that_writes_nothing_takes_none(bert, folders):
     with lorax.load(bert) as encoder, pytest.raises(AdapterError, match="this base generates none"):
         encoder.adapters.load("own", folders["own"])

@@ -78,6 +78,10 @@ class MedusaAdapter(FileAdapter):
     def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
         self.path = Path(path)
         self._lora = LoraAdapter(path, head) if (self.path / "adapter_config.json").is_file() else None
+        if self._lora is None and head is not None and any(setting is not None for setting in head.settings):
+            raise AdapterError(
+                f"{path} holds Medusa heads alone, for which task, problem_type and id2label say nothing"
+            )
         self.trained_on: str | None = _read_config(self.path).get("base_model_name_or_path")
         self._read: tuple[MedusaHead, ...] | None = _read_heads(self.path)
         self.guesses_ahead = len(self._read)

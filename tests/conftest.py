@@ -12,6 +12,10 @@ import pytest
 from house import one_thread, settle
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hubs import Hub
+
     from lorax_core.plugins.host import PluginHost
 
 __all__ = ["one_thread"]
@@ -54,3 +58,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from builders import make_bert
 
     return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub of models and adapters on this machine, empty."""
+    from hubs import Hub
+
+    hub = Hub()
+    yield hub
+    hub.close()

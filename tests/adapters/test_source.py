@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hubs import Client, Hub, held, write
+from hubs import Client, held, write
 
 from lorax_core.adapters.source import FoundAdapter, find_adapter
 from lorax_core.errors import AdapterError
@@ -28,13 +27,6 @@ print(json.dumps(answers))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = {CONFIG: '{"r": 4}', WEIGHTS: "weights"}
 BESIDE = {"README.md": "text", "optimizer.pt": "code", "checkpoint-5/adapter_config.json": "{}"}
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    hub = Hub()
-    yield hub
-    hub.close()
 
 
 @pytest.fixture

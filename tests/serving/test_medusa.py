@@ -123,6 +123,34 @@ def test_they_come_back_to_the_device(qwen2, folders, engine):
             assert found.token_ids == expected
 
 
+def test_files_that_changed_are_refused_however_often_they_are_asked_for(qwen2, folders, tmp_path):
+    moving = shutil.copytree(folders["own"], tmp_path / "moving")
+    with lorax.load(
+        qwen2, adapters={"it": moving, "other": folders["sure"]}, max_adapters=1, max_cpu_adapters=0
+    ) as small:
+        small.generate(PROMPTS[0], adapter="other", max_tokens=2)
+        make_heads(moving, layers=2, seed=9)
+
+        for _ in range(2):
+            with pytest.raises(AdapterError, match="are not those that were loaded"):
+                within(60, lambda: small.generate(PROMPTS[0], adapter="it", max_tokens=2))
+
+
+def test_content_that_moved_is_read_where_it_was_last_found(qwen2, folders, tmp_path, engine):
+    expected = engine.generate(PROMPTS[0], adapter="both", max_tokens=8, ignore_eos=True).token_ids
+    first = shutil.copytree(folders["both"], tmp_path / "first")
+    with lorax.load(
+        qwen2, adapters={"it": first, "other": folders["sure"]}, max_adapters=1, max_cpu_adapters=0
+    ) as small:
+        small.generate(PROMPTS[0], adapter="other", max_tokens=2)
+        small.adapters.load("it", shutil.copytree(first, tmp_path / "second"))
+        shutil.rmtree(first)
+
+        found = within(60, lambda: small.generate(PROMPTS[0], adapter="it", max_tokens=8, ignore_eos=True))
+
+    assert found.token_ids == expected
+
+
 def test_what_they_are_is_told(engine):
     told = {info.name: info for info in engine.adapters.list()}
 

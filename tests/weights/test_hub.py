@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from builders import make_qwen2
-from hubs import HANG_UP, Client, Hub, held
+from hubs import HANG_UP, Client, held
 from hubs import write as written
 
 import lorax_core as lorax
@@ -36,13 +35,6 @@ for source, options in json.loads(sys.argv[1]):
 print(json.dumps(answers))
 """
 SMALL = {"config.json": "{}", "model.safetensors": "weights"}
-
-
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    hub = Hub()
-    yield hub
-    hub.close()
 
 
 @pytest.fixture

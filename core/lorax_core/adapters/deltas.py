@@ -151,8 +151,8 @@ class Replacement:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRows:
-    """New embeddings of single tokens: ids `[n]` ascending, rows `[n, dim]`."""
+class _Tokens:
+    """Numbers of single tokens: ids `[n]` ascending, rows `[n, dim]`."""
 
     ids: Tensor
     rows: Tensor
@@ -160,6 +160,12 @@ class TokenRows:
     @property
     def nbytes(self) -> int:
         return self.ids.nbytes + self.rows.nbytes
+
+
+class TokenRows(_Tokens):
+    """New embeddings of single tokens."""
+
+    __slots__ = ()
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         at = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # [rows]
@@ -167,16 +173,10 @@ class TokenRows:
         y.copy_(torch.where(mine[:, None], self.rows[at], y))
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogits:
+class TokenLogits(_Tokens):
     """The other side of `TokenRows` in a tied head: logits of single tokens come from their new rows."""
 
-    ids: Tensor
-    rows: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.ids.nbytes + self.rows.nbytes
+    __slots__ = ()
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         bias = _bias(site, None)

@@ -91,14 +91,16 @@ class MedusaAdapter(FileAdapter):
     @property
     def files(self) -> tuple[MedusaHead, ...]:
         """The heads in the folder; raises AdapterError when they are not those that were loaded."""
-        if self._read is None:
-            self._read = _read_heads(self.path)
-            if self._hash(self._read) != self._identity:
+        heads = self._read
+        if heads is None:
+            heads = _read_heads(self.path)
+            if self._hash(heads) != self._identity:
                 raise AdapterError(
                     f"the files in {self.path} are not those that were loaded",
                     hint="load the adapter again, under its name",
                 )
-        return self._read
+            self._read = heads
+        return heads
 
     @property
     def lora(self) -> LoraAdapter | None:
@@ -176,6 +178,7 @@ class MedusaAdapter(FileAdapter):
                     hint="load it with the base that it was trained on",
                 )
         if self._lora is not None:
+            self._lora.path = self.path  # the folder may have been found elsewhere since
             self._lora.bind(base)
         self._bound = MedusaHeads([_moved(head, model.device, model.dtype) for head in heads])
 
@@ -187,6 +190,7 @@ class MedusaAdapter(FileAdapter):
     def _hash(self, heads: Sequence[MedusaHead]) -> str:
         digest = hashlib.sha256((self._lora.identity if self._lora is not None else "medusa").encode())
         for head in heads:
+            digest.update(f"{len(head.blocks)} blocks".encode())
             for tensor in head.tensors:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
@@ -200,6 +204,11 @@ def is_medusa(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "medusa_num_heads" in config
+
+
+def read_adapter(folder: Path, head: HeadRequest | None = None) -> LoraAdapter | MedusaAdapter:
+    """The adapter in a folder, of the kind that its files say; raises AdapterError when they are bad."""
+    return MedusaAdapter(folder, head) if is_medusa(folder) else LoraAdapter(folder, head)
 
 
 def _read_config(folder: Path) -> Any:

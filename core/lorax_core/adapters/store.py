@@ -17,8 +17,7 @@ from weakref import WeakValueDictionary
 
 from lorax_core.adapters.base import Adapter, FileAdapter
 from lorax_core.adapters.head import HeadRequest
-from lorax_core.adapters.lora import LoraAdapter
-from lorax_core.adapters.medusa import MedusaAdapter, is_medusa
+from lorax_core.adapters.medusa import read_adapter
 from lorax_core.adapters.native import load_native
 from lorax_core.adapters.places import Places
 from lorax_core.adapters.source import find_adapter
@@ -123,7 +122,7 @@ class AdapterStore:
             raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}")
         wanted = HeadRequest.of(task, problem_type, id2label)
         found = find_adapter(source, revision=revision, token=token)
-        adapter = _read(found.folder, wanted)
+        adapter: FileAdapter = read_adapter(found.folder, wanted)
         with self._lock:
             known = self._known.get(adapter.identity)
         load_native()  # what may have to be compiled is so here, and not in the first step that needs it
@@ -368,7 +367,3 @@ class AdapterStore:
 def _is_source(name: str) -> bool:
     """Whether a name that is not known may be a folder, a hub id or a URL; plain names never are, so typos are told."""
     return "/" in name or "\\" in name
-
-
-def _read(folder: Path, head: HeadRequest) -> FileAdapter:
-    return MedusaAdapter(folder, head) if is_medusa(folder) else LoraAdapter(folder, head)

@@ -52,12 +52,11 @@ def inspect_adapter(
     json: _Json = False,
 ) -> None:
     """Show what an adapter holds. Exits with 1 when it cannot be read, or does not fit the base."""
-    from lorax_core.adapters.lora import LoraAdapter
-    from lorax_core.adapters.medusa import MedusaAdapter, is_medusa
+    from lorax_core.adapters.medusa import read_adapter
     from lorax_core.adapters.source import find_adapter
 
     found = find_adapter(source, revision=revision)
-    adapter = MedusaAdapter(found.folder) if is_medusa(found.folder) else LoraAdapter(found.folder)
+    adapter = read_adapter(found.folder)
     about = {"path": found.origin, "revision": found.revision, **_about(adapter)}
     fit, error = _fit(adapter, base) if base is not None else (None, None)
     if json:

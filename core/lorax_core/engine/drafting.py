@@ -34,7 +34,7 @@ class Proposals:
         return self._length
 
     def extend(self, tokens: Iterable[int]) -> None:
-        self._length += sum(1 for _ in tokens)
+        self._length += len(list(tokens))
 
     def propose(self, tokens: Sequence[int]) -> None:
         """What may follow the text as it is now."""

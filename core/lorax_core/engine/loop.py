@@ -72,8 +72,9 @@ class EngineLoop:
             ) from error
 
     def fail(self, adapter: Adapter, error: LoraxError) -> None:
-        """Sequences of an adapter that cannot be had end with the error; all of them still wait for it."""
+        """Sequences of an adapter that cannot be had end with the error."""
         for sequence in [one for one in self.scheduler if one.adapter is adapter]:
+            self._runner.clear(self.scheduler.distrust(sequence))
             self._emit(sequence, Update(error=error))
 
     def step(self) -> bool:

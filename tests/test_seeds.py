@@ -40,7 +40,7 @@ CASES = {
         "tests/serving/test_text.py::test_a_cut_keeps_specials_and_the_right_end_of_every_text"
     ),
     "a text is cut and nobody is told": (
-        "tests/serving/test_face.py::test_a_text_that_is_too_long_is_cut_as_asked_and_told"
+        "tests/serving/test_engine.py::test_a_text_that_is_too_long_is_cut_as_asked_and_told"
     ),
     "token types always 0": "lorax_bert/tests/test_bert.py::test_a_pair_is_embedded_with_the_types_of_its_texts",
     "prefixes known by two literal ids": (
@@ -120,7 +120,7 @@ CASES = {
     "an adapter that names no base, or one out of reach": (
         f"{HERE}::test_the_base_that_an_adapter_names_need_not_be_reached"
     ),
-    "the first adapter becomes the base": "tests/serving/test_face.py::test_one_batch_mixes_the_base_and_an_adapter",
+    "the first adapter becomes the base": "tests/serving/test_engine.py::test_one_batch_mixes_the_base_and_an_adapter",
     "an engine with adapters loads no more": (
         f"{HERE}::test_files_that_changed_are_read_again_and_nothing_of_the_old_ones_is_served"
     ),
@@ -184,7 +184,7 @@ CASES = {
     ),
     "guesses that change the text": "tests/engine/test_loop.py::test_guessing_ahead_writes_the_same",
     "unknown options ignored": "tests/serving/test_requests.py::test_an_unknown_option_is_refused_with_the_nearest",
-    "one engine's settings in another": "tests/serving/test_face.py::test_two_engines_live_in_one_process",
+    "one engine's settings in another": "tests/serving/test_engine.py::test_two_engines_live_in_one_process",
 }
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 TEXTS = ["Ada met Zoë Bó in PARIS.", "Köln, near Bonn", "x"]

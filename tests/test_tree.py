@@ -23,11 +23,12 @@ FACE = "lorax_core/__init__"
 # Packages of core from the ground up, one line a rank. A package imports itself and what stands on lines above its own;
 # packages of one line do not know each other. A new package needs its place here, and in docs/architecture.md.
 RANKS = [
-    ["errors"],  # floor 0: vocabulary
+    ["errors", "version"],  # floor 0: vocabulary
     ["types"],
     ["settings"],
     ["plugins"],  # floor 1: declaration and discovery
-    ["attention", "kvcache", "parallel"],  # floor 2: torch lives here
+    ["kernels", "parallel"],  # floor 2: torch lives here
+    ["attention", "kvcache", "linear_methods"],
     ["modeling"],
     ["weights"],
     ["adapters"],
@@ -45,7 +46,7 @@ COMMAND_OF = {"cli/check.py": "testing"}
 
 MAX_FILE, MAX_FUNCTION, MAX_MODELING = 400, 60, 199
 PLANNERS = {
-    "adapters/places.py",
+    "adapters/residency/slots.py",
     "engine/queue.py",
     "engine/scheduler.py",
     "engine/sequence.py",
@@ -325,7 +326,7 @@ def all_offences(rule, checked: Iterable[Source]) -> str:
         ("weights/loader.py", "if not TYPE_CHECKING:\n    from ..adapters import a", "weights imports adapters"),
         ("engine/engine.py", "import lorax_core as lorax\nlorax.load", f"engine imports {FACE}"),
         ("engine/engine.py", "from lorax_core import load", f"engine imports {FACE}"),
-        ("serving/face.py", "from ..cli.main import main", "serving imports cli"),
+        ("serving/engine.py", "from ..cli.main import main", "serving imports cli"),
         ("cli/main.py", "from lorax_core.testing import tiny", "cli imports testing"),
         ("cli/main.py", "from lorax_core.nowhere import x", "cli imports nowhere"),
         ("weights/loader.py", "import lorax_bert.config", "weights imports lorax_bert"),
@@ -349,7 +350,7 @@ def test_an_import_that_goes_up_is_caught(path, text, offence):
         ("cli/main.py", "from lorax_core import load"),
         ("cli/check.py", "from lorax_core.testing import run_checks"),
         ("testing/case.py", "from lorax_core.cli.main import main"),
-        ("__init__.py", "from lorax_core.serving.face import load"),
+        ("__init__.py", "from lorax_core.serving.engine import load"),
     ],
 )
 def test_an_import_that_goes_down_is_admitted(path, text):

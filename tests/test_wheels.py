@@ -114,7 +114,9 @@ def test_a_wheel_holds_the_modules_of_its_package_and_nothing_else(folder: str, 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_versions_agree(folder: str):
-    told = re.search(r'^__version__ = "(.+)"$', (ROOT / package_of(folder) / "__init__.py").read_text("utf-8"), re.M)
+    package = ROOT / package_of(folder)
+    home = package / "version.py" if (package / "version.py").exists() else package / "__init__.py"
+    told = re.search(r'^__version__(?:: Final)? = "(.+)"$', home.read_text("utf-8"), re.M)
 
     assert told
     assert told[1] == project_of(folder)["version"]

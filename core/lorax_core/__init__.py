@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from lorax_core.version import __version__
 
 _HOMES = {
     "AdapterError": "errors",
@@ -34,9 +34,9 @@ _HOMES = {
     "Batch": "modeling.batch",
     "Model": "modeling.model",
     "Adapter": "adapters.base",
-    "merge_adapters": "adapters.merge",
-    "merge_into_base": "adapters.into_base",
-    "Engine": "serving.face",
+    "merge_adapters": "adapters.merging.merge",
+    "merge_into_base": "adapters.merging.into_base",
+    "Engine": "serving.engine",
     "load": "serving.loading",
     "ClassifyRequest": "serving.requests",
     "EmbedRequest": "serving.requests",
@@ -47,8 +47,8 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:
     from lorax_core.adapters.base import Adapter as Adapter
-    from lorax_core.adapters.into_base import merge_into_base as merge_into_base
-    from lorax_core.adapters.merge import merge_adapters as merge_adapters
+    from lorax_core.adapters.merging.into_base import merge_into_base as merge_into_base
+    from lorax_core.adapters.merging.merge import merge_adapters as merge_adapters
     from lorax_core.errors import AdapterError as AdapterError
     from lorax_core.errors import CapacityError as CapacityError
     from lorax_core.errors import CheckpointError as CheckpointError
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from lorax_core.plugins.host import PluginHost as PluginHost
     from lorax_core.plugins.spec import ArchitectureSpec as ArchitectureSpec
     from lorax_core.plugins.spec import BackendSpec as BackendSpec
-    from lorax_core.serving.face import Engine as Engine
+    from lorax_core.serving.engine import Engine as Engine
     from lorax_core.serving.loading import load as load
     from lorax_core.serving.requests import ClassifyRequest as ClassifyRequest
     from lorax_core.serving.requests import EmbedRequest as EmbedRequest

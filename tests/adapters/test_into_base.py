@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lorax_core as lorax
-from lorax_core.adapters.into_base import merge_into_base
+from lorax_core.adapters.merging.into_base import merge_into_base
 from lorax_core.errors import AdapterError, CheckpointError, PluginError
 
 # transformers calls the module by another name than the file does.

@@ -13,9 +13,9 @@ from matrix import ARCHS, TEXTS, answers, saved, trained
 from peft import PeftModel
 
 import lorax_core as lorax
-from lorax_core.adapters.combining import STRATEGIES
-from lorax_core.adapters.merge import merge_adapters
-from lorax_core.adapters.peft import read_peft
+from lorax_core.adapters.formats.peft import read_peft
+from lorax_core.adapters.merging.combining import STRATEGIES
+from lorax_core.adapters.merging.merge import merge_adapters
 from lorax_core.errors import AdapterError
 
 TOLERANCE = 1e-5

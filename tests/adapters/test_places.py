@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_core.adapters.places import Grant, Places
+from lorax_core.adapters.residency.slots import Grant, Places
 
 
 def brought(places, *keys):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorax_core.adapters.deltas import Block, LowRank
-from lorax_core.adapters.native import load_native, native_status
-from lorax_core.adapters.products import Compiled, OneByOne, Products, Updates
+from lorax_core.adapters.lora_kernels.base import Compiled, OneByOne, Products, Updates
+from lorax_core.kernels.native.low_rank import load_native, native_status
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler is installed")

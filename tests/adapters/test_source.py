@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hubs import Client, held, write
 
-from lorax_core.adapters.source import FoundAdapter, find_adapter
+from lorax_core.adapters.residency.source import FoundAdapter, find_adapter
 from lorax_core.errors import AdapterError
 
 FIND = """
 import json, sys
-from lorax_core.adapters.source import find_adapter
+from lorax_core.adapters.residency.source import find_adapter
 from lorax_core.errors import AdapterError
 
 answers = []

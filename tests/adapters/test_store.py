@@ -7,7 +7,7 @@ import pytest
 from builders import change_json, make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
-from lorax_core.adapters.lora import LoraAdapter
+from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import AdapterError
 
 PROMPT = [3, 1, 4, 1, 5]

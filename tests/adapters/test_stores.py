@@ -18,8 +18,8 @@ from builders import make_lora, make_qwen2_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hubs import held, write
 
-from lorax_core.adapters.peft import read_peft
-from lorax_core.adapters.source import find_adapter
+from lorax_core.adapters.formats.peft import read_peft
+from lorax_core.adapters.residency.source import find_adapter
 from lorax_core.errors import AdapterError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -297,7 +297,7 @@ def test_a_folder_that_a_bucket_does_not_have_is_refused_by_its_url(bucket, tmp_
 UNINSTALLED = """
 import sys
 sys.modules["s3fs"] = None  # as good as not installed
-from lorax_core.adapters.source import find_adapter
+from lorax_core.adapters.residency.source import find_adapter
 from lorax_core.errors import AdapterError
 
 try:

@@ -5,8 +5,8 @@ import torch
 from fakes import WindowlessBackend, make_backend_spec
 
 from lorax_core.attention.base import AttentionSpec
-from lorax_core.attention.reference import TorchBackend
 from lorax_core.attention.select import select_backend, why_not
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.errors import RequestError
 from lorax_core.plugins.spec import BackendSpec
 
@@ -14,7 +14,7 @@ LAYER = AttentionSpec(heads=4, kv_heads=2, head_dim=16, causal=True, window=8)
 ABSENT = make_backend_spec("absent", "AbsentBackend")
 WINDOWLESS = make_backend_spec("windowless", "WindowlessBackend")
 TORCH = BackendSpec(
-    name="torch", summary="Torch's.", backend="lorax_core.attention.reference:TorchBackend", device_types=("cpu",)
+    name="torch", summary="Torch's.", backend="lorax_core.attention.torch:TorchBackend", device_types=("cpu",)
 )
 
 

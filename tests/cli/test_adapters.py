@@ -15,10 +15,10 @@ from hubs import Client, Hub
 from matrix import ARCHS, HEADS, make_head_cell, saved, trained
 from safetensors.torch import load_file, save_file
 
-from lorax_core.adapters.lora import LoraAdapter
-from lorax_core.adapters.medusa import MedusaAdapter
-from lorax_core.adapters.merge import merge_adapters
-from lorax_core.adapters.peft import read_peft
+from lorax_core.adapters.formats.lora import LoraAdapter
+from lorax_core.adapters.formats.medusa import MedusaAdapter
+from lorax_core.adapters.formats.peft import read_peft
+from lorax_core.adapters.merging.merge import merge_adapters
 
 QWEN2 = Path(__file__).resolve().parents[2] / "examples/tiny_qwen2"
 MODEL = str(QWEN2 / "model")

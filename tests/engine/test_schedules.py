@@ -9,7 +9,7 @@ import torch
 from builders import make_qwen2, make_qwen2_model
 from rigs import make_loaded
 
-from lorax_core.attention.reference import TorchBackend
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner

@@ -248,7 +248,7 @@ def test_core_s_own_backend_cannot_be_taken(importable_strangers):
 
     host = discover(importable_strangers)
 
-    assert [spec.backend for spec in host.backends] == ["lorax_core.attention.reference:TorchBackend"]
+    assert [spec.backend for spec in host.backends] == ["lorax_core.attention.torch:TorchBackend"]
     assert record_of(host, "lorax-thief").cause == "attention backend 'torch' is core's own"
     assert record_of(host, "lorax-core").status is Status.READY
 

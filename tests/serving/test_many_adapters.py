@@ -16,7 +16,7 @@ from transformers import BertForTokenClassification
 
 import lorax_core as lorax
 from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.store import AdapterStore
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.errors import AdapterError, StepError
 from lorax_core.serving.requests import GenerateRequest
 

@@ -11,7 +11,7 @@ from rigs import make_loaded, within
 from safetensors.torch import load_file, save_file
 
 import lorax_core as lorax
-from lorax_core.adapters.store import AdapterStore
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.errors import AdapterError, RequestError
 from lorax_core.serving.requests import GenerateRequest
 

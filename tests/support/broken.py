@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import AttentionSpec
-from lorax_core.attention.reference import TorchBackend
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.modeling import EmbeddingHead, LastTokenClassificationHead, Linear
 from lorax_core.modeling.batch import Batch, NoAdapters
 from lorax_core.types import Pooling

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lorax_core.attention.reference import TorchBackend
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.runner import Answer
 from lorax_core.engine.sampler import Picked
 from lorax_core.engine.scheduler import Chunk, StepPlan

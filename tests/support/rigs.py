@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.store import AdapterStore
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
-from lorax_core.attention.reference import TorchBackend
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.detokenizer import TextDecoder
 from lorax_core.engine.loop import EngineLoop

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorax_core.adapters.apply import SegmentedAdapters
-from lorax_core.adapters.peft import PeftFiles
+from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.testing import Status
 
 BY_FAR = 100

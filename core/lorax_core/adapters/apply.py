@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorax_core.adapters.base import Adapter, Delta
 from lorax_core.adapters.deltas import LowRank
-from lorax_core.adapters.products import Products, Updates
+from lorax_core.adapters.lora_kernels.base import Products, Updates
 from lorax_core.modeling.batch import AdapterRows, NoAdapters
 from lorax_core.modeling.site import Site
 

@@ -22,9 +22,9 @@ from lorax_core.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorax_core.adapters.lora import LoraAdapter
-    from lorax_core.adapters.medusa import MedusaAdapter
-    from lorax_core.adapters.peft import PeftFiles, Piece
+    from lorax_core.adapters.formats.lora import LoraAdapter
+    from lorax_core.adapters.formats.medusa import MedusaAdapter
+    from lorax_core.adapters.formats.peft import PeftFiles, Piece
     from lorax_core.plugins.host import PluginHost
 
 app = typer.Typer(help="Adapters: look into them, combine them, merge them into their base.", no_args_is_help=True)
@@ -52,8 +52,8 @@ def inspect_adapter(
     json: _Json = False,
 ) -> None:
     """Show what an adapter holds. Exits with 1 when it cannot be read, or does not fit the base."""
-    from lorax_core.adapters.medusa import read_adapter
-    from lorax_core.adapters.source import find_adapter
+    from lorax_core.adapters.formats.medusa import read_adapter
+    from lorax_core.adapters.residency.source import find_adapter
 
     found = find_adapter(source, revision=revision)
     adapter = read_adapter(found.folder)
@@ -113,7 +113,7 @@ def merge(
         done = _merge_into_base(folders, out, base, settings, overwrite)
         _show_merged({**about, "base": base, "adapters": adapters, **done}, json)
         return
-    from lorax_core.adapters.merge import merge_adapters
+    from lorax_core.adapters.merging.merge import merge_adapters
 
     with _progress("combining modules") as told_of:
         merged = merge_adapters(folders, out, **settings, overwrite=overwrite, told=told_of)
@@ -123,15 +123,15 @@ def merge(
 
 def _check_out(out: Path, overwrite: bool) -> None:
     """Before anything is fetched or read."""
-    from lorax_core.adapters.output import check_free
+    from lorax_core.adapters.merging.output import check_free
 
     check_free(out, overwrite)
 
 
 def _find_lora(source: str, revision: str) -> Path:
     """The folder of a source that PEFT wrote; Medusa's heads cannot be merged."""
-    from lorax_core.adapters.medusa import is_medusa
-    from lorax_core.adapters.source import find_adapter
+    from lorax_core.adapters.formats.medusa import is_medusa
+    from lorax_core.adapters.residency.source import find_adapter
 
     found = find_adapter(source, revision=revision or None)
     if is_medusa(found.folder):
@@ -149,9 +149,9 @@ def _merge_into_base(
     adapters: Sequence[Path], out: Path, base: str, settings: dict[str, Any], overwrite: bool
 ) -> dict[str, Any]:
     """What of the JSON is known only afterwards."""
-    from lorax_core.adapters.into_base import merge_into_base
-    from lorax_core.adapters.merge import combine, make_recipe
-    from lorax_core.adapters.peft import read_peft
+    from lorax_core.adapters.formats.peft import read_peft
+    from lorax_core.adapters.merging.into_base import merge_into_base
+    from lorax_core.adapters.merging.merge import combine, make_recipe
     from lorax_core.weights.hub import find_checkpoint
 
     recipe = make_recipe(adapters, **settings)
@@ -201,7 +201,7 @@ def _discover() -> PluginHost:
 
 def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
     """The "adapter" of the JSON: what its files say, and what is in them. Of Medusa's heads alone, LoRA's fields are empty."""
-    from lorax_core.adapters.medusa import MedusaAdapter
+    from lorax_core.adapters.formats.medusa import MedusaAdapter
 
     medusa = adapter if isinstance(adapter, MedusaAdapter) else None
     lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter

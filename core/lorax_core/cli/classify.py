@@ -16,7 +16,7 @@ from lorax_core.cli.options import Truncate, chosen_adapter, named_sources, read
 from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table, tell
 
 if TYPE_CHECKING:
-    from lorax_core.serving.face import Engine
+    from lorax_core.serving.engine import Engine
     from lorax_core.types import Classification
 
 app = typer.Typer(add_completion=False)

@@ -68,7 +68,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from lorax_core.adapters.native import native_status
+    from lorax_core.kernels.native.low_rank import native_status
     from lorax_core.modeling.linear import packing_works
 
     packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]

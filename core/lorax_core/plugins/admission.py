@@ -17,12 +17,12 @@ from typing import Final, TypeVar
 
 import pluggy
 
-import lorax_core
 from lorax_core.errors import LoraxError, PluginError, listed, nearest
 from lorax_core.plugins import hookspecs
 from lorax_core.plugins.record import PluginRecord, Spec, Status, explain
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec, Incompatible
 from lorax_core.settings import Settings, canonical
+from lorax_core.version import __version__
 
 GROUP: Final = "lorax.plugins"
 """Entry-point group in which a distribution names its declaration module."""
@@ -77,7 +77,7 @@ def identity(entry: EntryPoint) -> tuple[str, str]:
     except Exception:  # metadata that cannot be read; what then fails is told when the plugin is tried
         pass
     package = canonical(entry.value.partition(":")[0].partition(".")[0])
-    return package, lorax_core.__version__ if package == CORE else ""
+    return package, __version__ if package == CORE else ""
 
 
 def key_of(spec: Spec) -> str:
@@ -114,9 +114,9 @@ def _check_requirements(distribution: Distribution) -> None:
             raise PluginError(f"its metadata requires {line!r}, which is not a requirement") from error
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
-        if not wanted.specifier.contains(lorax_core.__version__, prereleases=True):
+        if not wanted.specifier.contains(__version__, prereleases=True):
             raise Incompatible(
-                f"it requires {CORE}{wanted.specifier}; this is {CORE} {lorax_core.__version__}",
+                f"it requires {CORE}{wanted.specifier}; this is {CORE} {__version__}",
                 hint=f"pip install --upgrade {CORE} {distribution.name}",
             )
 

@@ -14,7 +14,7 @@ def lorax_attention_backends() -> Iterable[BackendSpec]:
     yield BackendSpec(
         name="torch",
         summary="Reference in plain torch; the oracle of every other backend.",
-        backend="lorax_core.attention.reference:TorchBackend",
+        backend="lorax_core.attention.torch:TorchBackend",
         device_types=("cpu", "cuda"),
         priority=0,
     )

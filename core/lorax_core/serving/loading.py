@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lorax_core.adapters.store import AdapterStore
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.loop import EngineLoop
@@ -27,7 +27,7 @@ from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.cache import PAGE_SIZE, CacheSize, make_pool
 from lorax_core.serving.embedding import set_up_embedding
-from lorax_core.serving.face import Engine, EngineInfo
+from lorax_core.serving.engine import Engine, EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front

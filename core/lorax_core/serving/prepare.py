@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorax_core.adapters.base import Adapter, FileAdapter
-from lorax_core.adapters.store import AdapterStore
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
 from lorax_core.engine.sequence import Sampling, Sequence

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.products import Products, available_forms
+from lorax_core.adapters.lora_kernels.base import Products, available_forms
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool

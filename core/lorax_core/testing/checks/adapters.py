@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lorax_core.adapters.lora import LoraAdapter
+from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import listed
 from lorax_core.modeling.linear import Linear
 from lorax_core.testing import reference

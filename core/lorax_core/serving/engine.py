@@ -14,7 +14,7 @@ from typing import Any, Self, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lorax_core.adapters.store import AdapterStore
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError
 from lorax_core.serving.cache import peak_memory

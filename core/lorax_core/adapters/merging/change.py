@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.peft import PeftFiles, Piece
+from lorax_core.adapters.formats.peft import PeftFiles, Piece
 from lorax_core.errors import AdapterError
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 from lorax_core.adapters.base import Adapter, FileAdapter
-from lorax_core.adapters.head import HeadRequest
-from lorax_core.adapters.medusa import read_adapter
-from lorax_core.adapters.native import load_native
-from lorax_core.adapters.places import Places
-from lorax_core.adapters.source import find_adapter
+from lorax_core.adapters.formats.head import HeadRequest
+from lorax_core.adapters.formats.medusa import read_adapter
+from lorax_core.adapters.residency.slots import Places
+from lorax_core.adapters.residency.source import find_adapter
 from lorax_core.adapters.stack import StackedAdapter
 from lorax_core.errors import AdapterError, LoraxError, listed, nearest
+from lorax_core.kernels.native.low_rank import load_native
 from lorax_core.weights.loader import LoadedModel
 
 _RECENT_STACKS = 8

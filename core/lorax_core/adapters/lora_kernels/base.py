@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorax_core.adapters.deltas import LowRank
-from lorax_core.adapters.native import PIECE, NativeProduct, load_native
+from lorax_core.kernels.native.low_rank import PIECE, NativeProduct, load_native
 
 _TRIALS = 3
 """How often each form is timed; the fastest counts, for others may use the machine too."""

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorax_core.adapters.base import Delta, FileAdapter
-from lorax_core.adapters.head import HeadRequest
-from lorax_core.adapters.lora import LoraAdapter
+from lorax_core.adapters.formats.head import HeadRequest
+from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import AdapterError, CheckpointError, listed
 from lorax_core.modeling.heads import Head
 from lorax_core.types import Task

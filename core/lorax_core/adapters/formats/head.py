@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lorax_core.adapters.peft import PeftFiles
+from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head

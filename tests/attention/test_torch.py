@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.masking_utils import sliding_window_causal_mask_function
 
-from lorax_core.attention.reference import TorchBackend
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling import Attention, Batch
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.change import Change, leaves
-from lorax_core.adapters.merge import Told
-from lorax_core.adapters.output import check_free, new_folder
-from lorax_core.adapters.peft import PeftFiles, Piece, read_peft
+from lorax_core.adapters.formats.peft import PeftFiles, Piece, read_peft
+from lorax_core.adapters.merging.change import Change, leaves
+from lorax_core.adapters.merging.merge import Told
+from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import CLASSIFICATION

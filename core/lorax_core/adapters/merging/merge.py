@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.combining import Pair, Recipe, SignMethod, Update, combined, draw_as_at_creation
-from lorax_core.adapters.output import check_free, new_folder
-from lorax_core.adapters.peft import PeftFiles, Piece, read_peft
+from lorax_core.adapters.formats.peft import PeftFiles, Piece, read_peft
+from lorax_core.adapters.merging.combining import Pair, Recipe, SignMethod, Update, combined, draw_as_at_creation
+from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, nearest
 
 Told = Callable[[int, int], None]

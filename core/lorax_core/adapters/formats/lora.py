@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorax_core.adapters.base import Delta, FileAdapter
-from lorax_core.adapters.binding import Binding
 from lorax_core.adapters.deltas import Dora, EmbeddingLowRank, LowRank, TokenLogits, TokenRows
-from lorax_core.adapters.head import HeadRequest, drop_numbers, head_bytes, take_numbers
-from lorax_core.adapters.peft import PeftFiles, read_peft
+from lorax_core.adapters.formats.binding import Binding
+from lorax_core.adapters.formats.head import HeadRequest, drop_numbers, head_bytes, take_numbers
+from lorax_core.adapters.formats.peft import PeftFiles, read_peft
 from lorax_core.errors import AdapterError
 from lorax_core.modeling.heads import Head
 from lorax_core.types import Task

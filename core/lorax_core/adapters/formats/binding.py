@@ -24,8 +24,8 @@ from lorax_core.adapters.deltas import (
     TokenLogits,
     TokenRows,
 )
-from lorax_core.adapters.head import HeadRequest, build_head
-from lorax_core.adapters.peft import PeftFiles, Piece
+from lorax_core.adapters.formats.head import HeadRequest, build_head
+from lorax_core.adapters.formats.peft import PeftFiles, Piece
 from lorax_core.errors import AdapterError, nearest
 from lorax_core.modeling.embedding import Embedding
 from lorax_core.modeling.heads import Head

@@ -1,0 +1,1 @@
+"""The files of adapters, and where each of their tensors goes in a model."""

@@ -1,0 +1,1 @@
+"""The low-rank products of many adapters in one batch."""

@@ -1,0 +1,1 @@
+"""Several adapters into one, and one into the weights of its base."""

@@ -1,0 +1,1 @@
+"""Which adapters an engine has, and where they are: on the device, in host memory, on disk."""

@@ -1,0 +1,1 @@
+"""Kernels: readable forms, and compiled ones where this machine has a compiler. Knows nothing of models."""

@@ -1,0 +1,1 @@
+"""Native code: compiled once for this machine, tried before it is trusted."""

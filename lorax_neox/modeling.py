@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from lorax_core.kernels.elementwise import Angles
 from lorax_core.modeling import (
     Attention,
     Batch,
@@ -22,7 +23,6 @@ from lorax_core.modeling import (
     Task,
     get_activation,
 )
-from lorax_core.modeling.rotary import Angles
 from lorax_core.weights import WeightMap
 from lorax_neox.config import GPTNeoXConfig
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lorax_core.kernels.elementwise import Angles
 from lorax_core.modeling import (
     Attention,
     Batch,
@@ -22,7 +23,6 @@ from lorax_core.modeling import (
     TokenClassificationHead,
     get_activation,
 )
-from lorax_core.modeling.rotary import Angles
 from lorax_core.weights import WeightMap
 from lorax_qwen2.config import Qwen2Config
 

@@ -19,7 +19,7 @@ TORCH = BackendSpec(
 
 
 def selected(*declared, name=None, layers=(LAYER,)):
-    return select_backend(declared, layers, page_size=16, dtype=torch.float32, device="cpu", name=name)
+    return select_backend(declared, layers, dtype=torch.float32, device="cpu", name=name)
 
 
 def test_the_first_backend_that_serves_every_layer_is_taken_and_the_others_are_told():

@@ -34,7 +34,7 @@ def test_what_followed_the_last_time_is_guessed(pieces, limit, most, ngram):
         drafter.extend(piece)
         text += piece
 
-        assert drafter.guess(limit) == guessed(text, limit, most, ngram)
+        assert drafter.draft(limit) == guessed(text, limit, most, ngram)
         assert len(drafter) == len(text)
 
 

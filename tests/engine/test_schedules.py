@@ -142,7 +142,7 @@ def test_greedy_answers_are_transformers_under_any_schedule(subject, first):
 
         for _, expected, tokens in heard:
             assert tokens == expected, f"schedule {seed}"
-        assert engine.scheduler.allocator.free == engine.scheduler.allocator.capacity
+        assert engine.scheduler.allocator.available == engine.scheduler.allocator.capacity
 
 
 def test_the_schedules_meet_what_they_are_meant_to(subject):

@@ -71,7 +71,7 @@ def test_many_threads_may_call_one_engine(base, make_worker):
         found = list(pool.map(lambda prompt: answered(worker, make_sequence(prompt, 6))[0], prompts))
 
     assert found == [expected[tuple(prompt)] for prompt in prompts]
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
 def test_requests_handed_in_together_share_their_first_step(make_worker):

@@ -6,8 +6,11 @@ from builders import change_tensors, make_qwen2, make_qwen2_model
 from rigs import make_loaded, make_loop, make_sequence
 
 import lorax_core as lorax
+from lorax_core.attention.base import CacheLayout
 from lorax_core.errors import CapacityError, RequestError
-from lorax_core.serving.cache import CacheSize, make_pool
+from lorax_core.serving.cache import CacheSize, cache_dtype, make_pool
+
+LAYOUT = CacheLayout(16, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +27,19 @@ def base(qwen2, host):
     ],
 )
 def test_a_cache_is_as_large_as_was_asked_for(base, size, pages):
-    pool = make_pool(base.model, size)
+    pool = make_pool(base.model, size, LAYOUT)
 
     assert pool.pages == pages + 1  # and the scratch page
 
 
 def test_a_fraction_is_of_the_memory_that_is_free(base):
-    whole, half = (make_pool(base.model, CacheSize(fraction=part)).pages for part in (0.002, 0.001))
+    whole, half = (make_pool(base.model, CacheSize(fraction=part), LAYOUT).pages for part in (0.002, 0.001))
 
     assert 1.5 < whole / half < 2.5
 
 
 def test_unasked_a_cache_takes_no_more_than_a_small_server_fills(base):
-    assert (make_pool(base.model, CacheSize()).pages - 1) * 16 <= 65_536
+    assert (make_pool(base.model, CacheSize(), LAYOUT).pages - 1) * 16 <= 65_536
 
 
 def test_sizes_exclude_each_other():
@@ -52,27 +55,27 @@ def test_a_size_that_makes_no_sense_is_refused(size):
 
 def test_a_cache_larger_than_the_memory_is_refused_with_what_fits(base):
     with pytest.raises(CapacityError, match="GB are free") as caught:
-        make_pool(base.model, CacheSize(tokens=10**12))
+        make_pool(base.model, CacheSize(tokens=10**12), LAYOUT)
 
     assert "kv_cache_tokens=" in caught.value.hint
 
 
 def test_less_than_a_page_is_refused(base):
     with pytest.raises(CapacityError, match="less than one page"):
-        make_pool(base.model, CacheSize(bytes=1))
+        make_pool(base.model, CacheSize(bytes=1), LAYOUT)
 
 
 def test_a_bidirectional_model_has_no_cache_to_size(bert, host):
     model = make_loaded(bert, host).model
 
-    assert make_pool(model, CacheSize()) is None
+    assert make_pool(model, CacheSize(), LAYOUT) is None
     with pytest.raises(RequestError, match="no KV cache"):
-        make_pool(model, CacheSize(tokens=16))
+        cache_dtype(model, CacheSize(tokens=16))
 
 
 def test_an_unknown_type_of_cache_is_refused(base):
-    with pytest.raises(RequestError, match="kv_dtype 'int4' is not served; served are 'auto' and 'fp8_e4m3'"):
-        make_pool(base.model, CacheSize(), "int4")
+    with pytest.raises(RequestError, match="kv_dtype 'int4' is not supported; supported are 'auto' and 'fp8_e4m3'"):
+        cache_dtype(base.model, CacheSize(), "int4")
 
 
 def scored(folder, prompt, **options):

@@ -28,7 +28,7 @@ def refusal(folder, **options):
         ({"kv_cache_tokens": 32, "kv_cache_pages": 2}, "exclude each other"),
         ({"kv_cache_bytes": 1}, "less than one page"),
         ({"kv_cache_tokens": 10**13}, "a KV cache of 10000000000000 tokens takes"),
-        ({"kv_dtype": "int4"}, "kv_dtype 'int4' is not served"),
+        ({"kv_dtype": "int4"}, "kv_dtype 'int4' is not supported"),
         ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, not 0"),
         ({"max_batch_rows": -1}, "max_batch_rows must be at least 1, not -1"),
         ({"threads": 0}, "threads must be at least 1, not 0"),

@@ -11,7 +11,7 @@ from fakes import make_backend_spec, with_backends
 from rigs import make_sequence, within
 
 import lorax_core as lorax
-from lorax_core.engine.sequence import Update
+from lorax_core.engine.sequence import SequenceUpdate
 from lorax_core.serving.prepare import Prepared
 from lorax_core.serving.stream import Call, Stream
 from lorax_core.types import FinishReason
@@ -180,7 +180,7 @@ def test_further_answers_leave_with_the_stream_although_the_first_has_ended():
     left = []
     stream = Stream(Call([Prepared(first)]), left.extend)
     first.finished = True
-    first.sink(Update(token_ids=(7,), finish_reason=FinishReason.STOP))
+    first.sink(SequenceUpdate(token_ids=(7,), finish_reason=FinishReason.STOP))
     assert next(stream).choice == 0
 
     stream.close()

@@ -6,16 +6,16 @@ be imported by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from types import MethodType
+from itertools import pairwise
+from types import MethodType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorax_bert.modeling import FlashBertModel
-from lorax_core.attention.base import AttentionSpec
+from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.modeling import EmbeddingHead, LastTokenClassificationHead, Linear
 from lorax_core.modeling.batch import Batch, NoAdapters
@@ -26,15 +26,39 @@ from lorax_qwen2.modeling import FlashQwen2Model
 # --- attention backends ---
 
 
+class BrokenStep(StepAttention):
+    """A step of the torch backend, to be changed in one place."""
+
+    def __init__(self, backend, rows) -> None:
+        self.backend, self.rows, self.step = backend, rows, TorchBackend.plan(backend, rows)
+
+    def write(self, layer, k, v) -> None:
+        self.step.write(layer, k, v)
+
+    def attend(self, layer, q) -> Tensor:
+        return self.step.attend(layer, q)
+
+    def encode(self, layer, q, k, v) -> Tensor:
+        return self.step.encode(layer, q, k, v)
+
+
 class AttendsPads(TorchBackend):
     """Fills every text of a batch up to the longest with zeros, and attends to them."""
 
     name = "attends-pads"
 
-    def encode(self, q, k, v, layer, batch):
-        longest = max(batch.lengths)
+    def plan(self, rows):
+        return PaddedStep(self, rows)
+
+
+class PaddedStep(BrokenStep):
+    """A step of `AttendsPads`."""
+
+    def encode(self, layer, q, k, v):
+        runs = list(pairwise(self.rows.query_starts.host.tolist()))
+        longest = max(stop - start for start, stop in runs)
         out = torch.empty_like(q)
-        for start, stop in zip(batch.starts, batch.starts[1:], strict=False):
+        for start, stop in runs:
             pads = (0, 0, 0, 0, 0, longest - (stop - start))
             rows = [F.pad(t[start:stop], pads).transpose(0, 1)[None] for t in (k, v)]
             attended = F.scaled_dot_product_attention(q[start:stop].transpose(0, 1)[None], *rows)
@@ -47,7 +71,14 @@ class SeesNeighbours(TorchBackend):
 
     name = "sees-neighbours"
 
-    def encode(self, q, k, v, layer, batch):
+    def plan(self, rows):
+        return NeighbourStep(self, rows)
+
+
+class NeighbourStep(BrokenStep):
+    """A step of `SeesNeighbours`."""
+
+    def encode(self, layer, q, k, v):
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
@@ -57,23 +88,11 @@ class ReadsPagesInARow(TorchBackend):
 
     name = "reads-pages-in-a-row"
 
-    def plan(self, batch: Batch, specs: Sequence[AttentionSpec]) -> None:
-        last = len(batch.kv.data[0, 0]) - 1
-        straight = [tuple(min(pages[0] + at, last) for at in range(len(pages))) for pages in batch.pages]
-        super().plan(replace_pages(batch, tuple(straight)), specs)
-
-
-def replace_pages(batch, pages):
-    """The same batch with other pages; what is planned for it is planned for the given one."""
-
-    class View:
-        def __getattr__(self, name):
-            return pages if name == "pages" else getattr(batch, name)
-
-        def __setattr__(self, name, value):
-            setattr(batch, name, value)
-
-    return View()
+    def plan(self, rows):
+        last = len(self._cache.data[0, 0]) - 1
+        table = rows.page_table.host
+        straight = (table[:, :1] + torch.arange(table.shape[1], dtype=torch.int32)).clamp(max=last)
+        return super().plan(replace(rows, page_table=HostAndDevice(straight, straight)))
 
 
 class ForgetsLongPasts(TorchBackend):
@@ -81,14 +100,24 @@ class ForgetsLongPasts(TorchBackend):
 
     name = "forgets-long-pasts"
 
-    def attend(self, q, layer, batch):
-        usual = layer.spec
-        if any(batch.cached):
-            layer.spec = replace(usual, window=min(24, usual.window or 24))
-        try:
-            return super().attend(q, layer, batch)
-        finally:
-            layer.spec = usual
+    def bind(self, specs, dtype, cache):
+        narrow = [replace(spec, window=min(24, spec.window or 24)) for spec in specs]
+        super().bind([*specs, *narrow], dtype, cache)
+
+    def plan(self, rows):
+        return ForgetfulStep(self, rows)
+
+
+class ForgetfulStep(BrokenStep):
+    """A step of `ForgetsLongPasts`."""
+
+    def attend(self, layer, q):
+        new = self.rows.query_starts.host.diff()
+        if bool((self.rows.kv_lengths.host > new).any()):
+            layer = SimpleNamespace(
+                index=layer.index, spec=replace(layer.spec, window=min(24, layer.spec.window or 24))
+            )
+        return self.step.attend(layer, q)
 
 
 # --- BERT ---

@@ -5,8 +5,10 @@ Decides nothing that the runtime decides; it only spares tests the wiring.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
+from array import array
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +23,11 @@ from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.detokenizer import TextDecoder
 from lorax_core.engine.loop import EngineLoop
+from lorax_core.engine.plan import Chunk, StepPlan
 from lorax_core.engine.runner import Runner
-from lorax_core.engine.scheduler import Chunk, Scheduler, StepPlan
-from lorax_core.engine.sequence import Sampling, Sequence, Update
+from lorax_core.engine.scheduler import Scheduler
+from lorax_core.engine.sequence import Sampling, Sequence, SequenceUpdate
+from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopRule
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
@@ -76,8 +80,11 @@ class Bench:
         self.pool = make_pool(base, pages, page_size)
         self.page_size = page_size
         self._free = random.Random(5).sample(range(1, pages + 1), pages)
-        self._batcher = Batcher(base.model, self.pool)
+        self._adapters: dict[str, Adapter] = {}
+        self._batcher = Batcher(base.model, page_size if self.pool else None, self._adapters)
         self._backend = backend or TorchBackend()
+        self._backend.bind(base.model.attention_specs, base.model.dtype, self.pool)
+        self._ids = itertools.count(1)
 
     def sequence(self, ids: list[int], adapter: Adapter | None = None, types: list[int] | None = None) -> Sequence:
         """A sequence that holds pages for all of its tokens."""
@@ -89,8 +96,11 @@ class Bench:
             adapter=adapter,
             stop=StopRule(max_tokens=1) if generates else None,
             span=None if generates else range(len(ids)),
+            id=next(self._ids),
         )
-        made.pages = [self._free.pop() for _ in range(-(-len(ids) // self.page_size))] if self.pool else []
+        if adapter is not None:
+            self._adapters[adapter.identity] = adapter
+        made.pages = array("i", [self._free.pop() for _ in range(-(-len(ids) // self.page_size))] if self.pool else [])
         return made
 
     @torch.inference_mode()
@@ -105,12 +115,12 @@ class Bench:
 
     def _rows(self, parts: Iterable[tuple[Sequence, int, int]], answer: Callable[..., Tensor]) -> list[Tensor]:
         chunks = tuple(Chunk(sequence, start, stop - start) for sequence, start, stop in parts)
-        packed = self._batcher.pack(StepPlan(chunks))
-        packed.batch.attention = self._backend
-        self._backend.plan(packed.batch, self.model.attention_specs)
-        rows = answer(self.model.backbone(packed.batch), packed.batch).float()
-        found = dict(zip((id(chunk) for chunk in packed.chunks), rows.split(packed.batch.lengths), strict=True))
-        return [found[id(chunk)] for chunk in chunks]
+        step = step_input(StepPlan(chunks))
+        batch = self._batcher.pack(step)
+        batch.attention = self._backend.plan(batch)
+        rows = answer(self.model.backbone(batch), batch).float()
+        found = dict(zip((chunk.sequence for chunk in step.chunks), rows.split(batch.lengths), strict=True))
+        return [found[chunk.sequence.id] for chunk in chunks]
 
 
 def all_logits(
@@ -133,6 +143,7 @@ def make_loop(
     max_rows: int = 16,
     backend: AttentionBackend | None = None,
     decoder: TextDecoder | None = None,
+    adapters: AdapterStore | None = None,
 ) -> EngineLoop:
     """The step loop of a model."""
     pool = make_pool(base, pages, page_size)
@@ -140,17 +151,18 @@ def make_loop(
     scheduler = Scheduler(
         max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=base.model.widest_window
     )
-    return EngineLoop(scheduler, Runner(base.model, backend or TorchBackend(), pool), decoder)
+    bound = adapters.bound if adapters is not None else {}
+    return EngineLoop(scheduler, Runner(base.model, backend or TorchBackend(), pool, bound), decoder)
 
 
 class Inbox:
     """What a sequence told its caller."""
 
     def __init__(self) -> None:
-        self.updates: list[Update] = []
+        self.updates: list[SequenceUpdate] = []
         self.finished = threading.Event()
 
-    def __call__(self, update: Update) -> None:
+    def __call__(self, update: SequenceUpdate) -> None:
         self.updates.append(update)
         if update.last:
             self.finished.set()

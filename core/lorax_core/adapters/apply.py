@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter, Delta
+from lorax_core.adapters.base import Bound, Delta
 from lorax_core.adapters.deltas import LowRank
 from lorax_core.adapters.lora_kernels.base import Products, Updates
 from lorax_core.modeling.batch import AdapterRows, NoAdapters
@@ -24,7 +24,7 @@ class Segment:
 
     start: int
     stop: int
-    adapter: Adapter
+    adapter: Bound
     deltas: Mapping[str, Sequence[Delta]]
 
 
@@ -85,7 +85,7 @@ class AdapterRowsMaker:
         """What the step before did not use is forgotten, so that adapters which left do not linger."""
         self._last, self._used = self._used, {}
 
-    def rows(self, counts: Sequence[int], adapters: Sequence[Adapter | None]) -> AdapterRows:
+    def rows(self, counts: Sequence[int], adapters: Sequence[Bound | None]) -> AdapterRows:
         """The adapters of rows given as runs: `counts[i]` rows of `adapters[i]`, None being the base."""
         segments = _segments(counts, adapters)
         if not segments:
@@ -97,7 +97,7 @@ class AdapterRowsMaker:
         return made
 
 
-def _segments(counts: Sequence[int], adapters: Sequence[Adapter | None]) -> list[Segment]:
+def _segments(counts: Sequence[int], adapters: Sequence[Bound | None]) -> list[Segment]:
     segments: list[Segment] = []
     start = 0
     for count, adapter in zip(counts, adapters, strict=True):

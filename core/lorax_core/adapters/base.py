@@ -33,6 +33,17 @@ class Delta(Protocol):
         """Change y `[rows, out]`, which the base layer (and deltas before this one) made of x `[rows, in]`, in place."""
 
 
+class Bound(Protocol):
+    """What an adapter is on a model's device."""
+
+    @property
+    def deltas(self) -> Mapping[str, Sequence[Delta]]: ...
+    @property
+    def head(self) -> Head | None: ...
+    @property
+    def speculator(self) -> Speculator | None: ...
+
+
 class Adapter(ABC):
     """Something that changes a model for the rows that name it.
 

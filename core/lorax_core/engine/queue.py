@@ -105,7 +105,7 @@ class WaitingQueue:
 
     def _joined(self, sequence: Sequence) -> _Flow:
         self._arrivals += 1
-        sequence.arrival = self._arrivals
+        sequence.id = self._arrivals
         flow = self._flows.setdefault((sequence.salt, sequence.priority), _Flow())
         flow.alive += 1
         return flow

@@ -72,9 +72,10 @@ class KVPool:
             store = self._bytes()
             store[:, :, new] = store[:, :, old]
 
-    def clear(self, pages: Sequence[int]) -> None:
+    def zero(self, pages: Sequence[int]) -> None:
         """Zero whole pages of all layers."""
-        self._bytes()[:, :, torch.tensor(pages, device=self.data.device)] = 0
+        if pages:
+            self._bytes()[:, :, torch.tensor(list(pages), device=self.data.device)] = 0
 
     def _bytes(self) -> Tensor:
         return self.data.view(torch.uint8) if self.quantized else self.data

@@ -111,11 +111,12 @@ class Model(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:
+        batch.start_pass()
         hidden: Tensor = self.backbone(batch)  # [tokens, hidden]
         rows = [hidden[group.rows] for group in batch.head_rows]
         answers = tuple(self._answer(one, group) for one, group in zip(rows, batch.head_rows, strict=True))
-        read = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
-        return StepOutput(answers, tuple(read))
+        kept = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
+        return StepOutput(answers, tuple(kept))
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, vocab]` of hidden rows `[rows, hidden]`, without any adapter."""

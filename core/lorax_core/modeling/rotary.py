@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lorax_core.kernels.elementwise import Angles, rotate
 from lorax_core.modeling.rope import Rope
-
-Angles = tuple[Tensor, Tensor]
 
 
 class RotaryEmbedding(nn.Module):
@@ -37,11 +36,8 @@ class RotaryEmbedding(nn.Module):
         """positions `[tokens]` to cos and sin `[tokens, 1, rotary_dim / 2]`."""
         angles = positions.float()[:, None] * self.inv_freq  # [tokens, rotary_dim / 2]
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+        return Angles(cos.to(dtype)[:, None], sin.to(dtype)[:, None])
 
     def forward(self, x: Tensor, angles: Angles) -> Tensor:
         """x `[tokens, heads, dim]`, turned."""
-        cos, sin = angles
-        half = self.rotary_dim // 2
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+        return rotate(x, x, angles)[0]

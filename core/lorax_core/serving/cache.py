@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_core.attention.base import CacheLayout
 from lorax_core.errors import CapacityError, RequestError, listed
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.model import Model
 
-PAGE_SIZE = 16
 _DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 # Unasked, a cache takes a quarter of the free memory at most, and no more tokens than a busy small server fills.
 _FRACTION, _TOKENS = 0.25, 65_536
@@ -43,18 +43,22 @@ class CacheSize:
         return any(value is not None for value in vars(self).values())
 
 
-def make_pool(model: Model, size: CacheSize, dtype: str = "auto", page_size: int = PAGE_SIZE) -> KVPool | None:
+def cache_dtype(model: Model, size: CacheSize, name: str = "auto") -> torch.dtype:
+    """What keys and values are stored in; raises RequestError for one that is not supported, or for a model without a cache."""
+    if name != "auto" and name not in _DTYPES:
+        raise RequestError(f"kv_dtype {name!r} is not supported; supported are 'auto' and {listed(_DTYPES)}")
+    if not model.needs_kv_cache and (size.given or name != "auto"):
+        raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
+    return _DTYPES.get(name, model.dtype)
+
+
+def make_pool(model: Model, size: CacheSize, layout: CacheLayout) -> KVPool | None:
     """The cache of a model, None for a bidirectional one; raises CapacityError when it is larger than what is free."""
-    if dtype != "auto" and dtype not in _DTYPES:
-        raise RequestError(f"kv_dtype {dtype!r} is not served; served are 'auto' and {listed(_DTYPES)}")
     if not model.needs_kv_cache:
-        if size.given or dtype != "auto":
-            raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
         return None
-    kind = _DTYPES.get(dtype, model.dtype)
     layers = model.attention_layers
-    spec = layers[0].spec
-    page_bytes = page_size * len(layers) * 2 * spec.kv_heads * spec.head_dim * kind.itemsize
+    spec, page_size = layers[0].spec, layout.page_size
+    page_bytes = page_size * len(layers) * 2 * spec.kv_heads * spec.head_dim * layout.dtype.itemsize
     free = _free_memory(model.device)
     pages = _pages(size, page_size, page_bytes, free)
     if pages * page_bytes > free:
@@ -68,7 +72,7 @@ def make_pool(model: Model, size: CacheSize, dtype: str = "auto", page_size: int
         page_size=page_size,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
-        dtype=kind,
+        dtype=layout.dtype,
         device=model.device,
         scales=[(layer.k_scale, layer.v_scale) for layer in layers],
     )

@@ -17,7 +17,7 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
-from lorax_core.engine.scheduler import AdapterGate, Scheduler
+from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
@@ -25,7 +25,7 @@ from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.linear import packing_works
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
-from lorax_core.serving.cache import PAGE_SIZE, CacheSize, make_pool
+from lorax_core.serving.cache import CacheSize, cache_dtype, make_pool
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.engine import Engine, EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
@@ -97,17 +97,17 @@ def load(
     for name, source in (adapters or {}).items():
         store.load(name, source)
     size = CacheSize(kv_cache_tokens, kv_cache_pages, kv_cache_bytes, kv_cache_fraction)
-    pool = make_pool(base.model, size, kv_dtype)
     chosen = select_backend(
         host.backends,
         base.model.attention_specs,
-        page_size=PAGE_SIZE,
         dtype=base.model.dtype,
+        kv_dtype=cache_dtype(base.model, size, kv_dtype),
         device=where,
         name=attention,
     )
+    pool = make_pool(base.model, size, chosen.layout)
     loop = _loop(base.model, chosen.backend, pool, text, max_batch_tokens, max_batch_rows, store)
-    limits = Limits(base.model.max_tokens, (pool.pages - 1) * PAGE_SIZE if pool is not None else None)
+    limits = Limits(base.model.max_tokens, (pool.pages - 1) * pool.page_size if pool is not None else None)
     eos_ids = _eos_ids(files, text)
     grammars = GrammarFactory(text.tokenizer, base.model.config.vocab_size, eos_ids)
     preparer = Preparer(base.model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
@@ -123,16 +123,16 @@ def _loop(
     text: TextFront,
     max_tokens: int,
     max_rows: int,
-    gate: AdapterGate,
+    store: AdapterStore,
 ) -> EngineLoop:
     for option, value in (("max_batch_tokens", max_tokens), ("max_batch_rows", max_rows)):
         if value < 1:
             raise RequestError(f"{option} must be at least 1, not {value}")
     allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
     scheduler = Scheduler(
-        max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window, gate=gate
+        max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window, gate=store
     )
-    return EngineLoop(scheduler, Runner(model, backend, pool), text if text.has_tokenizer else None)
+    return EngineLoop(scheduler, Runner(model, backend, pool, store.bound), text if text.has_tokenizer else None)
 
 
 def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool | None) -> EngineInfo:

@@ -135,6 +135,7 @@ class Preparer:
             grammar=grammar,
             # A grammar must see each token before it says what may follow, so it cannot judge guesses ahead.
             drafter=self._drafter(adapter) if grammar is None else None,
+            speculates=grammar is None and _drafts(adapter),
             priority=request.priority,
         )
         first.forks = [self._fork(first, choice) for choice in range(1, request.n)]
@@ -168,12 +169,13 @@ class Preparer:
             stop=first.stop,
             grammar=first.grammar.copy() if first.grammar is not None else None,
             drafter=self._drafter(first.adapter) if first.drafter is not None else None,
+            speculates=first.speculates,
             priority=first.priority,
         )
 
     def _drafter(self, adapter: Adapter | None) -> Drafter | None:
         """What guesses ahead: the adapter's heads where it has some, else the text itself where that is asked for."""
-        if isinstance(adapter, FileAdapter) and adapter.guesses_ahead:
+        if _drafts(adapter):
             return Proposals()
         return PromptLookup(self.speculate) if self.speculate else None
 
@@ -233,7 +235,7 @@ class Preparer:
             prompt=encoded.ids,
             token_types=encoded.token_types,
             adapter=adapter,
-            head=head if adapter is not None and head is adapter.head else None,
+            own_head=adapter is not None and head is adapter.head,
             span=head.span(encoded.ids, encoded.pool_from),
         )
 
@@ -253,3 +255,8 @@ class Preparer:
         if cache is not None and cache < needed <= self.limits.model_tokens:
             return f"load(..., kv_cache_tokens={needed}) makes room, where memory allows"
         return "shorten the prompt, or ask for fewer tokens"
+
+
+def _drafts(adapter: Adapter | None) -> bool:
+    """Whether an adapter has heads that draft tokens."""
+    return isinstance(adapter, FileAdapter) and adapter.guesses_ahead > 0

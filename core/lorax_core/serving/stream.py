@@ -15,7 +15,7 @@ from functools import partial
 from types import TracebackType
 from typing import Self
 
-from lorax_core.engine.sequence import Sequence, Update
+from lorax_core.engine.sequence import Sequence, SequenceUpdate
 from lorax_core.errors import LoraxError, StepError
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
@@ -25,11 +25,11 @@ class Mailbox:
     """Updates on their way from the engine's thread to a caller's, who waits in a thread or in an event loop."""
 
     def __init__(self) -> None:
-        self._items: deque[tuple[int, Update]] = deque()
+        self._items: deque[tuple[int, SequenceUpdate]] = deque()
         self._changed = threading.Condition()
         self._wake: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
-    def put(self, index: int, update: Update) -> None:
+    def put(self, index: int, update: SequenceUpdate) -> None:
         with self._changed:
             self._items.append((index, update))
             self._changed.notify_all()
@@ -37,13 +37,13 @@ class Mailbox:
         if waiter is not None and not waiter[0].is_closed():
             waiter[0].call_soon_threadsafe(waiter[1].set)
 
-    def get(self) -> tuple[int, Update]:
+    def get(self) -> tuple[int, SequenceUpdate]:
         with self._changed:
             while not self._items:
                 self._changed.wait()
             return self._items.popleft()
 
-    async def aget(self) -> tuple[int, Update]:
+    async def aget(self) -> tuple[int, SequenceUpdate]:
         while True:
             with self._changed:
                 if self._items:
@@ -98,7 +98,7 @@ class Call:
     def done(self) -> bool:
         return self._open == 0
 
-    def take(self, place: int, update: Update) -> Event | None:
+    def take(self, place: int, update: SequenceUpdate) -> Event | None:
         """Account for an update; the event that it makes for a stream, None when there is nothing to show."""
         answer = self._answers[place]
         self._open -= update.last

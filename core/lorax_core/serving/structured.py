@@ -10,9 +10,6 @@ import json
 import threading
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from lorax_core.errors import RequestError
 from lorax_core.serving.requests import GenerateRequest
 
@@ -27,11 +24,9 @@ class TokenGrammar:
         self._matcher = matcher
         self._vocab = vocab
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next, `[vocab]`."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, bitorder="little")[: self._vocab].astype(np.bool_)
-        return np.pad(mask, (0, self._vocab - len(mask)))  # a padded vocabulary has ids that mean nothing
+    def allowed(self) -> bytes:
+        """Which tokens may come next, one bit each; a padded vocabulary has ids that mean nothing, which may not."""
+        return bytes(self._matcher.compute_bitmask()).ljust(-(-self._vocab // 8), b"\0")
 
     def advance(self, token_id: int) -> None:
         """A token was taken."""

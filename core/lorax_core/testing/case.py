@@ -15,8 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorax_core.attention.base import AttentionBackend
-from lorax_core.attention.select import select_backend
+from lorax_core.attention.select import Selection, select_backend
 from lorax_core.errors import LoraxError
 from lorax_core.modeling.heads import EmbeddingHead
 from lorax_core.modeling.model import Model
@@ -197,9 +196,9 @@ class Case:
         """A bench for a model, with room for some texts (those of the case unless given)."""
         model = base.model
         for size in PAGE_SIZES if page_size is None else (page_size,):
-            backend = self._select(model, size, model.dtype)
-            if backend is not None:
-                return Bench(model, backend, size, self.texts if texts is None else texts)
+            chosen = self._select(model, size, model.dtype)
+            if chosen is not None:
+                return Bench(model, chosen.backend, chosen.layout, self.texts if texts is None else texts)
         raise NotApplicable(self._refusal(model))
 
     def alone(self, task: Task) -> list[Answer]:
@@ -210,17 +209,15 @@ class Case:
             self._made[key] = [bench.whole([text])[0] for text in self.texts]
         return cast("list[Answer]", self._made[key])
 
-    def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> AttentionBackend | None:
+    def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection | None:
         try:
             return self._backend(model, page_size, dtype)
         except LoraxError:
             return None
 
-    def _backend(self, model: Model, page_size: int, dtype: torch.dtype) -> AttentionBackend:
+    def _backend(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection:
         specs, declared = model.attention_specs, self.host.backends
-        return select_backend(
-            declared, specs, page_size=page_size, dtype=dtype, device=self.device, name=self.backend
-        ).backend
+        return select_backend(declared, specs, page_size=page_size, dtype=dtype, device=self.device, name=self.backend)
 
     def _refusal(self, model: Model) -> str:
         try:

@@ -1,25 +1,26 @@
-"""Passes over packed batches, as the engine makes them but with every choice in the open.
+"""Passes over packed batches, made as the engine makes them but with every choice in the open.
 
-Decides nothing by itself: which tokens of which texts run together, on which pages, under which adapters is the caller's
+Decides nothing by itself: which tokens of which inputs run together, on which pages, under which adapters is the caller's
 choice. Knows nothing of schedules, requests or threads.
 """
 
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.lora_kernels.base import Products, available_forms
-from lorax_core.attention.base import AttentionBackend
+from lorax_core.attention.base import AttentionBackend, CacheLayout
+from lorax_core.engine.batcher import Batcher
+from lorax_core.engine.step_input import ChunkInput, HeadRead, StepInput
 from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.batch import Batch, HeadRows
+from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.model import Model
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
@@ -29,8 +30,8 @@ POISON = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Tokens `start` to `stop` of a text, those before being in the cache on its `pages` already."""
+class Share:
+    """Tokens `start` to `stop` of an input; those before are in the cache on its `pages` already."""
 
     text: Text
     start: int
@@ -41,15 +42,15 @@ class Piece:
 
 @dataclass(slots=True)
 class Rows:
-    """What one pass gave one piece: hidden rows, and what each head made of those of them that it reads."""
+    """What one pass gave one share: hidden rows, and what each head made of those of them that it reads."""
 
-    hidden: Tensor  # [tokens of the piece, hidden]
+    hidden: Tensor  # [tokens of the share, hidden]
     parts: dict[Task, Tensor] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Answer:
-    """What a whole text got: hidden rows, and of each head its joined parts and the finished answer (logits to generate)."""
+    """What a whole input got: hidden rows, and of each head its joined parts and the finished answer (logits to generate)."""
 
     hidden: Tensor  # [tokens, hidden]
     parts: dict[Task, Tensor]
@@ -59,12 +60,10 @@ class Answer:
 class Bench:
     """One model on one attention backend, with a cache whose unwritten memory is poison."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, page_size: int, texts: Sequence[Text]) -> None:
+    def __init__(self, model: Model, backend: AttentionBackend, layout: CacheLayout, texts: Sequence[Text]) -> None:
         self.model = model
-        self.page_size = page_size
+        self.page_size = layout.page_size
         self._backend = backend
-        # Work is seldom seen twice here, so the form that engines settle on for most of it comes first.
-        self._rows = AdapterRowsMaker(Products(available_forms()[::-1]))
         self._pool: KVPool | None = None
         if model.needs_kv_cache:
             spec = model.attention_specs[0]
@@ -72,16 +71,19 @@ class Bench:
             self._pool = KVPool(
                 layers=len(model.attention_layers),
                 pages=pages,
-                page_size=page_size,
+                page_size=layout.page_size,
                 kv_heads=spec.kv_heads,
                 head_dim=spec.head_dim,
-                dtype=model.dtype,
+                dtype=layout.dtype,
                 device=model.device,
             )
             self._pool.data.fill_(POISON)
+        self._adapters: dict[str, Adapter] = {}
+        self._batcher = Batcher(model, layout.page_size if self._pool is not None else None, self._adapters)
+        backend.bind(model.attention_specs, model.dtype, self._pool)
 
     def whole(self, texts: Sequence[Text], adapters: Sequence[Adapter | None] | None = None) -> list[Answer]:
-        """Each text in one piece, all in one batch."""
+        """Each input in one share, all in one batch."""
         return self.stepwise(texts, [[len(text)] for text in texts], adapters)
 
     def stepwise(
@@ -92,25 +94,25 @@ class Bench:
         *,
         shuffle: int | None = None,
     ) -> list[Answer]:
-        """Each text in pieces that end at its `cuts`, the n-th pieces of all texts in one batch.
+        """Each input in shares that end at its `cuts`, the n-th shares of all inputs in one batch.
 
-        `shuffle` seeds an order of pages in which texts are torn apart; without it they lie end to end.
+        `shuffle` seeds an order of pages in which inputs are torn apart; without it they lie end to end.
         """
         pages = self.give_pages(texts, shuffle)
         adapters = adapters or [None] * len(texts)
         rows: list[list[Rows]] = [[] for _ in texts]
         for step in range(max(len(cut) for cut in cuts)):
             running = [at for at, cut in enumerate(cuts) if step < len(cut)]
-            pieces = [
-                Piece(texts[at], cuts[at][step - 1] if step else 0, cuts[at][step], pages[at], adapters[at])
+            shares = [
+                Share(texts[at], cuts[at][step - 1] if step else 0, cuts[at][step], pages[at], adapters[at])
                 for at in running
             ]
-            for at, given in zip(running, self.run(self.batch(pieces), pieces), strict=True):
+            for at, given in zip(running, self.run(self.batch(shares)), strict=True):
                 rows[at].append(given)
         return [self._join(text, given) for text, given in zip(texts, rows, strict=True)]
 
     def give_pages(self, texts: Sequence[Text], shuffle: int | None = None) -> list[tuple[int, ...]]:
-        """Pages for whole texts, from page 1 up or in a shuffled order of all pages."""
+        """Pages for whole inputs, from page 1 up or in a shuffled order of all pages."""
         if self._pool is None:
             return [() for _ in texts]
         order = list(range(1, self._pool.pages))
@@ -119,27 +121,15 @@ class Bench:
         free = iter(order)
         return [tuple(next(free) for _ in range(self._pages_for(text))) for text in texts]
 
-    def batch(self, pieces: Sequence[Piece]) -> Batch:
-        """The batch of some pieces, in their order."""
-        lengths = tuple(piece.stop - piece.start for piece in pieces)
-        batch = Batch(
-            input_ids=self._tensor([token for p in pieces for token in p.text.ids[p.start : p.stop]]),
-            position_ids=self._tensor([at for p in pieces for at in range(p.start, p.stop)]),
-            token_type_ids=self._tensor([kind for p in pieces for kind in p.text.types[p.start : p.stop]]),
-            lengths=lengths,
-            head_rows=self._head_rows(pieces, lengths),
-            attention=self._backend,
-            adapters=self._rows.rows(lengths, [piece.adapter for piece in pieces]),
-        )
-        if self._pool is not None:
-            batch.kv = self._pool
-            batch.cached = tuple(piece.start for piece in pieces)
-            batch.pages = tuple(self._held(piece) for piece in pieces)
-            batch.slots = self._tensor([self._slot(p, at) for p in pieces for at in range(p.start, p.stop)])
-        return batch
+    def batch(self, shares: Sequence[Share]) -> Batch:
+        """The batch of some shares, in their order; valid until the next one is made."""
+        self._adapters.clear()
+        self._adapters.update({one.adapter.identity: one.adapter for one in shares if one.adapter is not None})
+        chunks = tuple(self._chunk(at, share) for at, share in enumerate(shares))
+        return self._batcher.pack(StepInput(chunks))
 
-    def run(self, batch: Batch, pieces: Sequence[Piece]) -> list[Rows]:
-        """One forward pass; what it gave each piece, in float32 on the CPU."""
+    def run(self, batch: Batch) -> list[Rows]:
+        """One forward pass; what it gave each share, in float32 on the CPU."""
         self._plan(batch)
         hidden, *answers = self.model(batch).answers
         given = [Rows(rows.float().cpu()) for rows in torch.split(hidden, list(batch.lengths))]
@@ -153,39 +143,32 @@ class Bench:
 
     @torch.inference_mode()
     def _plan(self, batch: Batch) -> None:
-        self._backend.plan(batch, self.model.attention_specs)
+        batch.attention = self._backend.plan(batch)
 
-    def _head_rows(self, pieces: Sequence[Piece], lengths: tuple[int, ...]) -> tuple[HeadRows, ...]:
+    def _chunk(self, at: int, share: Share) -> ChunkInput:
         """All rows as they are, then for each head those that it reads."""
-        every = [range(piece.start, piece.stop) for piece in pieces]
-        groups = [self._group(None, pieces, lengths, every)]
-        groups += [
-            self._group(task, pieces, lengths, [self.span(task, piece.text) for piece in pieces])
-            for task in self.model.tasks
-        ]
-        return tuple(group for group in groups if group.task is None or group.counts)
-
-    def _group(
-        self, task: Task | None, pieces: Sequence[Piece], lengths: tuple[int, ...], spans: Sequence[range]
-    ) -> HeadRows:
-        sequences, counts, rows, first = [], [], [], 0
-        for at, (piece, length, span) in enumerate(zip(pieces, lengths, spans, strict=True)):
-            wanted = range(max(span.start, piece.start), min(span.stop, piece.stop))
-            if wanted:
-                sequences.append(at)
-                counts.append(len(wanted))
-                rows += [first + position - piece.start for position in wanted]
-            first += length
-        adapters = self._rows.rows(counts, [pieces[at].adapter for at in sequences])
-        return HeadRows(task, tuple(sequences), tuple(counts), self._tensor(rows), adapters)
+        reads = [HeadRead(None, range(share.stop - share.start))]
+        for task in self.model.tasks:
+            span = self.span(task, share.text)
+            first, last = max(span.start, share.start), min(span.stop, share.stop)
+            reads.append(HeadRead(task, range(first - share.start, max(first, last) - share.start)))
+        return ChunkInput(
+            sequence=at,
+            start=share.start,
+            tokens=array("q", share.text.ids[share.start : share.stop]),
+            reads=tuple(reads),
+            pages=array("i", self._held(share)),
+            token_types=array("q", share.text.types[share.start : share.stop]),
+            adapter=share.adapter.identity if share.adapter is not None else None,
+        )
 
     def span(self, task: Task, text: Text) -> range:
-        """The tokens of a text that a head reads; to generate, all of them."""
+        """The tokens of an input that a head reads; to generate, all of them."""
         return range(len(text)) if task is Task.GENERATE else self.model.head(task).span(text.ids, 0)
 
     @torch.inference_mode()
     def _join(self, text: Text, given: Sequence[Rows]) -> Answer:
-        """A text's pieces put together, as the engine does."""
+        """An input's shares put together, as the engine does."""
         parts: dict[Task, Tensor] = {}
         answers: dict[Task, Tensor] = {}
         for task in self.model.tasks:
@@ -198,14 +181,8 @@ class Bench:
     def _pages_for(self, tokens: Text | int) -> int:
         return -(-(tokens if isinstance(tokens, int) else len(tokens)) // self.page_size)
 
-    def _held(self, piece: Piece) -> tuple[int, ...]:
-        """The pages of a piece. As in the engine, those that lie wholly behind every window have been given back."""
+    def _held(self, share: Share) -> tuple[int, ...]:
+        """The pages of a share. As in the engine, those that lie wholly behind every window have been given back."""
         window = self.model.widest_window
-        behind = 0 if window is None else max(piece.start + 1 - window, 0) // self.page_size
-        return (SCRATCH_PAGE,) * behind + piece.pages[behind : self._pages_for(piece.stop)]
-
-    def _slot(self, piece: Piece, at: int) -> int:
-        return piece.pages[at // self.page_size] * self.page_size + at % self.page_size
-
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.model.device)
+        behind = 0 if window is None else max(share.start + 1 - window, 0) // self.page_size
+        return (SCRATCH_PAGE,) * behind + share.pages[behind : self._pages_for(share.stop)]

@@ -17,7 +17,7 @@ from typing import Self
 
 import torch
 
-from lorax_core.attention.select import select_backend
+from lorax_core.attention.select import check_usable
 from lorax_core.errors import RequestError, listed, nearest
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord, explain
@@ -59,7 +59,7 @@ class Suite:
         self.backend = backend
         self._dtype = dtype
         _check_device(device)
-        select_backend(self.host.backends, (), page_size=16, dtype=torch.float32, device=device, name=backend)
+        check_usable(self.host.backends, backend, device)
         self._cases: dict[str, Case] = {}
         self._remove: weakref.finalize[..., Suite] | None = None
 

@@ -55,7 +55,7 @@ class MedusaHeads:
         """Memory on the device."""
         return sum(tensor.nbytes for head in self._heads for tensor in head.tensors)
 
-    def guess(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def draft(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Likeliest tokens `[rows, heads]` after the one that follows each row of hidden `[rows, hidden]`."""
         guesses: list[Tensor] = []
         for head in self._heads:

@@ -172,18 +172,23 @@ class AdapterStore:
             return members[0][0]
         return self._stacked(StackedAdapter(members))
 
+    @property
+    def bound(self) -> Mapping[str, Adapter]:
+        """The adapters on the device, by identity."""
+        return self._bound
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 
-    def start_round(self) -> None:
+    def start_plan(self) -> None:
         """The scheduler begins a plan, and will ask for adapters in the order of its queue."""
         with self._lock:
             self._places.start_round()
 
-    def enter(self, adapter: Adapter) -> bool:
+    def acquire(self, adapter: Adapter) -> bool:
         """Hold an adapter on the device for one more sequence; False while it is not there, and then it is on its way."""
         key = adapter.identity
         with self._lock:
@@ -200,7 +205,7 @@ class AdapterStore:
         with self._lock:
             self._places.share(adapter.identity)
 
-    def leave(self, adapter: Adapter) -> None:
+    def release(self, adapter: Adapter) -> None:
         """One sequence less computes with the adapter."""
         with self._lock:
             self._places.leave(adapter.identity)

@@ -12,7 +12,7 @@ import torch
 
 from lorax_core.testing.case import Case
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.packed import Answer, Piece
+from lorax_core.testing.packed import Answer, Share
 from lorax_core.testing.result import Check, CheckFailed, Measured
 from lorax_core.testing.texts import Text
 
@@ -54,12 +54,12 @@ def _repeat(case: Case) -> Measured:
     worst = Worst(case.tolerance)
     bench = case.bench(case.loaded(case.main))
     pages = bench.give_pages(case.texts)
-    pieces = [Piece(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
-    batch = bench.batch(pieces)
+    shares = [Share(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
+    batch = bench.batch(shares)
     fields = ("input_ids", "position_ids", "token_type_ids", "slots")
     before = {name: value.clone() for name in fields if (value := getattr(batch, name)) is not None}
-    first = bench.run(batch, pieces)
-    second = bench.run(batch, pieces)
+    first = bench.run(batch)
+    second = bench.run(batch)
     for text, one, other in zip(case.texts, second, first, strict=True):
         worst.see("hidden rows", f"of a text of {len(text)} tokens, the second time", one.hidden, other.hidden)
     changed = [name for name, value in before.items() if not torch.equal(getattr(batch, name), value)]

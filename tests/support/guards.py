@@ -1,0 +1,107 @@
+"""Guards that watch tensors while some code runs: what it reads back to the host, and what it makes from the host's numbers.
+
+On a CPU nothing would go wrong; on a GPU each of these waits for the device, and none of them can be in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorax_core
+
+KERNELS = Path(lorax_core.__file__).parent / "kernels"
+READS = ("tolist", "numpy", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
+MAKES = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, torch.scalar_tensor)
+# Operators that wait for the device: their results, or the shapes of these, depend on numbers in it.
+WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::_unique2",
+    "aten::lift_fresh",
+)
+
+
+class HostTraffic(AssertionError):
+    """Something went between device and host that must not."""
+
+
+class _Functions(TorchFunctionMode):
+    """Calls of torch's Python functions."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in MAKES:
+            raise HostTraffic(f"a tensor is made of host values: torch.{func.__name__}")
+        if getattr(func, "__name__", "") in READS:
+            raise HostTraffic(f"a tensor is read: {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
+class _Operators(TorchDispatchMode):
+    """Operators, however they are called."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition(".")[0]
+        if name in WAITS:
+            raise HostTraffic(f"an operator waits for the device: {name}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _patched(**methods) -> Iterator[None]:
+    """`torch.Tensor` with other methods, each given the usual one and the caller's file."""
+    usual = {name: getattr(torch.Tensor, name) for name in methods}
+
+    def make(name, check):
+        def method(self, *args, **kwargs):
+            check(self, name, sys._getframe(1).f_code.co_filename)
+            return usual[name](self, *args, **kwargs)
+
+        return method
+
+    for name, check in methods.items():
+        setattr(torch.Tensor, name, make(name, check))
+    try:
+        yield
+    finally:
+        for name, method in usual.items():
+            setattr(torch.Tensor, name, method)
+
+
+def _refuse(tensor, name, file) -> None:
+    raise HostTraffic(f"a tensor is read: {name}")
+
+
+def _refuse_outside_kernels(tensor, name, file) -> None:
+    if not Path(file).is_relative_to(KERNELS):
+        raise HostTraffic(f"{name} is for the wrappers in kernels/, not for {file}")
+
+
+@contextlib.contextmanager
+def no_host_traffic() -> Iterator[None]:
+    """Raises HostTraffic for code that makes a tensor of host values, reads one, or takes its address outside `kernels/`."""
+    reads = dict.fromkeys(("tolist", "numpy", "item"), _refuse)
+    with _patched(**reads, data_ptr=_refuse_outside_kernels), _Functions(), _Operators():
+        yield
+
+
+@contextlib.contextmanager
+def counted_transfers() -> Iterator[list[str]]:
+    """The reads of tensors while some code runs, by method. Tensors of int32 are tables that the host has anyway."""
+    seen: list[str] = []
+
+    def count(tensor, name, file) -> None:
+        if tensor.dtype is not torch.int32:
+            seen.append(name)
+
+    # `cpu().numpy()` is one transfer: what is on the host already costs nothing to look at.
+    with _patched(**dict.fromkeys((name for name in READS if name not in ("numpy", "__array__")), count)):
+        yield seen

@@ -19,8 +19,8 @@ class TextDecoder(Protocol):
 class Detokenizer:
     """The text of one completion. All pieces together are `decoder.decode(all ids)`.
 
-    Only a window of the newest tokens is decoded each time: its first part was shown already, which tells a decoder that
-    looks at neighbours (for spaces, say) what stands before the new token.
+    Only a window of the newest tokens is decoded each time. Its first tokens were shown already: they are the context of a
+    decoder that looks at neighbours, for spaces for instance.
     """
 
     def __init__(self, decoder: TextDecoder) -> None:

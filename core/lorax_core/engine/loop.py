@@ -48,14 +48,14 @@ class EngineLoop:
         return len(self.scheduler) > 0
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence joins; it takes part from the next step on, and its forks once its prompt is computed."""
+        """Add a sequence; it takes part from the next step on, and its forks once its prompt is computed."""
         for one in (sequence, *sequence.forks):
             if self._decoder is not None and one.stop is not None:
                 self._texts[one] = (Detokenizer(self._decoder), StopText(one.stop.strings))
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """A sequence leaves without an answer; its pages are free before the next step. No-op once it has finished."""
+        """Take a sequence out without an answer; its pages are free before the next step. No-op once it has finished."""
         if not sequence.finished:
             self.scheduler.invalidate(sequence)
             self._leave(sequence)
@@ -157,7 +157,7 @@ class EngineLoop:
         return SequenceUpdate(token_ids=tuple(tokens), logprobs=scores, text=text, finish_reason=reason)
 
     def _next(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        """One new token: the text that it lets out, and whether it ends the completion."""
+        """One new token: the text that can be shown now, and whether it ends the completion."""
         rule = sequence.stop
         assert rule is not None
         sequence.append(token)
@@ -198,7 +198,7 @@ class EngineLoop:
         self.scheduler.remove(sequence)
         forks = [fork for fork in sequence.forks if not fork.finished]
         sequence.forks = []
-        if forks:  # the prompt was not computed for them: the first takes it on
+        if forks:  # the prompt was not computed for them: the first of them computes it
             forks[0].forks = forks[1:]
             self.scheduler.add(forks[0])
 

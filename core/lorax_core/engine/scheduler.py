@@ -5,10 +5,11 @@ tensors.
 
 - Sequences that decode come first, a token each, so a long prompt never stalls running answers; prompts share what is left,
   by rank (turn, moved by priority), in chunks.
-- A sequence whose adapter is not on the device waits for it, and lets others pass whose adapters are.
-- A sequence begins with the pages that the cache already has for its tokens.
-- When pages run out, the last by rank gives its own back and is computed again later, so the first always ends.
-- Pages that no layer can see any more (past the widest sliding window) are given back.
+- A sequence whose adapter is not on the device waits for it, and those behind it whose adapters are there go first.
+- A sequence starts with the cached pages that hold its first tokens.
+- When pages run out, the running sequence with the highest rank is preempted and computed again later, so the first always
+  finishes.
+- Pages that no layer can see any more (behind the widest sliding window) are released.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class AdapterGate(Protocol):
 class Scheduler:
     """Plans steps over all living sequences.
 
-    With an `allocator`, sequences hold pages and may be computed in chunks. Without one (bidirectional models) a text runs
+    With an `allocator`, sequences hold pages and may be computed in chunks. Without one (bidirectional models) an input runs
     whole; one that is longer than `max_tokens` runs alone. `window` is the widest sliding window of the model in tokens,
-    None when a layer sees everything. `scored_tokens` bounds chunks whose every row is scored, for a row of scores is as
+    None when a layer sees everything. `scored_tokens` bounds chunks whose every row is scored, because a row of scores is as
     wide as the vocabulary. Without a `gate` every adapter is taken to be on the device.
     """
 
@@ -67,7 +68,7 @@ class Scheduler:
         self.window = window
         self.scored_tokens = scored_tokens
         self.gate = gate
-        self.blocked = False  # whether the last plan left out a sequence for want of its adapter
+        self.blocked = False  # whether the last plan left out a sequence whose adapter is not on the device
         self._running: list[Sequence] = []  # by rank
         self._zeros: list[int] = []  # pages for the next plan to zero
         self._queue = WaitingQueue()
@@ -81,7 +82,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """Sequences that have not begun, or gave their pages back."""
+        """Sequences that have not started, or were preempted."""
         return len(self._queue)
 
     def add(self, sequence: Sequence) -> None:
@@ -115,9 +116,9 @@ class Scheduler:
         return plan.build()
 
     def advance(self, chunk: Chunk, accepted: int = 0) -> None:
-        """A chunk was computed, and `accepted` of its guesses were right: those tokens count as computed.
+        """A chunk was computed, and `accepted` of its draft tokens were right: those count as computed.
 
-        Full pages become known to others, rejected guesses give their pages back, and so do tokens behind the window.
+        Full pages can be found by others from now on; pages of rejected draft tokens and behind the window are released.
         """
         sequence = chunk.sequence
         sequence.computed = chunk.stop - chunk.drafted + accepted
@@ -184,7 +185,7 @@ class Scheduler:
             self.allocator.check(sequence.pages for sequence in self._running)
 
     def _continue(self, sequence: Sequence, plan: PlanBuilder) -> None:
-        """The next chunk of a running sequence, taking pages from the last by rank when there are no more."""
+        """The next chunk of a running sequence; preempts those with the highest rank while there are too few pages."""
         length = self._length(sequence, plan.budget)
         if sequence.drafter is not None and sequence.remaining == 1:
             length += self._draft(sequence, plan.budget - length)
@@ -199,7 +200,7 @@ class Scheduler:
         plan.add(Chunk(sequence, sequence.computed, length, drafted))
 
     def _draft(self, sequence: Sequence, budget: int) -> int:
-        """Let the sequence guess ahead, as far as budget and its own limit of tokens go; the number of guesses."""
+        """Draft tokens as far as the budget and the sequence's own limit go; gives their number."""
         assert sequence.drafter is not None
         assert sequence.stop is not None
         sequence.draft = []
@@ -209,7 +210,7 @@ class Scheduler:
         return len(sequence.draft)
 
     def _admit_all(self, plan: PlanBuilder) -> None:
-        """Let waiting sequences run by rank, until one does not fit. Those without their adapter are passed over."""
+        """Let waiting sequences run by rank, until one does not fit. Those whose adapter is not there are skipped."""
         if self.gate is not None:
             self.gate.start_plan()
         aside: list[Sequence] = []
@@ -250,7 +251,7 @@ class Scheduler:
             self.gate.release(sequence.adapter)
 
     def _stop(self, sequence: Sequence) -> None:
-        """A running sequence runs no longer."""
+        """Take a sequence out of those that run."""
         self._running.remove(sequence)
         self._release_adapter(sequence)
 
@@ -260,7 +261,7 @@ class Scheduler:
         return min(length, self.scored_tokens) if scored else length
 
     def _reuse(self, sequence: Sequence) -> None:
-        """Begin with the pages that the cache has for the tokens whose rows nobody reads."""
+        """Start with the cached pages of the first tokens, as far as their rows are not read."""
         assert self.allocator is not None
         size = self.allocator.page_size
         sequence.pages = array("i", self.allocator.match(sequence.keys(sequence.reusable // size, size)))
@@ -276,7 +277,7 @@ class Scheduler:
         pages = self.allocator.allocate(max(needed, 0) + shared)
         if pages is None:
             return False
-        if shared:  # copy on write: the page that it shares with the other answers to its prompt
+        if shared:  # copy on write: other answers to the same prompt read this page
             mine = pages.pop()
             plan.copies.append((sequence.pages[at], mine))
             self.allocator.release([sequence.pages[at]])
@@ -285,8 +286,8 @@ class Scheduler:
         return True
 
     def _slide(self, sequence: Sequence) -> None:
-        """Give back pages that lie wholly behind the widest window of the next token."""
-        if self.window is None or self.allocator is None or sequence.forks:  # forks begin a token earlier
+        """Release pages that lie wholly behind the widest window of the next token."""
+        if self.window is None or self.allocator is None or sequence.forks:  # forks start a token earlier
             return
         behind = max(sequence.computed + 1 - self.window, 0) // self.allocator.page_size
         for at in reversed(range(min(behind, len(sequence.pages)))):
@@ -302,7 +303,7 @@ class Scheduler:
         self._queue.put_back([sequence])
 
     def _forget(self, sequence: Sequence) -> None:
-        """Everything computed is lost, and computed again when the sequence runs next."""
+        """Drop everything computed; it is computed again when the sequence runs next."""
         self._release(sequence)
         sequence.computed = 0
         sequence.draft = []
@@ -317,7 +318,7 @@ class Scheduler:
 
 
 LOOK_PAST = 64
-"""How many waiting sequences without their adapter a plan looks past, so that a long queue costs it nothing."""
+"""How many waiting sequences whose adapter is not there a plan skips, which bounds its cost in a long queue."""
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

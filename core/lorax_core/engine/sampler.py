@@ -109,6 +109,7 @@ class Sampled:
             for row in range(len(chosen))
         ]
 
+    @torch.inference_mode()
     def _read_again(self) -> list[SampledToken]:
         """Rows whose filters leave more tokens than were looked at, over the whole vocabulary; rare, and a second transfer."""
         short = self._transfer[self._short].tolist() if self._short is not None else []

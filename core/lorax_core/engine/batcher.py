@@ -152,6 +152,8 @@ def _types(chunk: ChunkInput) -> Int64s:
 
 def _slots(table: NDArray[np.int32], lengths: Sequence[int], positions: Int64s, page_size: int) -> Int64s:
     """Where in the cache each token goes: `[tokens]`."""
-    sequence = np.repeat(np.arange(len(lengths)), lengths)
-    pages, offsets = np.divmod(positions, page_size)
-    return table[sequence, pages].astype(np.int64) * page_size + offsets
+    sequences = np.arange(len(lengths))
+    if len(positions) != len(lengths):  # not a row a sequence, as in decoding
+        sequences = np.repeat(sequences, lengths)
+    pages = positions // page_size
+    return table[sequences, pages].astype(np.int64) * page_size + (positions - pages * page_size)

@@ -91,9 +91,7 @@ class Sampled:
             self._short = transfer.add(short)
         self._scores = Scores(logits, self.tokens, [one.sampling.logprobs for one in rows], transfer)
         self._tokens = transfer.add(self.tokens)
-        # A NaN anywhere in a row is its maximum.
-        self._sound = transfer.add(logits.amax(-1).isfinite())
-        self._open = transfer.add(best > float("-inf"))
+        self._sound, self._open = self._faults(best, transfer)
 
     def read(self) -> list[SampledToken]:
         """The token of each row."""
@@ -119,11 +117,18 @@ class Sampled:
         transfer = Transfer()
         self._scores = Scores(self._logits, self.tokens, [one.sampling.logprobs for one in self._rows], transfer)
         self._tokens = transfer.add(self.tokens)
-        self._sound = transfer.add(self._logits.amax(-1).isfinite())
-        self._open = transfer.add(self._adjusted.amax(-1) > float("-inf"))
+        self._sound, self._open = self._faults(self._adjusted.amax(-1), transfer)
         transfer.fetch()
         self._transfer, self._short = transfer, None
         return self.read()
+
+    def _faults(self, best: Tensor, transfer: Transfer) -> tuple[int, int]:
+        """Whether each row is sound, and whether it has a token to give; `best` `[rows]` are the largest adjusted logits."""
+        # A NaN anywhere in a row is its maximum.
+        if self._adjusted is self._logits:
+            sound = transfer.add(best.isfinite())
+            return sound, sound
+        return transfer.add(self._logits.amax(-1).isfinite()), transfer.add(best > float("-inf"))
 
     def _of(self, rows: list[int]) -> tuple[Tensor, list[SamplingRow]]:
         logits = self._adjusted if len(rows) == len(self._rows) else self._adjusted[_index(rows, self._adjusted)]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from lorax_core.attention.base import StepAttention
+from lorax_core.attention.base import CacheLayout, StepAttention
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.runner import Answer
 from lorax_core.engine.sampler import SampledToken
@@ -37,6 +38,30 @@ class WindowlessBackend(TorchBackend):
     def layout(self, specs, dtype, kv_dtype, device, page_size=None):
         windows = [spec.window for spec in specs if spec.window is not None]
         return f"no window of {windows[0]}" if windows else super().layout(specs, dtype, kv_dtype, device, page_size)
+
+
+class LargePages(TorchBackend):
+    """A backend with pages of 256 tokens, that computes in 16 bit and cannot store 8."""
+
+    name = "large-pages"
+
+    def layout(self, specs, dtype, kv_dtype, device, page_size=None):
+        if dtype is torch.float32:
+            return "computes in 16 bit, not in torch.float32"
+        if kv_dtype.itemsize == 1:
+            return f"stores 16 bit, not {kv_dtype}"
+        if page_size not in (None, 256):
+            return f"pages of 256 tokens, not {page_size}"
+        return CacheLayout(256, kv_dtype)
+
+
+class WidePages(TorchBackend):
+    """A backend with pages of 64 tokens."""
+
+    name = "wide"
+
+    def layout(self, specs, dtype, kv_dtype, device, page_size=None):
+        return CacheLayout(64, kv_dtype)
 
 
 class NoBackend:

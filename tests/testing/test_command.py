@@ -9,8 +9,7 @@ import pytest
 
 from lorax_core.cli.main import main
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord
-from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 
 
 @pytest.fixture

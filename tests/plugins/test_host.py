@@ -194,7 +194,7 @@ def test_incompatible_strangers_are_told_with_both_versions(importable_strangers
     assert "requires lorax-core>=99; this is lorax-core" in record_of(host, "lorax-new").cause
     assert record_of(host, "lorax-new").hint == "pip install --upgrade lorax-core lorax-new"
     assert record_of(host, "lorax-newer").status is PluginStatus.INCOMPATIBLE
-    assert "plugin API 2; this core speaks 1" in record_of(host, "lorax-newer").cause
+    assert "plugin API 2; this core implements 1" in record_of(host, "lorax-newer").cause
 
 
 def make_conflict(strangers):

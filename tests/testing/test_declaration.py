@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 
-from lorax_core.plugins import ArchitectureSpec
+from lorax_core.plugins import ArchitectureCases, ArchitectureSpec
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing import CheckStatus, Suite
@@ -60,13 +61,16 @@ def test_a_spec_by_hand_has_no_module_to_import(make_spec, run):
     assert result.status is CheckStatus.SKIPPED
 
 
-def test_a_spec_that_changes_on_the_way_is_not_plain_data(make_spec, run):
+def test_cases_that_change_on_the_way_are_not_plain_data(make_spec, run, monkeypatch):
     spec = make_spec("bert")
-    odd = ArchitectureSpec.model_construct(**{**dict(spec), "examples": ["a list"]})
+    cases = load_cases(spec, None)
+    odd = ArchitectureCases.model_construct(**{**dict(cases), "tiny_config": {**cases.tiny_config, "pad": (1, 2)}})
+    right = run(spec, "round-trip")
+    monkeypatch.setattr(sys.modules["kit_cases"], spec.cases.partition(":")[2], odd)
 
-    result = run(odd, "round-trip")
+    result = run(spec, "round-trip")
 
-    assert run(spec, "round-trip").status is CheckStatus.PASSED
+    assert right.status is CheckStatus.PASSED
     assert result.status is CheckStatus.FAILED
     assert "written as JSON" in result.detail
 
@@ -110,9 +114,9 @@ def test_a_task_without_a_reference_is_told(make_spec, run):
 
 
 def test_a_reference_for_a_task_that_the_architecture_lacks_is_told(make_spec, run):
-    result = run(make_spec("bert", tasks=tuple(Task)[1:3], heads={}, references={}), "declaration")
+    result = run(make_spec("bert", references={Task.GENERATE: "transformers:BertLMHeadModel"}), "declaration")
 
-    assert "references names 'sequence-classification', which is not one of the tasks" in result.detail
+    assert "references names 'generate', which is not one of the tasks" in result.detail
 
 
 def test_a_tiny_model_that_is_not_tiny_is_told(make_spec, run):

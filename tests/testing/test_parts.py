@@ -116,8 +116,8 @@ def test_making_checkpoints_leaves_the_process_as_it_was(case, tmp_path):
 
     before = torch.get_rng_state(), logging.get_verbosity(), logging.is_progress_bar_enabled()
 
-    build(case.spec, Task.EMBED, case.config, tmp_path / "one", seed=1)
-    reload(case.spec, Task.EMBED, tmp_path / "one")
+    build(case.cases, Task.EMBED, case.config, tmp_path / "one", seed=1)
+    reload(case.cases, Task.EMBED, tmp_path / "one")
 
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before[1:]
@@ -146,7 +146,7 @@ def test_our_merge_is_that_of_peft(case, tmp_path):
     ours = merged(oracle, folder, recipe).state_dict()
     with quiet():
         theirs = PeftModel.from_pretrained(
-            reload(case.spec, Task.GENERATE, case.checkpoint(Task.GENERATE)), str(folder)
+            reload(case.cases, Task.GENERATE, case.checkpoint(Task.GENERATE)), str(folder)
         )
         theirs = theirs.merge_and_unload().state_dict()
 

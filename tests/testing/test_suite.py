@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from fakes import make_backend_spec, with_backends
 
 from lorax_core.errors import PluginError, RequestError
 from lorax_core.testing import Check, CheckFailed, CheckStatus, Measured, NotApplicable, Suite, run_checks
@@ -180,3 +181,18 @@ def test_every_check_has_a_name_of_its_own_and_says_what_it_proves():
 
     assert len(names) == len(set(names))
     assert all(check.proves for check in CHECKS)
+
+
+def test_a_variant_that_the_named_backend_refuses_is_skipped_with_its_reason(make_spec, host):
+    refusing = with_backends(host, make_backend_spec("refusing", "RefusesWindows", backend="refusing:RefusesWindows"))
+    with Suite(make_spec("qwen2"), host=refusing, backend="refusing") as suite:
+        planned = [(variant, check) for variant, check in suite.plan() if variant in (None, "windows")]
+        refused = [suite.run(variant, check) for variant, check in planned if variant is not None]
+        declared = [suite.run(variant, check) for variant, check in planned if variant is None]
+        base = suite.run("base", next(check for check in CHECKS if check.name == "packing-order"))
+
+    assert len(refused) > 15
+    assert {result.status for result in refused} == {CheckStatus.SKIPPED}
+    assert all(result.refused and "windows are not supported" in result.detail for result in refused)
+    assert not any(result.refused for result in declared)
+    assert (base.status, base.refused) == (CheckStatus.PASSED, False)

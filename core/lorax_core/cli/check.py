@@ -28,9 +28,7 @@ _COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
 def check_plugin(
     model_type: Annotated[str, typer.Argument(metavar="TYPE", help="As `lorax models list` shows it.")],
     device: Annotated[str, typer.Option(help="Where our model runs; the reference stays on the CPU.")] = "cpu",
-    backend: Annotated[
-        str | None, typer.Option(help="Attention backend, instead of the first that supports the model.")
-    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Attention backend, instead of the first that fits.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Only this check; may be repeated.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this tiny variant; may be repeated.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

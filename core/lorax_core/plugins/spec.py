@@ -119,7 +119,9 @@ class ArchitectureSpec(BaseModel):
     def head(self, task: Task) -> str:
         """Class path of the head that answers `task`; raises PluginError for a task that the architecture lacks."""
         if task not in self.tasks:
-            raise PluginError(f"{self.model_type!r} does not support {str(task)!r}; it supports {listed(self.tasks)}")
+            raise PluginError(
+                f"{self.model_type!r} does not support {str(task)!r}; it supports {listed(map(str, self.tasks))}"
+            )
         return self.heads.get(task) or self._default_heads[task]
 
     @property

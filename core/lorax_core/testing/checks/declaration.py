@@ -97,7 +97,7 @@ def _classes(case: Case) -> list[str]:
 def _references(spec: ArchitectureSpec, cases: ArchitectureCases) -> list[str]:
     """Problems of the references: one for each task, usable, and loaded for the task that it is the reference of."""
     problems = [
-        f"references names {str(task)!r}, which is not one of the tasks: {listed(spec.tasks)}"
+        f"references names {str(task)!r}, which is not one of the tasks: {listed(map(str, spec.tasks))}"
         for task in cases.references
         if task not in spec.tasks
     ]

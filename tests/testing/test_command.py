@@ -142,7 +142,7 @@ def test_a_backend_that_supports_some_variants_is_no_failure(lorax, host, monkey
     monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: refusing))
     only = ("--variant", "base", "--variant", "windows", "--check", "packing-order")
 
-    code, out, err = lorax("qwen2", "--backend", "refusing", *only)
+    code, _, err = lorax("qwen2", "--backend", "refusing", *only)
 
     assert code == 0
     assert "1 passed, 1 skipped" in err

@@ -3,9 +3,9 @@
     python benchmarks/trees.py BEFORE AFTER [--size 0.5b|small] [--dtype float32] [--pairs 9] [--json]
 
 Each pair is one fresh process for each checkout, their order alternating, over one checkpoint of random weights and sixteen
-LoRA adapters of rank 16. Printed are the ratios AFTER / BEFORE of rates (more than 1 is faster) and of memory: the median of the
-pairs, and the interval between the second lowest and the second highest. Where a process's pages lie changes its speed by
-more than most changes of code do, so one pair says nothing.
+LoRA adapters of rank 16. Printed are the ratios AFTER / BEFORE of rates (more than 1 is faster) and of memory: the median of
+the pairs, and the interval between the second lowest and the second highest. Where a process's pages lie changes its speed
+by more than most changes of code do, so one pair says nothing.
 """
 
 from __future__ import annotations

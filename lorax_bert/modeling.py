@@ -56,6 +56,12 @@ class FlashBert(Model):
     task = Task.EMBED
 
 
+class FlashBertModelForClassification(Model):
+    """BERT that labels tokens, under LoRAX's name for it."""
+
+    task = Task.TOKEN_CLASSIFICATION
+
+
 class FlashBertForTokenClassification(Model):
     """BERT that labels tokens."""
 

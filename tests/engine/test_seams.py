@@ -21,7 +21,7 @@ from lorax_core.engine.sequence import Sampling, Sequence, TokenCounts
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput, step_input
 from lorax_core.engine.transfer import Transfer
 from lorax_core.testing.case import BASE, Case
-from lorax_core.testing.lora import Recipe, linear_layers, write_adapter
+from lorax_core.testing.lora import LoraOptions, linear_layers, write_adapter
 from lorax_core.testing.packed import Share
 from lorax_core.types import Pooling, Task
 
@@ -42,7 +42,8 @@ def make_mixed_batch(case, task):
     loaded = case.loaded(task)
     layers = linear_layers(case.reference(task), case.account(task).ignored)
     folders = [
-        write_adapter(layers, Recipe(rank=rank, alpha=8), case.folder / f"guard-{task}-{rank}", rank) for rank in (2, 3)
+        write_adapter(layers, LoraOptions(rank=rank, alpha=8), case.folder / f"guard-{task}-{rank}", rank)
+        for rank in (2, 3)
     ]
     store = make_adapters(loaded, one=folders[0], two=folders[1])
     adapters = [None, store.get("one"), store.get("two"), store.get("one")]

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from lorax_core.errors import CheckpointError, PluginError
-from lorax_core.plugins.record import PluginRecord, Status
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 from lorax_core.plugins.resolve import load_class, read_config
 
-RECORD = PluginRecord("stranger", "lorax-stranger", "1.0", "lorax_stranger.plugin", Status.READY)
+RECORD = PluginRecord("stranger", "lorax-stranger", "1.0", "lorax_stranger.plugin", PluginStatus.READY)
 
 
 def make_module(strangers, code):

@@ -16,7 +16,7 @@ from lorax_core.engine.runner import Answer
 from lorax_core.engine.sampler import SampledToken
 from lorax_core.engine.step_input import ChunkInput, StepInput
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord, Status
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 from lorax_core.plugins.spec import BackendSpec
 
 
@@ -190,5 +190,5 @@ def make_backend_spec(name: str, cls: str, **changes: object) -> BackendSpec:
 
 def with_backends(host: PluginHost, *specs: BackendSpec) -> PluginHost:
     """The installed plugins and one more, which brings these backends."""
-    record = PluginRecord("fakes", "lorax-fakes", "1.0", "fakes", Status.READY, backends=specs)
+    record = PluginRecord("fakes", "lorax-fakes", "1.0", "fakes", PluginStatus.READY, backends=specs)
     return PluginHost([*host.records, record])

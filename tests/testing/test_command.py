@@ -6,11 +6,11 @@ import json
 import sys
 
 import pytest
+from fakes import make_backend_spec, with_backends
 
 from lorax_core.cli.main import main
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord
-from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 
 
 @pytest.fixture
@@ -116,3 +116,34 @@ def test_what_there_is_not_is_an_error_with_a_hint(lorax, arguments, told):
 
     assert (code, out) == (1, "")
     assert told in err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_backend_that_supports_no_variant_is_told_and_nothing_counts_as_passed(options, lorax, host, monkeypatch):
+    spec = make_backend_spec("refusing", "RefusesAll", backend="refusing:RefusesAll")
+    refusing = with_backends(host, spec)
+    monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: refusing))
+
+    code, out, err = lorax("bert", "--backend", "refusing", "--check", "packing-order", *options)
+
+    assert code == 1
+    if options:
+        assert json.loads(out)["ok"] is False
+        assert json.loads(out)["counts"]["failed"] == 0
+    else:
+        assert "skipped: variant relu: " in err
+        assert "heads of 64 are not supported" in err
+        assert "nothing was tested: the attention backend supports none of the variants" in err
+
+
+def test_a_backend_that_supports_some_variants_is_no_failure(lorax, host, monkeypatch):
+    spec = make_backend_spec("refusing", "RefusesWindows", backend="refusing:RefusesWindows")
+    refusing = with_backends(host, spec)
+    monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: refusing))
+    only = ("--variant", "base", "--variant", "windows", "--check", "packing-order")
+
+    code, _, err = lorax("qwen2", "--backend", "refusing", *only)
+
+    assert code == 0
+    assert "1 passed, 1 skipped" in err
+    assert "skipped: variant windows: " in err

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from fakes import make_backend_spec, with_backends
 
 from lorax_core.errors import PluginError, RequestError
-from lorax_core.testing import Check, CheckFailed, Measured, NotApplicable, Status, Suite, run_checks
+from lorax_core.testing import Check, CheckFailed, CheckStatus, Measured, NotApplicable, Suite, run_checks
 from lorax_core.testing.checks import CHECKS
 
 
@@ -36,13 +37,13 @@ def raises(error):
 @pytest.mark.parametrize(
     ("run", "status", "detail"),
     [
-        (gives(0.5), Status.PASSED, "here"),
-        (gives(1.5), Status.FAILED, "here"),
-        (gives(float("nan")), Status.FAILED, "here"),
-        (gives(float("inf")), Status.FAILED, "here"),
-        (lambda case: Measured(note="yes"), Status.PASSED, "yes"),
-        (raises(CheckFailed("not so")), Status.FAILED, "not so"),
-        (raises(NotApplicable("not here")), Status.SKIPPED, "not here"),
+        (gives(0.5), CheckStatus.PASSED, "here"),
+        (gives(1.5), CheckStatus.FAILED, "here"),
+        (gives(float("nan")), CheckStatus.FAILED, "here"),
+        (gives(float("inf")), CheckStatus.FAILED, "here"),
+        (lambda case: Measured(note="yes"), CheckStatus.PASSED, "yes"),
+        (raises(CheckFailed("not so")), CheckStatus.FAILED, "not so"),
+        (raises(NotApplicable("not here")), CheckStatus.SKIPPED, "not here"),
     ],
 )
 def test_an_outcome(outcome, run, status, detail):
@@ -54,7 +55,7 @@ def test_an_outcome(outcome, run, status, detail):
 def test_whatever_a_plugin_raises_is_a_finding_with_its_place(outcome):
     result = outcome(raises(ZeroDivisionError("by nothing")))
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert "ZeroDivisionError: by nothing (at " in result.detail
 
 
@@ -67,7 +68,7 @@ def test_ctrl_c_is_not_a_finding(outcome):
 def test_a_known_failure_is_expected_and_told(outcome, key):
     result = outcome(gives(1.5), {key: "the edge is being mended"})
 
-    assert result.status is Status.KNOWN
+    assert result.status is CheckStatus.KNOWN
     assert result.detail == "the edge is being mended (here)"
 
 
@@ -75,17 +76,17 @@ def test_a_known_failure_is_expected_and_told(outcome, key):
 def test_a_known_failure_that_passes_is_a_failure(outcome, key):
     result = outcome(gives(0.5), {key: "the edge is being mended"})
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert "known_failures says it fails" in result.detail
 
 
 @pytest.mark.parametrize("key", ["sight[relu]", "packing-order"])
 def test_a_known_failure_elsewhere_is_no_excuse(outcome, key):
-    assert outcome(gives(1.5), {key: "the edge is being mended"}).status is Status.FAILED
+    assert outcome(gives(1.5), {key: "the edge is being mended"}).status is CheckStatus.FAILED
 
 
 def test_what_does_not_apply_is_neither_known_nor_unexpected(outcome):
-    assert outcome(raises(NotApplicable("not here")), {"sight": "a reason"}).status is Status.SKIPPED
+    assert outcome(raises(NotApplicable("not here")), {"sight": "a reason"}).status is CheckStatus.SKIPPED
 
 
 def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, host):
@@ -133,7 +134,7 @@ def test_results_are_told_as_they_come_and_are_plain_data(make_spec, host):
     heard = []
 
     results = run_checks(
-        make_spec("bert"), host=host, checks=["round-trip", "packing-order"], variants=["base"], told=heard.append
+        make_spec("bert"), host=host, checks=["round-trip", "packing-order"], variants=["base"], progress=heard.append
     )
 
     assert results == heard
@@ -172,7 +173,7 @@ def test_a_closed_suite_begins_anew(make_spec, host):
     result = suite.run("base", order)
     suite.close()
 
-    assert result.status is Status.PASSED
+    assert result.status is CheckStatus.PASSED
 
 
 def test_every_check_has_a_name_of_its_own_and_says_what_it_proves():
@@ -180,3 +181,18 @@ def test_every_check_has_a_name_of_its_own_and_says_what_it_proves():
 
     assert len(names) == len(set(names))
     assert all(check.proves for check in CHECKS)
+
+
+def test_a_variant_that_the_named_backend_refuses_is_skipped_with_its_reason(make_spec, host):
+    refusing = with_backends(host, make_backend_spec("refusing", "RefusesWindows", backend="refusing:RefusesWindows"))
+    with Suite(make_spec("qwen2"), host=refusing, backend="refusing") as suite:
+        planned = [(variant, check) for variant, check in suite.plan() if variant in (None, "windows")]
+        refused = [suite.run(variant, check) for variant, check in planned if variant is not None]
+        declared = [suite.run(variant, check) for variant, check in planned if variant is None]
+        base = suite.run("base", next(check for check in CHECKS if check.name == "packing-order"))
+
+    assert len(refused) > 15
+    assert {result.status for result in refused} == {CheckStatus.SKIPPED}
+    assert all(result.refused and "windows are not supported" in result.detail for result in refused)
+    assert not any(result.refused for result in declared)
+    assert (base.status, base.refused) == (CheckStatus.PASSED, False)

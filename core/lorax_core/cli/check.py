@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorax_core.plugins.record import PluginRecord
     from lorax_core.testing import CheckResult
 
-    Told = Callable[[CheckResult], None]
+    Progress = Callable[[CheckResult], None]
 
 _COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
 
@@ -28,23 +28,23 @@ _COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
 def check_plugin(
     model_type: Annotated[str, typer.Argument(metavar="TYPE", help="As `lorax models list` shows it.")],
     device: Annotated[str, typer.Option(help="Where our model runs; the reference stays on the CPU.")] = "cpu",
-    backend: Annotated[str | None, typer.Option(help="Attention backend, instead of the first that serves.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Attention backend, instead of the first that fits.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Only this check; may be repeated.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this tiny variant; may be repeated.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Prove an architecture right against its reference, check by check. Exits with 1 when a check fails."""
+    """Test an architecture against its reference, check by check. Exits with 1 when a check fails or none could run."""
     from lorax_core.plugins.host import PluginHost
 
     with data_only_stdout():
         host = PluginHost.discover()
         owner = host.owner(model_type)
-        import torch  # late: a type that nobody brings needs none of it
+        import torch  # late: not needed to reject an unknown model type
 
         from lorax_core.testing import run_checks
 
         torch.set_num_threads(1)  # for models as tiny as these, more threads only wait for each other
-        with _progress() as told:
+        with _progress() as progress:
             results = run_checks(
                 model_type,
                 host=host,
@@ -52,7 +52,7 @@ def check_plugin(
                 backend=backend,
                 checks=check or (),
                 variants=variant or (),
-                told=told,
+                progress=progress,
             )
     counts = Counter(str(result.status) for result in results)
     if json:
@@ -60,13 +60,19 @@ def check_plugin(
     else:
         show_table(_COLUMNS, _rows(results))
         _tell_results(results, counts)
-    if counts["failed"]:
+    if counts["failed"] or _all_refused(results):
         raise typer.Exit(1)
 
 
+def _all_refused(results: Sequence[CheckResult]) -> bool:
+    """Whether the attention backend supports no variant, so that no check of the model ran."""
+    of_variants = [result for result in results if result.variant is not None]
+    return bool(of_variants) and all(result.refused for result in of_variants)
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Told | None]:
-    """On a terminal, what is being checked; in a pipe nothing."""
+def _progress() -> Iterator[Progress | None]:
+    """On a terminal, the check that ran last; in a pipe nothing."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -92,14 +98,14 @@ def _report(
         "version": owner.version,
         "device": device,
         "backend": backend,
-        "ok": not counts["failed"],
+        "ok": not counts["failed"] and not _all_refused(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "known", "skipped")},
         "results": [result.to_json() for result in results],
     }
 
 
 def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
-    """One row a check, over all its variants: how many passed, and the worst that was measured."""
+    """One row a check, over all its variants: how many passed, and the largest error."""
     from lorax_core.testing.checks import CHECKS
 
     for check in CHECKS:
@@ -131,7 +137,17 @@ def _tell_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
             tell(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
         elif result.status == "known":
             tell(f"{result.key}: {result.detail}", label="known", style="yellow")
-    told = ", ".join(
+    refused = {result.variant: result.detail for result in results if result.refused}
+    for variant, reason in refused.items():
+        tell(f"variant {variant}: {reason}", label="skipped", style="yellow")
+    if _all_refused(results):
+        tell(
+            "nothing was tested: the attention backend supports none of the variants",
+            "`lorax doctor` lists the backends of this machine",
+            label="failed",
+            style="red",
+        )
+    summary = ", ".join(
         f"{counts[status]} {status}" for status in ("passed", "failed", "known", "skipped") if counts[status]
     )
-    tell(f"{told}, in {sum(result.seconds for result in results):.1f} s")
+    tell(f"{summary}, in {sum(result.seconds for result in results):.1f} s")

@@ -70,7 +70,7 @@ def show_model(
         "features": ", ".join(spec.features) or "-",
         "config": spec.config,
         "backbone": spec.backbone,
-        "heads": ", ".join(spec.heads.values()),
+        "heads": ", ".join(spec.head(task) for task in spec.tasks),
     }
     show_table(("", ""), [*row.items(), *details.items()])
 
@@ -117,7 +117,7 @@ def _discover() -> PluginHost:
 
 
 def _entries(host: PluginHost, every: bool) -> Iterator[dict[str, Any]]:
-    from lorax_core.plugins.record import Status
+    from lorax_core.plugins.record import PluginStatus
     from lorax_core.plugins.spec import ArchitectureSpec
 
     for model_type, spec in host.architectures.items():
@@ -127,7 +127,7 @@ def _entries(host: PluginHost, every: bool) -> Iterator[dict[str, Any]]:
         contested = [spec for spec in record.contested if isinstance(spec, ArchitectureSpec)]
         for spec in contested:
             yield _entry(spec, record, record.status)
-        if record.status in (Status.BROKEN, Status.INCOMPATIBLE, Status.BLOCKED):
+        if record.status in (PluginStatus.BROKEN, PluginStatus.INCOMPATIBLE, PluginStatus.BLOCKED):
             yield _entry(None, record, record.status)
 
 

@@ -87,10 +87,10 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
     import tempfile
 
     from lorax_core.plugins.admission import identity
-    from lorax_core.plugins.record import PluginRecord, Status
+    from lorax_core.plugins.record import PluginRecord, PluginStatus
 
     package, version = identity(entry)
-    record = PluginRecord(entry.name, package, version, entry.value, Status.BROKEN)
+    record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.BROKEN)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         probing = ("-P", "-m", "lorax_core.cli.main", "plugins", "probe", package, entry.name, entry.value, str(report))
@@ -133,12 +133,12 @@ def _plugin_json(record: PluginRecord) -> dict[str, Any]:
 
 def _from_json(record: PluginRecord, said: dict[str, Any]) -> PluginRecord:
     """`record` with what a probe said of it."""
-    from lorax_core.plugins.record import Status
+    from lorax_core.plugins.record import PluginStatus
     from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec
 
     return replace(
         record,
-        status=Status(said["status"]),
+        status=PluginStatus(said["status"]),
         cause=said["cause"],
         hint=said["hint"],
         seconds=said["import_seconds"],

@@ -19,7 +19,7 @@ import pluggy
 
 from lorax_core.errors import LoraxError, PluginError, listed, nearest
 from lorax_core.plugins import hookspecs
-from lorax_core.plugins.record import PluginRecord, Spec, Status, explain
+from lorax_core.plugins.record import PluginRecord, PluginStatus, Spec, explain
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec, Incompatible
 from lorax_core.settings import Settings, canonical
 from lorax_core.version import __version__
@@ -44,10 +44,10 @@ def make_manager() -> pluggy.PluginManager:
 def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Settings) -> PluginRecord:
     """Judges one entry point. Whatever the plugin does, `KeyboardInterrupt` apart, ends up in the record."""
     package, version = identity(entry)
-    record = PluginRecord(entry.name, package, version, entry.value, Status.READY)
+    record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.READY)
     blocked = _blocked_by(settings, entry.name, package)
     if blocked is not None:
-        return replace(record, status=Status.BLOCKED, cause=blocked[0], hint=blocked[1])
+        return replace(record, status=PluginStatus.BLOCKED, cause=blocked[0], hint=blocked[1])
     had_torch, start = "torch" in sys.modules, None
     try:
         if entry.dist is not None:
@@ -57,14 +57,16 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a plugin that calls sys.exit() at import must not end the process either
-        status = Status.INCOMPATIBLE if isinstance(error, Incompatible) else Status.BROKEN
+        status = PluginStatus.INCOMPATIBLE if isinstance(error, Incompatible) else PluginStatus.BROKEN
         hint = (error.hint if isinstance(error, LoraxError) else None) or _DOCTOR_HINT
         seconds = None if start is None else time.perf_counter() - start
         return replace(record, status=status, cause=explain(error), hint=hint, exception=error, seconds=seconds)
     record = replace(record, architectures=architectures, backends=backends, seconds=time.perf_counter() - start)
     if "torch" in sys.modules and not had_torch:
         cause = "importing its declaration imported torch, which slows down every command"
-        return replace(record, status=Status.SLOW_IMPORT, cause=cause, hint="name classes by strings in plugin.py")
+        return replace(
+            record, status=PluginStatus.SLOW_IMPORT, cause=cause, hint="name classes by strings in plugin.py"
+        )
     return record
 
 

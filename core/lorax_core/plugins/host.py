@@ -16,12 +16,12 @@ from typing import Final
 
 from lorax_core.errors import PluginError, listed, nearest
 from lorax_core.plugins.admission import CORE, GROUP, key_of, make_manager, try_plugin
-from lorax_core.plugins.record import PluginRecord, Spec, Status
+from lorax_core.plugins.record import PluginRecord, PluginStatus, Spec
 from lorax_core.plugins.resolve import INSTALL_HINTS
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec
 from lorax_core.settings import Settings, canonical
 
-__all__ = ["PluginHost", "PluginRecord", "Status"]
+__all__ = ["PluginHost", "PluginRecord", "PluginStatus"]
 
 _BUILTIN: Final = EntryPoint("core", "lorax_core.plugins.builtin", GROUP)
 
@@ -92,7 +92,7 @@ class PluginHost:
         for record in self.records:
             # What failed at import has not said what it brings; its name and core's table of packages tell.
             likely = canonical(record.name) == canonical(model_type) or record.package == INSTALL_HINTS.get(model_type)
-            if likely and record.status in (Status.BROKEN, Status.INCOMPATIBLE, Status.BLOCKED):
+            if likely and record.status in (PluginStatus.BROKEN, PluginStatus.INCOMPATIBLE, PluginStatus.BLOCKED):
                 return record
         return None
 
@@ -136,7 +136,7 @@ def missing(records: list[PluginRecord], settings: Settings) -> list[PluginRecor
         hint = f"did you mean {close!r}?" if close else f"installed: {listed(sorted(names))}"
         if name in packages or name in packages.values():
             hint = f"pip install {packages.get(name, name)}"
-        missing.append(PluginRecord(name, name, "", "", Status.BROKEN, cause=cause, hint=hint))
+        missing.append(PluginRecord(name, name, "", "", PluginStatus.BROKEN, cause=cause, hint=hint))
     return missing
 
 
@@ -175,7 +175,7 @@ def _concede(record: PluginRecord, rivals: list[tuple[Spec, PluginRecord]]) -> P
         hint = f"{record.package} must name it otherwise"
     return replace(
         record,
-        status=Status.CONFLICT,
+        status=PluginStatus.CONFLICT,
         cause="; ".join(causes),
         hint=hint,
         architectures=tuple(spec for spec in record.architectures if (type(spec), key_of(spec)) not in lost),

@@ -26,7 +26,7 @@ _MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their fram
 Spec = ArchitectureSpec | BackendSpec
 
 
-class Status(StrEnum):
+class PluginStatus(StrEnum):
     """What can be said of an installed plugin.
 
     - `ready`: usable.
@@ -47,7 +47,7 @@ class Status(StrEnum):
     @property
     def failed(self) -> bool:
         """Whether something must be mended before all that the plugin declares can be used."""
-        return self in (Status.INCOMPATIBLE, Status.CONFLICT, Status.BROKEN)
+        return self in (PluginStatus.INCOMPATIBLE, PluginStatus.CONFLICT, PluginStatus.BROKEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class PluginRecord:
     version: str
     module: str
     # from trying it
-    status: Status
+    status: PluginStatus
     cause: str | None = None
     hint: str | None = None
     exception: BaseException | None = None
@@ -89,7 +89,7 @@ class PluginRecord:
     @property
     def verdict(self) -> str:
         """What became of it, as a sentence."""
-        word = "in conflict" if self.status is Status.CONFLICT else self.status
+        word = "in conflict" if self.status is PluginStatus.CONFLICT else self.status
         return f"plugin {self.title} is {word}" + (f": {self.cause}" if self.cause else "")
 
 

@@ -7,7 +7,7 @@ nothing of what is checked.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from lorax_core.attention.select import Selection, select_backend
 from lorax_core.errors import LoraxError
 from lorax_core.modeling.heads import EmbeddingHead
 from lorax_core.modeling.model import Model
+from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing import reference
@@ -39,26 +40,33 @@ PAGE_SIZES = (16, 1, 5, 64, 256)
 
 
 class Case:
-    """A variant's checkpoints, one for each task, and the models loaded from them. Everything is made when first asked for."""
+    """A variant's checkpoints, one for each task, and the models loaded from them. Everything is made on first use.
+
+    `failure_keys` are the names that `known_failures` may use.
+    """
 
     def __init__(
         self,
         spec: ArchitectureSpec,
+        cases: ArchitectureCases,
         host: PluginHost,
         variant: str,
         folder: Path,
         *,
+        failure_keys: Collection[str] = (),
         device: str = "cpu",
         backend: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.spec = spec
+        self.cases = cases
+        self.failure_keys = failure_keys
         self.host = host
         self.variant = variant
         self.folder = folder
         self.device = device
         self.backend = backend
-        self.config: dict[str, Any] = {**spec.tiny_config, **spec.tiny_variants.get(variant, {})}
+        self.config: dict[str, Any] = cases.config(variant)
         self._dtype = dtype
         self._made: dict[tuple[Any, ...], Any] = {}
 
@@ -72,7 +80,9 @@ class Case:
         """
         refused = {Task.GENERATE} if self.config.get("is_causal") is False else set()
         preferred = (self.spec.default_task, *self.spec.tasks)
-        found = tuple(task for task in dict.fromkeys(preferred) if task in self.spec.references and task not in refused)
+        found = tuple(
+            task for task in dict.fromkeys(preferred) if task in self.cases.references and task not in refused
+        )
         if not found:
             raise CheckFailed(
                 "references names no class for any task of this variant: there is nothing to build it with"
@@ -119,14 +129,14 @@ class Case:
         folder = self.folder / task
         if not folder.exists():
             seed = zlib.crc32(f"{self.variant} {task}".encode())
-            reference.build(self.spec, task, self.config, folder, seed)
+            reference.build(self.cases, task, self.config, folder, seed)
         return folder
 
     def reference(self, task: Task) -> Any:
         """The oracle, reloaded from that folder."""
         key = ("reference", task)
         if key not in self._made:
-            self._made[key] = reference.reload(self.spec, task, self.checkpoint(task))
+            self._made[key] = reference.reload(self.cases, task, self.checkpoint(task))
         return self._made[key]
 
     def expected(self, task: Task) -> list[Expected]:
@@ -183,6 +193,17 @@ class Case:
                 return dtype
         raise CheckFailed(self._refusal(model))
 
+    @cached_property
+    def refusal(self) -> str | None:
+        """Why the named attention backend does not support this variant; None when it does, or when none was named."""
+        if self.backend is None:
+            return None
+        model = self.assemble(self.checkpoint(self.main))[0].model
+        dtypes = tuple(TOLERANCES) if self._dtype is None else (self._dtype,)
+        if any(self._select(model, size, dtype) is not None for dtype in dtypes for size in PAGE_SIZES):
+            return None
+        return self._refusal(model)
+
     @property
     def tolerance(self) -> float:
         """How large a difference may be, as a share of the reference's largest number."""
@@ -224,7 +245,7 @@ class Case:
             self._backend(model, PAGE_SIZES[0], model.dtype)
         except LoraxError as error:
             return error.message
-        return f"no attention backend serves pages of any of {PAGE_SIZES} tokens"
+        return f"no attention backend supports pages of any of {PAGE_SIZES} tokens"
 
 
 def _mean(base: LoadedModel) -> LoadedModel:

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.resolve import load_class
-from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.result import CheckFailed
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
@@ -54,9 +54,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def reference_class(spec: ArchitectureSpec, task: Task) -> Any:
-    """The oracle's class for a task; raises CheckFailed where the spec names none, or one that the kit cannot use."""
-    path = spec.references.get(task)
+def reference_class(cases: ArchitectureCases, task: Task) -> Any:
+    """The oracle's class for a task; raises CheckFailed where the cases name none, or one that the kit cannot use."""
+    path = cases.references.get(task)
     if path is None:
         raise CheckFailed(f"references names no class for {str(task)!r}, so nothing can be compared")
     found = load_class(path, None)
@@ -66,9 +66,9 @@ def reference_class(spec: ArchitectureSpec, task: Task) -> Any:
     return found
 
 
-def build(spec: ArchitectureSpec, task: Task, config: Mapping[str, Any], folder: Path, seed: int) -> Path:
+def build(cases: ArchitectureCases, task: Task, config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     """A checkpoint of the oracle for `task`, written to `folder` as its users would."""
-    oracle = reference_class(spec, task)
+    oracle = reference_class(cases, task)
     fields = {"initializer_range": INITIALIZER_RANGE, **config}
     if task in _LABELS and "num_labels" not in fields and "id2label" not in fields:
         fields["num_labels"] = _LABELS[task]
@@ -79,10 +79,10 @@ def build(spec: ArchitectureSpec, task: Task, config: Mapping[str, Any], folder:
     return folder
 
 
-def reload(spec: ArchitectureSpec, task: Task, folder: Path) -> nn.Module:
+def reload(cases: ArchitectureCases, task: Task, folder: Path) -> nn.Module:
     """The oracle back from its files, in float32, with its readable attention."""
     with quiet():
-        oracle = reference_class(spec, task)
+        oracle = reference_class(cases, task)
         model = oracle.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     return cast("nn.Module", model.eval())
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
-from lorax_core.testing.result import Check, CheckResult, Status
+from lorax_core.testing.check import Check
+from lorax_core.testing.result import CheckResult, CheckStatus
 from lorax_core.testing.suite import Suite
 
 
@@ -39,11 +40,11 @@ def conformance(
         if module is not None:
             module.addfinalizer(suite.close)
         result = suite.run(variant, check)
-        if result.status is Status.SKIPPED:
+        if result.status is CheckStatus.SKIPPED:
             pytest.skip(result.detail)
-        if result.status is Status.KNOWN:
+        if result.status is CheckStatus.KNOWN:
             pytest.xfail(result.detail)
-        if result.status is Status.FAILED:
+        if result.status is CheckStatus.FAILED:
             pytest.fail(failure_text(check, result), pytrace=False)
 
     return test_conformance

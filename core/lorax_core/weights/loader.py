@@ -117,13 +117,13 @@ def assemble(
     found: dict[Task, Head] = {}
     with torch.device("meta"):
         backbone = backbone_class(config)
-        for task, path in spec.heads.items():
-            head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
+        for task in spec.tasks:
+            head = cast("type[Head]", load_class(spec.head(task), owner)).build(config, names, stated)
             if head is not None:
-                found[Task(task)] = head
+                found[task] = head
     heads = {task: head for task, head in found.items() if model_class.task in (None, task)}
     if not heads:
-        wanted = listed(task.value for task in spec.heads if model_class.task in (None, task))
+        wanted = listed(task.value for task in spec.tasks if model_class.task in (None, task))
         has = listed(task.value for task in found)
         raise CheckpointError(f"{checkpoint.path} has no head of {model_type!r} for {wanted}; those that it has: {has}")
     model = model_class(config, backbone, heads)

@@ -83,10 +83,9 @@ def build_head(
         if wanted.id2label is not None or wanted.problem is not None:
             raise AdapterError(f"{files.path} brings no head of its own for id2label or problem_type to speak of")
         return None, frozenset()
-    path = base.spec.heads.get(task)
-    if path is None:
+    if task not in base.spec.tasks:
         raise AdapterError(f"{files.path} is for {task.value!r}, for which {base.spec.model_type!r} has no head")
-    kind = cast("type[Head]", load_class(path, base.owner))
+    kind = cast("type[Head]", load_class(base.spec.head(task), base.owner))
     own = {f"{module}.{leaf}": tensor for module, leafs in candidates.items() for leaf, tensor in leafs.items()}
     tensors = _with_base(own, base)
     labels = _labels(files, wanted, own, _output(kind, base.model.config, set(tensors), task))

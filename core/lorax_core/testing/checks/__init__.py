@@ -5,8 +5,8 @@ Decides that order, and no more. Each module beside this one holds the checks of
 
 from __future__ import annotations
 
+from lorax_core.testing.check import Check
 from lorax_core.testing.checks import adapters, cache, declaration, dtypes, numbers, packing, sight, weights
-from lorax_core.testing.result import Check
 
 CHECKS: tuple[Check, ...] = (
     *declaration.CHECKS,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.checks.packing import see_answers
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.result import Check, Measured, NotApplicable
+from lorax_core.testing.result import Measured, NotApplicable
 from lorax_core.testing.texts import Text
 
 _DECODED = 12

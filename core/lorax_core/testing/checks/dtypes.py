@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.reference import Expected
-from lorax_core.testing.result import Check, Measured
+from lorax_core.testing.result import Measured
 from lorax_core.types import Task
 
 _FACTOR = 2.0

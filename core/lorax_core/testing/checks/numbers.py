@@ -14,10 +14,11 @@ from lorax_core.modeling.config import Problem
 from lorax_core.modeling.heads import EmbeddingHead
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
 from lorax_core.testing.packed import Answer
 from lorax_core.testing.reference import Expected
-from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
 from lorax_core.types import Pooling, Task
 
@@ -31,11 +32,11 @@ def _hidden(case: Case) -> Measured:
 
 def _head(case: Case, task: Task) -> Measured:
     if task not in case.tasks:
-        raise NotApplicable("a checkpoint that attends in both directions generates nothing")
+        raise NotApplicable(f"this variant has nothing to compare for {str(task)!r}")
     base = case.loaded(task)
     if task not in base.model.tasks:
         raise CheckFailed(
-            f"{case.spec.references[task]} saves a checkpoint in which no head for {str(task)!r} is found; "
+            f"{case.cases.references[task]} saves a checkpoint in which no head for {str(task)!r} is found; "
             f"found are heads for {', '.join(base.model.tasks)}"
         )
     if task is Task.EMBED:
@@ -92,7 +93,7 @@ def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
 
 
 def _has(spec: ArchitectureSpec, task: Task) -> str | None:
-    return None if task in spec.references else f"there is no reference for {str(task)!r}"
+    return None if task in spec.tasks else f"the architecture does not support {str(task)!r}"
 
 
 CHECKS = (

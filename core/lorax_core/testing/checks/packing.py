@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
 from lorax_core.testing.packed import Answer, Share
-from lorax_core.testing.result import Check, CheckFailed, Measured
+from lorax_core.testing.result import CheckFailed, Measured
 from lorax_core.testing.texts import Text
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
-from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.check import Check
+from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
 
 # A change of the reference's row that is large enough to ask for one of ours, and the least that ours must then be.

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorax_core.errors import listed
 from lorax_core.testing.case import BASE, Case
-from lorax_core.testing.result import Check, CheckFailed, Measured
+from lorax_core.testing.check import Check
+from lorax_core.testing.result import CheckFailed, Measured
 from lorax_core.types import Task
 from lorax_core.weights.loader import Account, LoadedModel
 

@@ -42,17 +42,6 @@ def test_unasked_a_cache_takes_no_more_than_a_small_server_fills(base):
     assert (make_pool(base.model, CacheSize(), LAYOUT).pages - 1) * 16 <= 65_536
 
 
-def test_sizes_exclude_each_other():
-    with pytest.raises(RequestError, match="'kv_cache_tokens', 'kv_cache_bytes' exclude each other"):
-        CacheSize(tokens=1, bytes=1)
-
-
-@pytest.mark.parametrize("size", [{"tokens": 0}, {"pages": -1}, {"fraction": 1.5}, {"fraction": 0.0}])
-def test_a_size_that_makes_no_sense_is_refused(size):
-    with pytest.raises(RequestError, match="out of range"):
-        CacheSize(**size)
-
-
 def test_a_cache_larger_than_the_memory_is_refused_with_what_fits(base):
     with pytest.raises(CapacityError, match="GB are free") as caught:
         make_pool(base.model, CacheSize(tokens=10**12), LAYOUT)
@@ -71,11 +60,6 @@ def test_a_bidirectional_model_has_no_cache_to_size(bert, host):
     assert make_pool(model, CacheSize(), LAYOUT) is None
     with pytest.raises(RequestError, match="no KV cache"):
         cache_dtype(model, CacheSize(tokens=16))
-
-
-def test_an_unknown_type_of_cache_is_refused(base):
-    with pytest.raises(RequestError, match="kv_dtype 'int4' is not supported; supported are 'auto' and 'fp8_e4m3'"):
-        cache_dtype(base.model, CacheSize(), "int4")
 
 
 def scored(folder, prompt, **options):

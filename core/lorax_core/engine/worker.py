@@ -13,6 +13,7 @@ from concurrent.futures import Future
 
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.sequence import AdapterHandle, Sequence, SequenceUpdate
+from lorax_core.engine.stats import StepStats
 from lorax_core.errors import LoraxError, RequestError
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,16 @@ class EngineWorker:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def steps(self) -> int:
+        """Steps so far."""
+        return self._loop.steps
+
+    @property
+    def last_step(self) -> StepStats | None:
+        """The numbers of the last step, None before the first."""
+        return self._loop.last_step
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Sequences join together, before the next step. Raises RequestError when the engine is closed."""

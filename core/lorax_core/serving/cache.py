@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lorax_core.attention.base import CacheLayout
-from lorax_core.errors import CapacityError, RequestError, listed
+from lorax_core.errors import CapacityError, RequestError
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.model import Model
 
@@ -23,20 +23,12 @@ _FRACTION, _TOKENS = 0.25, 65_536
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What the user asked for: at most one of these. `fraction` is of the memory that is free now."""
+    """What the user asked for: at most one of these, else the default. `fraction` is of the memory that is free now."""
 
     tokens: int | None = None
     pages: int | None = None
     bytes: int | None = None
     fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        given = {f"kv_cache_{name}": value for name, value in vars(self).items() if value is not None}
-        if len(given) > 1:
-            raise RequestError(f"{listed(given)} exclude each other")
-        for name, value in given.items():
-            if value <= 0 or (name == "kv_cache_fraction" and value > 1):
-                raise RequestError(f"{name}={value} is out of range", hint="a fraction is more than 0 and at most 1")
 
     @property
     def given(self) -> bool:
@@ -44,9 +36,7 @@ class CacheSize:
 
 
 def cache_dtype(model: Model, size: CacheSize, name: str = "auto") -> torch.dtype:
-    """What keys and values are stored in; raises RequestError for one that is not supported, or for a model without a cache."""
-    if name != "auto" and name not in _DTYPES:
-        raise RequestError(f"kv_dtype {name!r} is not supported; supported are 'auto' and {listed(_DTYPES)}")
+    """What keys and values are stored in; raises RequestError for options of a cache that the model does not have."""
     if not model.needs_kv_cache and (size.given or name != "auto"):
         raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
     return _DTYPES.get(name, model.dtype)

@@ -21,9 +21,10 @@ from lorax_core.errors import CapacityError, CheckpointError, RequestError
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.model import Model
+from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.embedding import set_up_embedding
-from lorax_core.serving.loading import _device, _dtype
+from lorax_core.serving.loading import choose_dtype, find_device
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
@@ -50,10 +51,12 @@ def load_model(
     Raises CheckpointError, PluginError or RequestError, with what to do next.
     """
     host = host or PluginHost.discover()
-    where = _device(device)
-    files = Checkpoint(find_checkpoint(checkpoint, revision=revision, token=token))
+    options = EngineOptions(checkpoint=checkpoint, revision=revision, token=token, dtype=dtype, device=device)
+    where = find_device(options.device)
+    files = Checkpoint(find_checkpoint(options.checkpoint, revision=revision, token=token))
     _check_class(model_class, files.config["model_type"], host)
-    base = load_weights(files, host, dtype=_dtype(dtype, files, where), device=where, model_class=model_class)
+    chosen = choose_dtype(options.dtype, files, where)
+    base = load_weights(files, host, dtype=chosen, device=where, model_class=model_class)
     set_up_embedding(base, None, None, None)
     return cast("M", base.model)
 

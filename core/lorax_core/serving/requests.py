@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.errors import RequestError
+from lorax_core.options import invalid
 
 TextPrompt = str | list[int] | list[dict[str, Any]]
 TextInput = str | list[int] | tuple[str, str]
@@ -27,7 +28,7 @@ class _Request(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _told(type(self), error) from error
+            raise invalid(type(self), error) from error
 
 
 class GenerateRequest(_Request):
@@ -140,18 +141,3 @@ def is_single(prompts: Any) -> bool:
             f"this is {type(prompts).__name__}: {prompts!r:.60}"
         )
     return bool(prompts) and all(isinstance(item, (int, dict)) for item in prompts)
-
-
-def _told(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    told: dict[str, tuple[int, str]] = {}  # by option: how deep the problem lies, and what it is
-    hint = None
-    for problem in error.errors():
-        where = ".".join(str(step) for step in problem["loc"][:1]) or kind.__name__
-        if problem["type"] == "extra_forbidden":
-            told[where] = (1, f"{kind.__name__} has no option {where!r}")
-            close = nearest(where, kind.model_fields)
-            hint = f"did you mean {close!r}?" if close else f"options are {listed(kind.model_fields, limit=30)}"
-        # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
-        elif where not in told or len(problem["loc"]) > told[where][0]:
-            told[where] = (len(problem["loc"]), f"{where}: {problem['msg']} (found {problem['input']!r:.80})")
-    return RequestError("; ".join(line for _, line in told.values()), hint=hint)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -96,6 +96,7 @@ class AdapterStore:
         self._lock = threading.RLock()
         self._finding: dict[str, threading.Lock] = {}
         self._carrier: ThreadPoolExecutor | None = None
+        self._fetcher: ThreadPoolExecutor | None = None
         self._closed = False
 
     def load(
@@ -176,6 +177,23 @@ class AdapterStore:
     def bound(self) -> Mapping[str, Adapter]:
         """The adapters on the device, by identity."""
         return self._bound
+
+    def missing(self, wanted: str | Mapping[str, float] | None) -> list[str]:
+        """Names among the wanted ones that are sources not loaded yet; AdapterError for plain names that nothing has."""
+        names = [] if wanted is None else [wanted] if isinstance(wanted, str) else list(wanted)
+        with self._lock:
+            unknown = [name for name in names if name not in self._entries]
+            for name in unknown:
+                if not _is_source(name):
+                    self._find(name)
+            return unknown
+
+    def fetch(self, names: Iterable[str]) -> Future[None]:
+        """Load sources under their own names, beside the running engine; the future ends when all are there."""
+        with self._lock:
+            if self._fetcher is None:
+                self._fetcher = ThreadPoolExecutor(4, thread_name_prefix="lorax-fetch")
+            return self._fetcher.submit(lambda chosen: [self._named(name) for name in chosen] and None, list(names))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

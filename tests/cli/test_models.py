@@ -59,7 +59,7 @@ def test_a_task_that_nobody_serves_is_told(main, monkeypatch):
     code, out, err = main("models", "list", "--task", "generate")
 
     assert (code, out) == (0, "")
-    assert "no installed architecture serves the task 'generate'" in err
+    assert "no installed architecture supports the task 'generate'" in err
 
 
 def test_an_empty_house_says_how_to_fill_it(main, monkeypatch):
@@ -184,8 +184,8 @@ def test_show_has_the_whole_declaration_as_json(main):
     [
         (None, "has no config.json", "is this its folder?"),
         ('{"model_type": "qwen2",}', "is not JSON: ", "download the checkpoint again"),
-        ('{"model_type": "gpt3"}', "no plugin brings model type 'gpt3'; installed: ", "did you mean 'gpt2'?"),
-        ('{"model_type": "qwen22"}', "no plugin brings model type 'qwen22'", "did you mean 'qwen2'?"),
+        ('{"model_type": "gpt3"}', "no plugin provides model type 'gpt3'; installed: ", "did you mean 'gpt2'?"),
+        ('{"model_type": "qwen22"}', "no plugin provides model type 'qwen22'", "did you mean 'qwen2'?"),
     ],
 )
 def test_check_refuses_a_checkpoint_whose_config_nobody_can_serve(main, tmp_path, config, message, hint):

@@ -126,7 +126,7 @@ def test_what_there_is_not_is_refused(arguments, told, make_spec, host):
 
 
 def test_a_plugin_that_nobody_brings_is_refused(host):
-    with pytest.raises(PluginError, match="no plugin brings model type 'bertt'"):
+    with pytest.raises(PluginError, match="no plugin provides model type 'bertt'"):
         run_checks("bertt", host=host)
 
 

@@ -207,3 +207,14 @@ def test_check_of_a_broken_plugin_s_checkpoint_says_what_is_broken(lorax, strang
 
     assert done.returncode == 1
     assert "model type 'gpt2' is unavailable: plugin lorax-gpt2 1.0 is broken: ModuleNotFoundError" in done.stderr
+
+
+def test_listing_and_showing_import_no_cases_of_a_plugin(lorax, strangers):
+    """The installed packages are really there; only a plugin whose `cases` cannot be imported tells whether they are read."""
+    strangers.install("lorax-caseless", model_type="caseless", cases="lorax_caseless.nowhere:CASES")
+
+    listed, shown = lorax("models", "list", "--json"), lorax("models", "show", "caseless", "--json")
+
+    assert "caseless" in listed.stdout
+    assert (listed.returncode, shown.returncode) == (0, 0)
+    assert '"cases": "lorax_caseless.nowhere:CASES"' in shown.stdout

@@ -72,14 +72,14 @@ def _machine() -> dict[str, Any]:
     from lorax_core.modeling.linear import packing_works
 
     packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]
-    product, told = native_status()
+    product, message = native_status()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "device": "cuda" if gpus else "cpu",
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
         "packed products": ", ".join(packed) or "none",
-        "compiled adapter product": told if product is not None else f"none: {told}",
+        "compiled adapter product": message if product is not None else f"none: {message}",
     }
 
 

@@ -37,7 +37,7 @@ def _window(case: Case) -> Measured:
     text = case.long_text
     if len(text) <= widest:
         raise CheckFailed(
-            f"the window of {widest} tokens is never left: the longest text has {len(text)}; use a smaller window in the variant"
+            f"the window of {widest} tokens is never left: the longest text has {len(text)}; use a smaller one here"
         )
     return _probe(case, text, [0, len(text) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
 

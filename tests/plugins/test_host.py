@@ -69,8 +69,11 @@ BROKEN = {
     "returns nothing": (HOOK + "    pass", "lorax_architectures returned None; it returns an iterable of Archi"),
     "returns a string": (HOOK + "    return 'bert'", "lorax_architectures returned 'bert'"),
     "returns a number": (HOOK + "    return 3", "lorax_architectures returned 3"),
-    "returns rubbish": (HOOK + "    return [object()]", "which is not an ArchitectureSpec"),
-    "returns a dict": (HOOK + "    return {'model_type': 'x'}", "gave 'model_type', which is not an ArchitectureSpec"),
+    "returns rubbish": (HOOK + "    return [object()]", "which is not an instance of ArchitectureSpec"),
+    "returns a dict": (
+        HOOK + "    return {'model_type': 'x'}",
+        "yielded 'model_type', which is not an instance of ArchitectureSpec",
+    ),
     "misses fields": (
         HOOK + "    return [ArchitectureSpec(model_type='x', api=1)]",
         "ArchitectureSpec: summary: Field",
@@ -314,7 +317,7 @@ def test_the_environment_steers_discovery(importable_strangers, monkeypatch):
     assert record_of(host, "lorax-stranger").status is PluginStatus.BLOCKED
     with pytest.raises(PluginError, match=r"'stranger' is unavailable: .* is blocked: LORAX_BLOCK_PLUGINS") as caught:
         host.architecture("stranger")
-    assert caught.value.hint == "take it out of LORAX_BLOCK_PLUGINS"
+    assert caught.value.hint == "remove it from LORAX_BLOCK_PLUGINS"
 
 
 def test_core_s_own_plugin_cannot_be_blocked(importable_strangers):
@@ -352,7 +355,7 @@ def test_strict_discovery_raises_on_a_conflict_but_not_on_what_the_user_blocked(
         ("STRANGER", "did you mean 'stranger'?"),
         ("gpt_neox", "pip install lorax-neox"),
         ("xlm_roberta", "did you mean 'xlm-roberta'? pip install lorax-roberta"),
-        ("zzz", "install the plugin that brings it; `lorax models list` shows what is there"),
+        ("zzz", "install the plugin that provides it; `lorax models list` shows what is there"),
     ],
 )
 def test_an_unknown_model_type_gets_the_installed_ones_and_the_next_step(importable_strangers, model_type, hint):
@@ -360,7 +363,7 @@ def test_an_unknown_model_type_gets_the_installed_ones_and_the_next_step(importa
     host = discover(importable_strangers)
 
     with pytest.raises(
-        PluginError, match=f"no plugin brings model type '{model_type}'; installed: 'stranger'"
+        PluginError, match=f"no plugin provides model type '{model_type}'; installed: 'stranger'"
     ) as caught:
         host.architecture(model_type)
 
@@ -373,7 +376,7 @@ def test_an_installed_package_that_does_not_bring_the_type_is_to_be_upgraded(imp
     with pytest.raises(PluginError) as caught:
         discover(importable_strangers).owner("gpt_neox")
 
-    assert caught.value.hint == "pip install --upgrade lorax-neox (1.0 does not bring it)"
+    assert caught.value.hint == "pip install --upgrade lorax-neox (1.0 does not provide it)"
 
 
 @pytest.mark.parametrize(("package", "name"), [("lorax-neox", "neox"), ("other-package", "gpt-neox")])

@@ -21,17 +21,17 @@ MODELS = [
     ("bert", "SwapsQueryAndKey", "numbers-hidden"),
     ("bert", "DropsABias", "numbers-hidden"),
     ("bert", "DropsANormWeight", "numbers-hidden"),
-    ("bert", "LooksBackOnly", "sight"),
+    ("bert", "LooksBackOnly", "masking"),
     ("qwen2", "MissesATranspose", "numbers-hidden"),
-    ("qwen2", "PeeksAhead", "sight"),
+    ("qwen2", "PeeksAhead", "masking"),
     ("qwen2", "CountsFromTheChunk", "cache-decode"),
     ("qwen2", "CountsFromTheChunk", "cache-chunks"),
     ("qwen2", "AdaptsAllButOne", "adapter-merged"),
     ("qwen2", "AdaptsAllButOne", "adapter-peft"),
 ]
 CONFIGS = [
-    ("qwen2", "WidensWindows", "sight-window[windows]"),
-    ("qwen2", "NarrowsWindows", "sight-window[windows]"),
+    ("qwen2", "WidensWindows", "masking-window[windows]"),
+    ("qwen2", "NarrowsWindows", "masking-window[windows]"),
     ("qwen2", "WidensWindows", "numbers-hidden[windows]"),
     ("qwen2", "ForgetsTheBase", "numbers-hidden[other_base]"),
 ]

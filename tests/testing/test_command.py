@@ -64,20 +64,20 @@ def test_a_terminal_gets_colours(lorax, monkeypatch):
 
 
 def test_what_failed_is_told_and_what_is_known_too(lorax, broken_bert):
-    code, out, err = lorax("bert", "--variant", "base", "--check", "sight", "--check", "numbers-hidden")
+    code, out, err = lorax("bert", "--variant", "base", "--check", "masking", "--check", "numbers-hidden")
 
     statuses = {row.split()[0]: row.split()[-1] for row in out.splitlines()}
     assert code == 1
-    assert statuses["sight"] == "failed"
+    assert statuses["masking"] == "failed"
     assert statuses["numbers-hidden"] == "known"
-    assert "failed: sight[base]: row " in err
+    assert "failed: masking[base]: row " in err
     assert "times the tolerance" in err
     assert "known: numbers-hidden[base]: being mended" in err
     assert "1 failed, 1 known" in err
 
 
 def test_json(lorax, broken_bert):
-    code, out, err = lorax("bert", "--json", "--variant", "base", "--check", "sight", "--check", "numbers-hidden")
+    code, out, err = lorax("bert", "--json", "--variant", "base", "--check", "masking", "--check", "numbers-hidden")
 
     said = json.loads(out)
     results = said.pop("results")
@@ -96,7 +96,7 @@ def test_json(lorax, broken_bert):
     }
     assert [(result["check"], result["variant"], result["status"]) for result in results] == [
         ("numbers-hidden", "base", "known"),
-        ("sight", "base", "failed"),
+        ("masking", "base", "failed"),
     ]
     assert set(results[0]) == {"check", "variant", "status", "error", "tolerance", "ratio", "detail", "seconds"}
     assert results[1]["ratio"] > 100

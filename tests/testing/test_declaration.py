@@ -93,7 +93,7 @@ def test_a_true_declaration_passes(make_spec, run):
         ({"features": ("token_types", "sliding_window")}, "no variant has one"),
         ({"features": ("token_types", "tied_embeddings")}, "every variant is tied"),
         ({"known_failures": {"numbers-hiden": "a typo"}}, "is 'numbers-hidden' meant?"),
-        ({"known_failures": {"sight[nowhere]": "no such variant"}}, "names 'sight[nowhere]', which is no check"),
+        ({"known_failures": {"masking[nowhere]": "no such variant"}}, "names 'masking[nowhere]', which is no check"),
         ({"known_failures": {"light-import[base]": "it is of no variant"}}, "which is no check"),
     ],
 )

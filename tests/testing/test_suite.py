@@ -16,7 +16,7 @@ from lorax_core.testing.checks import CHECKS
 def outcome(make_spec, host):
     """What becomes of a check that does this, under these known failures."""
 
-    def judge(run, known_failures=None, name="sight"):
+    def judge(run, known_failures=None, name="masking"):
         with Suite(make_spec("bert", known_failures=known_failures or {}), host=host) as suite:
             return suite.run("base", Check(name, "nothing", run))
 
@@ -64,7 +64,7 @@ def test_ctrl_c_is_not_a_finding(outcome):
         outcome(raises(KeyboardInterrupt()))
 
 
-@pytest.mark.parametrize("key", ["sight", "sight[base]"])
+@pytest.mark.parametrize("key", ["masking", "masking[base]"])
 def test_a_known_failure_is_expected_and_told(outcome, key):
     result = outcome(gives(1.5), {key: "the edge is being mended"})
 
@@ -72,7 +72,7 @@ def test_a_known_failure_is_expected_and_told(outcome, key):
     assert result.detail == "the edge is being mended (here)"
 
 
-@pytest.mark.parametrize("key", ["sight", "sight[base]"])
+@pytest.mark.parametrize("key", ["masking", "masking[base]"])
 def test_a_known_failure_that_passes_is_a_failure(outcome, key):
     result = outcome(gives(0.5), {key: "the edge is being mended"})
 
@@ -80,13 +80,13 @@ def test_a_known_failure_that_passes_is_a_failure(outcome, key):
     assert "known_failures says it fails" in result.detail
 
 
-@pytest.mark.parametrize("key", ["sight[relu]", "packing-order"])
+@pytest.mark.parametrize("key", ["masking[relu]", "packing-order"])
 def test_a_known_failure_elsewhere_is_no_excuse(outcome, key):
     assert outcome(gives(1.5), {key: "the edge is being mended"}).status is CheckStatus.FAILED
 
 
 def test_what_does_not_apply_is_neither_known_nor_unexpected(outcome):
-    assert outcome(raises(NotApplicable("not here")), {"sight": "a reason"}).status is CheckStatus.SKIPPED
+    assert outcome(raises(NotApplicable("not here")), {"masking": "a reason"}).status is CheckStatus.SKIPPED
 
 
 def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, host):
@@ -96,16 +96,16 @@ def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, 
     assert len(planned) == len(set(planned))
     assert planned[:2] == [(None, "light-import"), (None, "round-trip")]
     assert {variant for variant, _ in planned} == {None, "base", "relu"}
-    assert ("relu", "sight") in planned
+    assert ("relu", "masking") in planned
     assert not any(name.startswith("cache") or "window" in name or "generate" in name for _, name in planned)
 
 
 def test_names_limit_the_plan(make_spec, host):
     with Suite(make_spec("qwen2"), host=host) as suite:
-        planned = suite.plan(checks=["sight", "round-trip"], variants=["windows"])
+        planned = suite.plan(checks=["masking", "round-trip"], variants=["windows"])
         only = suite.plan(checks=["round-trip"])
 
-    assert [(variant, check.name) for variant, check in planned] == [("windows", "sight")]
+    assert [(variant, check.name) for variant, check in planned] == [("windows", "masking")]
     assert [(variant, check.name) for variant, check in only] == [(None, "round-trip")]
 
 
@@ -126,7 +126,7 @@ def test_what_there_is_not_is_refused(arguments, told, make_spec, host):
 
 
 def test_a_plugin_that_nobody_brings_is_refused(host):
-    with pytest.raises(PluginError, match="no plugin brings model type 'bertt'"):
+    with pytest.raises(PluginError, match="no plugin provides model type 'bertt'"):
         run_checks("bertt", host=host)
 
 

@@ -57,7 +57,7 @@ def _section(spec: ArchitectureSpec, cases: ArchitectureCases) -> Iterator[str]:
     yield f"## {spec.model_type}\n\n{spec.summary}\n"
     yield "| task | checkpoints saved as | reference |\n| --- | --- | --- |"
     for task in spec.tasks:
-        names = ", ".join(f"`{name}`" for name, served in spec.hf_architectures.items() if served == task)
+        names = ", ".join(f"`{name}`" for name, stated in spec.hf_architectures.items() if stated == task)
         reference = f"`{cases.references[task].replace(':', '.')}`" if task in cases.references else "none"
         default = " (default)" if task == spec.default_task else ""
         yield f"| {str(task).replace('-', ' ')}{default} | {names or '-'} | {reference} |"

@@ -1,7 +1,7 @@
 """`lorax doctor`: what this machine offers, and what of it is used.
 
-Decides which facts help somebody who asks why something is slow or missing. Knows nothing of how backends and products are
-chosen; asks those who choose.
+Decides which facts help to find out why something is slow or missing. Knows nothing of how backends and kernels are chosen;
+asks the modules that choose.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Tell versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin has failed."""
+    """Show versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin has failed."""
     from lorax_core.plugins.host import PluginHost
 
     with data_only_stdout():
@@ -46,7 +46,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         facts = {"versions": versions, "machine": machine, "attention": attention, "plugins": plugins}
         show_json({**facts, "problems": problems})
     else:
-        backends = {one["name"]: one["reason"] or "serves" for one in attention}
+        backends = {one["name"]: one["reason"] or "usable" for one in attention}
         groups = {"versions": versions, "machine": machine, "attention": backends, "plugins": plugins}
         lines = [(group, name, str(value)) for group, found in groups.items() for name, value in found.items()]
         show_table(("", "", ""), lines)
@@ -72,19 +72,19 @@ def _machine() -> dict[str, Any]:
     from lorax_core.modeling.linear import packing_works
 
     packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]
-    product, told = native_status()
+    product, message = native_status()
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "device": "cuda" if gpus else "cpu",
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
         "packed products": ", ".join(packed) or "none",
-        "compiled adapter product": told if product is not None else f"none: {told}",
+        "compiled adapter product": message if product is not None else f"none: {message}",
     }
 
 
 def _attention(host: PluginHost) -> list[dict[str, Any]]:
-    """Each declared backend, the first choice first, and why it serves nothing here."""
+    """Each declared backend, the first choice first, and why it is not usable here."""
     import torch
 
     from lorax_core.attention.select import why_not

@@ -1,4 +1,4 @@
-"""`lorax models`: which architectures are installed, what one of them is, and whether a checkpoint can be served.
+"""`lorax models`: which architectures are installed, what one of them is, and whether a checkpoint can be loaded.
 
 Decides what is shown of an architecture. Knows nothing of discovery or of weights; imports them when a command runs.
 """
@@ -28,12 +28,12 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("list")
 def list_models(
-    task: Annotated[Task | None, typer.Option(help="Only architectures that serve this task.")] = None,
+    task: Annotated[Task | None, typer.Option(help="Only architectures that support this task.")] = None,
     json: _Json = False,
     every: Annotated[bool, typer.Option("--all", help="Also those that cannot be used.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a plugin has failed.")] = False,
 ) -> None:
-    """List the architectures that installed plugins bring. Never imports torch."""
+    """List the architectures of installed plugins. Never imports torch."""
     host = _discover()
     models = [entry for entry in _entries(host, every) if task is None or task in entry["tasks"]]
     if json:
@@ -41,7 +41,7 @@ def list_models(
     elif models:
         show_table(_COLUMNS, [_row(entry) for entry in models])
     elif task is not None and host.architectures:
-        tell(f"no installed architecture serves the task '{task}'")
+        tell(f"no installed architecture supports the task '{task}'")
     else:
         tell("no architecture can be used", "pip install lorax-qwen2; `lorax plugins list --all` shows what is there")
     tell_problems(host.records)
@@ -54,7 +54,7 @@ def show_model(
     model_type: Annotated[str, typer.Argument(metavar="TYPE", help="As in a checkpoint's config.json.")],
     json: _Json = False,
 ) -> None:
-    """Show one architecture: what it serves, and who brings it."""
+    """Show one architecture: its tasks, and the plugin that provides it."""
     host = _discover()
     spec, record = host.architecture(model_type), host.owner(model_type)
     entry = _entry(spec, record, _usable_status(record))
@@ -66,7 +66,7 @@ def show_model(
     details = {
         "summary": spec.summary,
         "examples": ", ".join(spec.examples) or "-",
-        "served as": ", ".join(f"{name}: {task}" for name, task in spec.hf_architectures.items()) or "-",
+        "checkpoints": ", ".join(f"{name}: {task}" for name, task in spec.hf_architectures.items()) or "-",
         "features": ", ".join(spec.features) or "-",
         "config": spec.config,
         "backbone": spec.backbone,
@@ -85,7 +85,7 @@ def check_model(
     model_type = read_config(path)["model_type"]
     host = _discover()
     host.architecture(model_type)
-    from lorax_core.weights.check import check_checkpoint  # late: a config that nobody can serve needs no torch
+    from lorax_core.weights.check import check_checkpoint  # late: not needed to reject an unknown model type
 
     report = check_checkpoint(path, host)
     if json:
@@ -100,7 +100,7 @@ def check_model(
                 ("tensors", f"{report.tensors:,} ({len(report.ignored):,} ignored)"),
                 ("parameters", f"{report.parameters:,}"),
                 ("dtype", report.dtype),
-                ("verdict", "ok" if report.ok else "cannot be served"),
+                ("verdict", "ok" if report.ok else "cannot be loaded"),
             ],
         )
     for problem in report.problems:
@@ -132,19 +132,19 @@ def _entries(host: PluginHost, every: bool) -> Iterator[dict[str, Any]]:
 
 
 def _usable_status(record: PluginRecord) -> str:
-    # One that conflicts over another name is in order for this one.
+    # A conflict over another name does not concern this one.
     return "ready" if record.status == "conflict" else record.status
 
 
 def _entry(spec: ArchitectureSpec | None, record: PluginRecord, status: str) -> dict[str, Any]:
-    """One of "models" in JSON; what a plugin that cannot be used would have brought is not known."""
+    """One of "models" in JSON; what a broken plugin would have provided is not known."""
     return {
         "model_type": spec and spec.model_type,
         "summary": spec and spec.summary,
         "tasks": [str(task) for task in spec.tasks] if spec else [],
         "default_task": spec and str(spec.default_task),
         "attention": spec and ("causal" if spec.causal else "bidirectional"),
-        "lora": spec is not None,  # follows from core's layers; no architecture is without
+        "lora": spec is not None,  # core's layers support it, so every architecture does
         "plugin": record.name,
         "package": record.package,
         "version": record.version,

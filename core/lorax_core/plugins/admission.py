@@ -1,6 +1,6 @@
-"""Trying one plugin: is it wanted, was it made for this core, does it import, are its declarations sound.
+"""Loads and validates one plugin: is it enabled, is it compatible, does it import, are its declarations valid.
 
-Decides the status of one plugin alone. Knows nothing of the others: conflicts are the host's affair.
+Decides the status of one plugin. Knows nothing of the others: `host` resolves conflicts.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _T = TypeVar("_T", ArchitectureSpec, BackendSpec)
 
 
 def make_manager() -> pluggy.PluginManager:
-    """A pluggy manager that knows core's hooks and no plugin."""
+    """A pluggy manager with core's hooks and no plugin."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
 
 
 def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Settings) -> PluginRecord:
-    """Judges one entry point. Whatever the plugin does, `KeyboardInterrupt` apart, ends up in the record."""
+    """Loads one entry point. Any exception of the plugin, `KeyboardInterrupt` apart, is recorded as its status."""
     package, version = identity(entry)
     record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.READY)
     blocked = _blocked_by(settings, entry.name, package)
@@ -56,7 +56,7 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
         architectures, backends = _admit(manager, entry, f"{package}:{entry.name}={entry.value}")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a plugin that calls sys.exit() at import must not end the process either
+    except BaseException as error:  # sys.exit() at import must not end the process either
         status = PluginStatus.INCOMPATIBLE if isinstance(error, Incompatible) else PluginStatus.BROKEN
         hint = (error.hint if isinstance(error, LoraxError) else None) or _DOCTOR_HINT
         seconds = None if start is None else time.perf_counter() - start
@@ -76,24 +76,24 @@ def identity(entry: EntryPoint) -> tuple[str, str]:
         metadata = entry.dist.metadata if entry.dist is not None else None
         if metadata is not None and metadata["Name"]:
             return canonical(metadata["Name"]), metadata["Version"] or ""
-    except Exception:  # metadata that cannot be read; what then fails is told when the plugin is tried
+    except Exception:  # unreadable metadata: loading the plugin reports what is wrong
         pass
     package = canonical(entry.value.partition(":")[0].partition(".")[0])
     return package, __version__ if package == CORE else ""
 
 
 def key_of(spec: Spec) -> str:
-    """The name that a spec claims, which no two plugins may."""
+    """The name that a spec claims; two plugins cannot have the same."""
     return spec.model_type if isinstance(spec, ArchitectureSpec) else spec.name
 
 
 def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] | None:
-    """Cause and way out where the settings keep a plugin out."""
+    """Cause and hint where the settings block a plugin."""
     names = {canonical(name), package}
     if package == CORE:
         return None
     if names & settings.block_plugins:
-        return "LORAX_BLOCK_PLUGINS names it", "take it out of LORAX_BLOCK_PLUGINS"
+        return "LORAX_BLOCK_PLUGINS names it", "remove it from LORAX_BLOCK_PLUGINS"
     if settings.plugins and not names & settings.plugins:
         return "LORAX_PLUGINS does not name it", f"add {package} to LORAX_PLUGINS"
     return None
@@ -142,7 +142,7 @@ def _admit(
 
 
 def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
-    """pluggy takes a function of an unknown name for a hook that nobody calls; here it is an error."""
+    """pluggy silently accepts a function of an unknown name; here it is an error."""
     hooks = sorted(name for name in vars(hookspecs) if name.startswith(HOOK_PREFIX))
     found = False
     for name in dir(plugin):
@@ -165,10 +165,10 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
 
 
 def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) -> tuple[_T, ...]:
-    """What one plugin answers to one hook.
+    """The specs that one plugin returns from one hook.
 
-    Its function is called by itself and not through `manager.hook`: everybody's answers in one list would not say whose
-    they are, and one that raises would keep the rest from being asked.
+    The function is called directly and not through `manager.hook`: that would give one list without owners, and one plugin that
+    raises would hide the others.
     """
     specs: list[_T] = []
     for impl in getattr(manager.hook, hook).get_hookimpls():
@@ -179,8 +179,8 @@ def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) ->
             raise PluginError(f"{hook} returned {reprlib.repr(answer)}; it returns an iterable of {kind.__name__}")
         for item in answer:
             if not isinstance(item, kind):
-                raise PluginError(f"{hook} gave {reprlib.repr(item)}, which is not an {kind.__name__}")
-            # Judged again: model_copy(update=...) and model_construct() make specs that nobody has validated.
+                raise PluginError(f"{hook} yielded {reprlib.repr(item)}, which is not an instance of {kind.__name__}")
+            # Validated again: model_copy(update=...) and model_construct() skip validation.
             specs.append(kind.model_validate(dict(item)))
     keys = [key_of(spec) for spec in specs]
     twice = sorted({key for key in keys if keys.count(key) > 1})

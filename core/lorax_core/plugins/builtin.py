@@ -1,4 +1,4 @@
-"""Core's own plugin: the attention backends that ship with lorax-core, declared as a stranger would declare his."""
+"""Core's own plugin: the attention backends of lorax-core, declared through the same hook as any plugin's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lorax_core.plugins.spec import BackendSpec
 
 @hookimpl
 def lorax_attention_backends() -> Iterable[BackendSpec]:
-    """The readable reference, which runs everywhere that torch runs."""
+    """The reference in plain torch, which runs everywhere that torch runs."""
     yield BackendSpec(
         name="torch",
         summary="Reference in plain torch; the oracle of every other backend.",

@@ -1,6 +1,6 @@
-"""What became of one plugin.
+"""The status of one plugin.
 
-Decides the words for it: six statuses, and one line for a cause. Knows nothing of how plugins are found or judged.
+Decides the six statuses and the one line that explains a cause. Knows nothing of how plugins are found or validated.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 _HERE: Final = PurePath(__file__).parent
-_MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their frames say nothing of the plugin
+_MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their frames are not the plugin's
 
 Spec = ArchitectureSpec | BackendSpec
 
 
 class PluginStatus(StrEnum):
-    """What can be said of an installed plugin.
+    """The status of an installed plugin.
 
     - `ready`: usable.
     - `slow-import`: usable, but importing its declaration imported torch.
-    - `incompatible`: made for another lorax-core, or another generation of the plugin API; it was not used.
+    - `incompatible`: written for another version of lorax-core or of the plugin API; it is not used.
     - `conflict`: it claims a name that another plugin claims too; neither gets it until the user names one.
     - `broken`: its import, its hooks or its declarations failed.
-    - `blocked`: the user's settings keep it out; it was not imported.
+    - `blocked`: disabled by the user's settings; it was not imported.
     """
 
     READY = "ready"
@@ -46,13 +46,13 @@ class PluginStatus(StrEnum):
 
     @property
     def failed(self) -> bool:
-        """Whether something must be mended before all that the plugin declares can be used."""
+        """Whether something must be fixed before all that the plugin declares can be used."""
         return self in (PluginStatus.INCOMPATIBLE, PluginStatus.CONFLICT, PluginStatus.BROKEN)
 
 
 @dataclass(frozen=True, slots=True)
 class PluginRecord:
-    """One entry point of the group `lorax.plugins`, and what became of it.
+    """One entry point of the group `lorax.plugins`, and its status.
 
     `architectures` and `backends` are what can be used; `contested` is what it declares but does not get, because
     another plugin claims the same name. `seconds` is how long importing and asking it took, None if it was not imported.
@@ -77,7 +77,7 @@ class PluginRecord:
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """All that can be used of what it declares."""
+        """All of its specs that can be used."""
         return (*self.architectures, *self.backends)
 
     @property
@@ -88,13 +88,13 @@ class PluginRecord:
 
     @property
     def verdict(self) -> str:
-        """What became of it, as a sentence."""
+        """The status as a sentence."""
         word = "in conflict" if self.status is PluginStatus.CONFLICT else self.status
         return f"plugin {self.title} is {word}" + (f": {self.cause}" if self.cause else "")
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, on one line, with the place in the plugin where that can be told."""
+    """What went wrong, on one line, with the place in the plugin where it is known."""
     if isinstance(error, LoraxError):
         return " ".join(error.message.split())
     if isinstance(error, ValidationError):

@@ -163,7 +163,7 @@ class Case:
         return self._filled(task, self.dtype)[1]
 
     def loaded(self, task: Task, dtype: torch.dtype | None = None) -> LoadedModel:
-        """Our model of the task's checkpoint, in the case's dtype unless told otherwise."""
+        """Our model of the task's checkpoint, in the case's dtype unless another is given."""
         base, account = self._filled(task, dtype or self.dtype)
         if account.problems:
             raise CheckFailed(f"the checkpoint for {task!s} cannot be loaded: {'; '.join(account.problems)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorax_core.testing.result import CheckFailed, Measured
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-2, torch.bfloat16: 2.5e-1}
-"""By the dtype that a model computes in. The 16-bit ones serve backends that know no float32."""
+"""By the dtype that a model computes in. The 16-bit ones are for backends without float32."""
 
 
 class Worst:

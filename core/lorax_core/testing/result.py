@@ -84,7 +84,7 @@ class CheckResult:
 
     @property
     def key(self) -> str:
-        """The check and its variant, as `known_failures` may name them: `sight[sliding]`."""
+        """The check and its variant, as `known_failures` may name them: `masking[sliding]`."""
         return self.check if self.variant is None else f"{self.check}[{self.variant}]"
 
     def to_json(self) -> dict[str, Any]:

@@ -51,5 +51,5 @@ def conformance(
 
 
 def failure_text(check: Check, result: CheckResult) -> str:
-    """A failure in words: what should hold, how far off it is, and where."""
+    """The message of a failure: the property, the error, and where it is."""
     return "\n  ".join(filter(None, (f"{result.key}: {check.proves}", result.detail, result.excess)))

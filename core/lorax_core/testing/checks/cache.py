@@ -1,6 +1,6 @@
-"""The paged cache changes nothing: however a text comes, and wherever its keys lie, it gets what it gets whole.
+"""The paged cache does not change results: chunks, single tokens and any order of pages give what one pass gives.
 
-Decides how texts are cut and where their pages are. Compares the model with itself.
+Decides how sequences are cut and where their pages are. Compares the model with itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """16-bit numbers cost no more accuracy than they cost the reference.
 
 Decides how an error in 16 bit is judged: against the reference in float32, and beside the reference in the same 16 bit. The
-measure is the root of the mean square, for the single worst number is luck.
+measure is the root of the mean square, for the single worst number is noise.
 """
 
 from __future__ import annotations

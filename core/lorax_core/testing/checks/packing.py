@@ -1,6 +1,6 @@
-"""What a text gets does not depend on what it shares a batch with.
+"""The result of a sequence does not depend on the other sequences in its batch.
 
-Decides which batches must agree. Compares the model with itself; the numbers themselves are `numbers`' affair.
+Decides which batches must agree. Compares the model with itself; `numbers` compares it with the reference.
 """
 
 from __future__ import annotations

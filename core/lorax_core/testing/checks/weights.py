@@ -27,7 +27,7 @@ _FILE = "model.safetensors"
 
 
 def _accounted(case: Case) -> Measured:
-    told = []
+    summary = []
     for task in case.tasks:
         account = case.account(task)
         if account.problems:
@@ -38,8 +38,8 @@ def _accounted(case: Case) -> Measured:
             raise CheckFailed(
                 f"a checkpoint of {name} is taken for {base.default_task!s}, not {task!s}; name it in hf_architectures"
             )
-        told.append(f"{task}: {account.filled} filled, {len(account.ignored)} ignored")
-    return Measured(note="; ".join(told))
+        summary.append(f"{task}: {account.filled} filled, {len(account.ignored)} ignored")
+    return Measured(note="; ".join(summary))
 
 
 def _missing(case: Case) -> Measured:
@@ -85,7 +85,7 @@ def _extra(case: Case) -> Measured:
     count = 0
     for task in case.chosen:
         tensors = _read(case, task)
-        more = _strangers(tensors, case.account(task).ignored)
+        more = _extra_tensors(tensors, case.account(task).ignored)
         unused = _damaged(case, task, {**tensors, **more}).unused
         _insist("extra", [name for name in more if name not in unused])
         count += len(more)
@@ -100,10 +100,10 @@ def _spoil(tensor: Tensor, shape: bool) -> Tensor:
     return spoilt
 
 
-def _strangers(tensors: Mapping[str, Tensor], ignored: Iterable[str]) -> Tensors:
+def _extra_tensors(tensors: Mapping[str, Tensor], ignored: Iterable[str]) -> Tensors:
     ignored = set(ignored)
     known = {name for name in tensors if name not in ignored}
-    more = {"kit.stranger.weight": torch.zeros(2, 2)}
+    more = {"kit.unknown.weight": torch.zeros(2, 2)}
     for name in known:
         if name.endswith(".weight"):
             more[name.removesuffix("weight") + "bias"] = torch.zeros(tensors[name].shape[:1])
@@ -149,7 +149,7 @@ def _insist(damage: str, silent: Sequence[str]) -> None:
 
 
 CHECKS = (
-    Check("weights-accounted", "every tensor of a whole checkpoint finds its place, and its task is known", _accounted),
+    Check("weights-accounted", "every tensor of a whole checkpoint is loaded, and its task is recognised", _accounted),
     Check("weights-missing", "a tensor that is missing is named", _missing),
     Check("weights-corrupt", "a tensor with NaN or of another shape is named", _corrupt),
     Check("weights-extra", "a tensor that nothing takes is named", _extra),

@@ -1,4 +1,4 @@
-"""DistilBERT is right: the kit's proof, and answers through the public face that are those of transformers."""
+"""What is particular to DistilBERT: its answers through the public API are those of transformers."""
 
 from __future__ import annotations
 
@@ -17,11 +17,6 @@ from transformers import (
 )
 
 import lorax_core as lorax
-from lorax_core.testing import conformance
-
-torch.set_num_threads(1)  # for models as tiny as these, more threads only wait for each other
-
-test_conformance = conformance("distilbert")
 
 TINY = {
     "vocab_size": 90,

@@ -1,7 +1,7 @@
-"""Who sees whom: which rows change when a token changes.
+"""Attention masks: which rows change when a token changes.
 
-Decides by experiment, on the reference and on the model alike: the future, and what lies beyond a window, must leave a row
-as it is. Only whether a row changes counts; by how much is `numbers`' affair.
+Decides by experiment, on the reference and on the model alike: a token in the future of a row, or outside its window, must not
+change it. Only whether a row changes counts; `numbers` compares by how much.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _window(case: Case) -> Measured:
     text = case.long_text
     if len(text) <= widest:
         raise CheckFailed(
-            f"the window of {widest} tokens is never left: the longest text has {len(text)}; give the variant a smaller one"
+            f"the window of {widest} tokens is never left: the longest text has {len(text)}; use a smaller one here"
         )
     return _probe(case, text, [0, len(text) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
 
@@ -53,7 +53,7 @@ def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured
         right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
         for row, error in enumerate(_errors(mine, right).tolist()):
             if not error <= worst:
-                verb = "sees" if right[row] < _CLEAR else "does not see"
+                verb = "attends to" if right[row] < _CLEAR else "does not attend to"
                 worst, where = error, f"row {row} {verb} token {probe}, unlike the reference's"
     return Measured(worst, case.tolerance, "; ".join(filter(None, (where if worst > case.tolerance else "", note))))
 
@@ -81,6 +81,6 @@ def _windowed(spec: ArchitectureSpec) -> str | None:
 
 
 CHECKS = (
-    Check("sight", "rows see what the reference's see: causal ones are blind to the future", _rows),
-    Check("sight-window", "the edge of a window is where the reference has it", _window, _windowed),
+    Check("masking", "a row attends to the tokens that the reference's row attends to", _rows),
+    Check("masking-window", "the edge of a window is where the reference has it", _window, _windowed),
 )

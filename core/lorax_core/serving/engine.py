@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorax_core.errors import LoraxError, RequestError
+from lorax_core.kvcache.sizing import peak_memory
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
-from lorax_core.serving.cache import peak_memory
 from lorax_core.serving.call import Call
 from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.loading import EngineParts, assemble_engine

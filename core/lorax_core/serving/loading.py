@@ -21,11 +21,11 @@ from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
+from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
 from lorax_core.modeling.linear import packing_works
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
-from lorax_core.serving.cache import CacheSize, cache_dtype, make_pool
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
@@ -36,6 +36,7 @@ from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
 _threads_lock = threading.Lock()
 _threads: int | None = None
@@ -118,11 +119,25 @@ def _attention_and_cache(
         host.backends,
         model.attention_specs,
         dtype=model.dtype,
-        kv_dtype=cache_dtype(model, size, options.kv_dtype),
+        kv_dtype=_KV_DTYPES.get(options.kv_dtype, model.dtype),
         device=str(model.device),
         name=options.attention,
     )
-    return chosen, make_pool(model, size, chosen.layout)
+    if not model.needs_kv_cache:
+        if size.given or options.kv_dtype != "auto":
+            raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
+        return chosen, None
+    layers, spec = model.attention_layers, model.attention_specs[0]
+    shape = CacheShape(
+        layers=len(layers),
+        page_size=chosen.layout.page_size,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=chosen.layout.dtype,
+        device=model.device,
+        scales=tuple((layer.k_scale, layer.v_scale) for layer in layers),
+    )
+    return chosen, make_pool(shape, size)
 
 
 def _preparer(

@@ -28,7 +28,7 @@ def canonical(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What steers this process, read once and handed around.
+    """What the environment sets, read once and passed on.
 
     - `plugins` (`LORAX_PLUGINS`): only these plugins are loaded; empty means all. Names, separated by commas, of
       distributions (`lorax-bert`) or of their entry points (`bert`).
@@ -75,9 +75,9 @@ def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
 
 
 def _cache(environ: Mapping[str, str]) -> Path:
-    told = environ.get("LORAX_CACHE", "").strip()
-    if told:
-        return Path(told)
+    chosen = environ.get("LORAX_CACHE", "").strip()
+    if chosen:
+        return Path(chosen)
     shared = environ.get("XDG_CACHE_HOME", "")
     return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # relative ones are void, as XDG has it
 

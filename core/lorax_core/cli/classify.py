@@ -1,7 +1,7 @@
-"""`lorax classify`: labels of texts, or of their tokens, on stdout.
+"""`lorax classify`: labels of inputs, or of their tokens, on stdout.
 
 Decides how a command line says which head answers, and what is shown of its labels. Knows nothing of models: loading and
-answering are those of the Python face, imported when the command runs.
+answering are those of the Python interface, imported when the command runs.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _head_options(
     about = {name: value for name, value in said.items() if value is not None}
     if about and not isinstance(chosen, str):
         option = "--label" if named else "--task"
-        told = "it speaks of the head of one adapter; --adapter NAME=FOLDER loads one, --use NAME chooses it"
-        raise typer.BadParameter(told, param_hint=option)
+        message = "it is about the head of one adapter; --adapter NAME=FOLDER loads one, --use NAME chooses it"
+        raise typer.BadParameter(message, param_hint=option)
     return about
 
 

@@ -1,6 +1,6 @@
 """`lorax embed`: texts to vectors, on stdout.
 
-Decides what is shown of a vector. Knows nothing of models: loading and answering are those of the Python face, imported
+Decides what is shown of a vector. Knows nothing of models: loading and answering are those of the Python interface, imported
 when the command runs.
 """
 

@@ -1,7 +1,7 @@
 """`lorax generate`: continue one prompt, the text on stdout as it is made.
 
 Decides how a command line becomes a request, and what is shown of the answer. Knows nothing of models: loading and
-answering are those of the Python face, imported when the command runs.
+answering are those of the Python interface, imported when the command runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The entry of the `lorax` command: which subcommands there are, and how an error ends the process.
 
-Decides exit codes: 0 done, 1 a `LoraxError` (told on stderr with its hint), 2 a wrong command line. Knows nothing of
+Decides exit codes: 0 done, 1 a `LoraxError` (printed to stderr with its hint), 2 a wrong command line. Knows nothing of
 what a subcommand does; each is a module of this package with a typer `app`, imported when it is asked for.
 """
 

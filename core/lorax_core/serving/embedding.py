@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from lorax_core.errors import CheckpointError, RequestError, listed
+from lorax_core.errors import CheckpointError
 from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.heads import EmbeddingHead, Projection
 from lorax_core.types import Pooling, Task
@@ -20,13 +20,11 @@ def set_up_embedding(
 ) -> SentenceFiles | None:
     """Set pooling, normalisation and projections of the embedding head, when there is one; gives the files that were read.
 
-    Raises RequestError for a pooling that is not served, CheckpointError for files that cannot be followed.
+    Raises CheckpointError for files that cannot be followed.
     """
     model = base.model
     if Task.EMBED not in model.tasks:
         return None
-    if pooling is not None and pooling not in list(Pooling):
-        raise RequestError(f"pooling {pooling!r} is not served; served are {listed(one.value for one in Pooling)}")
     files = read_sentence_files(base.checkpoint, Pooling(pooling) if pooling is not None else None)
     head = cast("EmbeddingHead", model.head(Task.EMBED))
     if pooling is not None:

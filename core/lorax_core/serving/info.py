@@ -14,7 +14,7 @@ from lorax_core.engine.stats import StepStats
 class EngineInfo:
     """What an engine is made of.
 
-    `max_tokens` is the longest sequence, `max_text_tokens` the longest text to embed or classify (tokenizers and sentence
+    `max_tokens` is the longest sequence, `max_text_tokens` the longest input to embed or classify (tokenizers and sentence
     files may allow less than the model), `kv_cache_tokens` what all sequences share. `step_bytes`, known after `warmup`: what
     the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
     `steps` counts the steps so far, and `last_step` has the numbers of the last one.

@@ -1,6 +1,6 @@
-"""From scores to labels that a reader can use.
+"""From scores to labels and entities.
 
-Decides which tokens are told, and how neighbouring B-/I- labels make entities. Knows nothing of models.
+Decides which tokens are reported, and how neighbouring B-/I- labels make entities. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorax_core.types import Classification, Entity, Usage
 
 
 def sequence_labels(scores: NDArray[np.float32], labels: Sequence[str], encoded: Encoded) -> Classification:
-    """Every label of a text, by falling score: scores `[labels]`."""
+    """Every label of an input, by falling score: scores `[labels]`."""
     order = np.argsort(-scores, kind="stable")
     return Classification(
         labels=[labels[at] for at in order],

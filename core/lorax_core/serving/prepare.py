@@ -49,19 +49,19 @@ class Limits:
     def tokens(self) -> int:
         return self.model_tokens if self.cache_tokens is None else min(self.model_tokens, self.cache_tokens)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The limits as a sentence for errors."""
         cache = "" if self.cache_tokens is None else f", the KV cache {self.cache_tokens}"
         return f"the model holds {self.model_tokens}{cache}"
 
 
 def _no_values(values: Values) -> Result:
-    raise AssertionError(f"a generating sequence was given values {values.shape}")
+    raise AssertionError(f"a generating sequence has values {values.shape}")
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A sequence, and how the values that its head gives become the caller's result."""
+    """A sequence, and how the values from its head become the caller's result."""
 
     sequence: Sequence
     result: Callable[[Values], Result] = _no_values
@@ -89,16 +89,16 @@ class Preparer:
 
     @property
     def max_text_tokens(self) -> int:
-        """The longest text to embed or classify."""
+        """The longest input to embed or classify."""
         return min(self.limits.tokens, self.text.max_tokens or self.limits.tokens)
 
     def count_tokens(self, prompt: Any) -> int:
-        """Tokens of a prompt or text."""
+        """Tokens of a prompt or input."""
         generating = Task.GENERATE in self.model.tasks
         return len(self.text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
     def prepare(self, request: Request) -> Prepared:
-        """What a request asks of the engine."""
+        """The sequence of a request, and how its answer becomes a result."""
         match request:
             case GenerateRequest():
                 return self._generate(request)
@@ -114,7 +114,7 @@ class Preparer:
         if room < 1 or (request.max_tokens or 1) > room:
             asked = f" and {request.max_tokens} more asked for" if request.max_tokens else ""
             raise CapacityError(
-                f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.told()}",
+                f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.describe()}",
                 hint=self._capacity_hint(len(encoded.ids) + (request.max_tokens or 1)),
             )
         self._check_tokens("logit_bias", request.logit_bias)
@@ -133,7 +133,7 @@ class Preparer:
             stop=stop,
             prompt_logprobs=request.prompt_logprobs,
             grammar=grammar,
-            # A grammar must see each token before it says what may follow, so it cannot judge guesses ahead.
+            # A grammar must see each token before it knows what may follow, so it cannot verify draft tokens.
             drafter=self._drafter(adapter) if grammar is None else None,
             speculates=grammar is None and _drafts(adapter),
             priority=request.priority,
@@ -160,7 +160,7 @@ class Preparer:
         )
 
     def _fork(self, first: Sequence, choice: int) -> Sequence:
-        """A further answer to the same prompt, whose scores the first one brings."""
+        """A further answer to the same prompt; prompt scores are the first one's."""
         return Sequence(
             task=first.task,
             prompt=first.prompt,
@@ -174,7 +174,7 @@ class Preparer:
         )
 
     def _drafter(self, adapter: Adapter | None) -> Drafter | None:
-        """What guesses ahead: the adapter's heads where it has some, else the text itself where that is asked for."""
+        """What drafts tokens: the adapter's heads where it has some, else prompt lookup where that is asked for."""
         if _drafts(adapter):
             return Proposals()
         return PromptLookup(self.speculate) if self.speculate else None
@@ -206,7 +206,7 @@ class Preparer:
         return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
 
     def _classifying_head(self, adapter: Adapter | None) -> Head:
-        """The adapter's own head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
+        """The adapter's head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
         if adapter is not None and adapter.head is not None:
             return adapter.head
         if adapter is not None and adapter.task in CLASSIFICATION:
@@ -217,15 +217,15 @@ class Preparer:
         return self.model.head(next((task for task in CLASSIFICATION if task in self.model.tasks), CLASSIFICATION[1]))
 
     def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
-        """The ids of a text, cut to what the checkpoint takes when the request allows it."""
+        """The ids of an input, truncated to what the checkpoint takes when the request allows it."""
         encoded = self._checked(self.text.encode(request.input, task))
         limit = self.max_text_tokens
         if len(encoded.ids) <= limit:
             return encoded
         if request.truncate == "error":
             raise CapacityError(
-                f"a text of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.told()})",
-                hint="truncate='end' or truncate='start' cuts it",
+                f"an input of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.describe()})",
+                hint="truncate='end' or truncate='start' shortens it",
             )
         return cut(encoded, limit, request.truncate)
 

@@ -1,4 +1,4 @@
-"""What users may ask.
+"""The requests that users make.
 
 Decides which options exist and which values they take: the only place where user input is validated. Knows nothing of the
 model, so a limit of the model is checked where the request becomes a sequence.
@@ -18,7 +18,7 @@ TextPrompt = str | list[int] | list[dict[str, Any]]
 TextInput = str | list[int] | tuple[str, str]
 Truncate = Literal["error", "start", "end"]
 AdapterChoice = str | dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None
-"""An adapter's name, or several with weights, whose sum is meant. None is the base."""
+"""An adapter's name, or several names with weights for their weighted sum. None is the base."""
 
 
 class _Request(BaseModel):
@@ -32,16 +32,16 @@ class _Request(BaseModel):
 
 
 class GenerateRequest(_Request):
-    """Continue a prompt: text, token ids (taken as they are), or chat messages.
+    """Continue a prompt: a string, token ids (taken as they are), or chat messages.
 
-    - `max_tokens` None runs to the limit of model and cache; nothing ends the text before `min_tokens`.
-    - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` narrow the choice, in this order, and equal
-      `seed`s give equal answers. `n` answers are given to the prompt, each its own draw.
+    - `max_tokens` None runs to the limit of model and cache; nothing ends the completion before `min_tokens`.
+    - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` filter the candidates, in this order, and
+      equal `seed`s give equal answers. `n` answers are sampled independently.
     - `repetition_penalty` divides the logits of all tokens before; `presence_penalty` and `frequency_penalty` lower those of
       generated ones, as OpenAI's do; `logit_bias` adds to logits by token id.
-    - `stop` strings and `stop_token_ids` end the text and are left out of it; so do end tokens, unless `ignore_eos`.
+    - `stop` strings and `stop_token_ids` end the completion and are left out of it; so do end tokens, unless `ignore_eos`.
     - `logprobs` and `prompt_logprobs` ask for the model's own log-probabilities and so many of the likeliest tokens.
-    - `json_schema`, `regex` or `choice` constrain the text (the extra `lorax-core[structured]`).
+    - `json_schema`, `regex` or `choice` constrain the completion (the extra `lorax-core[structured]`).
     - `priority` moves a request forward in the queue.
     """
 
@@ -88,9 +88,9 @@ class GenerateRequest(_Request):
 
 
 class EmbedRequest(_Request):
-    """One vector for a text, a pair of texts, or token ids (taken as they are).
+    """One vector for a string, a pair of strings, or token ids (taken as they are).
 
-    `truncate` says what happens to a text that is too long: "error", or which end loses tokens ("start", "end").
+    `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
     """
 
     input: TextInput
@@ -99,7 +99,7 @@ class EmbedRequest(_Request):
 
 
 class ClassifyRequest(_Request):
-    """Labels for a text, a pair of texts, or token ids: of each token or of the whole, as the checkpoint was trained.
+    """Labels for a string, a pair of strings, or token ids: of each token or of the whole, as the checkpoint was trained.
 
     `truncate` as in `EmbedRequest`.
     """
@@ -132,12 +132,12 @@ def make_requests(
 
 
 def is_single(prompts: Any) -> bool:
-    """Whether `prompts` is one prompt: a text, a pair, token ids or chat messages; raises RequestError for neither."""
+    """Whether `prompts` is one prompt (a string, a pair, token ids or chat messages) and not a list of them."""
     if isinstance(prompts, (str, tuple)):
         return True
     if not isinstance(prompts, list):
         raise RequestError(
-            f"a prompt is a text, token ids, chat messages or a pair of texts, and a list of those is a batch; "
+            f"a prompt is a string, token ids, chat messages or a pair of strings, and a list of those is a batch; "
             f"this is {type(prompts).__name__}: {prompts!r:.60}"
         )
     return bool(prompts) and all(isinstance(item, (int, dict)) for item in prompts)

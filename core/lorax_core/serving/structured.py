@@ -1,4 +1,4 @@
-"""Text that follows a JSON schema, a regular expression or a list of choices.
+"""Completions that follow a JSON schema, a regular expression or a list of choices.
 
 Decides how a request's constraint becomes a grammar over tokens. The work is done by llguidance, the extra
 `lorax-core[structured]`, imported when first asked for; `docs/engine.md` compares it with the others.
@@ -81,7 +81,7 @@ class GrammarFactory:
         return TokenGrammar(LLMatcher(tokenizer, what), self._vocab)
 
     def _prepare(self) -> LLTokenizer:
-        """The tokenizer as the library wants it, made once: that takes a moment."""
+        """The tokenizer in the library's form, made once because that takes a moment."""
         with self._lock:
             if self._prepared is None:
                 backend = getattr(self._tokenizer, "backend_tokenizer", None)

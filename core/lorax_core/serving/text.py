@@ -1,7 +1,7 @@
-"""Between texts and token ids.
+"""Between strings and token ids.
 
-Decides how prompts of every shape become ids, what is cut from a text that is too long, and how ids become text again. Knows
-nothing of models; a checkpoint without a tokenizer serves ids only.
+Decides how prompts of every shape become ids, what is truncated from an input that is too long, and how ids become text again.
+Knows nothing of models; a checkpoint without a tokenizer takes ids only.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text as ids.
+    """An input as ids.
 
-    `special` marks tokens that the tokenizer added; `offsets` are character ranges in the text (in its own text, of a pair);
-    `pool_from` is the first row that pooling counts. What token ids cannot tell is empty.
+    `special` marks tokens that the tokenizer added; `offsets` are character ranges in the string (in its own one, of a pair);
+    `pool_from` is the first row that pooling counts. What is not known of plain token ids is empty.
     """
 
     ids: list[int]
     token_types: list[int] | None = None
     special: tuple[bool, ...] = ()
     offsets: tuple[tuple[int, int], ...] = ()
-    second: tuple[bool, ...] = ()  # of a pair: whether a token is of its second text
+    second: tuple[bool, ...] = ()  # of a pair: whether a token is of its second string
     pool_from: int = 0
     truncated: bool = False
 
 
 class TextFront:
-    """The tokenizer of a checkpoint, as far as serving needs one. Safe to call from any thread."""
+    """The tokenizer of a checkpoint, and how it is used. Safe to call from any thread."""
 
     def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
         self._tokenizer = tokenizer
@@ -51,7 +51,7 @@ class TextFront:
 
     @property
     def tokenizer(self) -> Any | None:
-        """The tokenizer itself, for those who need more of it."""
+        """The tokenizer itself; None when the checkpoint has none."""
         return self._tokenizer
 
     @property
@@ -60,7 +60,7 @@ class TextFront:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text that the tokenizer or the sentence files allow; None when they set no limit."""
+        """The longest input that the tokenizer or the sentence files allow; None when they set no limit."""
         stated = [
             self._sentence.max_tokens if self._sentence else None,
             getattr(self._tokenizer, "model_max_length", None),
@@ -134,7 +134,7 @@ class TextFront:
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         tokenizer = self._require("chat messages")
         if not getattr(tokenizer, "chat_template", None):
-            raise RequestError("this checkpoint has no chat template", hint="give the prompt as one text")
+            raise RequestError("this checkpoint has no chat template", hint="give the prompt as one string")
         from jinja2 import TemplateError
 
         try:
@@ -153,9 +153,9 @@ class TextFront:
 
 
 def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
-    """Drop tokens of the text, never specials, at one `side` ("start" or "end") until `limit` are left.
+    """Drop tokens of the input, never specials, at one `side` ("start" or "end") until `limit` are left.
 
-    Of a pair, the longer text loses tokens first. Raises RequestError when the specials alone are more than `limit`.
+    Of a pair, the longer string loses tokens first. Raises RequestError when the specials alone are more than `limit`.
     """
     extra = len(encoded.ids) - limit
     if extra <= 0:
@@ -182,7 +182,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
 
 
 def _texts(special: tuple[bool, ...]) -> list[list[int]]:
-    """Places of the tokens of each text: runs between special tokens."""
+    """Indices of the tokens of each string: runs between special tokens."""
     texts: list[list[int]] = []
     before = True
     for at, mark in enumerate(special):

@@ -70,7 +70,7 @@ class Checkpoint:
         if quantisation is not None:
             method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
             raise CheckpointError(
-                f"{self.path} is quantised ({method!r}), which is not served",
+                f"{self.path} is quantised ({method!r}), which is not supported",
                 hint="use the unquantised checkpoint that it was made from",
             )
 

@@ -1,7 +1,7 @@
 """The files that sentence-transformers puts beside a checkpoint.
 
-Decides how a text becomes one vector when a checkpoint says so: pooling, normalisation, length, prompt, lower case. Both the
-old and the new spellings are read. A module that is not served is refused by name, never skipped.
+Decides how an input becomes one vector when a checkpoint says so: pooling, normalisation, length, prompt, lower case. Both the
+old and the new spellings are read. A module that is not supported is refused by name, never skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _OLD_MODES = {
 class SentenceFiles:
     """What the files say. `max_tokens` None leaves the limit to tokenizer and model.
 
-    `prompt` is put before every text; with `pool_prompt` false its tokens attend but are left out of the pooling.
+    `prompt` is put before every input; with `pool_prompt` false its tokens attend but are left out of the pooling.
     """
 
     pooling: Pooling
@@ -63,7 +63,7 @@ class DenseFiles:
 def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) -> SentenceFiles | None:
     """None when there is no `modules.json`; a `pooling` given stands in for the files'.
 
-    Raises CheckpointError for a module or mode that is not served.
+    Raises CheckpointError for a module or mode that is not supported.
     """
     modules = checkpoint.json("modules.json")
     if modules is None:
@@ -72,7 +72,7 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
     kinds = [kind for kind, _ in steps]
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
-            f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; served are 'Transformer', 'Pooling', any number of "
+            f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; supported are 'Transformer', 'Pooling', any number of "
             "'Dense', 'Normalize', in this order",
             hint="a module that is left out would change the vectors",
         )
@@ -100,7 +100,7 @@ def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
         )
     stated = str(config.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
     if stated not in _ACTIVATIONS:
-        raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; served are {listed(_ACTIVATIONS)}")
+        raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; supported are {listed(_ACTIVATIONS)}")
     with opened(file) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
     if not {"linear.weight"} <= set(found) <= {"linear.weight", "linear.bias"}:
@@ -133,7 +133,7 @@ def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tu
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _MODES:
         raise CheckpointError(
-            f"{checkpoint.path / folder} pools by {listed(modes)}; served is one of {listed(_MODES)}",
+            f"{checkpoint.path / folder} pools by {listed(modes)}; supported is one of {listed(_MODES)}",
             hint="load(..., pooling='mean') overrides it where another pooling is acceptable",
         )
     return _MODES[modes[0]], pool_prompt

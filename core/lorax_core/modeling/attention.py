@@ -7,10 +7,12 @@ into the queries. Knows nothing of how a backend computes, nor of pages.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
+from lorax_core.kernels.elementwise import Angles, rotate
 from lorax_core.modeling.batch import Batch
 
 
@@ -38,10 +40,24 @@ class Attention(nn.Module):
         soft_cap: float | None = None,
     ) -> None:
         super().__init__()
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"{heads} heads over {kv_heads} key heads: heads must be a multiple of key heads")
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"a scale of {scale}; scores are multiplied with a number above 0")
+        if window is not None and window < 1:
+            raise ValueError(f"a window of {window}; a query sees at least itself, so a window is 1 or more, or None for all")
+        if soft_cap is not None and not soft_cap > 0:
+            raise ValueError(f"a soft cap of {soft_cap}; scores are kept below a number above 0, or None for no cap")
         self.spec = AttentionSpec(heads, kv_heads, head_dim, causal, window, soft_cap)
         self.q_factor = 1.0 if scale is None else scale * math.sqrt(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+    if TYPE_CHECKING:
+
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: Angles | None = None) -> Tensor: ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: Angles | None = None) -> Tensor:
+        if angles is not None:
+            q, k = rotate(q, k, angles)
         assert batch.attention is not None, "a batch without an attention backend"
         if self.q_factor != 1.0:
             q = q * self.q_factor

@@ -13,13 +13,14 @@ Shapes used throughout the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lorax_core.kernels.elementwise import Angles
 from lorax_core.types import Task
 
 if TYPE_CHECKING:
@@ -56,6 +57,16 @@ class Speculator(Protocol):
     def guess(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Tokens `[rows, guesses]` after the one that follows each row of hidden `[rows, hidden]`; the base's logits of other
         hidden rows are at hand."""
+
+
+class Rotary(Protocol):
+    """A rotary position embedding; equal keys mean equal angles."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """Positions `[tokens]` to their angles."""
 
 
 class NoAdapters:
@@ -114,6 +125,17 @@ class Batch:
 
     # Filled by the attention backend once a step.
     plan: Any = None
+
+    # Angles of this step's positions, made when a layer first asks and shared by the layers after it.
+    _angles: dict[tuple[Hashable, torch.dtype], Angles] = field(default_factory=dict, init=False, repr=False)
+
+    def angles(self, rotary: Rotary, dtype: torch.dtype) -> Angles:
+        """The angles of this step's positions, computed once for all layers of one rotary embedding."""
+        key = rotary.key, dtype
+        found = self._angles.get(key)
+        if found is None:
+            found = self._angles[key] = rotary.angles(self.position_ids, dtype)
+        return found
 
     @property
     def starts(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.linear import packing_works
+from lorax_core.linear_methods.select import fast_in_bfloat16
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.cache import PAGE_SIZE, CacheSize, make_pool
@@ -183,17 +183,10 @@ def _dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
         stored = stored_dtype(files)
         if stored is torch.float32 or torch.device(device).type != "cpu":
             return stored
-        fast = stored is torch.bfloat16 and packing_works(torch.bfloat16) and _has_fast_bfloat16()
-        return torch.bfloat16 if fast else torch.float32
+        return stored if stored is torch.bfloat16 and fast_in_bfloat16(device) else torch.float32
     if name not in _DTYPES:
         raise RequestError(f"dtype {name!r} is not served; served are 'auto' and {listed(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself. The question is private to torch; without an answer it is no."""
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(asked()) if asked is not None else False
 
 
 def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:

@@ -19,6 +19,7 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import select_backend
 from lorax_core.errors import LoraxError
 from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
@@ -169,7 +170,7 @@ class Case:
         if key not in self._made:
             base, account = self.assemble(self.checkpoint(task), dtype)
             if not account.problems:
-                _mean(base).model.pack()
+                prepare_linears(_mean(base).model)
             self._made[key] = base, account
         return cast("tuple[LoadedModel, Account]", self._made[key])
 

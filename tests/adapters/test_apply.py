@@ -10,7 +10,7 @@ from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Adapter
 from lorax_core.adapters.deltas import LowRank, TokenLogits
 from lorax_core.modeling import Linear
-from lorax_core.modeling.batch import NoAdapters
+from lorax_core.modeling.site import NoAdapters
 
 
 class Whole(Adapter):

@@ -10,7 +10,7 @@ from lorax_core.engine.plan import Chunk, StepPlan
 from lorax_core.engine.sequence import Sequence
 from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopRule
-from lorax_core.modeling.batch import NoAdapters
+from lorax_core.modeling.site import NoAdapters
 from lorax_core.types import Task
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from lorax_core.modeling import GateUpLinear, Linear, QKVLinear
-from lorax_core.modeling.batch import NoAdapters
 from lorax_core.modeling.linear import packing_works
+from lorax_core.modeling.site import NoAdapters
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 

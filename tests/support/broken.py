@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
-from lorax_core.modeling import EmbeddingHead, LastTokenClassificationHead, Linear
-from lorax_core.modeling.batch import Batch, NoAdapters
+from lorax_core.kernels.elementwise import gated_act
+from lorax_core.modeling import EmbeddingHead, GatedMLP, LastTokenClassificationHead, LayerNorm
+from lorax_core.modeling.batch import Batch
+from lorax_core.modeling.site import NoAdapters
 from lorax_core.types import Pooling
 from lorax_qwen2.config import Qwen2Config
 from lorax_qwen2.modeling import FlashQwen2Model
@@ -137,7 +139,9 @@ class SwapsQueryAndKey(FlashBertModel):
 
     @staticmethod
     def weight_map(config):
-        return replace(FlashBertModel.weight_map(config), fuse={"layers.*.attention.qkv": ("key", "query", "value")})
+        return replace(
+            FlashBertModel.weight_map(config), fuse={"layers.*.self_attn.qkv_proj": ("key", "query", "value")}
+        )
 
 
 class DropsABias(FlashBertModel):
@@ -145,12 +149,12 @@ class DropsABias(FlashBertModel):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.layers[-1].intermediate.bias = None
+        self.layers[-1].mlp.up_proj.bias = None
 
     @staticmethod
     def weight_map(config):
         usual = FlashBertModel.weight_map(config)
-        return replace(usual, ignore=(*usual.ignore, "layers.*.intermediate.bias"))
+        return replace(usual, ignore=(*usual.ignore, "layers.*.mlp.up_proj.bias"))
 
 
 class DropsANormWeight(FlashBertModel):
@@ -158,11 +162,12 @@ class DropsANormWeight(FlashBertModel):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.embeddings.LayerNorm.forward = MethodType(_without_weight, self.embeddings.LayerNorm)
+        self.embeddings.LayerNorm = WithoutWeight(config.hidden_size, config.layer_norm_eps)
 
 
-def _without_weight(self, x, batch):
-    return F.layer_norm(x, (self.out_features,), None, self.bias, self.eps)
+class WithoutWeight(LayerNorm):
+    def compute(self, x, weight, bias):
+        return super().compute(x, None, bias)
 
 
 class LooksBackOnly(FlashBertModel):
@@ -171,7 +176,7 @@ class LooksBackOnly(FlashBertModel):
     def __init__(self, config) -> None:
         super().__init__(config)
         for layer in self.layers:
-            layer.attention.attention.spec = replace(layer.attention.attention.spec, causal=True)
+            layer.self_attn.attention.spec = replace(layer.self_attn.attention.spec, causal=True)
 
 
 class RoundsToEightBit(FlashBertModel):
@@ -189,7 +194,7 @@ class UsesForeignLinear(FlashBertModel):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.layers[0].output = ForeignLinear(config.intermediate_size, config.hidden_size)
+        self.layers[0].mlp.down_proj = ForeignLinear(config.intermediate_size, config.hidden_size)
 
 
 class ForeignLinear(nn.Linear):
@@ -212,7 +217,8 @@ class MakesUpAMissingNorm(FlashBertModel):
     @staticmethod
     def weight_map(config):
         return replace(
-            FlashBertModel.weight_map(config), tie={"layers.1.LayerNorm.weight": "layers.0.LayerNorm.weight"}
+            FlashBertModel.weight_map(config),
+            tie={"layers.1.post_mlp_layernorm.weight": "layers.0.post_mlp_layernorm.weight"},
         )
 
 
@@ -292,13 +298,12 @@ class AdaptsAllButOne(FlashQwen2Model):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        usual = self.layers[0].mlp.down_proj
-        self.layers[0].mlp.down_proj = Unadapted(usual.in_features, usual.out_features, bias=False)
+        self.layers[0].mlp = PassesAdaptersBy(config.hidden_size, config.intermediate_size, config.hidden_act)
 
 
-class Unadapted(Linear):
+class PassesAdaptersBy(GatedMLP):
     def forward(self, x, batch):
-        return super().forward(x, Nobody())
+        return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), Nobody())
 
 
 class Nobody:

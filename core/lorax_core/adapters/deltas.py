@@ -147,7 +147,7 @@ class Replacement:
             weight = site.dense_weight()
             weight = weight if self.part is None else weight[self.part]
         bias = self.bias if self.bias is not None else _bias(site, self.part)
-        _columns(y, self.part).copy_(site.compute(x, weight, bias))
+        _columns(y, self.part).copy_(site.computed_with(x, weight, bias))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ asks the modules that choose.
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,18 +70,24 @@ def _machine() -> dict[str, Any]:
     import torch
 
     from lorax_core.kernels.native.low_rank import native_status
-    from lorax_core.modeling.linear import packing_works
+    from lorax_core.linear_methods.select import available
 
-    packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]
     product, message = native_status()
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = "cuda" if gpus else "cpu"
     return {
-        "device": "cuda" if gpus else "cpu",
+        "device": device,
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
-        "packed products": ", ".join(packed) or "none",
+        **{f"linear methods in {name}": _methods(available(dtype, device)) for name, dtype in dtypes.items()},
         "compiled adapter product": message if product is not None else f"none: {message}",
     }
+
+
+def _methods(available: Mapping[str, str | None]) -> str:
+    """Linear methods in the order that they are asked, with reasons for those that do not compute here."""
+    return "; ".join(name if reason is None else f"not {name}: {reason}" for name, reason in available.items())
 
 
 def _attention(host: PluginHost) -> list[dict[str, Any]]:

@@ -73,12 +73,12 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(name: str) -> Activation:
-    """The function called `name` in a `config.json`; raises CheckpointError for a name that is not served."""
+    """The function called `name` in a `config.json`; raises CheckpointError for a name that is not supported."""
     found = ACTIVATIONS.get(name)
     if found is None:
         close = nearest(name, ACTIVATIONS)
         raise CheckpointError(
-            f"activation {name!r} is not served; served are {listed(ACTIVATIONS, limit=30)}",
+            f"activation {name!r} is not supported; supported are {listed(ACTIVATIONS, limit=30)}",
             hint=f"did the checkpoint mean {close!r}?" if close else None,
         )
     return found

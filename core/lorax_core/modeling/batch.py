@@ -16,21 +16,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.kernels.elementwise import Angles
+from lorax_core.modeling.site import AdapterRows, NoAdapters
 from lorax_core.types import Task
-
-
-class AdapterRows(Protocol):
-    """What a layer with parameters asks of the adapters of a set of rows. `site` is the layer; adapters know it by its path."""
-
-    def apply(self, site: Any, x: Tensor, y: Tensor) -> Tensor:
-        """y `[rows, out]` of the base layer for x `[rows, in]`, with each row's adapter added (y may be changed in place)."""
 
 
 class Speculator(Protocol):
@@ -55,20 +49,6 @@ class Rotary(Protocol):
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """Positions `[tokens]` to their angles."""
-
-
-class NoAdapters:
-    """Every row is the base model's: sites pay one call and nothing else."""
-
-    def apply(self, site: Any, x: Tensor, y: Tensor) -> Tensor:
-        return y
-
-
-class HasAdapters(Protocol):
-    """Rows that adapters may change: a whole `Batch`, or the `HeadRows` of one head."""
-
-    @property
-    def adapters(self) -> AdapterRows: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,17 @@ A long text of a causal model comes in chunks. `forward` therefore answers a ste
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax_core.modeling.activation import Activation
-from lorax_core.modeling.batch import HasAdapters, HeadRows
+from lorax_core.modeling.activation import Activation, get_activation
+from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.site import HasAdapters
 from lorax_core.types import Pooling, Task
 
 CLASSIFICATION = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
@@ -47,6 +48,10 @@ class Head(nn.Module):
         """Which tokens of a whole text `ids` the head reads; pooling leaves out those before `pool_from`."""
         return range(len(ids) - 1, len(ids))
 
+    if TYPE_CHECKING:
+
+        def __call__(self, hidden: Tensor, rows: HeadRows) -> Tensor: ...
+
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         """hidden `[sum(rows.counts), hidden]`, the rows that were selected, to the step's answers."""
         raise NotImplementedError
@@ -71,8 +76,7 @@ class LanguageModelHead(Head):
         return cls(config) if has_weight and config.generates else None
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        logits: Tensor = self.lm_head(hidden, rows)  # [rows, vocab]
-        return logits.float()
+        return self.lm_head(hidden, rows).float()  # [rows, vocab]
 
 
 class EmbeddingHead(Head):
@@ -156,8 +160,8 @@ class TokenClassificationHead(Head):
         return range(len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        logits: Tensor = self.get_submodule(self.layer)(hidden, rows)  # [rows, labels]
-        return logits.float()
+        classifier = cast("Linear", self.get_submodule(self.layer))
+        return classifier(hidden, rows).float()  # [rows, labels]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
         return [part.softmax(-1) for part in parts]
@@ -220,5 +224,42 @@ class LastTokenClassificationHead(SequenceClassificationHead):
         return range(last, last + 1)
 
     def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
-        logits: Tensor = self.score(hidden, rows)
-        return logits
+        return self.score(hidden, rows)
+
+
+class FirstTokenClassificationHead(SequenceClassificationHead):
+    """Reads the first row, as encoders are trained: a dense layer, an activation, and the layer that gives the labels.
+
+    A subclass names the two layers as checkpoints do (`dense`, `output`, dotted names allowed) and may change `act`.
+    """
+
+    dense: ClassVar[str]
+    output: ClassVar[str]
+    act: ClassVar[str] = "tanh"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.needed = tuple(f"{layer}.{leaf}" for layer in (cls.dense, cls.output) for leaf in ("weight", "bias"))
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self._place(self.dense, Linear(config.hidden_size, config.hidden_size))
+        self._place(self.output, Linear(config.hidden_size, len(self.labels)))
+        self._act = get_activation(self.act)
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        return range(1)
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        dense, output = (cast("Linear", self.get_submodule(path)) for path in (self.dense, self.output))
+        return output(self._act(dense(hidden, rows)), rows)  # [sequences, labels]
+
+    def _place(self, path: str, layer: Linear) -> None:
+        """Add a layer under a dotted name."""
+        module: nn.Module = self
+        *parents, name = path.split(".")
+        for parent in parents:
+            if parent not in module._modules:
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.add_module(name, layer)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.errors import RequestError, listed
+from lorax_core.linear_methods.select import LinearReport
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
-from lorax_core.modeling.linear import Linear
 from lorax_core.modeling.site import Site
 from lorax_core.types import Task
 
@@ -28,13 +28,27 @@ class Model(nn.Module):
     `sites` maps the dotted path of every core layer with parameters to that layer; `attention_layers` are in the order of
     the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
 
+    `dtype` is that of activations and `device` where they are; both are stated by whoever makes the model, for a prepared weight
+    may have another dtype. `linears` says how linear layers are computed.
+
     A subclass may fix the `task`; loaded as such, the model has that head alone.
     """
 
     task: ClassVar[Task | None] = None
 
-    def __init__(self, config: ModelConfig, backbone: nn.Module, heads: Mapping[Task, Head]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        backbone: nn.Module,
+        heads: Mapping[Task, Head],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.linears = LinearReport()
         self.config = config
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.value: head for task, head in heads.items()})
@@ -84,14 +98,6 @@ class Model(nn.Module):
         """The longest sequence, prompt and answer together, in tokens."""
         return self.config.max_tokens
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
     def head(self, task: Task) -> Head:
         """The head that answers `task`; raises RequestError that says which tasks the checkpoint has heads for."""
         if task.value not in self.heads:
@@ -102,12 +108,6 @@ class Model(nn.Module):
         head = self.heads[task.value]
         assert isinstance(head, Head)
         return head
-
-    def pack(self) -> None:
-        """Lay out every weight for this device, once all of them are in."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:
@@ -121,11 +121,9 @@ class Model(nn.Module):
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, vocab]` of hidden rows `[rows, hidden]`, without any adapter."""
         group = HeadRows(Task.GENERATE, (), (), torch.arange(len(hidden), device=hidden.device))
-        logits: Tensor = self.head(Task.GENERATE)(hidden, group)
-        return logits
+        return self.head(Task.GENERATE)(hidden, group)
 
     def _answer(self, hidden: Tensor, group: HeadRows) -> Tensor:
         if group.task is None:
             return hidden
-        answers: Tensor = (group.head or self.head(group.task))(hidden, group)
-        return answers
+        return (group.head or self.head(group.task))(hidden, group)

@@ -22,7 +22,7 @@ from lorax_core.errors import RequestError
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
-from lorax_core.modeling.linear import packing_works
+from lorax_core.linear_methods.select import fast_in_bfloat16
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
@@ -91,8 +91,7 @@ def choose_dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
     stored = stored_dtype(files)
     if stored is torch.float32 or torch.device(device).type != "cpu":
         return stored
-    fast = stored is torch.bfloat16 and packing_works(torch.bfloat16) and _has_fast_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
+    return stored if stored is torch.bfloat16 and fast_in_bfloat16(device) else torch.float32
 
 
 def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
@@ -198,12 +197,6 @@ def _set_threads(threads: int | None) -> None:
             )
         torch.set_num_threads(threads)
         _threads = threads
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself. The question is private to torch; without an answer it is no."""
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(asked()) if asked is not None else False
 
 
 def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:

@@ -18,6 +18,7 @@ from torch import nn
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.errors import LoraxError
 from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.host import PluginHost
@@ -178,7 +179,7 @@ class Case:
         if key not in self._made:
             base, account = self.assemble(self.checkpoint(task), dtype)
             if not account.problems:
-                _mean(base).model.pack()
+                prepare_linears(_mean(base).model)
             self._made[key] = base, account
         return cast("tuple[LoadedModel, Account]", self._made[key])
 

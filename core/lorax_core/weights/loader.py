@@ -17,6 +17,7 @@ from lorax_core.errors import CheckpointError, listed, nearest
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord
@@ -94,7 +95,7 @@ def load_model(
             f"{checkpoint.path} does not fit {built.spec.model_type!r}: " + "; ".join(account.problems),
             hint="`lorax models check PATH` tells what the checkpoint holds",
         )
-    built.model.pack()
+    built.model.linears = prepare_linears(built.model)
     return built
 
 
@@ -126,8 +127,9 @@ def assemble(
         wanted = listed(task.value for task in spec.tasks if model_class.task in (None, task))
         has = listed(task.value for task in found)
         raise CheckpointError(f"{checkpoint.path} has no head of {model_type!r} for {wanted}; those that it has: {has}")
-    model = model_class(config, backbone, heads)
-    _materialise(model, dtype or stored_dtype(checkpoint), device)
+    dtype = dtype or stored_dtype(checkpoint)
+    model = model_class(config, backbone, heads, dtype=dtype, device=device)
+    _materialise(model)
     spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
     account = _fill(model, checkpoint, weight_map, spare)
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
@@ -141,13 +143,13 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     dtype = getattr(torch, str(stated), None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError(
-            f"{checkpoint.path} states dtype {stated!r}; served are 'float32', 'bfloat16', 'float16'",
+            f"{checkpoint.path} states dtype {stated!r}; supported are 'float32', 'bfloat16', 'float16'",
             hint="name one with load(..., dtype=...)",
         )
     return cast("torch.dtype", dtype)
 
 
-def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
+def _materialise(model: Model) -> None:
     """Give parameters real memory, and recompute buffers, which a module makes from its own arguments.
 
     Parameters of one name are one: where `config.json` states no task, two heads may read the same tensors.
@@ -157,13 +159,14 @@ def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             full = f"{path}.{name}"
             if full not in made:
-                made[full] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+                empty = torch.empty(parameter.shape, dtype=model.dtype, device=model.device)
+                made[full] = nn.Parameter(empty, requires_grad=False)
             setattr(module, name, made[full])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             reset = getattr(module, "reset_buffers", None)
             if reset is None:
                 raise TypeError(f"{type(module).__name__} has buffers but no reset_buffers(device) to make them")
-            reset(device)
+            reset(model.device)
 
 
 def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Set[str]) -> Account:
@@ -192,7 +195,7 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Se
         if misfit:
             account.misfits.append(f"{name!r} {misfit}")
         filled[key] = name
-    _tie(weight_map, parameters, filled)
+    _tie(model, weight_map, parameters, filled)
     account.filled += len(filled)
     account.missing = [_spelt(weight_map, *key) for key in wanted if key not in filled]
     return account
@@ -240,10 +243,19 @@ def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model)
     return None
 
 
-def _tie(weight_map: WeightMap, parameters: dict[str, nn.Parameter], filled: dict[tuple[str, int | None], str]) -> None:
+def _tie(
+    model: Model,
+    weight_map: WeightMap,
+    parameters: dict[str, nn.Parameter],
+    filled: dict[tuple[str, int | None], str],
+) -> None:
+    """Parameters that the checkpoint leaves to a tie become the same object, so that one prepared weight serves both."""
     for name, source in weight_map.tie.items():
         if name in parameters and (name, None) not in filled and (source, None) in filled:
-            parameters[name].data = parameters[source].data
+            path, _, leaf = name.rpartition(".")
+            for found, module in model.named_parts():
+                if found == path:
+                    setattr(module, leaf, parameters[source])
             filled[(name, None)] = filled[(source, None)]
 
 
@@ -253,11 +265,10 @@ def _is_spare_tie(target: Target, weight_map: WeightMap, parameters: dict[str, n
 
 
 def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
-    """A missing piece under the name that checkpoints give it."""
-    if part is None:
-        return name
+    """A missing tensor under the name that checkpoints give it."""
     module, _, leaf = name.rpartition(".")
-    return f"{weight_map.members(module)[part]}.{leaf}"
+    stored = name if part is None else f"{weight_map.members(module)[part]}.{leaf}"
+    return weight_map.stored_name(stored)
 
 
 def stated_task(spec: ArchitectureSpec, config: ModelConfig) -> Task | None:

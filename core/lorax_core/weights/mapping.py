@@ -102,6 +102,11 @@ class WeightMap:
                 return replaced
         return name
 
+    def stored_name(self, name: str) -> str:
+        """The spelling of a canonical name in checkpoints, without a prefix; where several were in use, the last of `rename`."""
+        spellings = (_replace(new, old, name) for old, new in reversed(self.rename.items()))
+        return next((spelling for spelling in spellings if spelling is not None), name)
+
     def members(self, module: str) -> tuple[str, ...]:
         """The checkpoint's names for a module of the model: its members when it is fused, else itself."""
         for pattern, members in self.fuse.items():
@@ -111,30 +116,31 @@ class WeightMap:
         return (module,)
 
 
-def post_norm_map(prefix: str, *unserved: str) -> WeightMap:
+def post_norm_map(prefix: str, *ignored: str) -> WeightMap:
     """The map of an encoder with BERT's names, with or without a `prefix`, old names of norms too.
 
-    `unserved` are patterns of heads that the architecture's checkpoints may hold and that are not served.
+    `ignored` are patterns of heads that the architecture's checkpoints may hold and that are not supported.
     """
-    layer = "encoder.layer.*"
+    stored = "encoder.layer.*"
+    norms = {
+        "embeddings.LayerNorm": "embeddings.LayerNorm",
+        f"{stored}.attention.output.LayerNorm": "layers.*.post_attention_layernorm",
+        f"{stored}.output.LayerNorm": "layers.*.post_mlp_layernorm",
+    }
     return WeightMap(
         prefixes=(prefix,),
         rename={
-            "embeddings.LayerNorm.gamma": "embeddings.LayerNorm.weight",
-            "embeddings.LayerNorm.beta": "embeddings.LayerNorm.bias",
-            f"{layer}.attention.output.LayerNorm.gamma": "layers.*.attention.LayerNorm.weight",
-            f"{layer}.attention.output.LayerNorm.beta": "layers.*.attention.LayerNorm.bias",
-            f"{layer}.output.LayerNorm.gamma": "layers.*.LayerNorm.weight",
-            f"{layer}.output.LayerNorm.beta": "layers.*.LayerNorm.bias",
-            f"{layer}.attention.self.**": "layers.*.attention.**",
-            f"{layer}.attention.output.**": "layers.*.attention.**",
-            f"{layer}.intermediate.dense.**": "layers.*.intermediate.**",
-            f"{layer}.output.dense.**": "layers.*.output.**",
-            f"{layer}.output.LayerNorm.**": "layers.*.LayerNorm.**",
+            **{f"{old}.gamma": f"{new}.weight" for old, new in norms.items()},
+            **{f"{old}.beta": f"{new}.bias" for old, new in norms.items()},
+            **{f"{old}.**": f"{new}.**" for old, new in norms.items()},
+            f"{stored}.attention.self.**": "layers.*.self_attn.**",
+            f"{stored}.attention.output.dense.**": "layers.*.self_attn.o_proj.**",
+            f"{stored}.intermediate.dense.**": "layers.*.mlp.up_proj.**",
+            f"{stored}.output.dense.**": "layers.*.mlp.down_proj.**",
         },
-        fuse={"layers.*.attention.qkv": ("query", "key", "value")},
+        fuse={"layers.*.self_attn.qkv_proj": ("query", "key", "value")},
         # Position numbers are stored by old checkpoints, the pooler by those that were saved without a head.
-        ignore=("embeddings.position_ids", "pooler.**", *unserved),
+        ignore=("embeddings.position_ids", "pooler.**", *ignored),
     )
 
 

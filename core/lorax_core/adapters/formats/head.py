@@ -18,7 +18,7 @@ from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head
-from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.linear import Linear, prepare_linears
 from lorax_core.modeling.site import Site
 from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
@@ -187,16 +187,16 @@ def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: Loa
                     f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}"
                 )
             setattr(module, name, nn.Parameter(tensor.to(model.device, model.dtype), requires_grad=False))
-    for module in head.modules():
-        if isinstance(module, Linear):
-            module.pack()
+    prepare_linears(head)
     head.eval()
 
 
 def head_bytes(head: Head) -> int:
     """Memory of a head's numbers."""
-    packed = sum(module.packed_bytes for module in head.modules() if isinstance(module, Linear))
-    return packed + sum(parameter.nbytes for parameter in head.parameters() if not parameter.is_meta)
+    prepared = sum(
+        module.kernel.nbytes for module in head.modules() if isinstance(module, Linear) and module.is_prepared
+    )
+    return prepared + sum(parameter.nbytes for parameter in head.parameters() if not parameter.is_meta)
 
 
 def drop_numbers(head: Head) -> None:
@@ -205,7 +205,7 @@ def drop_numbers(head: Head) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
         if isinstance(module, Linear):
-            module.drop_packed()
+            module.adopt(None)
 
 
 def take_numbers(head: Head, other: Head) -> None:
@@ -214,4 +214,4 @@ def take_numbers(head: Head, other: Head) -> None:
         for name, parameter in list(source.named_parameters(recurse=False)):
             setattr(module, name, parameter)
         if isinstance(module, Linear) and isinstance(source, Linear):
-            module.take_packed(source)
+            module.adopt(source.kernel.with_bias(module.bias))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lorax_core.adapters.formats.lora import LoraAdapter
     from lorax_core.adapters.formats.medusa import MedusaAdapter
-    from lorax_core.adapters.formats.peft import PeftFiles, Piece
+    from lorax_core.adapters.formats.peft import PeftFiles, ModuleTensors
     from lorax_core.plugins.host import PluginHost
 
 app = typer.Typer(help="Adapters: look into them, combine them, merge them into their base.", no_args_is_help=True)
@@ -151,15 +151,15 @@ def _merge_into_base(
     """What of the JSON is known only afterwards."""
     from lorax_core.adapters.formats.peft import read_peft
     from lorax_core.adapters.merging.into_base import merge_into_base
-    from lorax_core.adapters.merging.merge import combine, make_recipe
+    from lorax_core.adapters.merging.merge import combine, merge_options
     from lorax_core.weights.hub import find_checkpoint
 
-    recipe = make_recipe(adapters, **settings)
+    options = merge_options(adapters, **settings)
     files, notes = [read_peft(path) for path in adapters], list[str]()
     # One adapter as it is may hold what has no sum.
-    if len(files) > 1 or recipe.weights != (1.0,) or recipe.strategy not in ("linear", "cat"):
+    if len(files) > 1 or options.weights != (1.0,) or options.strategy not in ("linear", "cat"):
         with _progress("combining modules") as told:
-            together, notes = combine(files, recipe, told=told)
+            together, notes = combine(files, options, told=told)
     else:
         together = files[0]
     host = _discover()
@@ -206,10 +206,10 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
     medusa = adapter if isinstance(adapter, MedusaAdapter) else None
     lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter
     files = lora.files if lora is not None else None
-    pieces = files.pieces if files is not None else {}
+    modules = files.modules if files is not None else {}
     config = files.config if files is not None else {}
     modules = _modules(files) if files is not None else []
-    tensors = [tensor for piece in pieces.values() for _, tensor in piece.items()]
+    tensors = [tensor for piece in modules.values() for _, tensor in piece.items()]
     tensors += [tensor for head in (medusa.files if medusa is not None else ()) for tensor in head.tensors]
     return {
         "kind": adapter.kind,
@@ -221,10 +221,10 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
         "modules": modules,
         "saved": [
             {"module": module, "shape": list(piece.weight.shape)}
-            for module, piece in pieces.items()
+            for module, piece in modules.items()
             if piece.weight is not None and _rank(piece) is None
         ],
-        "tokens": sum(len(piece.tokens) for piece in pieces.values() if piece.tokens is not None),
+        "tokens": sum(len(piece.tokens) for piece in modules.values() if piece.tokens is not None),
         "medusa": _heads(medusa) if medusa is not None else None,
         **_sizes(tensors),
         "identity": adapter.identity,
@@ -252,7 +252,7 @@ def _sizes(tensors: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def _rank(piece: Piece) -> int | None:
+def _rank(piece: ModuleTensors) -> int | None:
     a = piece.a if piece.a is not None else piece.embedding_a
     return a.shape[0] if a is not None else None
 
@@ -261,7 +261,7 @@ def _modules(files: PeftFiles) -> list[dict[str, Any]]:
     """Modules that differ only in the number of their layer, together."""
     rows: dict[str, dict[str, Any]] = {}
     root = bool(files.config.get("use_rslora"))
-    for module, piece in files.pieces.items():
+    for module, piece in files.modules.items():
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", module)
         row = rows.setdefault(name, {"module": name, "count": 0, "ranks": set(), "alphas": set(), "holds": []})
         row["count"] += 1
@@ -275,8 +275,8 @@ def _modules(files: PeftFiles) -> list[dict[str, Any]]:
 
 
 def _features(files: PeftFiles) -> list[str]:
-    found = {_FEATURES[role] for piece in files.pieces.values() for role, _ in piece.items() if role in _FEATURES}
-    for piece in files.pieces.values():
+    found = {_FEATURES[role] for piece in files.modules.values() for role, _ in piece.items() if role in _FEATURES}
+    for piece in files.modules.values():
         if piece.weight is not None:
             found.add("saved modules" if _rank(piece) is None else "base weights")
     if files.config.get("use_rslora"):

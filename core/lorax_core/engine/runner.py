@@ -127,7 +127,7 @@ class Runner:
                 at[chunk.sequence] = stop - 1 - chunk.drafted + len(answers[chunk.sequence].picked) - 1
         if at:
             rows = hidden[torch.tensor(list(at.values()), device=hidden.device)]
-            guesses = group.speculator.guess(rows, self._model.base_logits).tolist()
+            guesses = group.speculator.draft(rows, self._model.base_logits).tolist()
             for sequence, tokens in zip(at, guesses, strict=True):
                 answers[sequence] = replace(answers[sequence], guesses=tuple(tokens))
         return answers

@@ -51,11 +51,15 @@ class AdapterRows(Protocol):
 
 
 class Speculator(Protocol):
-    """What guesses tokens ahead of a language model's."""
+    """What drafts the tokens after a language model's next one."""
 
-    def guess(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Tokens `[rows, guesses]` after the one that follows each row of hidden `[rows, hidden]`; the base's logits of other
-        hidden rows are at hand."""
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+
+    def draft(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tokens `[rows, draft tokens]` after the one that follows each row of hidden `[rows, hidden]`; `base_logits` gives
+        the base's logits of other hidden rows."""
 
 
 class NoAdapters:

@@ -26,7 +26,7 @@ _DRAWING: Final = ("dare_linear", "dare_ties")
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class MergeOptions:
     """How adapters are combined; raises AdapterError for a setting that is none, is missing, or belongs to another strategy.
 
     `weights` has one number for each adapter. `density` is the share of numbers that are kept, `rank` that of the result.
@@ -72,7 +72,7 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class ScaledPair:
     """What one adapter adds to a weight: `strength * b @ a`, with the adapter's own scale and its weight in `strength`."""
 
     a: Tensor
@@ -80,18 +80,18 @@ class Update:
     strength: float
 
 
-def combined(updates: Sequence[Update], recipe: Recipe, rank: int, generator: torch.Generator | None = None) -> Pair:
+def combined(updates: Sequence[ScaledPair], options: MergeOptions, rank: int, generator: torch.Generator | None = None) -> Pair:
     """One pair for several updates of a module, of scale 1, in float32. `rank` is what `svd` keeps at most.
 
     Raises AdapterError when the density keeps none of the numbers.
     """
-    match recipe.strategy:
+    match options.strategy:
         case "cat":
             return _concatenated(updates)
         case "svd":
             return _decomposed(updates, rank)
         case _:
-            return _factorwise(updates, recipe, generator)
+            return _factorwise(updates, options, generator)
 
 
 def draw_as_at_creation(pair: Pair, embedding: bool, rank: int, start: object, generator: torch.Generator) -> None:
@@ -125,12 +125,12 @@ def _check_word(what: str, word: str, known: Iterable[str]) -> None:
         )
 
 
-def _concatenated(updates: Sequence[Update]) -> Pair:
+def _concatenated(updates: Sequence[ScaledPair]) -> Pair:
     a = torch.cat([update.a * update.strength for update in updates])  # [sum of ranks, in]
     return a, torch.cat([update.b for update in updates], dim=1)  # [out, sum of ranks]
 
 
-def _decomposed(updates: Sequence[Update], rank: int) -> Pair:
+def _decomposed(updates: Sequence[ScaledPair], rank: int) -> Pair:
     """The best approximation of the sum of all updates by so many ranks.
 
     The sum `[out, in]` is never formed: its singular values are those of a matrix as small as the ranks together.
@@ -143,27 +143,27 @@ def _decomposed(updates: Sequence[Update], rank: int) -> Pair:
     return (v[:rank] @ right.t()).float(), (left @ (u[:, :rank] * values[:rank])).float()
 
 
-def _factorwise(updates: Sequence[Update], recipe: Recipe, generator: torch.Generator | None) -> Pair:
+def _factorwise(updates: Sequence[ScaledPair], options: MergeOptions, generator: torch.Generator | None) -> Pair:
     """A and B each combined on their own, as PEFT does: each gets the root of the strength, A its sign as well."""
     roots = [math.sqrt(abs(update.strength)) for update in updates]
     signed = [math.copysign(root, update.strength) for root, update in zip(roots, updates, strict=True)]
-    a = _mixed([update.a for update in updates], signed, recipe, generator)
-    return a, _mixed([update.b for update in updates], roots, recipe, generator)
+    a = _mixed([update.a for update in updates], signed, options, generator)
+    return a, _mixed([update.b for update in updates], roots, options, generator)
 
 
 def _mixed(
-    tensors: Sequence[Tensor], factors: Sequence[float], recipe: Recipe, generator: torch.Generator | None
+    tensors: Sequence[Tensor], factors: Sequence[float], options: MergeOptions, generator: torch.Generator | None
 ) -> Tensor:
-    if recipe.density is not None and recipe.density < 1:
-        if recipe.strategy in _DRAWING:
-            tensors = [_dropped_at_random(tensor, recipe.density, generator) for tensor in tensors]
+    if options.density is not None and options.density < 1:
+        if options.strategy in _DRAWING:
+            tensors = [_dropped_at_random(tensor, options.density, generator) for tensor in tensors]
         else:
-            tensors = [_dropped_by_size(tensor, recipe.density) for tensor in tensors]
+            tensors = [_dropped_by_size(tensor, options.density) for tensor in tensors]
     stacked = torch.stack(list(tensors))  # [adapters, rows, columns]
     weighted = stacked * torch.tensor(factors)[:, None, None]
-    if not recipe.strategy.endswith("ties"):
+    if not options.strategy.endswith("ties"):
         return weighted.sum(0)
-    agreeing = _agreeing(stacked, recipe.majority_sign_method)
+    agreeing = _agreeing(stacked, options.majority_sign_method)
     return (weighted * agreeing).sum(0) / agreeing.sum(0).clamp(min=1.0)
 
 

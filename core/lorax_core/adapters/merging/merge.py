@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.peft import PeftFiles, Piece, read_peft
-from lorax_core.adapters.merging.combining import Pair, Recipe, SignMethod, Update, combined, draw_as_at_creation
+from lorax_core.adapters.formats.peft import PeftFiles, ModuleTensors, read_peft
+from lorax_core.adapters.merging.combining import Pair, MergeOptions, SignMethod, ScaledPair, combined, draw_as_at_creation
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, nearest
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Hears of progress: how much is done, and of how much."""
 
 # Roles that a sum of low-rank updates has no place for, and how they are called.
@@ -55,7 +55,7 @@ def merge_adapters(
     majority_sign_method: SignMethod = "total",
     order: Sequence[str] | None = None,
     overwrite: bool = False,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> MergedAdapter:
     """Combine adapter folders into a new one, an ordinary PEFT adapter; the numbers are those of `add_weighted_adapter`.
 
@@ -72,16 +72,16 @@ def merge_adapters(
     (named with the module), shapes or ranks that do not go together, and an `out` that holds files.
     """
     check_free(Path(out), overwrite)
-    recipe = make_recipe(adapters, strategy, weights, density, seed, rank, majority_sign_method)
-    files, notes = combine([read_peft(path) for path in adapters], recipe, order=order, told=told)
+    options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
+    files, notes = combine([read_peft(path) for path in adapters], options, order=order, progress=progress)
     with new_folder(out, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _BASE_FILE, metadata={"format": "pt"})
         (folder / _SETTINGS_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True) + "\n", "utf-8")
     ranks = sorted({pair[0].shape[0] for _, pair in _pairs(files)})
-    return MergedAdapter(Path(out), strategy, len(files.pieces), tuple(ranks), tuple(notes))
+    return MergedAdapter(Path(out), strategy, len(files.modules), tuple(ranks), tuple(notes))
 
 
-def make_recipe(
+def merge_options(
     adapters: Sequence[object],
     strategy: str = "linear",
     weights: Sequence[float] | None = None,
@@ -89,62 +89,62 @@ def make_recipe(
     seed: int | None = None,
     rank: int | None = None,
     majority_sign_method: str = "total",
-) -> Recipe:
-    """A checked recipe for so many adapters; raises AdapterError as `merge_adapters` says."""
+) -> MergeOptions:
+    """A checked options for so many adapters; raises AdapterError as `merge_adapters` says."""
     if not adapters:
         raise AdapterError("there is no adapter to merge", hint="give one or more adapter folders")
     weights = [1.0] * len(adapters) if weights is None else weights
     if len(weights) != len(adapters):
         raise AdapterError(f"there are {len(adapters)} adapters, but {len(weights)} weights: {list(weights)}")
-    return Recipe(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
+    return MergeOptions(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
 
 
 def combine(
-    adapters: Sequence[PeftFiles], recipe: Recipe, *, order: Sequence[str] | None = None, told: Told | None = None
+    adapters: Sequence[PeftFiles], options: MergeOptions, *, order: Sequence[str] | None = None, progress: Progress | None = None
 ) -> tuple[PeftFiles, list[str]]:
     """One adapter in memory, in float32 and with scale 1, and notes; raises AdapterError as `merge_adapters` says."""
     for files in adapters:
         _refuse_more_than_updates(files)
     _refuse_two_spellings(adapters)
-    rank = recipe.rank or max(_stated_rank(files) for files in adapters)
-    modules = _ordered({module for files in adapters for module in files.pieces}, order)
-    members = {module: _members(module, adapters, recipe) for module in modules}
-    generator = torch.Generator().manual_seed(recipe.seed or 0) if recipe.draws else None
+    rank = options.rank or max(_stated_rank(files) for files in adapters)
+    modules = _ordered({module for files in adapters for module in files.modules}, order)
+    members = {module: _members(module, adapters, options) for module in modules}
+    generator = torch.Generator().manual_seed(options.seed or 0) if options.draws else None
     if generator is not None:
         start = adapters[0].config.get("init_lora_weights", True)
         for first, embedding in (found[0] for found in members.values()):
             draw_as_at_creation((first.a, first.b), embedding, rank, start, generator)
-    pieces: dict[str, Piece] = {}
+    modules: dict[str, ModuleTensors] = {}
     for done, (module, found) in enumerate(members.items()):
-        if told is not None:
-            told(done, len(members))
-        a, b = combined([update for update, _ in found], recipe, rank, generator)
-        piece = Piece(embedding_a=a, embedding_b=b) if found[0][1] else Piece(a=a, b=b)
+        if progress is not None:
+            progress(done, len(members))
+        a, b = combined([update for update, _ in found], options, rank, generator)
+        piece = ModuleTensors(embedding_a=a, embedding_b=b) if found[0][1] else ModuleTensors(a=a, b=b)
         piece.weight = _shared_base(module, adapters)
-        pieces[module] = piece
-    config, notes = _settings(adapters, {module: pair[0].shape[0] for module, pair in _named_pairs(pieces)})
+        modules[module] = piece
+    config, notes = _settings(adapters, {module: pair[0].shape[0] for module, pair in _named_pairs(modules)})
     path = adapters[0].path if len(adapters) == 1 else Path(" + ".join(files.path.name for files in adapters))
-    return PeftFiles(path, config, pieces), notes
+    return PeftFiles(path, config, modules), notes
 
 
-def _pair(piece: Piece) -> Pair | None:
+def _pair(piece: ModuleTensors) -> Pair | None:
     a, b = (piece.a, piece.b) if piece.a is not None else (piece.embedding_a, piece.embedding_b)
     return (a, b) if a is not None and b is not None else None
 
 
-def _named_pairs(pieces: dict[str, Piece]) -> Iterable[tuple[str, Pair]]:
-    for module, piece in pieces.items():
+def _named_pairs(modules: dict[str, ModuleTensors]) -> Iterable[tuple[str, Pair]]:
+    for module, piece in modules.items():
         pair = _pair(piece)
         if pair is not None:
             yield module, pair
 
 
 def _pairs(files: PeftFiles) -> Iterable[tuple[str, Pair]]:
-    return _named_pairs(files.pieces)
+    return _named_pairs(files.modules)
 
 
 def _refuse_more_than_updates(files: PeftFiles) -> None:
-    for module, piece in files.pieces.items():
+    for module, piece in files.modules.items():
         for role, told in _NO_SUM.items():
             if getattr(piece, role) is not None:
                 raise AdapterError(
@@ -169,7 +169,7 @@ def _stem(module: str) -> str:
 
 def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
     """`layers.0` of one and `model.layers.0` of another are one layer, which without a model cannot be told for sure."""
-    stems = [{stem for stem in map(_stem, files.pieces) if stem} for files in adapters]
+    stems = [{stem for stem in map(_stem, files.modules) if stem} for files in adapters]
     for (short, ones), (long, others) in itertools.permutations(zip(adapters, stems, strict=True), 2):
         for one, other in itertools.product(ones - others, others - ones):
             if other.endswith(f".{one}"):
@@ -203,18 +203,18 @@ def _ordered(modules: set[str], order: Sequence[str] | None) -> list[str]:
     return [module for module in dict.fromkeys(order) if module in modules]
 
 
-def _members(module: str, adapters: Sequence[PeftFiles], recipe: Recipe) -> list[tuple[Update, bool]]:
+def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) -> list[tuple[ScaledPair, bool]]:
     """The updates of a module by the adapters that have it, and whether they are of an embedding."""
-    found: list[tuple[Update, bool]] = []
+    found: list[tuple[ScaledPair, bool]] = []
     first: PeftFiles | None = None
-    for files, weight in zip(adapters, recipe.weights, strict=True):
-        pair = _pair(files.pieces[module]) if module in files.pieces else None
+    for files, weight in zip(adapters, options.weights, strict=True):
+        pair = _pair(files.modules[module]) if module in files.modules else None
         if pair is None:
             continue
-        (a, b), embedding = pair, files.pieces[module].embedding_a is not None
-        update = Update(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
+        (a, b), embedding = pair, files.modules[module].embedding_a is not None
+        update = ScaledPair(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
         if first is not None:
-            _check_together(module, first, found[0], files, (update, embedding), recipe)
+            _check_together(module, first, found[0], files, (update, embedding), options)
         else:
             first = files
         found.append((update, embedding))
@@ -224,10 +224,10 @@ def _members(module: str, adapters: Sequence[PeftFiles], recipe: Recipe) -> list
 def _check_together(
     module: str,
     first: PeftFiles,
-    one: tuple[Update, bool],
+    one: tuple[ScaledPair, bool],
     files: PeftFiles,
-    other: tuple[Update, bool],
-    recipe: Recipe,
+    other: tuple[ScaledPair, bool],
+    options: MergeOptions,
 ) -> None:
     shapes = [(update.a.shape[1], update.b.shape[0], embedding) for update, embedding in (one, other)]
     if shapes[0] != shapes[1]:
@@ -236,9 +236,9 @@ def _check_together(
             f"{module!r} is {sizes[0]} in {first.path} and {sizes[1]} in {files.path}: they were trained on different bases"
         )
     ranks = [update.a.shape[0] for update, _ in (one, other)]
-    if recipe.needs_one_rank and ranks[0] != ranks[1]:
+    if options.needs_one_rank and ranks[0] != ranks[1]:
         raise AdapterError(
-            f"{recipe.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {first.path} and {ranks[1]} in "
+            f"{options.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {first.path} and {ranks[1]} in "
             f"{files.path}",
             hint="'svd' and 'cat' take any ranks",
         )
@@ -246,8 +246,8 @@ def _check_together(
 
 def _shared_base(module: str, adapters: Sequence[PeftFiles]) -> Tensor | None:
     """The base's weight that PEFT may save beneath an update of an embedding; all must hold the same."""
-    holders = [files for files in adapters if module in files.pieces]
-    weights = [files.pieces[module].weight for files in holders]
+    holders = [files for files in adapters if module in files.modules]
+    weights = [files.modules[module].weight for files in holders]
     first = weights[0]
     for files, weight in zip(holders, weights, strict=True):
         if (weight is None) != (first is None) or (
@@ -304,6 +304,6 @@ def _named(files: PeftFiles) -> dict[str, Tensor]:
     }
     return {
         f"base_model.model.{module}.{names[role]}": tensor.contiguous().clone()
-        for module, piece in files.pieces.items()
+        for module, piece in files.modules.items()
         for role, tensor in piece.items()
     }

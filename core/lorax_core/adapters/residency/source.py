@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lorax_core.errors import AdapterError, listed, nearest
-from lorax_core.settings import Settings
 from lorax_core.weights.hub import Kind, find_files, refuse_pickles
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
@@ -59,15 +58,15 @@ class _File:
 
 
 def find_adapter(
-    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path | None = None
+    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path
 ) -> FoundAdapter:
     """The files of an adapter, fetched when they are elsewhere.
 
     - A folder is itself.
     - A hub id `org/name` may have a `revision` and a `token`. The hub's client keeps the files; offline, what it has kept
       is the answer.
-    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache` (by default
-      `Settings.cache`). Calls at the same time, from any process, do not disturb each other.
+    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache`. Calls at
+      the same time, from any process, do not disturb each other.
 
     Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
     """
@@ -75,7 +74,7 @@ def find_adapter(
     if url is not None:
         _refuse_pages(url[0], url["scheme"])
         _refuse_options(url[0], revision, token)
-        root = (cache or Settings.from_env().cache) / "adapters"
+        root = cache / "adapters"
         return _from_url(url[0], url["scheme"], root)
     collapsed = _COLLAPSED.fullmatch(str(source))
     if isinstance(source, Path) and collapsed is not None and not source.exists():

@@ -18,7 +18,7 @@ from lorax_core.errors import AdapterError
 answers = []
 for source, options in json.loads(sys.argv[1]):
     try:
-        found = find_adapter(source, **options)
+        found = find_adapter(source, cache=tmp_path, **options)
         answers.append({"folder": str(found.folder), "origin": found.origin, "revision": found.revision})
     except AdapterError as error:
         answers.append({"message": error.message, "hint": error.hint})
@@ -37,7 +37,7 @@ def client(hub, tmp_path) -> Client:
 
 def refused(source, **options):
     with pytest.raises(AdapterError) as caught:
-        find_adapter(source, **options)
+        find_adapter(source, cache=tmp_path, **options)
     return caught.value
 
 

@@ -87,7 +87,7 @@ def put(store, files, folder="/lora"):
 
 def refused(source, **options):
     with pytest.raises(AdapterError) as caught:
-        find_adapter(source, **options)
+        find_adapter(source, cache=tmp_path, **options)
     return caught.value
 
 

@@ -8,6 +8,7 @@ from builders import make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
 from lorax_core.attention.torch import TorchBackend
+from lorax_core.adapters.bound import UnbindAdapter
 from lorax_core.errors import AdapterError, StepError
 
 
@@ -55,18 +56,19 @@ def test_a_request_that_does_not_fit_alone_ends_and_the_others_go_on(base):
 
 def test_an_adapter_that_vanished_ends_its_requests_and_never_answers_as_the_base(base, tmp_path):
     folder = make_lora(make_qwen2_model(), tmp_path, target_modules="all-linear")
-    adapter = make_adapters(base, one=folder).get("one")
+    store = make_adapters(base, one=folder)
+    adapter = store.get("one")
     loop = make_loop(base)
     adapted, plain = make_sequence([20, 21, 22], 6, adapter=adapter), make_sequence([20, 21, 22], 6)
     loop.add(adapted)
     loop.add(plain)
     loop.step()
 
-    adapter.unbind()
+    store.bound.handle(UnbindAdapter(adapter.identity))
     finish(loop)
 
     assert isinstance(adapted.sink.error, AdapterError)
-    assert "is not bound" in adapted.sink.error.message
+    assert "is not on the device" in adapted.sink.error.message
     assert len(adapted.output) == 1
     assert plain.output == alone(base, [20, 21, 22], 6)
     assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity

@@ -50,7 +50,9 @@ class StackedAdapter(Adapter):
             if bound is None:
                 raise AdapterError(f"the adapter {identity[:12]} of a weighted sum is not on the device any more")
             if bound.not_a_sum is not None:
-                raise AdapterError(f"the adapter {identity[:12]} cannot be part of a weighted sum: it has {bound.not_a_sum}")
+                raise AdapterError(
+                    f"the adapter {identity[:12]} cannot be part of a weighted sum: it has {bound.not_a_sum}"
+                )
             for path, deltas in bound.deltas.items():
                 found.setdefault(path, []).extend((delta, weight) for delta in deltas)
         return Bound({path: (_summed(deltas),) for path, deltas in found.items()})

@@ -68,18 +68,19 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from lorax_core.kernels.native.low_rank import native_status
+    from lorax_core.adapters.lora_kernels.select import select_kernel
     from lorax_core.modeling.linear import packing_works
+    from lorax_core.settings import Settings
 
     packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]
-    product, told = native_status()
+    choice = select_kernel(torch.float32, torch.device("cpu"), Settings.from_env())
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "device": "cuda" if gpus else "cpu",
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
         "packed products": ", ".join(packed) or "none",
-        "compiled adapter product": told if product is not None else f"none: {told}",
+        "adapter products": f"{choice.kernel.name}: {choice.reason}",
     }
 
 

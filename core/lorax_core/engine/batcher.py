@@ -6,15 +6,18 @@ who is scheduled or what becomes of the answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from lorax_core.adapters.apply import AdapterRowsMaker
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.engine.scheduler import Chunk, StepPlan
-from lorax_core.engine.sequence import Sequence
+from lorax_core.errors import AdapterError
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch, HeadRows, Speculator
 from lorax_core.modeling.heads import Head
@@ -33,11 +36,18 @@ class Packed:
 class Batcher:
     """Makes batches for one model and its cache (None for models without)."""
 
-    def __init__(self, model: Model, pool: KVPool | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        pool: KVPool | None,
+        adapters: Mapping[str, Bound] = MappingProxyType({}),
+        kernel: LoraKernel | None = None,
+    ) -> None:
         self._model = model
         self._pool = pool
         self._device = model.device
-        self._adapters = AdapterRowsMaker()
+        self._bound = adapters
+        self._adapters = AdapterRowsMaker(kernel)
 
     def pack(self, plan: StepPlan) -> Packed:
         """The batch of a plan. Chunks are ordered by adapter, the base first."""
@@ -59,7 +69,7 @@ class Batcher:
             token_type_ids=self._tensor(types),
             lengths=lengths,
             head_rows=tuple(self._head_rows(chunks)),
-            adapters=self._adapters.rows(lengths, [chunk.sequence.adapter for chunk in chunks]),
+            adapters=self._adapters.rows(lengths, [self._adapter(chunk) for chunk in chunks]),
         )
         if self._pool is not None:
             batch.kv = self._pool
@@ -77,7 +87,10 @@ class Batcher:
             if wanted:
                 shifted = range(start + wanted.start, start + wanted.stop)
                 sequence = chunk.sequence
-                chosen.setdefault((sequence.task, sequence.head, _speculator(sequence)), []).append((index, shifted))
+                bound = self._adapter(chunk)
+                head = bound.head if bound is not None and sequence.head is not None else None
+                speculator = bound.speculator if bound is not None and sequence.drafter is not None else None
+                chosen.setdefault((sequence.task, head, speculator), []).append((index, shifted))
             start += chunk.length
         for (task, head, speculator), group in chosen.items():
             counts = tuple(len(rows) for _, rows in group)
@@ -86,18 +99,22 @@ class Batcher:
                 sequences=tuple(index for index, _ in group),
                 counts=counts,
                 rows=self._tensor([row for _, rows in group for row in rows]),
-                adapters=self._adapters.rows(counts, [chunks[index].sequence.adapter for index, _ in group]),
+                adapters=self._adapters.rows(counts, [self._adapter(chunks[index]) for index, _ in group]),
                 head=head,
                 speculator=speculator,
             )
 
+    def _adapter(self, chunk: Chunk) -> Bound | None:
+        adapter = chunk.sequence.adapter
+        if adapter is None:
+            return None
+        bound = self._bound.get(adapter.identity)
+        if bound is None:  # rows without their adapter would be answered as the base's
+            raise AdapterError(f"the adapter {adapter.identity[:12]} is not on the device any more", hint="load it again")
+        return bound
+
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-
-def _speculator(sequence: Sequence) -> Speculator | None:
-    """What guesses ahead for a sequence that can use guesses."""
-    return sequence.adapter.speculator if sequence.adapter is not None and sequence.drafter is not None else None
 
 
 def _wanted_rows(chunk: Chunk) -> range:

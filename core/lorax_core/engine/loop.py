@@ -21,7 +21,7 @@ from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
 
 if TYPE_CHECKING:
-    from lorax_core.adapters.base import Adapter
+    from lorax_core.adapters.residency.handle import AdapterHandle
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class EngineLoop:
                 hint="load(..., max_batch_tokens=...) with less, or a smaller KV cache",
             ) from error
 
-    def fail(self, adapter: Adapter, error: LoraxError) -> None:
+    def fail(self, adapter: AdapterHandle, error: LoraxError) -> None:
         """Sequences of an adapter that cannot be had end with the error."""
         for sequence in [one for one in self.scheduler if one.adapter is adapter]:
             self._runner.clear(self.scheduler.distrust(sequence))

@@ -7,12 +7,16 @@ Knows nothing of stopping, text or who waits for the answers.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher, scores_prompt
 from lorax_core.engine.sampler import Draw, Picked, sample, score
@@ -45,11 +49,19 @@ class Answer:
 class Runner:
     """Runs plans over one model with one attention backend."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        pool: KVPool | None,
+        adapters: Mapping[str, Bound] = MappingProxyType({}),
+        kernel: LoraKernel | None = None,
+    ) -> None:
         self._model = model
         self._backend = backend
         self._pool = pool
-        self._batcher = Batcher(model, pool)
+        self._batcher = Batcher(model, pool, adapters, kernel)
+        self._bound = adapters
         self._specs = model.attention_specs
 
     @torch.inference_mode()
@@ -143,12 +155,20 @@ class Runner:
             joined[chunk.sequence] = Answer(part=part)
         return joined
 
+    def _head(self, sequence: Sequence) -> Head:
+        """The adapter's own head where the sequence asks for it, else the model's."""
+        if sequence.head is not None and sequence.adapter is not None:
+            own = self._bound[sequence.adapter.identity].head
+            assert own is not None
+            return own
+        return self._model.head(sequence.task)
+
     def _finished(self, chunks: list[Chunk], answers: dict[Sequence, Answer]) -> dict[Sequence, Answer]:
         """Whole texts to their answers, head by head."""
         groups: dict[Head, list[Sequence]] = {}
         for chunk in chunks:
             if chunk.sequence.span is not None:
-                head = chunk.sequence.head or self._model.head(chunk.sequence.task)
+                head = self._head(chunk.sequence)
                 groups.setdefault(head, []).append(chunk.sequence)
         for head, group in groups.items():
             counts = [len(sequence.span) for sequence in group if sequence.span is not None]

@@ -23,7 +23,7 @@ from lorax_core.engine.sequence import Sequence
 from lorax_core.kvcache.allocator import SCRATCH_PAGE, PageAllocator
 
 if TYPE_CHECKING:
-    from lorax_core.adapters.base import Adapter
+    from lorax_core.adapters.residency.handle import AdapterHandle
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +65,16 @@ class StepPlan:
 class AdapterGate(Protocol):
     """Who says which adapters are on the device. A sequence holds its adapter there from its admission until it leaves."""
 
-    def start_round(self) -> None:
+    def start_plan(self) -> None:
         """A plan begins; adapters are asked for in the order of the queue."""
 
-    def enter(self, adapter: Adapter) -> bool:
+    def acquire(self, adapter: AdapterHandle) -> bool:
         """Hold an adapter; False while it is not there, and then it is on its way."""
 
-    def share(self, adapter: Adapter) -> None:
+    def share(self, adapter: AdapterHandle) -> None:
         """Hold an adapter once more, beside a sequence that holds it."""
 
-    def leave(self, adapter: Adapter) -> None:
+    def release(self, adapter: AdapterHandle) -> None:
         """Hold it once less."""
 
 
@@ -276,7 +276,7 @@ class Scheduler:
     def _admit_all(self, draft: _Draft) -> None:
         """Let waiting sequences run by rank, until one does not fit. Those without their adapter are passed over."""
         if self.gate is not None:
-            self.gate.start_round()
+            self.gate.start_plan()
         aside: list[Sequence] = []
         while not draft.full and len(self._running) < self.max_rows and len(aside) < LOOK_PAST:
             sequence = self._queue.first()
@@ -308,11 +308,11 @@ class Scheduler:
         return True
 
     def _enter(self, sequence: Sequence) -> bool:
-        return self.gate is None or sequence.adapter is None or self.gate.enter(sequence.adapter)
+        return self.gate is None or sequence.adapter is None or self.gate.acquire(sequence.adapter)
 
     def _exit(self, sequence: Sequence) -> None:
         if self.gate is not None and sequence.adapter is not None:
-            self.gate.leave(sequence.adapter)
+            self.gate.release(sequence.adapter)
 
     def _stop(self, sequence: Sequence) -> None:
         """A running sequence runs no longer."""

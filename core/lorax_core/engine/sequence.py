@@ -16,7 +16,7 @@ from lorax_core.kvcache.prefix import PageKey, chain
 from lorax_core.types import FinishReason, Task, TokenLogprobs
 
 if TYPE_CHECKING:
-    from lorax_core.adapters.base import Adapter
+    from lorax_core.adapters.residency.handle import AdapterHandle
     from lorax_core.engine.drafting import Drafter
     from lorax_core.engine.grammar import Grammar
     from lorax_core.engine.stopping import StopRule
@@ -77,7 +77,7 @@ class Sequence:
     task: Task
     prompt: list[int]
     token_types: list[int] | None = None
-    adapter: Adapter | None = None
+    adapter: AdapterHandle | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: StopRule | None = None  # generation only
     head: Head | None = None  # the adapter's own; None is the model's for the task

@@ -17,7 +17,7 @@ from lorax_core.engine.sequence import Sequence, Update
 from lorax_core.errors import LoraxError, RequestError
 
 if TYPE_CHECKING:
-    from lorax_core.adapters.base import Adapter
+    from lorax_core.adapters.residency.handle import AdapterHandle
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class EngineWorker:
         self._joining: deque[Sequence] = deque()
         self._leaving: deque[Sequence] = deque()
         self._jobs: deque[tuple[Callable[[EngineLoop], None], Future[None]]] = deque()
-        self._came: deque[tuple[Adapter, LoraxError | None]] = deque()
+        self._came: deque[tuple[AdapterHandle, LoraxError | None]] = deque()
         self._stalled = False  # every living sequence waits for its adapter
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
@@ -61,7 +61,7 @@ class EngineWorker:
             self._changed.notify_all()
         done.result()
 
-    def adapter_came(self, adapter: Adapter, error: LoraxError | None) -> None:
+    def adapter_came(self, adapter: AdapterHandle, error: LoraxError | None) -> None:
         """An adapter that sequences wait for is on the device, or cannot be had. No-op when the engine is closed."""
         with self._changed:
             self._came.append((adapter, error))

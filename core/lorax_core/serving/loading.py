@@ -17,7 +17,7 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
-from lorax_core.engine.scheduler import AdapterGate, Scheduler
+from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import RequestError, listed
 from lorax_core.kvcache.allocator import PageAllocator
@@ -31,6 +31,7 @@ from lorax_core.serving.engine import Engine, EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
+from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
@@ -93,7 +94,8 @@ def load(
     host = host or PluginHost.discover()
     base = load_model(files, host, dtype=_dtype(dtype, files, where), device=where)
     text = load_text_front(files, set_up_embedding(base, pooling, normalize, embedding_dim))
-    store = AdapterStore(base, max_adapters=max_adapters, max_cpu_adapters=max_cpu_adapters)
+    settings = Settings.from_env()
+    store = AdapterStore(base, settings, max_adapters=max_adapters, max_cpu_adapters=max_cpu_adapters)
     for name, source in (adapters or {}).items():
         store.load(name, source)
     size = CacheSize(kv_cache_tokens, kv_cache_pages, kv_cache_bytes, kv_cache_fraction)
@@ -123,16 +125,18 @@ def _loop(
     text: TextFront,
     max_tokens: int,
     max_rows: int,
-    gate: AdapterGate,
+    store: AdapterStore,
 ) -> EngineLoop:
     for option, value in (("max_batch_tokens", max_tokens), ("max_batch_rows", max_rows)):
         if value < 1:
             raise RequestError(f"{option} must be at least 1, not {value}")
     allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
     scheduler = Scheduler(
-        max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window, gate=gate
+        max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window, gate=store
     )
-    return EngineLoop(scheduler, Runner(model, backend, pool), text if text.has_tokenizer else None)
+    return EngineLoop(
+        scheduler, Runner(model, backend, pool, store.bound, store.bound.kernel), text if text.has_tokenizer else None
+    )
 
 
 def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool | None) -> EngineInfo:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from lorax_core.adapters.apply import AdapterRowsMaker
-from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.lora_kernels.base import Products, available_forms
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.select import AutoKernel
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch, HeadRows
 from lorax_core.modeling.model import Model
+from lorax_core.settings import Settings
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 
@@ -36,7 +37,7 @@ class Piece:
     start: int
     stop: int
     pages: tuple[int, ...] = ()
-    adapter: Adapter | None = None
+    adapter: Bound | None = None
 
 
 @dataclass(slots=True)
@@ -63,8 +64,7 @@ class Bench:
         self.model = model
         self.page_size = page_size
         self._backend = backend
-        # Work is seldom seen twice here, so the form that engines settle on for most of it comes first.
-        self._rows = AdapterRowsMaker(Products(available_forms()[::-1]))
+        self._rows = AdapterRowsMaker(AutoKernel(model.dtype, model.device, Settings.from_env()))
         self._pool: KVPool | None = None
         if model.needs_kv_cache:
             spec = model.attention_specs[0]
@@ -80,7 +80,7 @@ class Bench:
             )
             self._pool.data.fill_(POISON)
 
-    def whole(self, texts: Sequence[Text], adapters: Sequence[Adapter | None] | None = None) -> list[Answer]:
+    def whole(self, texts: Sequence[Text], adapters: Sequence[Bound | None] | None = None) -> list[Answer]:
         """Each text in one piece, all in one batch."""
         return self.stepwise(texts, [[len(text)] for text in texts], adapters)
 
@@ -88,7 +88,7 @@ class Bench:
         self,
         texts: Sequence[Text],
         cuts: Sequence[Sequence[int]],
-        adapters: Sequence[Adapter | None] | None = None,
+        adapters: Sequence[Bound | None] | None = None,
         *,
         shuffle: int | None = None,
     ) -> list[Answer]:

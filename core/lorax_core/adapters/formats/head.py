@@ -149,12 +149,16 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     """Saved modules that are no part of the backbone, by canonical name."""
     backbone = {path for path, _ in base.model.backbone.named_modules()}
     found: dict[str, dict[str, Tensor]] = {}
-    for module, saved_tensors in files.modules.items():
+    for module, tensors in files.modules.items():
         target = base.weight_map.resolve_module(module)
         saved = {
-            name: tensor for name, tensor in (("weight", saved_tensors.weight), ("bias", saved_tensors.bias)) if tensor is not None
+            name: tensor
+            for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias))
+            if tensor is not None
         }
-        only_saved = saved and saved_tensors.a is None and saved_tensors.embedding_a is None and saved_tensors.tokens is None
+        only_saved = (
+            saved and tensors.a is None and tensors.embedding_a is None and tensors.tokens is None
+        )
         if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")

@@ -65,7 +65,7 @@ def layer_deltas(files: PeftFiles, tensors: ModuleTensors, layer: Layer) -> list
         made.append(Replacement(weight, whole))
         bias = None if whole is not None else bias
     if tensors.tokens is not None:
-        made.append(_tokens(files, tensors.tokens, layer))
+        made.append(_tokens(files, tensors.tokens, tensors.token_ids, layer))
     if tensors.a is not None:
         made.append(_low_rank(files, tensors, layer, weight))
     if tensors.embedding_a is not None:
@@ -183,12 +183,13 @@ def _beneath(layer: Layer, weight: Tensor | None) -> Tensor:
 def _magnitude(files: PeftFiles, tensors: ModuleTensors, layer: Layer, size: int) -> Tensor:
     assert tensors.magnitude is not None
     if tensors.magnitude.numel() != size:
-        raise _misfit(files, layer, f"its magnitude has shape {list(tensors.magnitude.shape)}, the base asks for [{size}]")
+        raise _misfit(
+            files, layer, f"its magnitude has shape {list(tensors.magnitude.shape)}, the base asks for [{size}]"
+        )
     return tensors.magnitude.float().flatten()
 
 
-def _tokens(files: PeftFiles, rows: Tensor, layer: Layer) -> TokenRows | TokenLogits:
-    ids = tensors.token_ids
+def _tokens(files: PeftFiles, rows: Tensor, ids: tuple[int, ...], layer: Layer) -> TokenRows | TokenLogits:
     vocab, dim = (*layer.shape, 0)[:2]
     if list(rows.shape) != [len(ids), dim] or not all(0 <= index < vocab for index in ids):
         raise AdapterError(

@@ -1,6 +1,6 @@
 """The files that PEFT writes.
 
-Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. What is not supported is refused by
+Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. Everything else is refused by
 name. Knows nothing of models: whether a module exists is decided in `binding`.
 """
 
@@ -213,7 +213,9 @@ def read_peft(path: str | Path) -> PeftFiles:
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
         setattr(tensors, role, tensor)
-    saved = {module for module, tensors in files.modules.items() if tensors.weight is not None or tensors.bias is not None}
+    saved = {
+        module for module, tensors in files.modules.items() if tensors.weight is not None or tensors.bias is not None
+    }
     leftover += [name for name, module in originals if module not in saved]
     if leftover:
         raise AdapterError(f"{folder} holds tensors that are not supported: {listed(leftover)}")

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.peft import PeftFiles, ModuleTensors, read_peft
 from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, share_tokens
+from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
 from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, listed, nearest

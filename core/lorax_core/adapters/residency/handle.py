@@ -40,7 +40,9 @@ class AdapterHandle:
     used: int = 0
 
     @classmethod
-    def of(cls, adapter: Adapter, fit: Fit, folder: Path | None = None, request: HeadRequest | None = None) -> AdapterHandle:
+    def of(
+        cls, adapter: Adapter, fit: Fit, folder: Path | None = None, request: HeadRequest | None = None
+    ) -> AdapterHandle:
         """The handle of an adapter in host memory."""
         facts = (adapter.identity, adapter.kind, adapter.task, adapter.ranks, adapter.draft_tokens)
         return cls(*facts, fit, adapter, folder, request)

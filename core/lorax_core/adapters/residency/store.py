@@ -418,7 +418,8 @@ def _free(store: weakref.ref[AdapterStore], identity: str) -> None:
 
 def _late(seconds: float) -> Callable[[str], AdapterError]:
     return lambda name: AdapterError(
-        f"{name!r} was not loaded within {seconds:g} seconds", hint="load it ahead with engine.adapters.load(name, source)"
+        f"{name!r} was not loaded within {seconds:g} seconds",
+        hint="load it ahead with engine.adapters.load(name, source)",
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lorax_core.adapters.base import Bound
 from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import listed
 from lorax_core.modeling.linear import Linear
@@ -115,15 +116,13 @@ def _texts(case: Case) -> list[Text]:
     return [case.texts[0], case.texts[2], case.texts[-2]]
 
 
-def _answers(case: Case, base: LoadedModel, adapter: LoraAdapter | None) -> list[Answer]:
+def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[Answer]:
     texts = _texts(case)
     return case.bench(base, texts=texts).whole(texts, [adapter] * len(texts))
 
 
-def _bound(case: Case, task: Task, recipe: Recipe) -> LoraAdapter:
-    adapter = LoraAdapter(_adapter(case, task, recipe))
-    adapter.bind(case.loaded(task))
-    return adapter
+def _bound(case: Case, task: Task, recipe: Recipe) -> Bound:
+    return LoraAdapter(_adapter(case, task, recipe)).bind(case.loaded(task))
 
 
 def _adapter(case: Case, task: Task, recipe: Recipe) -> Path:

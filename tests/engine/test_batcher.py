@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from builders import make_bert_model, make_lora, make_qwen2_model
-from rigs import make_adapters, make_loaded, make_pool
+from rigs import bound_to, make_adapters, make_loaded, make_pool
 
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.scheduler import Chunk, StepPlan
@@ -24,7 +24,7 @@ def make_chunk(tokens, start=0, *, pages=(), adapter=None, task=Task.GENERATE, s
 
 
 def packed(base, *chunks, page_size=4):
-    return Batcher(base.model, make_pool(base, 16, page_size)).pack(StepPlan(chunks))
+    return Batcher(base.model, make_pool(base, 16, page_size), bound_to(base)).pack(StepPlan(chunks))
 
 
 def test_tokens_are_packed_end_to_end_with_their_positions_and_slots(base):

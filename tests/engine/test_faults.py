@@ -7,8 +7,8 @@ import torch
 from builders import make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
-from lorax_core.attention.torch import TorchBackend
 from lorax_core.adapters.bound import UnbindAdapter
+from lorax_core.attention.torch import TorchBackend
 from lorax_core.errors import AdapterError, StepError
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lorax_core.adapters.formats.lora import LoraAdapter
     from lorax_core.adapters.formats.medusa import MedusaAdapter
-    from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles
+    from lorax_core.adapters.formats.peft import PeftFiles
     from lorax_core.plugins.host import PluginHost
 
 app = typer.Typer(help="Adapters: look into them, combine them, merge them into their base.", no_args_is_help=True)

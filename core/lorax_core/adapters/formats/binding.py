@@ -37,6 +37,10 @@ class _SiteLayer(Layer):
     device: torch.device
 
     @property
+    def kind(self) -> str:  # type: ignore[override]
+        return type(self.site).__name__
+
+    @property
     def embeds(self) -> bool:  # type: ignore[override]
         return isinstance(self.site, Embedding)
 

@@ -25,10 +25,11 @@ class Layer(ABC):
     """The base layer, or the part of a fused one, that a module of the files stands for.
 
     `embeds`: it takes ids. `multiplies`: it is a matrix product, so that low-rank updates fit. `shifts`: a new bias is added as
-    its difference from the base's, and does not replace the whole layer.
+    its difference from the base's, and does not replace the whole layer. `kind` is what it is called in errors.
     """
 
     module: str
+    kind: str
     embeds: bool
     multiplies: bool
     shifts: bool
@@ -132,7 +133,7 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
     assert a is not None
     assert b is not None
     if not layer.multiplies:
-        raise AdapterError(f"{files.path} has lora_A for {layer.module!r}, which is no linear layer")
+        raise AdapterError(f"{files.path} has lora_A for {layer.module!r}, which is of kind {layer.kind}")
     out, inputs = layer.shape
     if a.shape[1] != inputs or b.shape[0] != out:
         raise _misfit(

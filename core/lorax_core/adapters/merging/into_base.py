@@ -87,6 +87,7 @@ class _FileLayer(Layer):
     weight: Tensor
     bias: Tensor | None
     transposed: bool = False
+    kind = "vector"  # seen in errors only for what is no matrix
     device = torch.device("cpu")
     shifts = False
 
@@ -317,10 +318,12 @@ class _Plan:
         change = self.changes.get(name)
         if change is None:
             return old
-        weight = old if name == change.weight or change.weight is None else self.checkpoint.tensor(change.weight)
-        bias = old if name == change.bias else None
-        if change.weight is None:
-            raise AssertionError(f"{name!r} is a bias without a weight")
+        weight, bias = (
+            old if name == one else self.checkpoint.tensor(one) if one is not None else None
+            for one in (change.weight, change.bias)
+        )
+        assert weight is not None, f"{name!r} is a bias without a weight"
+        assert change.weight is not None
         layer = _FileLayer(change.module, weight, bias, self.weight_map.resolve(change.weight).transpose)
         new = layer.merged(self.files, change.tensors)[0 if name == change.weight else 1]
         assert new is not None

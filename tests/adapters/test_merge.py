@@ -75,7 +75,7 @@ def with_our_masks(folders, options):
 
     def pruned(tensor, density, rescale):
         mask = masks[tensor.detach().contiguous().numpy().tobytes()]
-            return tensor * mask / density if rescale else tensor * mask
+        return tensor * mask / density if rescale else tensor * mask
 
     return pruned
 

@@ -80,7 +80,8 @@ many guesses were right. Heads have an output layer of their own, or use the bas
   ranks;
 - `linear`, `ties`, `dare_linear`, `dare_ties` combine A and B each on their own, and need equal ranks module by module;
 - `--weight` once for each adapter, negative ones subtract; `--density` for ties and dare; `--seed` for dare, torch's own
-  state is untouched.
+  state is untouched. A seed gives the same result each time; it is our own stream of random numbers, not PEFT's, whose order
+  depends on the model: given the same masks, the numbers are PEFT's.
 
 Where PEFT loses something silently we do not: rslora, `layers_to_transform`, rank patterns and modules that only some
 adapters have come out exact. DoRA, biases, saved modules, heads and trained tokens have no sum and are refused by name.

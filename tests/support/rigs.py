@@ -102,7 +102,9 @@ class Bench:
         self._batcher = Batcher(base.model, self.pool, bound_to(base), kernel_for(base))
         self._backend = backend or TorchBackend()
 
-    def sequence(self, ids: list[int], adapter: AdapterHandle | None = None, types: list[int] | None = None) -> Sequence:
+    def sequence(
+        self, ids: list[int], adapter: AdapterHandle | None = None, types: list[int] | None = None
+    ) -> Sequence:
         """A sequence that holds pages for all of its tokens."""
         generates = Task.GENERATE in self.model.tasks
         made = Sequence(
@@ -163,7 +165,9 @@ def make_loop(
     scheduler = Scheduler(
         max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=base.model.widest_window
     )
-    return EngineLoop(scheduler, Runner(base.model, backend or TorchBackend(), pool, bound_to(base), kernel_for(base)), decoder)
+    return EngineLoop(
+        scheduler, Runner(base.model, backend or TorchBackend(), pool, bound_to(base), kernel_for(base)), decoder
+    )
 
 
 class Inbox:

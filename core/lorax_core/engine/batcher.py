@@ -110,7 +110,9 @@ class Batcher:
             return None
         bound = self._bound.get(adapter.identity)
         if bound is None:  # rows without their adapter would be answered as the base's
-            raise AdapterError(f"the adapter {adapter.identity[:12]} is not on the device any more", hint="load it again")
+            raise AdapterError(
+                f"the adapter {adapter.identity[:12]} is not on the device any more", hint="load it again"
+            )
         return bound
 
     def _tensor(self, values: list[int]) -> Tensor:

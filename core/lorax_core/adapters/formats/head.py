@@ -152,13 +152,9 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     for module, tensors in files.modules.items():
         target = base.weight_map.resolve_module(module)
         saved = {
-            name: tensor
-            for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias))
-            if tensor is not None
+            name: tensor for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias)) if tensor is not None
         }
-        only_saved = (
-            saved and tensors.a is None and tensors.embedding_a is None and tensors.tokens is None
-        )
+        only_saved = saved and tensors.a is None and tensors.embedding_a is None and tensors.tokens is None
         if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")

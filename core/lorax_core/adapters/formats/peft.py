@@ -132,7 +132,11 @@ class ModuleTensors:
 
     def meta(self) -> ModuleTensors:
         """Its shapes: on the meta device, but for the weight and the bias, which have to be compared with the base's."""
-        return replace(self, **{r: tensor.to("meta") for r, tensor in self.items() if r not in ("weight", "bias")})
+        made = replace(self)
+        for role, tensor in self.items():
+            if role not in ("weight", "bias"):
+                setattr(made, role, tensor.to("meta"))
+        return made
 
 
 @dataclass

@@ -12,7 +12,7 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,7 +284,7 @@ class AdapterStore:
             weakref.finalize(handle, _free, weakref.ref(self), handle.identity).atexit = False
         return known
 
-    def _stack(self, members: list[tuple[AdapterHandle, float]]) -> AdapterHandle:
+    def _stack(self, members: Sequence[tuple[AdapterHandle, float]]) -> AdapterHandle:
         weights: dict[str, float] = {}
         for member, weight in members:
             weights[member.identity] = weights.get(member.identity, 0.0) + weight

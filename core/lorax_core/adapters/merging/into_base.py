@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, share_tokens
+from lorax_core.adapters.formats.layer import share_tie, share_tokens
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.adapters.merging.file_layer import FileLayer
 from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, listed, nearest
@@ -77,47 +78,6 @@ def merge_into_base(
     with new_folder(final, overwrite=overwrite) as folder:
         plan.write(folder, progress)
     return MergedBase(final, tuple(plan.changed), tuple(plan.notes))
-
-
-@dataclass(frozen=True)
-class _FileLayer(Layer):
-    """A layer as the checkpoint's files have it. Its weight is stored `[in, out]` when `transposed`."""
-
-    module: str
-    weight: Tensor
-    bias: Tensor | None
-    transposed: bool = False
-    kind = "vector"  # seen in errors only for what is no matrix
-    device = torch.device("cpu")
-    shifts = False
-
-    @property
-    def multiplies(self) -> bool:  # type: ignore[override]
-        return self.weight.dim() == 2
-
-    @property
-    def embeds(self) -> bool:  # type: ignore[override]
-        return self.weight.dim() == 2 and not self.transposed
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self._turned(self.weight).shape)
-
-    def base(self, leaf: str) -> Tensor | None:
-        return self._turned(self.weight) if leaf == "weight" else self.bias
-
-    def saved(self, leaf: str, tensor: Tensor) -> Tensor:
-        return self._turned(tensor) if leaf == "weight" else tensor
-
-    def merged(self, files: PeftFiles, tensors: ModuleTensors) -> tuple[Tensor, Tensor | None]:
-        """The new weight, stored as the old one is, and the new bias, in float32."""
-        weight, bias = self._turned(self.weight).float(), self.bias.float() if self.bias is not None else None
-        for delta in layer_deltas(files, tensors, self):
-            weight, bias = delta.merged(weight, bias)
-        return self._turned(weight), bias
-
-    def _turned(self, weight: Tensor) -> Tensor:
-        return weight.t() if self.transposed and weight.dim() == 2 else weight
 
 
 @dataclass(frozen=True)
@@ -277,7 +237,7 @@ class _Plan:
 
     def _merged(self, module: str, tensors: ModuleTensors | None, old: Tensor) -> Tensor:
         """A weight without a bias, in its own dtype."""
-        return old if tensors is None else _FileLayer(module, old, None).merged(self.files, tensors)[0].to(old.dtype)
+        return old if tensors is None else FileLayer(module, old, None).merged(self.files, tensors)[0].to(old.dtype)
 
     def _note_unsupported(self, vocabulary: int) -> None:
         """Heads that are not supported may be tied to an embedding that changed; only their own class knows."""
@@ -324,7 +284,7 @@ class _Plan:
         )
         assert weight is not None, f"{name!r} is a bias without a weight"
         assert change.weight is not None
-        layer = _FileLayer(change.module, weight, bias, self.weight_map.resolve(change.weight).transpose)
+        layer = FileLayer(change.module, weight, bias, self.weight_map.resolve(change.weight).transpose)
         new = layer.merged(self.files, change.tensors)[0 if name == change.weight else 1]
         assert new is not None
         new = new.to(old.dtype)

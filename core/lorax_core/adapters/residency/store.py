@@ -22,7 +22,7 @@ from lorax_core.adapters.bound import BindAdapter, BoundAdapters, UnbindAdapter
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.medusa import read_adapter
 from lorax_core.adapters.residency.fetching import Fetcher
-from lorax_core.adapters.residency.handle import AdapterHandle
+from lorax_core.adapters.residency.handle import AdapterHandle, AdapterInfo
 from lorax_core.adapters.residency.slots import AdapterSlots
 from lorax_core.adapters.residency.source import FoundAdapter, find_adapter
 from lorax_core.adapters.stack import StackedAdapter, stack_identity
@@ -38,27 +38,6 @@ _FETCH_SECONDS = 600.0
 Listener = Callable[[AdapterHandle, LoraxError | None], None]
 Choice = str | Mapping[str, float]
 """A name, or names with weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """What is known of a loaded adapter.
-
-    `targets` are module paths of the base; `nbytes` is on the device; `where` is "device", "memory" or "disk"; `revision` is
-    what a remote source was at loading.
-    """
-
-    name: str
-    kind: str
-    identity: str
-    source: str
-    task: str | None
-    ranks: tuple[int, ...]
-    targets: tuple[str, ...]
-    nbytes: int
-    where: str
-    pinned: bool
-    revision: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +204,13 @@ class AdapterStore:
 
     def acquire(self, handle: AdapterHandle) -> bool:
         """Hold an adapter on the device for one more sequence; False while it is not there: then it is being bound."""
-        key = handle.identity
         with self._lock:
             if self._closed:
                 return False
-            if key not in self._slots:
+            if handle.identity not in self._slots:
                 self._request(handle)
             self._touch(handle)
-            return self._slots.acquire(key)
+            return self._slots.acquire(handle.identity)
 
     def share(self, handle: AdapterHandle) -> None:
         """Hold an adapter once more, beside a sequence that holds it."""
@@ -390,21 +368,7 @@ class AdapterStore:
 
     def _info(self, name: str) -> AdapterInfo:
         entry = self._names[name]
-        handle = entry.handle
-        bound = self.bound.get(handle.identity)
-        return AdapterInfo(
-            name=name,
-            kind=handle.kind,
-            identity=handle.identity,
-            source=entry.found.origin,
-            task=handle.task.value if handle.task is not None else None,
-            ranks=handle.ranks,
-            targets=handle.fit.targets,
-            nbytes=bound.nbytes if bound is not None else 0,
-            where="device" if bound is not None else "memory" if handle.adapter is not None else "disk",
-            pinned=entry.pinned,
-            revision=entry.found.revision,
-        )
+        return AdapterInfo.of(name, entry.handle, entry.found, self.bound.get(entry.handle.identity), entry.pinned)
 
 
 def _free(store: weakref.ref[AdapterStore], identity: str) -> None:

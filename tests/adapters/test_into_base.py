@@ -355,7 +355,7 @@ SPOILT = {
     "a head of its own": (
         {},
         extra("score.weight", lambda found: torch.ones(3, 64)),
-        "brings 'score' whole, which .* does not have: a head of the adapter's own cannot be merged",
+        "holds 'score' whole, which .* does not have: a head of the adapter's own cannot be merged",
     ),
     "a module twice": (
         {},
@@ -390,7 +390,7 @@ def test_numbers_beyond_the_base_s_dtype_are_refused(plain, tmp_path, host):
     copy.deepcopy(model).half().save_pretrained(tmp_path / "base")
     folder, _ = make_adapter(model, tmp_path / "lora", lora_alpha=10**7)
 
-    with pytest.raises(AdapterError, match=rf"(?s)'{Q}.weight' beyond what torch.float16 holds.*bfloat16"):
+    with pytest.raises(AdapterError, match=rf"(?s)'{Q}.weight' larger than torch.float16 can hold.*bfloat16"):
         merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
 
     assert not (tmp_path / "out").exists()

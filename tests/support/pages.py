@@ -67,9 +67,9 @@ tokens or a head is refused by name. A sum has its own identity, from those of i
 ## Medusa
 
 A folder with `config.json` (`medusa_num_heads`, `medusa_num_layers`) and one safetensors file of heads is loaded like any
-other, alone or with PEFT's files beside it. Its heads guess the tokens that follow the next one, the model verifies them in
+other, alone or with PEFT's files beside it. Its heads draft the tokens that follow the next one, the model verifies them in
 the next step, and the answer is the one without them, token for token, sampled or greedy; `usage.accepted_tokens` tells how
-many guesses were right. Heads have an output layer of their own, or use the base's.
+many drafts were right. Heads have an output layer of their own, or use the base's.
 
 ## Merging
 

@@ -104,8 +104,8 @@ def merge(
     settings: dict[str, Any] = {"strategy": strategy, "weights": weight, "density": density, "seed": seed, "rank": rank}
     settings["majority_sign_method"] = majority_sign
     if revision is not None and len(revision) != len(adapters):
-        told = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
-        raise typer.BadParameter(told, param_hint="--revision")
+        message = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
+        raise typer.BadParameter(message, param_hint="--revision")
     _check_out(out, overwrite)
     about: dict[str, Any] = {"path": str(out), "strategy": strategy}
     folders = [_find_lora(*one) for one in zip(adapters, revision or [""] * len(adapters), strict=True)]
@@ -172,10 +172,10 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
     if json:
         show_json({"merged": about})
         return
-    told = {name: value for name, value in about.items() if name != "notes"}
-    if "changed" in told:
-        told["changed"] = f"{len(told['changed']):,} tensors"
-    show_table(("", ""), [(name, _listed(value)) for name, value in told.items()])
+    rows = {name: value for name, value in about.items() if name != "notes"}
+    if "changed" in rows:
+        rows["changed"] = f"{len(rows['changed']):,} tensors"
+    show_table(("", ""), [(name, _listed(value)) for name, value in rows.items()])
     for note in about["notes"]:
         tell(note, label="note", style="yellow")
 
@@ -297,7 +297,7 @@ def _summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", _listed(about["features"])),
         *((f"saved {one['module']}", " x ".join(map(str, one["shape"]))) for one in about["saved"]),
         *([("trained tokens", f"{about['tokens']:,}")] if about["tokens"] else []),
-        *([("medusa heads", _told_heads(about["medusa"]))] if about["medusa"] else []),
+        *([("medusa heads", _describe_heads(about["medusa"]))] if about["medusa"] else []),
         ("tensors", f"{about['tensors']:,}"),
         ("parameters", f"{about['parameters']:,}"),
         ("bytes", f"{about['bytes']:,}"),
@@ -306,7 +306,7 @@ def _summary(about: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _told_heads(heads: dict[str, Any]) -> str:
+def _describe_heads(heads: dict[str, Any]) -> str:
     blocks = "1 block" if heads["blocks"] == 1 else f"{heads['blocks']} blocks"
     out = (
         f"with output layers for {heads['vocabulary']:,} tokens"
@@ -330,15 +330,15 @@ def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any
     from lorax_core.weights.loader import load_model
 
     loaded = load_model(Checkpoint(find_checkpoint(base)), host)
-    told: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
+    facts: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
     try:
         found = adapter.check(loaded)
     except AdapterError as error:
-        return {**told, "fits": False, "problem": error.message, "sites": [], "head": None}, error
+        return {**facts, "fits": False, "problem": error.message, "sites": [], "head": None}, error
     head = found.head
     labels = list(getattr(head, "labels", ()))
     about = {"task": str(head.task), "labels": labels} if head is not None else None
-    return {**told, "sites": sorted(found.targets), "head": about}, None
+    return {**facts, "sites": sorted(found.targets), "head": about}, None
 
 
 def _fit_rows(fit: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -76,12 +76,12 @@ def build_head(
         raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
     if task is None and candidates and not any(module in base.model.sites for module in candidates):
         raise AdapterError(
-            f"{files.path} brings a head ({listed(candidates)}) and does not say for which task",
+            f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
         )
     if task not in CLASSIFICATION or not candidates:
         if wanted.id2label is not None or wanted.problem is not None:
-            raise AdapterError(f"{files.path} brings no head of its own for id2label or problem_type to speak of")
+            raise AdapterError(f"{files.path} has no head of its own, so id2label and problem_type do not apply")
         return None, frozenset()
     path = base.spec.heads.get(task)
     if path is None:
@@ -94,7 +94,7 @@ def build_head(
     if head is None:
         lacking = [name for name in getattr(kind, "needed", ()) if name not in tensors]
         raise AdapterError(
-            f"{files.path} brings {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
+            f"{files.path} holds {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
             + (f": {listed(lacking)}" if lacking else "")
         )
     _fill(head, tensors, files, device, base.model.dtype)
@@ -137,7 +137,7 @@ def _labels(
     """
     if output is None or output not in own:
         if output is not None and (wanted.id2label is not None or wanted.problem is not None):
-            raise AdapterError(f"{files.path} has no {output!r} of its own for id2label or problem_type to speak of")
+            raise AdapterError(f"{files.path} has no {output!r} of its own, so id2label and problem_type do not apply")
         return None
     count = own[output].shape[0]
     if wanted.id2label is not None and sorted(wanted.id2label) != list(range(count)):

@@ -40,7 +40,7 @@ _EXPORTS: Final = (".onnx", ".onnx_data", ".tflite", ".mlmodel")
 
 @dataclass(frozen=True)
 class MergedBase:
-    """What was written: the tensors that changed or are new, by their names in the files, and notes to be told."""
+    """What was written: the tensors that changed or are new, by their names in the files, and notes for the user."""
 
     path: Path
     changed: tuple[str, ...]
@@ -177,13 +177,13 @@ class _Plan:
         if leaf == "bias" and own in stored:
             return AdapterError(
                 f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
-                hint="serve it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
+                hint="use it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
             )
         if change.tensors.a is None and change.tensors.embedding_a is None and change.tensors.tokens is None:
             return AdapterError(
-                f"{self.files.path} brings {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
+                f"{self.files.path} holds {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
                 "adapter's own cannot be merged",
-                hint="serve it unmerged, or merge it into a checkpoint of a class that has this head",
+                hint="use it unmerged, or merge it into a checkpoint of a class that has this head",
             )
         close = nearest(change.module, modules)
         return AdapterError(
@@ -358,7 +358,7 @@ def _file_name(weight_map: WeightMap, parameter: str) -> str:
 def _finite(files: PeftFiles, name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise AdapterError(
-            f"{files.path} brings {name!r} beyond what {tensor.dtype} holds",
+            f"{files.path} makes {name!r} larger than {tensor.dtype} can hold",
             hint="convert the base to bfloat16 or float32 first",
         )
     return tensor.contiguous().clone()

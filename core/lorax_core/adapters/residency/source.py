@@ -49,7 +49,7 @@ class FoundAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where that is not told."""
+    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where the listing has none."""
 
     path: str
     name: str
@@ -110,12 +110,12 @@ def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
 def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
     files, path = _filesystem(url, scheme)
     remote = _listing(files, path, url)
-    told = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
+    version = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
     sure = all(file.tag is not None and file.size is not None for file in remote)
     try:
         root = root.expanduser()
-        if sure and _whole(root / told, remote):
-            return FoundAdapter(root / told, url, told)
+        if sure and _whole(root / version, remote):
+            return FoundAdapter(root / version, url, version)
         root.mkdir(parents=True, exist_ok=True)
         # Beside its final place, so that the move there is one step; what breaks before leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".part-") as scratch:
@@ -124,7 +124,7 @@ def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
             _fetch(files, remote, part, url)
             if _listing(files, path, url) != remote:
                 raise AdapterError(f"{url!r} changed while it was downloaded", hint="try again")
-            key = told if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
+            key = version if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
             _settle(part, root / key, remote)
             return FoundAdapter(root / key, url, key)
     except (OSError, RuntimeError) as error:  # no room, no rights, no home
@@ -228,5 +228,5 @@ def _content(file: Path) -> tuple[str, str]:
         return file.name, hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest(told: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:40]
+def _digest(version: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(version).encode()).hexdigest()[:40]

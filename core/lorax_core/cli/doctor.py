@@ -80,7 +80,7 @@ def _machine() -> dict[str, Any]:
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
         "packed products": ", ".join(packed) or "none",
-        "adapter products": f"{choice.kernel.name}: {choice.reason}",
+        "low-rank kernel": f"{choice.kernel.name}: {choice.reason}",
     }
 
 

@@ -28,7 +28,7 @@ def canonical(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the environment sets, read once and passed on.
+    """The settings of this process, read once and passed to those who need them.
 
     - `plugins` (`LORAX_PLUGINS`): only these plugins are loaded; empty means all. Names, separated by commas, of
       distributions (`lorax-bert`) or of their entry points (`bert`).
@@ -37,7 +37,7 @@ class Settings:
     - `cache` (`LORAX_CACHE`): the folder for downloads that no library of their own keeps. It need not exist, and a
       leading `~` is still to be expanded. Unset: `lorax` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
 
-    - `native` (`LORAX_NATIVE`, on by default): products of adapters may be compiled for this machine.
+    - `native` (`LORAX_NATIVE`, on by default): native kernels may be compiled for this machine.
 
     Names are kept in canonical form.
     """
@@ -75,11 +75,11 @@ def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
 
 
 def _cache(environ: Mapping[str, str]) -> Path:
-    chosen = environ.get("LORAX_CACHE", "").strip()
-    if chosen:
-        return Path(chosen)
+    given = environ.get("LORAX_CACHE", "").strip()
+    if given:
+        return Path(given)
     shared = environ.get("XDG_CACHE_HOME", "")
-    return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # relative ones are void, as XDG has it
+    return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # XDG ignores relative ones
 
 
 def _switch(environ: Mapping[str, str], variable: str, default: bool) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import pytest
 from builders import change_json, make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
+from lorax_core.adapters.bound import BindAdapter
 from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import AdapterError
 
@@ -142,16 +144,36 @@ def test_a_request_in_flight_finishes_on_the_content_that_its_name_had(base, fol
     assert newer.output != expected
 
 
-def test_an_adapter_that_is_unbound_gives_its_memory_back(base, folders):
+def test_checking_gives_the_facts_without_numbers(base, folders):
     adapter = LoraAdapter(folders["first"])
-    assert adapter.nbytes == 0
-    adapter.bind(base)
-    assert adapter.nbytes > 0
 
-    adapter.unbind()
+    fit = adapter.check(base)
 
-    assert adapter.nbytes == 0
-    assert not adapter.is_bound
+    bound = adapter.bind(base)
+    assert fit.targets == bound.targets
+    assert fit.nbytes == bound.nbytes > 0
+    meta = adapter.bind(base, meta=True)
+    assert all(delta.a.is_meta for deltas in meta.deltas.values() for delta in deltas)
+
+
+def test_an_adapter_is_a_value_that_pickles(base, folders):
+    adapter = pickle.loads(pickle.dumps(BindAdapter("it", LoraAdapter(folders["first"])))).adapter
+
+    assert adapter.identity == LoraAdapter(folders["first"]).identity
+    assert adapter.bind(base).nbytes == LoraAdapter(folders["first"]).bind(base).nbytes
+
+
+def test_what_nobody_can_name_or_holds_leaves_the_device(base, folders):
+    store = make_adapters(base, **folders)
+    held = store.get("first")
+
+    store.unload("first")
+    store.unload("second")
+
+    assert list(store.bound) == [held.identity]
+    del held
+    assert list(store.bound) == []
+    store.check()
 
 
 def test_many_threads_may_load_and_unload(base, folders):

@@ -133,5 +133,5 @@ def test_many_sums_do_not_pile_up(qwen2, pair):
         for number in range(20):
             engine.generate(PROMPTS[0], adapter={"first": number / 10 + 0.05}, max_tokens=1)
 
-        assert len(engine.adapters._bound) <= 2 + 8
+        assert len(engine.adapters.bound) <= 2 + 8
         engine.adapters.check()

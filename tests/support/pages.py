@@ -67,9 +67,9 @@ tokens or a head is refused by name. A sum has its own identity, from those of i
 ## Medusa
 
 A folder with `config.json` (`medusa_num_heads`, `medusa_num_layers`) and one safetensors file of heads is loaded like any
-other, alone or with PEFT's files beside it. Its heads guess the tokens that follow the next one, the model verifies them in
+other, alone or with PEFT's files beside it. Its heads draft the tokens that follow the next one, the model verifies them in
 the next step, and the answer is the one without them, token for token, sampled or greedy; `usage.accepted_tokens` tells how
-many guesses were right. Heads have an output layer of their own, or use the base's.
+many drafts were right. Heads have an output layer of their own, or use the base's.
 
 ## Merging
 
@@ -80,7 +80,8 @@ many guesses were right. Heads have an output layer of their own, or use the bas
   ranks;
 - `linear`, `ties`, `dare_linear`, `dare_ties` combine A and B each on their own, and need equal ranks module by module;
 - `--weight` once for each adapter, negative ones subtract; `--density` for ties and dare; `--seed` for dare, torch's own
-  state is untouched.
+  state is untouched. A seed gives the same result each time; it is our own stream of random numbers, not PEFT's, whose order
+  depends on the model: given the same masks, the numbers are PEFT's.
 
 Where PEFT loses something silently we do not: rslora, `layers_to_transform`, rank patterns and modules that only some
 adapters have come out exact. DoRA, biases, saved modules, heads and trained tokens have no sum and are refused by name.

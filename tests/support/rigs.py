@@ -9,14 +9,19 @@ import itertools
 import random
 import threading
 from array import array
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.bound import BoundAdapters
+from lorax_core.adapters.lora_kernels.select import AutoKernel
+from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.torch import TorchBackend
@@ -31,7 +36,9 @@ from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopRule
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
+from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
+from lorax_core.settings import Settings
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model
@@ -47,10 +54,26 @@ def make_loaded(folder: Path, host: PluginHost, **options: object) -> LoadedMode
 
 def make_adapters(base: LoadedModel, **folders: Path) -> AdapterStore:
     """A store with the adapters of these folders, by name."""
-    store = AdapterStore(base)
+    store = AdapterStore(base, Settings.from_env())
+    _bound.setdefault(base.model, []).append(store.bound)
     for name, folder in folders.items():
         store.load(name, folder)
     return store
+
+
+_bound: WeakKeyDictionary[Model, list[BoundAdapters]] = WeakKeyDictionary()
+
+
+def bound_to(base: LoadedModel) -> Mapping[str, Bound]:
+    """What all stores of `make_adapters` have bound to a base, now and later."""
+    found: ChainMap[str, Bound] = ChainMap()
+    found.maps = _bound.setdefault(base.model, [])  # type: ignore[assignment]
+    return found
+
+
+def kernel_for(base: LoadedModel) -> AutoKernel:
+    """The kernel of low-rank products that an engine of this base would have."""
+    return AutoKernel(base.model.dtype, base.model.device, Settings.from_env())
 
 
 def make_pool(base: LoadedModel, pages: int, page_size: int = PAGE) -> KVPool | None:
@@ -80,13 +103,12 @@ class Bench:
         self.pool = make_pool(base, pages, page_size)
         self.page_size = page_size
         self._free = random.Random(5).sample(range(1, pages + 1), pages)
-        self._adapters: dict[str, Adapter] = {}
-        self._batcher = Batcher(base.model, page_size if self.pool else None, self._adapters)
+        self._batcher = Batcher(base.model, page_size if self.pool else None, bound_to(base), kernel_for(base))
         self._backend = backend or TorchBackend()
         self._backend.bind(base.model.attention_specs, base.model.dtype, self.pool)
         self._ids = itertools.count(1)
 
-    def sequence(self, ids: list[int], adapter: Adapter | None = None, types: list[int] | None = None) -> Sequence:
+    def sequence(self, ids: list[int], adapter: AdapterHandle | None = None, types: list[int] | None = None) -> Sequence:
         """A sequence that holds pages for all of its tokens."""
         generates = Task.GENERATE in self.model.tasks
         made = Sequence(
@@ -98,8 +120,6 @@ class Bench:
             span=None if generates else range(len(ids)),
             id=next(self._ids),
         )
-        if adapter is not None:
-            self._adapters[adapter.identity] = adapter
         made.pages = array("i", [self._free.pop() for _ in range(-(-len(ids) // self.page_size))] if self.pool else [])
         return made
 
@@ -124,7 +144,7 @@ class Bench:
 
 
 def all_logits(
-    base: LoadedModel, prompts: list[list[int]], adapters: list[Adapter | None] | None = None
+    base: LoadedModel, prompts: list[list[int]], adapters: list[AdapterHandle | None] | None = None
 ) -> list[Tensor]:
     """Logits of every token of every prompt, in one batch."""
     bench = Bench(base, pages=sum(-(-len(ids) // PAGE) for ids in prompts))
@@ -151,8 +171,9 @@ def make_loop(
     scheduler = Scheduler(
         max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=base.model.widest_window
     )
-    bound = adapters.bound if adapters is not None else {}
-    return EngineLoop(scheduler, Runner(base.model, backend or TorchBackend(), pool, bound), decoder)
+    bound = adapters.bound if adapters is not None else bound_to(base)
+    runner = Runner(base.model, backend or TorchBackend(), pool, bound, kernel_for(base))
+    return EngineLoop(scheduler, runner, decoder)
 
 
 class Inbox:
@@ -184,7 +205,7 @@ def make_sequence(
     prompt: Iterable[int],
     max_tokens: int = 8,
     *,
-    adapter: Adapter | None = None,
+    adapter: AdapterHandle | None = None,
     sampling: Sampling | None = None,
     stop: Iterable[str] = (),
     eos: Iterable[int] = (),

@@ -98,7 +98,7 @@ def test_a_wrong_scale_of_lora(key, make_spec, fails_by_far, monkeypatch, run, t
 
 def test_one_adapter_for_the_whole_batch(make_spec, monkeypatch, run, twins):
     def for_all(self, site, x, y):
-        for delta in self.segments[0].adapter.deltas.get(site.path, ()):
+        for delta in self.runs[0].bound.deltas.get(site.path, ()):
             delta.apply(site, x, y)
         return y
 

@@ -1,20 +1,51 @@
 """What adapters do to the output of a layer.
 
-Decides the arithmetic of each kind. Every delta changes rows of y in place and leaves other rows alone; `part` is the range of
-output columns that it acts on, all of them when None. Knows nothing of files.
+Decides the arithmetic of each kind, twice over: added to the rows of a batch, and merged into a weight. Every delta changes
+rows of y in place and leaves other rows alone; `part` is the range of output columns that it acts on, all of them when None.
+Knows nothing of files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from lorax_core.adapters.base import Delta
 from lorax_core.modeling.site import Site
 
 Part = slice | None
+T = TypeVar("T", bound=Delta)
+Merged = tuple[Tensor, Tensor | None]
+
+
+def placed(delta: T, part: Part, device: torch.device, dtype: torch.dtype) -> T:
+    """The same delta for a part of a site, its floating-point tensors in `dtype`, all of them on `device`."""
+    changes: dict[str, object] = {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in _tensors(delta).items()
+    }
+    if part is not None:
+        changes["part"] = part
+    return dataclasses.replace(delta, **changes)  # type: ignore[type-var]
+
+
+def _tensors(delta: object) -> dict[str, Tensor]:
+    found = {field.name: getattr(delta, field.name) for field in dataclasses.fields(delta)}  # type: ignore[arg-type]
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+class _Tensors:
+    """A delta whose fields are its tensors."""
+
+    __slots__ = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in _tensors(self).values())
 
 
 def _columns(y: Tensor, part: Part) -> Tensor:
@@ -28,11 +59,16 @@ def _bias(site: Site, part: Part) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What some ranks of an update add, to the columns from `column` on: b `[ranks, width]` is B transposed, with the scale."""
+    """What some ranks of an update add to the columns from `column` on: b `[ranks, width]` is B transposed, with the scale."""
 
     ranks: slice
     column: int
     b: Tensor
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the layer's output that it adds to."""
+        return slice(self.column, self.column + self.b.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +81,7 @@ class LowRank:
     a: Tensor
     blocks: tuple[Block, ...]
     bias: Tensor | None = None
+    not_a_sum = None
 
     @classmethod
     def whole(cls, a: Tensor, b: Tensor, bias: Tensor | None = None) -> LowRank:
@@ -60,16 +97,40 @@ class LowRank:
         """The product alone, added to y `[rows, out]` for x `[rows, in]`."""
         h = x @ self.a.t()  # [rows, rank]
         for block in self.blocks:
-            y[:, block.column : block.column + block.b.shape[1]].addmm_(h[:, block.ranks], block.b)
+            y[:, block.columns].addmm_(h[:, block.ranks], block.b)
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         self.add(x, y)
         if self.bias is not None:
             y += self.bias
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
+        weight = weight.clone()
+        for block in self.blocks:
+            weight[block.columns] += block.b.t() @ self.a[block.ranks]
+        return weight, bias if self.bias is None else self.bias if bias is None else bias + self.bias
+
+
+def joined(members: list[tuple[Part, LowRank]], out: int, device: torch.device, dtype: torch.dtype) -> LowRank:
+    """The updates of a layer's parts as one for `out` columns: A stacked `[sum of ranks, in]`, B's blocks beside each other."""
+    blocks: list[Block] = []
+    rank = 0
+    bias: Tensor | None = None
+    for part, update in members:
+        rows = part or slice(0, out)
+        for block in update.blocks:
+            ranks = slice(rank + block.ranks.start, rank + block.ranks.stop)
+            blocks.append(Block(ranks, rows.start + block.column, block.b.to(device, dtype)))
+        rank += len(update.a)
+        if update.bias is not None:
+            bias = torch.zeros(out, device=update.bias.device) if bias is None else bias
+            bias[rows] = update.bias
+    a = torch.cat([update.a for _, update in members]).to(device, dtype)
+    return LowRank(a, tuple(blocks), bias.to(device, dtype) if bias is not None else None)
+
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingLowRank:
+class EmbeddingLowRank(_Tensors):
     """`y += A^T[ids] B^T` for ids `[rows]`: a `[vocab, rank]` (A transposed), b `[dim, rank]` with the scale in it.
 
     With `gain` `[dim]` (DoRA) the sum with the base's row is multiplied by it.
@@ -80,27 +141,28 @@ class EmbeddingLowRank:
     gain: Tensor | None = None
 
     @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes + (self.gain.nbytes if self.gain is not None else 0)
+    def not_a_sum(self) -> str | None:
+        return None if self.gain is None else "a magnitude (DoRA)"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         y.addmm_(self.a[x], self.b.t())
         if self.gain is not None:
             y *= self.gain
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
+        weight = weight + self.a @ self.b.t()
+        return weight if self.gain is None else weight * self.gain, bias
+
 
 @dataclass(frozen=True, slots=True)
-class Dora:
+class Dora(_Tensors):
     """`y = gain * (x W^T + (x A^T) B^T) + bias`, where y came in as `x W^T + bias`; the scale is in b."""
 
     a: Tensor
     b: Tensor
     gain: Tensor  # [out]
     part: Part = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes + self.gain.nbytes
+    not_a_sum = "a magnitude (DoRA)"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         y = _columns(y, self.part)
@@ -112,34 +174,38 @@ class Dora:
         if bias is not None:
             y += bias
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
+        rows, weight = self.part or slice(None), weight.clone()
+        weight[rows] = (weight[rows] + self.b @ self.a) * self.gain[:, None]
+        return weight, bias
+
 
 @dataclass(frozen=True, slots=True)
-class Shift:
+class Shift(_Tensors):
     """`y += vector`: the difference between a bias that was trained and the base's."""
 
     vector: Tensor
     part: Part = None
-
-    @property
-    def nbytes(self) -> int:
-        return self.vector.nbytes
+    not_a_sum = "a replaced weight or bias"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         columns = _columns(y, self.part)
         columns += self.vector
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
+        bias = torch.zeros(len(weight)) if bias is None else bias.clone()
+        bias[self.part or slice(None)] += self.vector
+        return weight, bias
+
 
 @dataclass(frozen=True, slots=True)
-class Replacement:
+class Replacement(_Tensors):
     """The layer computed with another weight, or another bias, or both; what is None stays the base's."""
 
     weight: Tensor | None
     bias: Tensor | None
     part: Part = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.weight, self.bias) if tensor is not None)
+    not_a_sum = "a replaced weight or bias"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         weight = self.weight
@@ -149,17 +215,27 @@ class Replacement:
         bias = self.bias if self.bias is not None else _bias(site, self.part)
         _columns(y, self.part).copy_(site.computed_with(x, weight, bias))
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
+        rows = self.part or slice(None)
+        if self.weight is not None:
+            weight = weight.clone()
+            weight[rows] = self.weight
+        if self.bias is not None:
+            bias = torch.zeros(len(weight)) if bias is None else bias.clone()
+            bias[rows] = self.bias
+        return weight, bias
+
 
 @dataclass(frozen=True, slots=True)
-class _Tokens:
+class _Tokens(_Tensors):
     """Numbers of single tokens: ids `[n]` ascending, rows `[n, dim]`."""
 
     ids: Tensor
     rows: Tensor
+    not_a_sum = "trained tokens"
 
-    @property
-    def nbytes(self) -> int:
-        return self.ids.nbytes + self.rows.nbytes
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
+        return weight.index_copy(0, self.ids, self.rows), bias
 
 
 class TokenRows(_Tokens):

@@ -69,11 +69,12 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from lorax_core.kernels.native.low_rank import native_status
+    from lorax_core.adapters.lora_kernels.select import select_kernel
     from lorax_core.linear_methods.select import available
+    from lorax_core.settings import Settings
 
-    product, message = native_status()
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    choice = select_kernel(torch.float32, torch.device("cpu"), Settings.from_env())
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     device = "cuda" if gpus else "cpu"
     return {
@@ -81,7 +82,7 @@ def _machine() -> dict[str, Any]:
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
         **{f"linear methods in {name}": _methods(available(dtype, device)) for name, dtype in dtypes.items()},
-        "compiled adapter product": message if product is not None else f"none: {message}",
+        "low-rank kernel": f"{choice.kernel.name}: {choice.reason}",
     }
 
 

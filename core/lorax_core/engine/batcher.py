@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.attention.base import HostAndDevice
 from lorax_core.engine.step_input import ChunkInput, HeadRead, StepInput
 from lorax_core.errors import AdapterError
@@ -28,14 +29,16 @@ Int64s = NDArray[np.int64]
 class Batcher:
     """Makes batches for one model, and for its cache of pages of `page_size` tokens (None for models without).
 
-    `adapters` are those on the device, by identity.
+    `adapters` are those on the device, by identity; `kernel` computes their low-rank products (torch's when None).
     """
 
-    def __init__(self, model: Model, page_size: int | None, adapters: Mapping[str, Bound]) -> None:
+    def __init__(
+        self, model: Model, page_size: int | None, adapters: Mapping[str, Bound], kernel: LoraKernel | None = None
+    ) -> None:
         self._device = model.device
         self._page_size = page_size
         self._adapters = adapters
-        self._rows = AdapterRowsMaker()
+        self._rows = AdapterRowsMaker(kernel)
         self._starts = _Buffer(self._device)
         self._lengths = _Buffer(self._device)
         self._pages = _PageTable(self._device)

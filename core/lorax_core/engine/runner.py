@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.sampler import Sampled, SampledToken, Scores
@@ -50,7 +51,8 @@ class Answer:
 class Runner:
     """Runs steps over one model with one attention backend, which is bound to `pool` (None for models without a cache).
 
-    `adapters` are those on the device, by identity; they may come and go between steps.
+    `adapters` are those on the device, by identity; they may come and go between steps. `kernel` computes their low-rank
+    products, torch's when None.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class Runner:
         backend: AttentionBackend,
         pool: KVPool | None,
         adapters: Mapping[str, Bound] | None = None,
+        kernel: LoraKernel | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
         self._pool = pool
         self._adapters: Mapping[str, Bound] = {} if adapters is None else adapters
-        self._batcher = Batcher(model, pool.page_size if pool is not None else None, self._adapters)
+        self._batcher = Batcher(model, pool.page_size if pool is not None else None, self._adapters, kernel)
         self._pooled: dict[int, Tensor] = {}  # by sequence: what its head made of the chunks so far
         self._newest: dict[int, Tensor] = {}  # by sequence: the token that the last step sampled for it, `[1]`
         backend.bind(model.attention_specs, model.dtype, pool)

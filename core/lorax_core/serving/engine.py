@@ -128,7 +128,7 @@ class Engine:
                     f"run() takes GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
                 )
         call = Call(len(requests), self._worker.abort)
-        missing = [self.adapters.missing(request.adapter) for request in requests]
+        missing = [() if one.adapter is None else self.adapters.missing(one.adapter) for one in requests]
         if not any(missing):
             call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
             return call

@@ -31,6 +31,7 @@ from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
+from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
@@ -102,7 +103,9 @@ def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
 
 
 def _load_adapters(options: EngineOptions, base: LoadedModel) -> AdapterStore:
-    store = AdapterStore(base, max_adapters=options.max_adapters, max_cpu_adapters=options.max_cpu_adapters)
+    store = AdapterStore(
+        base, Settings.from_env(), max_adapters=options.max_adapters, max_cpu_adapters=options.max_cpu_adapters
+    )
     for name, source in options.adapters.items():
         store.load(name, source)
     return store
@@ -164,7 +167,7 @@ def _loop(
         window=model.widest_window,
         gate=store,
     )
-    runner = Runner(model, backend, pool, store.bound)
+    runner = Runner(model, backend, pool, store.bound, store.bound.kernel)
     return EngineLoop(scheduler, runner, text if text.has_tokenizer else None)
 
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lorax_core.adapters.base import Adapter, FileAdapter
+from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
@@ -173,7 +173,7 @@ class Preparer:
             priority=first.priority,
         )
 
-    def _drafter(self, adapter: Adapter | None) -> Drafter | None:
+    def _drafter(self, adapter: AdapterHandle | None) -> Drafter | None:
         """What drafts tokens: the adapter's heads where it has some, else prompt lookup where that is asked for."""
         if _drafts(adapter):
             return Proposals()
@@ -205,7 +205,7 @@ class Preparer:
         labels = cast("SequenceClassificationHead", head).labels
         return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
 
-    def _classifying_head(self, adapter: Adapter | None) -> Head:
+    def _classifying_head(self, adapter: AdapterHandle | None) -> Head:
         """The adapter's head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
         if adapter is not None and adapter.head is not None:
             return adapter.head
@@ -229,7 +229,7 @@ class Preparer:
             )
         return cut(encoded, limit, request.truncate)
 
-    def _read(self, head: Head, encoded: Encoded, adapter: Adapter | None) -> Sequence:
+    def _read(self, head: Head, encoded: Encoded, adapter: AdapterHandle | None) -> Sequence:
         return Sequence(
             task=head.task,
             prompt=encoded.ids,
@@ -239,8 +239,13 @@ class Preparer:
             span=head.span(encoded.ids, encoded.pool_from),
         )
 
-    def _adapter(self, wanted: AdapterChoice) -> Adapter | None:
-        return self.adapters.get(wanted) if wanted is not None else None
+    def _adapter(self, wanted: AdapterChoice) -> AdapterHandle | None:
+        if wanted is None:
+            return None
+        missing = self.adapters.missing(wanted)
+        if missing:
+            self.adapters.fetch(missing).result()
+        return self.adapters.get(wanted)
 
     def _checked(self, encoded: Encoded) -> Encoded:
         if not encoded.ids:
@@ -257,6 +262,6 @@ class Preparer:
         return "shorten the prompt, or ask for fewer tokens"
 
 
-def _drafts(adapter: Adapter | None) -> bool:
+def _drafts(adapter: AdapterHandle | None) -> bool:
     """Whether an adapter has heads that draft tokens."""
-    return isinstance(adapter, FileAdapter) and adapter.guesses_ahead > 0
+    return adapter is not None and adapter.draft_tokens > 0

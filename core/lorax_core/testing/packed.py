@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.select import AutoKernel
 from lorax_core.attention.base import AttentionBackend, CacheLayout
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.step_input import ChunkInput, HeadRead, StepInput
@@ -22,6 +23,7 @@ from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.model import Model
+from lorax_core.settings import Settings
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 
@@ -37,7 +39,7 @@ class Share:
     start: int
     stop: int
     pages: tuple[int, ...] = ()
-    adapter: Adapter | None = None
+    adapter: Bound | None = None
 
 
 @dataclass(slots=True)
@@ -78,11 +80,12 @@ class Bench:
                 device=model.device,
             )
             self._pool.data.fill_(POISON)
-        self._adapters: dict[str, Adapter] = {}
-        self._batcher = Batcher(model, layout.page_size if self._pool is not None else None, self._adapters)
+        self._adapters: dict[str, Bound] = {}
+        kernel = AutoKernel(model.dtype, model.device, Settings.from_env())
+        self._batcher = Batcher(model, layout.page_size if self._pool is not None else None, self._adapters, kernel)
         backend.bind(model.attention_specs, model.dtype, self._pool)
 
-    def whole(self, texts: Sequence[Text], adapters: Sequence[Adapter | None] | None = None) -> list[Answer]:
+    def whole(self, texts: Sequence[Text], adapters: Sequence[Bound | None] | None = None) -> list[Answer]:
         """Each input in one share, all in one batch."""
         return self.stepwise(texts, [[len(text)] for text in texts], adapters)
 
@@ -90,7 +93,7 @@ class Bench:
         self,
         texts: Sequence[Text],
         cuts: Sequence[Sequence[int]],
-        adapters: Sequence[Adapter | None] | None = None,
+        adapters: Sequence[Bound | None] | None = None,
         *,
         shuffle: int | None = None,
     ) -> list[Answer]:
@@ -124,7 +127,7 @@ class Bench:
     def batch(self, shares: Sequence[Share]) -> Batch:
         """The batch of some shares, in their order; valid until the next one is made."""
         self._adapters.clear()
-        self._adapters.update({one.adapter.identity: one.adapter for one in shares if one.adapter is not None})
+        self._adapters.update({_identity(one.adapter): one.adapter for one in shares if one.adapter is not None})
         chunks = tuple(self._chunk(at, share) for at, share in enumerate(shares))
         return self._batcher.pack(StepInput(chunks))
 
@@ -159,7 +162,7 @@ class Bench:
             reads=tuple(reads),
             pages=array("i", self._held(share)),
             token_types=array("q", share.text.types[share.start : share.stop]),
-            adapter=share.adapter.identity if share.adapter is not None else None,
+            adapter=_identity(share.adapter) if share.adapter is not None else None,
         )
 
     def span(self, task: Task, text: Text) -> range:
@@ -186,3 +189,8 @@ class Bench:
         window = self.model.widest_window
         behind = 0 if window is None else max(share.start + 1 - window, 0) // self.page_size
         return (SCRATCH_PAGE,) * behind + share.pages[behind : self._pages_for(share.stop)]
+
+
+def _identity(adapter: Bound) -> str:
+    """A key for a bound adapter, which does not know its own."""
+    return f"bound-{id(adapter)}"

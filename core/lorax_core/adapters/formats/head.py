@@ -1,6 +1,6 @@
 """Heads that travel with adapters.
 
-Decides whether an adapter brings a head of its own, and builds it from the adapter's tensors, with what it lacks (a pooler)
+Decides whether an adapter has a head of its own, and builds it from the adapter's tensors, with what it lacks (a pooler)
 taken from the base's checkpoint. Knows nothing of low-rank updates.
 """
 
@@ -18,7 +18,7 @@ from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head
-from lorax_core.modeling.linear import Linear, prepare_linears
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.site import Site
 from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
@@ -29,7 +29,7 @@ _Enum = TypeVar("_Enum", bound=StrEnum)
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """What the user says of an adapter's head, where its files do not."""
+    """What the user states of an adapter's head, where its files do not."""
 
     task: Task | None = None
     problem: Problem | None = None
@@ -65,9 +65,9 @@ def _known(what: str, name: str | None, kind: type[_Enum]) -> _Enum | None:
 
 
 def build_head(
-    files: PeftFiles, wanted: HeadRequest, task: Task | None, base: LoadedModel
+    files: PeftFiles, wanted: HeadRequest, task: Task | None, base: LoadedModel, device: torch.device
 ) -> tuple[Head | None, frozenset[str]]:
-    """The adapter's own head, None when it brings none; and the modules of the files that it is made of.
+    """The adapter's own head on `device`, None when it has none; and the modules of the files that it is made of.
 
     Raises AdapterError when a head is there but not for which task, or the base lacks what it needs.
     """
@@ -76,12 +76,12 @@ def build_head(
         raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
     if task is None and candidates and not any(module in base.model.sites for module in candidates):
         raise AdapterError(
-            f"{files.path} brings a head ({listed(candidates)}) and does not say for which task",
+            f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
         )
     if task not in CLASSIFICATION or not candidates:
         if wanted.id2label is not None or wanted.problem is not None:
-            raise AdapterError(f"{files.path} brings no head of its own for id2label or problem_type to speak of")
+            raise AdapterError(f"{files.path} has no head of its own, so id2label and problem_type do not apply")
         return None, frozenset()
     if task not in base.spec.tasks:
         raise AdapterError(f"{files.path} is for {task.value!r}, for which {base.spec.model_type!r} has no head")
@@ -93,12 +93,12 @@ def build_head(
     if head is None:
         lacking = [name for name in getattr(kind, "needed", ()) if name not in tensors]
         raise AdapterError(
-            f"{files.path} brings {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
+            f"{files.path} holds {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
             + (f": {listed(lacking)}" if lacking else "")
         )
-    _fill(head, tensors, files, base)
+    _fill(head, tensors, files, device, base.model.dtype)
     used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
-    modules = {base.weight_map.canonical(module): module for module in files.pieces}
+    modules = {base.weight_map.canonical(module): module for module in files.modules}
     # What the head has no use for is for the backbone to take, or to refuse by name.
     return head, frozenset(modules[module] for module in candidates if module in used)
 
@@ -136,7 +136,7 @@ def _labels(
     """
     if output is None or output not in own:
         if output is not None and (wanted.id2label is not None or wanted.problem is not None):
-            raise AdapterError(f"{files.path} has no {output!r} of its own for id2label or problem_type to speak of")
+            raise AdapterError(f"{files.path} has no {output!r} of its own, so id2label and problem_type do not apply")
         return None
     count = own[output].shape[0]
     if wanted.id2label is not None and sorted(wanted.id2label) != list(range(count)):
@@ -148,12 +148,12 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     """Saved modules that are no part of the backbone, by canonical name."""
     backbone = {path for path, _ in base.model.backbone.named_modules()}
     found: dict[str, dict[str, Tensor]] = {}
-    for module, piece in files.pieces.items():
+    for module, tensors in files.modules.items():
         target = base.weight_map.resolve_module(module)
         saved = {
-            name: tensor for name, tensor in (("weight", piece.weight), ("bias", piece.bias)) if tensor is not None
+            name: tensor for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias)) if tensor is not None
         }
-        only_saved = saved and piece.a is None and piece.embedding_a is None and piece.tokens is None
+        only_saved = saved and tensors.a is None and tensors.embedding_a is None and tensors.tokens is None
         if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
@@ -172,8 +172,9 @@ def _with_base(own: Mapping[str, Tensor], base: LoadedModel) -> dict[str, Tensor
     return tensors
 
 
-def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: LoadedModel) -> None:
-    model = base.model
+def _fill(
+    head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, device: torch.device, dtype: torch.dtype
+) -> None:
     for path, module in head.named_modules():
         if isinstance(module, Site):
             module.path = path
@@ -186,32 +187,7 @@ def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: Loa
                 raise AdapterError(
                     f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}"
                 )
-            setattr(module, name, nn.Parameter(tensor.to(model.device, model.dtype), requires_grad=False))
-    prepare_linears(head)
+            setattr(module, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    if device.type != "meta":
+        prepare_linears(head)
     head.eval()
-
-
-def head_bytes(head: Head) -> int:
-    """Memory of a head's numbers."""
-    prepared = sum(
-        module.kernel.nbytes for module in head.modules() if isinstance(module, Linear) and module.is_prepared
-    )
-    return prepared + sum(parameter.nbytes for parameter in head.parameters() if not parameter.is_meta)
-
-
-def drop_numbers(head: Head) -> None:
-    """Give back the memory of a head's numbers; what it says of labels and spans stays."""
-    for module in head.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        if isinstance(module, Linear):
-            module.adopt(None)
-
-
-def take_numbers(head: Head, other: Head) -> None:
-    """The numbers of an equal head become those of `head`."""
-    for module, source in zip(head.modules(), other.modules(), strict=True):
-        for name, parameter in list(source.named_parameters(recurse=False)):
-            setattr(module, name, parameter)
-        if isinstance(module, Linear) and isinstance(source, Linear):
-            module.adopt(source.kernel.with_bias(module.bias))

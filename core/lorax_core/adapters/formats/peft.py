@@ -1,7 +1,7 @@
 """The files that PEFT writes.
 
-Decides what of `adapter_config.json` is served, and sorts the tensors by module and role. What is not served is refused by
-name. Knows nothing of models: whether a module exists is for `lora` to say.
+Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. Everything else is refused by
+name. Knows nothing of models: whether a module exists is decided in `binding`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,44 +31,13 @@ TASKS = {
 
 # Fields that say how an adapter was trained or stored, or whose effect is in the tensors.
 _HARMLESS = frozenset(
-    [
-        "alpha_pattern",
-        "arrow_config",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "monteclora_config",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-        "velora_config",
-    ]
+    """
+    alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
+    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
+    lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save monteclora_config
+    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
+    trainable_token_indices use_dora use_rslora velora_config
+    """.split()  # noqa: SIM905
 )
 
 # Initialisations that subtract from the base's weights: such files fit only the changed base.
@@ -101,8 +70,8 @@ _NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=.+\.(?:weight|bias)$)")
 
 
 @dataclass
-class Piece:
-    """What an adapter says of one module, by role; None where it says nothing. Shapes are PEFT's."""
+class ModuleTensors:
+    """The tensors of one module by role, None where the files have none. Shapes are PEFT's."""
 
     a: Tensor | None = None  # [rank, in]
     b: Tensor | None = None  # [out, rank]
@@ -113,10 +82,30 @@ class Piece:
     weight: Tensor | None = None  # as the base's
     bias: Tensor | None = None  # as the base's
     tokens: Tensor | None = None  # [tokens, dim]
+    token_ids: tuple[int, ...] = ()  # whose rows `tokens` are
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Roles that are filled."""
-        yield from ((role, tensor) for role, tensor in vars(self).items() if tensor is not None)
+        yield from ((role, value) for role, value in vars(self).items() if isinstance(value, Tensor))
+
+    @property
+    def rank(self) -> int | None:
+        """Of its low-rank update; None without one."""
+        a = self.a if self.a is not None else self.embedding_a
+        return a.shape[0] if a is not None else None
+
+    @property
+    def holds_base(self) -> bool:
+        """Whether its weight is the base's beneath a low-rank update, and not a module that was trained whole."""
+        return self.weight is not None and self.rank is not None
+
+    def meta(self) -> ModuleTensors:
+        """Its shapes: on the meta device, but for the weight and the bias, which have to be compared with the base's."""
+        made = replace(self)
+        for role, tensor in self.items():
+            if role not in ("weight", "bias"):
+                setattr(made, role, tensor.to("meta"))
+        return made
 
 
 @dataclass
@@ -125,7 +114,7 @@ class PeftFiles:
 
     path: Path
     config: dict[str, Any]
-    pieces: dict[str, Piece] = field(default_factory=dict)
+    modules: dict[str, ModuleTensors] = field(default_factory=dict)
 
     @property
     def trained_on(self) -> str:
@@ -161,15 +150,15 @@ class PeftFiles:
         names = ("lora_alpha", "use_rslora", "task_type", "alpha_pattern", "trainable_token_indices")
         digest.update(json.dumps([self.config.get(name) for name in names], sort_keys=True).encode())
         digest.update(repr(list(extra)).encode())
-        for module in sorted(self.pieces):
-            for role, tensor in self.pieces[module].items():
+        for module in sorted(self.modules):
+            for role, tensor in self.modules[module].items():
                 digest.update(f"{module} {role} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
 def read_peft(path: str | Path) -> PeftFiles:
-    """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not served."""
+    """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not supported."""
     folder = Path(path)
     config = _read_config(folder)
     files = PeftFiles(folder, config)
@@ -188,28 +177,32 @@ def read_peft(path: str | Path) -> PeftFiles:
         if found is None or role is None:
             leftover.append(name)
             continue
-        piece = files.pieces.setdefault(found["module"], Piece())
-        before = getattr(piece, role)
+        tensors = files.modules.setdefault(found["module"], ModuleTensors())
+        before = getattr(tensors, role)
         # A saved module's bias stands there under its plain name too, with bias="all".
         if found["saved"] or spelt != name:
             doubled.add((found["module"], role))
         again = (found["module"], role) in doubled
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
-        setattr(piece, role, tensor)
-    saved = {module for module, piece in files.pieces.items() if piece.weight is not None or piece.bias is not None}
+        setattr(tensors, role, tensor)
+    saved = {
+        module for module, tensors in files.modules.items() if tensors.weight is not None or tensors.bias is not None
+    }
     leftover += [name for name, module in originals if module not in saved]
     if leftover:
-        raise AdapterError(f"{folder} holds tensors that are not served: {listed(leftover)}")
-    if not files.pieces:
+        raise AdapterError(f"{folder} holds tensors that are not supported: {listed(leftover)}")
+    if not files.modules:
         raise AdapterError(f"{folder} holds no tensors")
-    for module, piece in files.pieces.items():
-        _check_pairs(folder, module, piece)
-        _check_claims(files, module, piece)
+    for module, tensors in files.modules.items():
+        _check_pairs(folder, module, tensors)
+        _check_claims(files, module, tensors)
+        if tensors.tokens is not None:
+            tensors.token_ids = tuple(files.token_ids(module))
     _check_saved(files)
-    if config.get("trainable_token_indices") and all(piece.tokens is None for piece in files.pieces.values()):
-        told = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
-        raise AdapterError(f"{folder} says {told}, but holds no trained tokens")
+    if config.get("trainable_token_indices") and all(tensors.tokens is None for tensors in files.modules.values()):
+        stated = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
+        raise AdapterError(f"{folder} says {stated}, but holds no trained tokens")
     return files
 
 
@@ -221,11 +214,11 @@ def _role(found: re.Match[str]) -> str:
     return found["saved"] or found["role"]
 
 
-def _check_pairs(folder: Path, module: str, piece: Piece) -> None:
+def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
     for pair, names in (
-        ({"lora_A": piece.a, "lora_B": piece.b}, "lora_A [rank, in] and lora_B [out, rank]"),
+        ({"lora_A": tensors.a, "lora_B": tensors.b}, "lora_A [rank, in] and lora_B [out, rank]"),
         (
-            {"lora_embedding_A": piece.embedding_a, "lora_embedding_B": piece.embedding_b},
+            {"lora_embedding_A": tensors.embedding_a, "lora_embedding_B": tensors.embedding_b},
             "lora_embedding_A [rank, vocab] and lora_embedding_B [dim, rank]",
         ),
     ):
@@ -236,12 +229,12 @@ def _check_pairs(folder: Path, module: str, piece: Piece) -> None:
             raise AdapterError(f"{folder}: {module!r} is no pair of {names}: {shapes}")
 
 
-def _check_claims(files: PeftFiles, module: str, piece: Piece) -> None:
+def _check_claims(files: PeftFiles, module: str, tensors: ModuleTensors) -> None:
     """What the settings say must be in the tensors, and what is in the tensors must be said."""
-    updated = piece.a is not None or piece.embedding_a is not None
+    updated = tensors.a is not None or tensors.embedding_a is not None
     for setting, name, tensor, expected in (
-        ("use_dora", "lora_magnitude_vector", piece.magnitude, updated),
-        ("lora_bias", "lora_B.bias", piece.b_bias, piece.a is not None),
+        ("use_dora", "lora_magnitude_vector", tensors.magnitude, updated),
+        ("lora_bias", "lora_B.bias", tensors.b_bias, tensors.a is not None),
     ):
         said = bool(files.config.get(setting))
         if tensor is not None and not said:
@@ -255,7 +248,7 @@ def _check_saved(files: PeftFiles) -> None:
     than a model has, and versions name modules differently.
     """
     wanted = files.config.get("modules_to_save")
-    if wanted and all(piece.weight is None and piece.bias is None for piece in files.pieces.values()):
+    if wanted and all(tensors.weight is None and tensors.bias is None for tensors in files.modules.values()):
         raise AdapterError(
             f"{files.path} says modules_to_save={wanted!r:.60}, but holds no saved module",
             hint="PEFT leaves them out when it converts PiSSA and its like: such an adapter cannot be converted",
@@ -276,13 +269,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} is an adapter of kind {kind!r}; served is 'LORA'")
-    unserved = [
+        raise AdapterError(f"{path} is an adapter of kind {kind!r}; supported is 'LORA'")
+    unsupported = [
         name for name, value in config.items() if name not in _HARMLESS and value not in (None, False, "none", {}, [])
     ]
-    if unserved:
-        told = ", ".join(f"{name}={config[name]!r:.60}" for name in unserved)
-        raise AdapterError(f"{path} uses what is not served: {told}")
+    if unsupported:
+        stated = ", ".join(f"{name}={config[name]!r:.60}" for name in unsupported)
+        raise AdapterError(f"{path} uses what is not supported: {stated}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASE):
         raise AdapterError(

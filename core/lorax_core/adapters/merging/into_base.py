@@ -1,7 +1,7 @@
 """One adapter into the weights of its base, for a checkpoint of its own.
 
-Decides which tensor of the files each part of an adapter changes, and what a change of one side of a tie means. Works in the
-orientation of the files, a shard at a time. Knows nothing of running models.
+Decides which tensor of the files each part of an adapter changes. Works in the orientation of the files, a shard at a time;
+what is done to a layer is decided in `formats.layer`. Knows nothing of running models.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.peft import PeftFiles, Piece, read_peft
-from lorax_core.adapters.merging.change import Change, leaves
-from lorax_core.adapters.merging.merge import Told
+from lorax_core.adapters.formats.layer import share_tie, share_tokens
+from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.adapters.merging.file_layer import FileLayer
+from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig
@@ -39,7 +40,7 @@ _EXPORTS: Final = (".onnx", ".onnx_data", ".tflite", ".mlmodel")
 
 @dataclass(frozen=True)
 class MergedBase:
-    """What was written: the tensors that changed or are new, by their names in the files, and notes to be told."""
+    """What was written: the tensors that changed or are new, by their names in the files, and notes for the user."""
 
     path: Path
     changed: tuple[str, ...]
@@ -53,7 +54,7 @@ def merge_into_base(
     host: PluginHost | None = None,
     *,
     overwrite: bool = False,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> MergedBase:
     """Write the checkpoint `base` with an adapter in its weights: the same files, names and dtypes, computed in float32.
 
@@ -75,8 +76,25 @@ def merge_into_base(
     files = adapter if isinstance(adapter, PeftFiles) else read_peft(adapter)
     plan = _Plan.of(checkpoint, files, host or PluginHost.discover())
     with new_folder(final, overwrite=overwrite) as folder:
-        plan.write(folder, told)
+        plan.write(folder, progress)
     return MergedBase(final, tuple(plan.changed), tuple(plan.notes))
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A module of the adapter, and what its weight and bias are called in the checkpoint's files (None: not there)."""
+
+    module: str
+    tensors: ModuleTensors
+    weight: str | None
+    bias: str | None
+
+    @property
+    def embeddings(self) -> int:
+        """How many rows a table of embeddings has for this to be of one; 0 when it is of none, or that cannot be seen."""
+        if self.tensors.embedding_a is not None:
+            return self.tensors.embedding_a.shape[1]
+        return len(self.tensors.weight) if self.tensors.weight is not None else 0
 
 
 @dataclass
@@ -86,9 +104,9 @@ class _Plan:
     checkpoint: Checkpoint
     files: PeftFiles
     weight_map: WeightMap
-    changes: dict[str, Change] = field(default_factory=dict)  # by name in the files
-    added: dict[str, Tensor] = field(default_factory=dict)  # by name in the files: the other side of what was a tie
-    beside: dict[str, str] = field(default_factory=dict)  # such a name to the tensor in whose file it goes
+    changes: dict[str, _Change] = field(default_factory=dict)  # by name in the files
+    added: dict[str, Tensor] = field(default_factory=dict)  # by name in the files: the two sides of a tie
+    beside: dict[str, str] = field(default_factory=dict)  # a name that is new to the tensor in whose file it goes
     untied: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -101,26 +119,27 @@ class _Plan:
         weight_map = cast("Backbone", load_class(spec.backbone, owner)).weight_map(config)
         plan = cls(checkpoint, files, weight_map)
         stored = {_place(weight_map, name): name for name in checkpoint.tensors}
-        # Only a class that generates has the output head that a tie speaks of.
+        # Only a class that generates has the output head that a tie names.
         stated = stated_task(spec, config)
         generates = stated in (None, Task.GENERATE)
         ties = {side: name for name, side in weight_map.tie.items()} if generates else {}
         heads = {head: side for side, head in ties.items()}
-        tied: dict[str, Change] = {}  # changes of heads without numbers of their own in the files
-        for module, piece in files.pieces.items():
-            for leaf in leaves(piece):
+        tied: dict[str, _Change] = {}  # changes of heads without numbers of their own in the files
+        for module, tensors in files.modules.items():
+            names = [stored.get(_place(weight_map, f"{module}.{leaf}")) for leaf in ("weight", "bias")]
+            change = _Change(module, tensors, *names)
+            for leaf in _leaves(tensors):
                 place = _place(weight_map, f"{module}.{leaf}")
-                change = Change(module, leaf, piece, files)
                 name = stored.get(place)
                 if name is None and place[0] in heads and (heads[place[0]], None) in stored:
                     plan._take(tied, place[0], change)
                 elif name is None:
-                    raise plan._no_place(change, stored)
+                    raise plan._no_place(change, leaf, stored)
                 else:
                     plan._take(plan.changes, name, change)
         for embedding, head in ties.items():
             plan._tie(embedding, head, stored, tied)
-        plan._note_unserved(config.vocab_size)
+        plan._note_unsupported(config.vocab_size)
         if stated in CLASSIFICATION:
             plan._note_labels(len(config.labels))
         return plan
@@ -130,42 +149,41 @@ class _Plan:
         """The tensors that are not the base's, sorted."""
         return sorted({*self.changes, *self.added})
 
-    def write(self, folder: Path, told: Told | None) -> None:
+    def write(self, folder: Path, progress: Progress | None) -> None:
         """Everything into an empty folder."""
         done, total = 0, len(self.checkpoint.files)
         for file in self.checkpoint.files:
-            if told is not None:
-                told(done, total)
+            if progress is not None:
+                progress(done, total)
             self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
             done += 1
-        if told is not None:
-            told(done, total)
+        if progress is not None:
+            progress(done, total)
         self._write_index(folder)
         self._copy_others(folder)
         if self.untied:
             config = {**self.checkpoint.config, "tie_word_embeddings": False}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    @staticmethod
-    def _take(changes: dict[str, Change], name: str, change: Change) -> None:
+    def _take(self, changes: dict[str, _Change], name: str, change: _Change) -> None:
         if name in changes:
-            raise AdapterError(f"{change.files.path} changes {change.module!r} twice, under two spellings")
+            raise AdapterError(f"{self.files.path} changes {change.module!r} twice, under two spellings")
         changes[name] = change
 
-    def _no_place(self, change: Change, stored: dict[tuple[str, int | None], str]) -> AdapterError:
+    def _no_place(self, change: _Change, leaf: str, stored: dict[tuple[str, int | None], str]) -> AdapterError:
         modules = {name.rpartition(".")[0] for name in stored.values()}
         own = _place(self.weight_map, f"{change.module}.weight")
         model_type = self.checkpoint.config["model_type"]
-        if change.leaf == "bias" and own in stored:
+        if leaf == "bias" and own in stored:
             return AdapterError(
                 f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
-                hint="serve it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
+                hint="use it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
             )
-        if change.piece.a is None and change.piece.embedding_a is None and change.piece.tokens is None:
+        if change.tensors.a is None and change.tensors.embedding_a is None and change.tensors.tokens is None:
             return AdapterError(
-                f"{self.files.path} brings {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
+                f"{self.files.path} holds {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
                 "adapter's own cannot be merged",
-                hint="serve it unmerged, or merge it into a checkpoint of a class that has this head",
+                hint="use it unmerged, or merge it into a checkpoint of a class that has this head",
             )
         close = nearest(change.module, modules)
         return AdapterError(
@@ -179,11 +197,10 @@ class _Plan:
         embedding: str,
         head: str,
         stored: dict[tuple[str, int | None], str],
-        tied: dict[str, Change],
+        tied: dict[str, _Change],
     ) -> None:
         """What a change of an embedding, of the head that shares its weight, or of both comes to."""
-        below = stored.get((embedding, None))
-        above = stored.get((head, None))
+        below, above = stored.get((embedding, None)), stored.get((head, None))
         if below is None:
             return
         one = self.changes.get(below)
@@ -192,21 +209,14 @@ class _Plan:
             return
         old = self.checkpoint.tensor(below)
         old_head = self.checkpoint.tensor(above) if above is not None else old
-        # A weight beneath a low-rank update is the base's, so of a tie it is that of both sides.
-        sides = (one, other) if above is None else (one,)
-        start, *rest = [side.beneath(old) for side in sides if side is not None and side.holds_base] or [old.float()]
-        if any(not torch.equal(start, another) for another in rest):
-            raise AdapterError(
-                f"{self.files.path} holds one weight beneath the update of {below!r} and another beneath that of its tied head"
-            )
-        new = (one.apply(start, False) if one is not None else start).to(old.dtype)
-        new_head = old_head.float() if above is not None else start
-        if one is not None and one.piece.tokens is not None and (other is None or other.piece.tokens is None):
-            # Beneath what else is done to the head, as in PEFT.
-            new_head = Change(one.module, "weight", Piece(tokens=one.piece.tokens), self.files).apply(new_head, False)
-        if other is not None:
-            new_head = other.apply(new_head, False)
-        new_head = new_head.to(old_head.dtype)
+        sides = [(side.module, side.tensors) if side is not None else None for side in (one, other)]
+        if above is None:
+            lower, upper = share_tie(self.files, *sides)
+        else:  # the head has numbers of its own in the files
+            lower, upper = (side[1] if side is not None else None for side in sides)
+            upper = share_tokens(lower, upper)
+        new = self._merged(one.module if one is not None else embedding, lower, old)
+        new_head = self._merged(other.module if other is not None else head, upper, old_head)
         # Both sides are here already: nothing is left to do for them while the shards are written.
         self.changes.pop(below, None)
         if not torch.equal(new, old):
@@ -225,23 +235,27 @@ class _Plan:
                 "tie_word_embeddings: false"
             )
 
-    def _note_unserved(self, vocabulary: int) -> None:
-        """Heads that are not served may be tied to an embedding that changed; only their own class knows."""
+    def _merged(self, module: str, tensors: ModuleTensors | None, old: Tensor) -> Tensor:
+        """A weight without a bias, in its own dtype."""
+        return old if tensors is None else FileLayer(module, old, None).merged(self.files, tensors)[0].to(old.dtype)
+
+    def _note_unsupported(self, vocabulary: int) -> None:
+        """Heads that are not supported may be tied to an embedding that changed; only their own class knows."""
         if not any(
-            change.piece.tokens is not None or change.embeddings == vocabulary for change in self.changes.values()
+            change.tensors.tokens is not None or change.embeddings == vocabulary for change in self.changes.values()
         ):
             return
         ignored = [name for name in self.checkpoint.tensors if self.weight_map.ignores(name)]
         heads = [name for name in ignored if self.checkpoint.tensor(name).shape[:1] == (vocabulary,)]
         if heads:
             self.notes.append(
-                f"heads that are not served were copied as they are, and may be tied to the embedding: {listed(heads)}"
+                f"heads that are not supported were copied as they are, and may be tied to the embedding: {listed(heads)}"
             )
 
     def _note_labels(self, count: int) -> None:
-        for change in self.changes.values():
-            weight = change.piece.weight
-            if change.leaf == "weight" and weight is not None and not change.holds_base and len(weight) == count:
+        for name, change in self.changes.items():
+            weight = change.tensors.weight
+            if name == change.weight and weight is not None and change.tensors.rank is None and len(weight) == count:
                 self.notes.append(
                     f"{change.module!r} is the adapter's now, and its {count} labels are still named as in the base"
                 )
@@ -264,7 +278,16 @@ class _Plan:
         change = self.changes.get(name)
         if change is None:
             return old
-        new = change.apply(old, self.weight_map.resolve(name).transpose).to(old.dtype)
+        weight, bias = (
+            old if name == one else self.checkpoint.tensor(one) if one is not None else None
+            for one in (change.weight, change.bias)
+        )
+        assert weight is not None, f"{name!r} is a bias without a weight"
+        assert change.weight is not None
+        layer = FileLayer(change.module, weight, bias, self.weight_map.resolve(change.weight).transpose)
+        new = layer.merged(self.files, change.tensors)[0 if name == change.weight else 1]
+        assert new is not None
+        new = new.to(old.dtype)
         return _finite(self.files, name, new)
 
     def _write_index(self, folder: Path) -> None:
@@ -300,8 +323,17 @@ class _Plan:
             self.notes.append(f"not copied, for they hold the base's weights in other formats: {listed(left)}")
 
 
+def _leaves(tensors: ModuleTensors) -> list[str]:
+    """Which tensors of its module an adapter changes."""
+    roles = {role for role, _ in tensors.items()}
+    return [
+        *(["weight"] if roles - {"bias", "b_bias"} else []),
+        *(["bias"] if roles & {"bias", "b_bias"} else []),
+    ]
+
+
 def _everything(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden folders and files left out: they are of the tools that brought them."""
+    """Files below a folder, hidden folders and files left out: they belong to the tools that fetched them."""
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if path.is_file() and not hidden:
@@ -326,7 +358,7 @@ def _file_name(weight_map: WeightMap, parameter: str) -> str:
 def _finite(files: PeftFiles, name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(tensor).all():
         raise AdapterError(
-            f"{files.path} brings {name!r} beyond what {tensor.dtype} holds",
+            f"{files.path} makes {name!r} larger than {tensor.dtype} can hold",
             hint="convert the base to bfloat16 or float32 first",
         )
     return tensor.contiguous().clone()

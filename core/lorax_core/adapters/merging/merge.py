@@ -19,13 +19,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.peft import PeftFiles, Piece, read_peft
-from lorax_core.adapters.merging.combining import Pair, Recipe, SignMethod, Update, combined, draw_as_at_creation
+from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.adapters.merging.combining import (
+    Mask,
+    MergeOptions,
+    Pair,
+    ScaledPair,
+    SignMethod,
+    combined,
+    seeded_mask,
+)
 from lorax_core.adapters.merging.output import check_free, new_folder
-from lorax_core.errors import AdapterError, nearest
+from lorax_core.errors import AdapterError
 
-Told = Callable[[int, int], None]
-"""Hears of progress: how much is done, and of how much."""
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 # Roles that a sum of low-rank updates has no place for, and how they are called.
 _NO_SUM = {"magnitude": "a DoRA magnitude", "b_bias": "a bias of lora_B (lora_bias)", "tokens": "trained token rows"}
@@ -53,35 +61,33 @@ def merge_adapters(
     seed: int | None = None,
     rank: int | None = None,
     majority_sign_method: SignMethod = "total",
-    order: Sequence[str] | None = None,
     overwrite: bool = False,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> MergedAdapter:
-    """Combine adapter folders into a new one, an ordinary PEFT adapter; the numbers are those of `add_weighted_adapter`.
+    """Combine adapter folders into a new one, an ordinary PEFT adapter; the arithmetic is that of `add_weighted_adapter`.
 
     - `strategy`: `linear`, `ties`, `dare_linear`, `dare_ties` (of equal ranks), `cat` (exact; ranks add up) or `svd` (the
       best approximation of the exact sum by `rank` ranks, by default the largest of the adapters).
     - `weights`: one for each adapter, 1 by default; negative ones subtract.
     - `density`: for `ties`, `dare_linear` and `dare_ties`, the share of numbers to keep, in (0, 1].
-    - `seed`: of the random numbers of `dare_linear` and `dare_ties`, 0 by default. torch's own are not touched. It gives
-      PEFT's numbers after `torch.manual_seed(seed)`, when `order` names the modules in the order of the model.
+    - `seed`: of the random numbers of `dare_linear` and `dare_ties`, 0 by default. torch's own are not touched. A seed
+      gives the same result each time, but not what PEFT's random numbers give.
     - `majority_sign_method`: for `ties` and `dare_ties`, `total` or `frequency`.
-    - `order`: files do not keep the order of modules; by default they are drawn for by name, numbers as numbers.
 
     Raises AdapterError, leaving `out` as it was, for settings that do not fit, adapters that hold more than low-rank updates
     (named with the module), shapes or ranks that do not go together, and an `out` that holds files.
     """
     check_free(Path(out), overwrite)
-    recipe = make_recipe(adapters, strategy, weights, density, seed, rank, majority_sign_method)
-    files, notes = combine([read_peft(path) for path in adapters], recipe, order=order, told=told)
+    options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
+    files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
     with new_folder(out, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _BASE_FILE, metadata={"format": "pt"})
         (folder / _SETTINGS_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True) + "\n", "utf-8")
     ranks = sorted({pair[0].shape[0] for _, pair in _pairs(files)})
-    return MergedAdapter(Path(out), strategy, len(files.pieces), tuple(ranks), tuple(notes))
+    return MergedAdapter(Path(out), strategy, len(files.modules), tuple(ranks), tuple(notes))
 
 
-def make_recipe(
+def merge_options(
     adapters: Sequence[object],
     strategy: str = "linear",
     weights: Sequence[float] | None = None,
@@ -89,71 +95,70 @@ def make_recipe(
     seed: int | None = None,
     rank: int | None = None,
     majority_sign_method: str = "total",
-) -> Recipe:
-    """A checked recipe for so many adapters; raises AdapterError as `merge_adapters` says."""
+) -> MergeOptions:
+    """Checked options for so many adapters; raises AdapterError as `merge_adapters` says."""
     if not adapters:
         raise AdapterError("there is no adapter to merge", hint="give one or more adapter folders")
     weights = [1.0] * len(adapters) if weights is None else weights
     if len(weights) != len(adapters):
         raise AdapterError(f"there are {len(adapters)} adapters, but {len(weights)} weights: {list(weights)}")
-    return Recipe(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
+    return MergeOptions(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
 
 
 def combine(
-    adapters: Sequence[PeftFiles], recipe: Recipe, *, order: Sequence[str] | None = None, told: Told | None = None
+    adapters: Sequence[PeftFiles], options: MergeOptions, *, mask: Mask | None = None, progress: Progress | None = None
 ) -> tuple[PeftFiles, list[str]]:
-    """One adapter in memory, in float32 and with scale 1, and notes; raises AdapterError as `merge_adapters` says."""
+    """One adapter in memory, in float32 and with scale 1, and notes; raises AdapterError as `merge_adapters` says.
+
+    `mask` draws what dare keeps, module by module in sorted order, A of each adapter and then B; by default from the seed.
+    """
     for files in adapters:
         _refuse_more_than_updates(files)
     _refuse_two_spellings(adapters)
-    rank = recipe.rank or max(_stated_rank(files) for files in adapters)
-    modules = _ordered({module for files in adapters for module in files.pieces}, order)
-    members = {module: _members(module, adapters, recipe) for module in modules}
-    generator = torch.Generator().manual_seed(recipe.seed or 0) if recipe.draws else None
-    if generator is not None:
-        start = adapters[0].config.get("init_lora_weights", True)
-        for first, embedding in (found[0] for found in members.values()):
-            draw_as_at_creation((first.a, first.b), embedding, rank, start, generator)
-    pieces: dict[str, Piece] = {}
+    rank = options.rank or max(_stated_rank(files) for files in adapters)
+    names = sorted({module for files in adapters for module in files.modules})
+    members = {module: _members(module, adapters, options) for module in names}
+    mask = mask or (seeded_mask(options.seed or 0) if options.draws else None)
+    modules: dict[str, ModuleTensors] = {}
     for done, (module, found) in enumerate(members.items()):
-        if told is not None:
-            told(done, len(members))
-        a, b = combined([update for update, _ in found], recipe, rank, generator)
-        piece = Piece(embedding_a=a, embedding_b=b) if found[0][1] else Piece(a=a, b=b)
-        piece.weight = _shared_base(module, adapters)
-        pieces[module] = piece
-    config, notes = _settings(adapters, {module: pair[0].shape[0] for module, pair in _named_pairs(pieces)})
+        if progress is not None:
+            progress(done, len(members))
+        a, b = combined([update for update, _ in found], options, rank, mask)
+        tensors = ModuleTensors(embedding_a=a, embedding_b=b) if found[0][1] else ModuleTensors(a=a, b=b)
+        tensors.weight = _shared_base(module, adapters)
+        modules[module] = tensors
+    config, notes = _settings(adapters, {module: pair[0].shape[0] for module, pair in _named_pairs(modules)})
     path = adapters[0].path if len(adapters) == 1 else Path(" + ".join(files.path.name for files in adapters))
-    return PeftFiles(path, config, pieces), notes
+    return PeftFiles(path, config, modules), notes
 
 
-def _pair(piece: Piece) -> Pair | None:
-    a, b = (piece.a, piece.b) if piece.a is not None else (piece.embedding_a, piece.embedding_b)
+def _pair(tensors: ModuleTensors) -> Pair | None:
+    a, b = (tensors.a, tensors.b) if tensors.a is not None else (tensors.embedding_a, tensors.embedding_b)
     return (a, b) if a is not None and b is not None else None
 
 
-def _named_pairs(pieces: dict[str, Piece]) -> Iterable[tuple[str, Pair]]:
-    for module, piece in pieces.items():
-        pair = _pair(piece)
+def _named_pairs(modules: dict[str, ModuleTensors]) -> Iterable[tuple[str, Pair]]:
+    for module, tensors in modules.items():
+        pair = _pair(tensors)
         if pair is not None:
             yield module, pair
 
 
 def _pairs(files: PeftFiles) -> Iterable[tuple[str, Pair]]:
-    return _named_pairs(files.pieces)
+    return _named_pairs(files.modules)
 
 
 def _refuse_more_than_updates(files: PeftFiles) -> None:
-    for module, piece in files.pieces.items():
-        for role, told in _NO_SUM.items():
-            if getattr(piece, role) is not None:
+    for module, tensors in files.modules.items():
+        for role, what in _NO_SUM.items():
+            if getattr(tensors, role) is not None:
                 raise AdapterError(
-                    f"{files.path} holds {told} for {module!r}, which cannot be combined with other adapters",
+                    f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
                     hint="merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`",
                 )
-        saved = [leaf for leaf in ("weight", "bias") if getattr(piece, leaf) is not None]
+        saved = [leaf for leaf in ("weight", "bias") if getattr(tensors, leaf) is not None]
         # A weight beneath a low-rank update is the base's own; `_shared_base` sees to it.
-        if "bias" in saved or (saved and _pair(piece) is None):
+        if "bias" in saved or (saved and _pair(tensors) is None):
             what = "a bias" if saved == ["bias"] else "a saved module (modules_to_save) or a head"
             raise AdapterError(
                 f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
@@ -168,8 +173,8 @@ def _stem(module: str) -> str:
 
 
 def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
-    """`layers.0` of one and `model.layers.0` of another are one layer, which without a model cannot be told for sure."""
-    stems = [{stem for stem in map(_stem, files.pieces) if stem} for files in adapters]
+    """`layers.0` of one and `model.layers.0` of another are one layer, which cannot be known for sure without a model."""
+    stems = [{stem for stem in map(_stem, files.modules) if stem} for files in adapters]
     for (short, ones), (long, others) in itertools.permutations(zip(adapters, stems, strict=True), 2):
         for one, other in itertools.product(ones - others, others - ones):
             if other.endswith(f".{one}"):
@@ -187,34 +192,18 @@ def _stated_rank(files: PeftFiles) -> int:
     return max([rank for rank in said if isinstance(rank, int)] or found)
 
 
-def _ordered(modules: set[str], order: Sequence[str] | None) -> list[str]:
-    natural = sorted(
-        modules, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-    )
-    if order is None:
-        return natural
-    missing = [module for module in natural if module not in order]
-    if missing:
-        close = nearest(missing[0], order)
-        raise AdapterError(
-            f"order does not name the module {missing[0]!r}",
-            hint=f"the nearest that it names is {close!r}" if close else None,
-        )
-    return [module for module in dict.fromkeys(order) if module in modules]
-
-
-def _members(module: str, adapters: Sequence[PeftFiles], recipe: Recipe) -> list[tuple[Update, bool]]:
+def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) -> list[tuple[ScaledPair, bool]]:
     """The updates of a module by the adapters that have it, and whether they are of an embedding."""
-    found: list[tuple[Update, bool]] = []
+    found: list[tuple[ScaledPair, bool]] = []
     first: PeftFiles | None = None
-    for files, weight in zip(adapters, recipe.weights, strict=True):
-        pair = _pair(files.pieces[module]) if module in files.pieces else None
+    for files, weight in zip(adapters, options.weights, strict=True):
+        pair = _pair(files.modules[module]) if module in files.modules else None
         if pair is None:
             continue
-        (a, b), embedding = pair, files.pieces[module].embedding_a is not None
-        update = Update(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
+        (a, b), embedding = pair, files.modules[module].embedding_a is not None
+        update = ScaledPair(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
         if first is not None:
-            _check_together(module, first, found[0], files, (update, embedding), recipe)
+            _check_together(module, first, found[0], files, (update, embedding), options)
         else:
             first = files
         found.append((update, embedding))
@@ -224,10 +213,10 @@ def _members(module: str, adapters: Sequence[PeftFiles], recipe: Recipe) -> list
 def _check_together(
     module: str,
     first: PeftFiles,
-    one: tuple[Update, bool],
+    one: tuple[ScaledPair, bool],
     files: PeftFiles,
-    other: tuple[Update, bool],
-    recipe: Recipe,
+    other: tuple[ScaledPair, bool],
+    options: MergeOptions,
 ) -> None:
     shapes = [(update.a.shape[1], update.b.shape[0], embedding) for update, embedding in (one, other)]
     if shapes[0] != shapes[1]:
@@ -236,9 +225,9 @@ def _check_together(
             f"{module!r} is {sizes[0]} in {first.path} and {sizes[1]} in {files.path}: they were trained on different bases"
         )
     ranks = [update.a.shape[0] for update, _ in (one, other)]
-    if recipe.needs_one_rank and ranks[0] != ranks[1]:
+    if options.needs_one_rank and ranks[0] != ranks[1]:
         raise AdapterError(
-            f"{recipe.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {first.path} and {ranks[1]} in "
+            f"{options.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {first.path} and {ranks[1]} in "
             f"{files.path}",
             hint="'svd' and 'cat' take any ranks",
         )
@@ -246,8 +235,8 @@ def _check_together(
 
 def _shared_base(module: str, adapters: Sequence[PeftFiles]) -> Tensor | None:
     """The base's weight that PEFT may save beneath an update of an embedding; all must hold the same."""
-    holders = [files for files in adapters if module in files.pieces]
-    weights = [files.pieces[module].weight for files in holders]
+    holders = [files for files in adapters if module in files.modules]
+    weights = [files.modules[module].weight for files in holders]
     first = weights[0]
     for files, weight in zip(holders, weights, strict=True):
         if (weight is None) != (first is None) or (
@@ -264,7 +253,7 @@ def _shared_base(module: str, adapters: Sequence[PeftFiles]) -> Tensor | None:
 
 
 def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the result, written anew: those of the first adapter may not hold for what the others bring."""
+    """The settings of the result, written anew: those of the first adapter may not hold for the others."""
     notes: list[str] = []
     agreed: dict[str, Any] = {}
     for name in ("base_model_name_or_path", "revision", "task_type"):
@@ -304,6 +293,6 @@ def _named(files: PeftFiles) -> dict[str, Tensor]:
     }
     return {
         f"base_model.model.{module}.{names[role]}": tensor.contiguous().clone()
-        for module, piece in files.pieces.items()
-        for role, tensor in piece.items()
+        for module, tensors in files.modules.items()
+        for role, tensor in tensors.items()
     }

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lorax_core.errors import AdapterError, listed, nearest
-from lorax_core.settings import Settings
 from lorax_core.weights.hub import Kind, find_files, refuse_pickles
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
@@ -50,7 +49,7 @@ class FoundAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where that is not told."""
+    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where the listing has none."""
 
     path: str
     name: str
@@ -59,15 +58,15 @@ class _File:
 
 
 def find_adapter(
-    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path | None = None
+    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path
 ) -> FoundAdapter:
     """The files of an adapter, fetched when they are elsewhere.
 
     - A folder is itself.
     - A hub id `org/name` may have a `revision` and a `token`. The hub's client keeps the files; offline, what it has kept
       is the answer.
-    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache` (by default
-      `Settings.cache`). Calls at the same time, from any process, do not disturb each other.
+    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache`. Calls at
+      the same time, from any process, do not disturb each other.
 
     Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
     """
@@ -75,7 +74,7 @@ def find_adapter(
     if url is not None:
         _refuse_pages(url[0], url["scheme"])
         _refuse_options(url[0], revision, token)
-        root = (cache or Settings.from_env().cache) / "adapters"
+        root = cache / "adapters"
         return _from_url(url[0], url["scheme"], root)
     collapsed = _COLLAPSED.fullmatch(str(source))
     if isinstance(source, Path) and collapsed is not None and not source.exists():
@@ -111,12 +110,12 @@ def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
 def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
     files, path = _filesystem(url, scheme)
     remote = _listing(files, path, url)
-    told = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
+    version = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
     sure = all(file.tag is not None and file.size is not None for file in remote)
     try:
         root = root.expanduser()
-        if sure and _whole(root / told, remote):
-            return FoundAdapter(root / told, url, told)
+        if sure and _whole(root / version, remote):
+            return FoundAdapter(root / version, url, version)
         root.mkdir(parents=True, exist_ok=True)
         # Beside its final place, so that the move there is one step; what breaks before leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".part-") as scratch:
@@ -125,7 +124,7 @@ def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
             _fetch(files, remote, part, url)
             if _listing(files, path, url) != remote:
                 raise AdapterError(f"{url!r} changed while it was downloaded", hint="try again")
-            key = told if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
+            key = version if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
             _settle(part, root / key, remote)
             return FoundAdapter(root / key, url, key)
     except (OSError, RuntimeError) as error:  # no room, no rights, no home
@@ -229,5 +228,5 @@ def _content(file: Path) -> tuple[str, str]:
         return file.name, hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest(told: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:40]
+def _digest(version: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(version).encode()).hexdigest()[:40]

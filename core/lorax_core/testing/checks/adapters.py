@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lorax_core.adapters.base import Bound
 from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import listed
 from lorax_core.modeling.linear import Linear
@@ -116,15 +117,13 @@ def _texts(case: Case) -> list[Text]:
     return [case.texts[0], case.texts[2], case.texts[-2]]
 
 
-def _answers(case: Case, base: LoadedModel, adapter: LoraAdapter | None) -> list[Answer]:
+def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[Answer]:
     texts = _texts(case)
     return case.bench(base, texts=texts).whole(texts, [adapter] * len(texts))
 
 
-def _bound(case: Case, task: Task, options: LoraOptions) -> LoraAdapter:
-    adapter = LoraAdapter(_adapter(case, task, options))
-    adapter.bind(case.loaded(task))
-    return adapter
+def _bound(case: Case, task: Task, options: LoraOptions) -> Bound:
+    return LoraAdapter(_adapter(case, task, options)).bind(case.loaded(task))
 
 
 def _adapter(case: Case, task: Task, options: LoraOptions) -> Path:

@@ -163,7 +163,7 @@ def test_heads_that_do_not_share_the_width_are_refused(tmp_path):
 
     folder = saved(model, tmp_path, n_head=5)
 
-    with pytest.raises(CheckpointError, match="n_embd 48 is no multiple of n_head 5"):
+    with pytest.raises(CheckpointError, match="n_embd 48 is not a multiple of n_head 5"):
         ours(folder)
 
 

@@ -5,7 +5,7 @@ import pytest
 from lorax_core.errors import CheckpointError
 from lorax_core.modeling import ModelConfig
 
-SOUND = {"model_type": "x", "hidden_size": 8, "vocab_size": 5, "num_hidden_layers": 1}
+SOUND = {"model_type": "x", "hidden_size": 8, "vocab_size": 5, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def test_keys_that_inference_does_not_need_are_left_alone():

@@ -108,7 +108,9 @@ class SwapsQueryAndKey(FlashBertModel):
 
     @staticmethod
     def weight_map(config):
-        return replace(FlashBertModel.weight_map(config), fuse={"layers.*.self_attn.qkv_proj": ("key", "query", "value")})
+        return replace(
+            FlashBertModel.weight_map(config), fuse={"layers.*.self_attn.qkv_proj": ("key", "query", "value")}
+        )
 
 
 class DropsABias(FlashBertModel):
@@ -184,7 +186,8 @@ class MakesUpAMissingNorm(FlashBertModel):
     @staticmethod
     def weight_map(config):
         return replace(
-            FlashBertModel.weight_map(config), tie={"layers.1.post_mlp_layernorm.weight": "layers.0.post_mlp_layernorm.weight"}
+            FlashBertModel.weight_map(config),
+            tie={"layers.1.post_mlp_layernorm.weight": "layers.0.post_mlp_layernorm.weight"},
         )
 
 

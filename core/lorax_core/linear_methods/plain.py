@@ -45,5 +45,5 @@ class Plain(LinearMethod):
     def supports(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
         return None
 
-    def prepare(self, weight: Tensor, bias: Tensor | None, *, rows: bool = False) -> PlainKernel:  # noqa: ARG002
+    def prepare(self, weight: Tensor, bias: Tensor | None, *, rows: bool = False) -> PlainKernel:
         return PlainKernel(weight.detach(), bias)

@@ -246,7 +246,7 @@ class FirstTokenClassificationHead(SequenceClassificationHead):
         self._place(self.output, Linear(config.hidden_size, len(self.labels)))
         self._act = get_activation(self.act)
 
-    def span(self, ids: Sequence[int], pool_from: int) -> range:  # noqa: ARG002
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
         return range(1)
 
     def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:

@@ -63,5 +63,5 @@ class RMSNorm(Norm):
         super().__init__(size, eps, bias=False)
         self.offset = offset
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG002
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return elementwise.rms_norm(x, weight, self.eps, self.offset)

@@ -29,7 +29,9 @@ class RotaryEmbedding(nn.Module):
         self._stated_dim = int(head_dim * rope.partial)
         self.rotary_dim = self._stated_dim + self._stated_dim % 2  # dimensions rotate in pairs
         if not 0 <= self.rotary_dim <= head_dim:
-            raise ValueError(f"{self.rotary_dim} rotary dimensions do not fit a head of {head_dim}: pairs need an even head")
+            raise ValueError(
+                f"{self.rotary_dim} rotary dimensions do not fit a head of {head_dim}: pairs need an even head"
+            )
         self.factor = 1.0
         self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
         if not self.inv_freq.is_meta:

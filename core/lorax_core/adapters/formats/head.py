@@ -194,7 +194,9 @@ def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: Loa
 
 def head_bytes(head: Head) -> int:
     """Memory of a head's numbers."""
-    prepared = sum(module.kernel.nbytes for module in head.modules() if isinstance(module, Linear) and module.is_prepared)
+    prepared = sum(
+        module.kernel.nbytes for module in head.modules() if isinstance(module, Linear) and module.is_prepared
+    )
     return prepared + sum(parameter.nbytes for parameter in head.parameters() if not parameter.is_meta)
 
 

@@ -154,7 +154,7 @@ def test_cross_attention_is_refused_by_name(tmp_path):
 
     folder = saved(model, tmp_path, add_cross_attention=True)
 
-    with pytest.raises(CheckpointError, match=r"add_cross_attention.*cross attention is not served"):
+    with pytest.raises(CheckpointError, match=r"add_cross_attention.*cross attention is not supported"):
         ours(folder)
 
 

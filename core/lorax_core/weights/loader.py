@@ -117,7 +117,7 @@ def assemble(
     stated = stated_task(spec, config)
     found: dict[Task, Head] = {}
     with torch.device("meta"):
-        backbone = backbone_class(config)
+        backbone = _backbone(backbone_class, config, checkpoint)
         for task, path in spec.heads.items():
             head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
             if head is not None:
@@ -135,6 +135,16 @@ def assemble(
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
     return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), account
+
+
+def _backbone(backbone_class: Backbone, config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
+    try:
+        return backbone_class(config)
+    except ValueError as error:  # blocks check their sizes when they are made
+        raise CheckpointError(
+            f"{checkpoint.path} has a config.json that no model can be built from: {error}",
+            hint="compare it with the config.json that transformers writes for this architecture",
+        ) from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

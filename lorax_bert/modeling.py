@@ -1,6 +1,6 @@
 """BERT: an encoder that normalises after its residuals.
 
-Decides what sets BERT apart from core's encoder: the names in its files and the pooler. Knows nothing of files, batching or adapters.
+Decides what sets BERT apart from core's encoder. Knows nothing of files, batching or adapters.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import PositiveInt, field_validator
 
 from lorax_core.modeling import ModelConfig
@@ -10,7 +13,7 @@ from lorax_core.modeling import ModelConfig
 class GPT2Config(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    aliases = {
+    aliases: ClassVar[Mapping[str, str]] = {
         "n_embd": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import PositiveInt
 
@@ -13,7 +13,7 @@ from lorax_core.modeling import ModelConfig, Rope, read_rope
 class GPTNeoXConfig(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    aliases = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+    aliases: ClassVar[Mapping[str, str]] = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
 
     intermediate_size: PositiveInt
     hidden_act: str = "gelu"

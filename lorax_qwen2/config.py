@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt, model_validator
 
@@ -15,7 +15,7 @@ LayerType = Literal["full_attention", "sliding_attention"]
 class Qwen2Config(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    own_head_dim = True
+    own_head_dim: ClassVar[bool] = True
 
     num_key_value_heads: PositiveInt
     intermediate_size: PositiveInt

@@ -52,7 +52,7 @@ class FlashQwen2Model(Decoder):
                 "layers.*.mlp.gate_up_proj": ("gate_proj", "up_proj"),
             },
             tie={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
-            # A model that attends in both directions generates nothing, but its file may hold the head that it was trained from.
+            # A model that attends in both directions generates nothing; its file may hold the head that it was trained from.
             ignore=() if config.generates else ("lm_head.weight",),
         )
 

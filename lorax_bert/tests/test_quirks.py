@@ -105,8 +105,8 @@ def test_any_head_that_is_not_served_leaves_an_encoder(kind, tmp_path):
     [
         ({"position_embedding_type": "relative_key"}, "position_embedding_type.*'relative_key'"),
         ({"position_embedding_type": "relative_key_query"}, "position_embedding_type.*'relative_key_query'"),
-        ({"is_decoder": True}, "is_decoder.*sees only backwards"),
-        ({"num_attention_heads": 5}, "hidden_size 48 is no multiple of num_attention_heads 5"),
+        ({"is_decoder": True}, "is_decoder.*attends to earlier tokens only"),
+        ({"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
     ],
 )
 def test_what_cannot_be_computed_is_refused_by_name(raw, told):

@@ -1,7 +1,7 @@
 """oneDNN's packed products on a CPU, behind torch's private operators.
 
-Decides how a weight is packed, multiplied and read again row by row; the only module that names `torch.ops.mkldnn`. The operators
-are private to torch, so each is tried before it is relied on, and without them every function says so. Knows nothing of layers.
+Decides how a weight is packed, multiplied and read again row by row; the only module that names `torch.ops.mkldnn`. The
+operators are private to torch, so each is tried before it is relied on. Knows nothing of layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a way to compute linear layers is.
 
-Decides the interface: a method prepares a weight once, and the kernel that it gives computes with it from then on. Knows nothing
-of modules or checkpoints.
+Decides the interface: a method prepares a weight once, and the kernel that it gives computes with it from then on. Knows
+nothing of modules or checkpoints.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which method computes which linear layer, and why.
 
-Decides by module path, shape, dtype and device, never by a stopwatch. A method other than the plain one is compared with the plain
-product before it is used, once for each shape and dtype in a process. Knows nothing of modules or checkpoints.
+Decides by module path, shape, dtype and device, never by a stopwatch. A method other than the plain one is compared with the
+plain product before it is used, once for each shape and dtype in a process. Knows nothing of modules or checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _tried: dict[tuple[str, tuple[int, ...], torch.dtype], str | None] = {}
 
 @dataclass(frozen=True, slots=True)
 class LinearPolicy:
-    """Which methods may compute a layer: patterns of module paths (`layers.*.mlp.*`) to a method's name, the first match counts.
+    """Which methods may compute a layer: patterns of module paths (`layers.*.mlp.*`) to a method's name, the first match wins.
 
     A layer that no pattern names takes the first method that supports it.
     """

@@ -55,9 +55,9 @@ if TYPE_CHECKING:
     from lorax_core.modeling.batch import Batch as Batch
     from lorax_core.modeling.site import HasAdapters as HasAdapters
     from lorax_core.modeling.batch import HeadRows as HeadRows
+    from lorax_core.modeling.blocks import MLP as MLP
     from lorax_core.modeling.blocks import Block as Block
     from lorax_core.modeling.blocks import GatedMLP as GatedMLP
-    from lorax_core.modeling.blocks import MLP as MLP
     from lorax_core.modeling.blocks import RotaryAttention as RotaryAttention
     from lorax_core.modeling.blocks import SelfAttention as SelfAttention
     from lorax_core.modeling.config import ModelConfig as ModelConfig

@@ -1,7 +1,7 @@
 """Attention and feed-forward blocks that architectures share.
 
-Decides how projections, rotation, attention and activations follow each other, through the attention and elementwise seams. Modules
-are named as in transformers' Llama; an architecture with other names renames them in its `WeightMap`. Knows nothing of checkpoints.
+Decides the order of projections, rotation, attention and activations, through the attention and elementwise seams. Modules are
+named as in transformers' Llama; an architecture with other names renames them in its `WeightMap`.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class SelfAttention(Block):
     ) -> None:
         super().__init__()
         if head_dim is None and hidden % heads:
+<<<<<<< HEAD
             raise ValueError(
                 f"a width of {hidden} is not a multiple of {heads} heads; give head_dim where heads have their own"
             )
+=======
+            raise ValueError(f"a width of {hidden} is not a multiple of {heads} heads; give head_dim if it is stated")
+>>>>>>> B
         dim = hidden // heads if head_dim is None else head_dim
         kv_heads = kv_heads or heads
         self.qkv_proj = QKVLinear(hidden, heads, kv_heads, dim, bias)
@@ -85,9 +89,17 @@ class RotaryAttention(SelfAttention):
         window: int | None = None,
         soft_cap: float | None = None,
     ) -> None:
-        numbers = {"scale": scale, "soft_cap": soft_cap}
         super().__init__(
-            hidden, heads, kv_heads, head_dim, causal=causal, bias=bias, out_bias=out_bias, window=window, **numbers
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            causal=causal,
+            bias=bias,
+            out_bias=out_bias,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
         )
         dim = self.qkv_proj.head_dim
         if rotary.rotary_dim > dim:

@@ -1,7 +1,7 @@
 """Pre-norm transformers: layers that normalise what they read and add to what came in.
 
-Decides the order of norms, residuals, attention and feed-forward. Knows nothing of which attention or feed-forward a layer has, nor
-of checkpoints.
+Decides the order of norms, residuals, attention and feed-forward. Knows nothing of which attention or feed-forward a layer
+has, nor of checkpoints.
 """
 
 from __future__ import annotations

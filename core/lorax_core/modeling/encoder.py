@@ -1,7 +1,7 @@
 """Post-norm transformers: BERT's encoder, whose layers normalise after their residuals.
 
-Decides its configuration, and the order of norms, residuals and blocks. Knows nothing of checkpoints: what its modules are called
-there is `post_norm_map`'s to say.
+Decides its configuration, and the order of norms, residuals and blocks. Knows nothing of checkpoints: `post_norm_map` holds
+their names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Linear layers: plain, and fused where members read the same input.
 
-Decides the shape of each and the order of a fused layer's parts. Knows nothing of attention, caches or how a product is computed:
-that is the kernel's, from `linear_methods`.
+Decides the shape of each, the order of a fused layer's parts and which layers share a prepared weight. Knows nothing of how a
+product is computed: a kernel from `linear_methods` does that.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class QKVLinear(Linear):
     def project(self, x: Tensor, batch: HasAdapters) -> tuple[Tensor, Tensor, Tensor]:
         """x `[tokens, hidden]` to q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]`."""
         qkv = self(x, batch).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, dim]
-        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         return q, k, v
 
 

@@ -28,8 +28,8 @@ class Model(nn.Module):
     `sites` maps the dotted path of every core layer with parameters to that layer; `attention_layers` are in the order of
     the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
 
-    `dtype` is that of activations and `device` where they are; both are stated by whoever makes the model, for a prepared weight
-    may have another dtype. `linears` says how linear layers are computed.
+    `dtype` is that of activations and `device` where they are; both are stated by whoever makes the model, for a prepared
+    weight may have another dtype. `linears` says how linear layers are computed.
 
     A subclass may fix the `task`; loaded as such, the model has that head alone.
     """

@@ -1,7 +1,7 @@
 """Where adapters attach.
 
-Decides what every core layer with parameters has in common: a path that names it, one place where adapters change its result, and
-the base's own numbers for those who need them. Knows nothing of what an adapter is.
+Decides what every core layer with parameters has in common: a path that names it, one place where adapters change its result,
+and the base's own numbers for those who need them. Knows nothing of what an adapter is.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Site(nn.Module):
 
         def __call__(self, x: Tensor, batch: HasAdapters) -> Tensor: ...
 
-    @final
+    @final  # type: ignore[misc]  # torch declares forward as an attribute, to be replaced by a method
     def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
         return batch.adapters.apply(self, x, self._base(x))
 

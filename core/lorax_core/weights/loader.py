@@ -117,9 +117,15 @@ def assemble(
     stated = stated_task(spec, config)
     found: dict[Task, Head] = {}
     with torch.device("meta"):
+<<<<<<< HEAD
         backbone = backbone_class(config)
         for task in spec.tasks:
             head = cast("type[Head]", load_class(spec.head(task), owner)).build(config, names, stated)
+=======
+        backbone = _backbone(backbone_class, config, checkpoint)
+        for task, path in spec.heads.items():
+            head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
+>>>>>>> B
             if head is not None:
                 found[task] = head
     heads = {task: head for task, head in found.items() if model_class.task in (None, task)}
@@ -135,6 +141,16 @@ def assemble(
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
     return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), account
+
+
+def _backbone(backbone_class: Backbone, config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
+    try:
+        return backbone_class(config)
+    except ValueError as error:  # blocks check their sizes when they are made
+        raise CheckpointError(
+            f"{checkpoint.path} has a config.json that no model can be built from: {error}",
+            hint="compare it with the config.json that transformers writes for this architecture",
+        ) from error
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

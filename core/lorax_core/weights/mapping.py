@@ -103,8 +103,8 @@ class WeightMap:
         return name
 
     def stored_name(self, name: str) -> str:
-        """The spelling of a canonical name in checkpoints, without a prefix; where several were in use, the last of `rename`."""
-        spellings = (_replace(new, old, name) for old, new in reversed(self.rename.items()))
+        """The spelling of a canonical name in checkpoints, without a prefix; of several spellings, the last of `rename`."""
+        spellings = (_replace(new, old, name) for old, new in reversed(tuple(self.rename.items())))
         return next((spelling for spelling in spellings if spelling is not None), name)
 
     def members(self, module: str) -> tuple[str, ...]:

@@ -126,7 +126,8 @@ def _spelt(base: LoadedModel, name: str) -> str:
     """A tensor under the name by which the loader calls it missing."""
     target = base.weight_map.resolve(name)
     module, _, leaf = target.name.rpartition(".")
-    return target.name if target.part is None else f"{base.weight_map.members(module)[target.part]}.{leaf}"
+    stored = target.name if target.part is None else f"{base.weight_map.members(module)[target.part]}.{leaf}"
+    return base.weight_map.stored_name(stored)
 
 
 def _read(case: Case, task: Task) -> Tensors:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from lorax_core.modeling import PostNormConfig
 
@@ -13,7 +14,7 @@ class DistilBertConfig(PostNormConfig):
     What `sinusoidal_pos_embds` says does not matter here: learned or not, the table of positions is in the checkpoint.
     """
 
-    aliases = {
+    aliases: ClassVar[Mapping[str, str]] = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",

@@ -1,7 +1,6 @@
 """DistilBERT: BERT's encoder without token types.
 
-Decides what sets DistilBERT apart from core's encoder: the names in its files and the layer before its classifier. Knows nothing of
-files, batching or adapters.
+Decides what sets DistilBERT apart from core's encoder. Knows nothing of files, batching or adapters.
 """
 
 from __future__ import annotations

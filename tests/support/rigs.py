@@ -108,7 +108,9 @@ class Bench:
         self._backend.bind(base.model.attention_specs, base.model.dtype, self.pool)
         self._ids = itertools.count(1)
 
-    def sequence(self, ids: list[int], adapter: AdapterHandle | None = None, types: list[int] | None = None) -> Sequence:
+    def sequence(
+        self, ids: list[int], adapter: AdapterHandle | None = None, types: list[int] | None = None
+    ) -> Sequence:
         """A sequence that holds pages for all of its tokens."""
         generates = Task.GENERATE in self.model.tasks
         made = Sequence(

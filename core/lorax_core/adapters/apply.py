@@ -16,8 +16,7 @@ from lorax_core.adapters.base import Bound, Delta
 from lorax_core.adapters.deltas import LowRank
 from lorax_core.adapters.lora_kernels.base import LoraKernel, Segment, Updates
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
-from lorax_core.modeling.batch import AdapterRows, NoAdapters
-from lorax_core.modeling.site import Site
+from lorax_core.modeling.site import AdapterRows, NoAdapters, Site
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorax_core.modeling.batch import Speculator
 from lorax_core.modeling.heads import Head
-from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.prepared import PreparedSite
 from lorax_core.modeling.site import Site
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
@@ -92,17 +92,6 @@ class Fit:
         return cls(bound.targets, bound.nbytes, bound.head, bound.not_a_sum)
 
 
-class Bound(Protocol):
-    """What an adapter is on a model's device."""
-
-    @property
-    def deltas(self) -> Mapping[str, Sequence[Delta]]: ...
-    @property
-    def head(self) -> Head | None: ...
-    @property
-    def speculator(self) -> Speculator | None: ...
-
-
 class Adapter(ABC):
     """Something that changes a model for the rows that name it: an immutable, picklable value in host memory.
 
@@ -130,5 +119,7 @@ class Adapter(ABC):
 
 
 def _head_bytes(head: Head) -> int:
-    packed = sum(module.packed_bytes for module in head.modules() if isinstance(module, Linear))
-    return packed + sum(parameter.nbytes for parameter in head.parameters())
+    prepared = sum(
+        module.kernel.nbytes for module in head.modules() if isinstance(module, PreparedSite) and module.is_prepared
+    )
+    return prepared + sum(parameter.nbytes for parameter in head.parameters())

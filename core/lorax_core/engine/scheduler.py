@@ -17,27 +17,30 @@ from __future__ import annotations
 from array import array
 from bisect import insort
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from lorax_core.engine.plan import Chunk, PlanBuilder, StepPlan
 from lorax_core.engine.queue import WaitingQueue
-from lorax_core.engine.sequence import AdapterHandle, Sequence
+from lorax_core.engine.sequence import Sequence
 from lorax_core.kvcache.allocator import SCRATCH_PAGE, PageAllocator
 
 
 class AdapterGate(Protocol):
-    """Which adapters are on the device. A sequence holds its adapter there from its admission until it leaves."""
+    """Which adapters are on the device. A sequence holds its adapter there from its admission until it leaves.
+
+    The handles are the gate's own, as they stand in `Sequence.adapter`.
+    """
 
     def start_plan(self) -> None:
         """A plan begins; adapters are asked for in the order of the queue."""
 
-    def acquire(self, adapter: AdapterHandle) -> bool:
+    def acquire(self, handle: Any) -> bool:
         """Hold an adapter; False while it is not on the device, and then it is being loaded."""
 
-    def share(self, adapter: AdapterHandle) -> None:
+    def share(self, handle: Any) -> None:
         """Hold an adapter once more, beside a sequence that holds it."""
 
-    def release(self, adapter: AdapterHandle) -> None:
+    def release(self, handle: Any) -> None:
         """Hold it once less."""
 
 

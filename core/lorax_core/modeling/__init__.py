@@ -53,7 +53,6 @@ if TYPE_CHECKING:
     from lorax_core.modeling.activation import get_activation as get_activation
     from lorax_core.modeling.attention import Attention as Attention
     from lorax_core.modeling.batch import Batch as Batch
-    from lorax_core.modeling.site import HasAdapters as HasAdapters
     from lorax_core.modeling.batch import HeadRows as HeadRows
     from lorax_core.modeling.blocks import MLP as MLP
     from lorax_core.modeling.blocks import Block as Block
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
     from lorax_core.modeling.rope import Rope as Rope
     from lorax_core.modeling.rope import read_rope as read_rope
     from lorax_core.modeling.rotary import RotaryEmbedding as RotaryEmbedding
+    from lorax_core.modeling.site import HasAdapters as HasAdapters
     from lorax_core.types import Task as Task
 
 

@@ -44,15 +44,6 @@ class Attention(nn.Module):
         super().__init__()
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"a scale of {scale}; scores are multiplied with a number above 0")
-<<<<<<< HEAD
-=======
-        if window is not None and window < 1:
-            raise ValueError(
-                f"a window of {window}; a query sees at least itself, so a window is 1 or more, or None for all"
-            )
-        if soft_cap is not None and not soft_cap > 0:
-            raise ValueError(f"a soft cap of {soft_cap}; scores are kept below a number above 0, or None for no cap")
->>>>>>> B
         self.spec = AttentionSpec(heads, kv_heads, head_dim, causal, window, soft_cap)
         self.q_factor = 1.0 if scale is None else scale * math.sqrt(head_dim)
 

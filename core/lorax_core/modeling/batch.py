@@ -30,6 +30,10 @@ from lorax_core.types import Task
 class Speculator(Protocol):
     """What drafts tokens ahead of a language model's own."""
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+
     def draft(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Tokens `[rows, drafts]` after the one that follows each row of hidden `[rows, hidden]`; `base_logits` gives the
         base's logits of other hidden rows."""

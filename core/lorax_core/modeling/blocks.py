@@ -49,13 +49,9 @@ class SelfAttention(Block):
     ) -> None:
         super().__init__()
         if head_dim is None and hidden % heads:
-<<<<<<< HEAD
             raise ValueError(
                 f"a width of {hidden} is not a multiple of {heads} heads; give head_dim where heads have their own"
             )
-=======
-            raise ValueError(f"a width of {hidden} is not a multiple of {heads} heads; give head_dim if it is stated")
->>>>>>> B
         dim = hidden // heads if head_dim is None else head_dim
         kv_heads = kv_heads or heads
         self.qkv_proj = QKVLinear(hidden, heads, kv_heads, dim, bias)

@@ -134,7 +134,7 @@ class Preparer:
             prompt_logprobs=request.prompt_logprobs,
             grammar=grammar,
             # A grammar must see each token before it knows what may follow, so it cannot verify draft tokens.
-            drafter=self._drafter(adapter) if grammar is None else None,
+            drafter=self._drafter(_drafts(adapter)) if grammar is None else None,
             speculates=grammar is None and _drafts(adapter),
             priority=request.priority,
         )
@@ -168,14 +168,14 @@ class Preparer:
             sampling=replace(first.sampling, choice=choice),
             stop=first.stop,
             grammar=first.grammar.copy() if first.grammar is not None else None,
-            drafter=self._drafter(first.adapter) if first.drafter is not None else None,
+            drafter=self._drafter(first.speculates) if first.drafter is not None else None,
             speculates=first.speculates,
             priority=first.priority,
         )
 
-    def _drafter(self, adapter: AdapterHandle | None) -> Drafter | None:
+    def _drafter(self, by_adapter: bool) -> Drafter | None:
         """What drafts tokens: the adapter's heads where it has some, else prompt lookup where that is asked for."""
-        if _drafts(adapter):
+        if by_adapter:
             return Proposals()
         return PromptLookup(self.speculate) if self.speculate else None
 

@@ -117,15 +117,9 @@ def assemble(
     stated = stated_task(spec, config)
     found: dict[Task, Head] = {}
     with torch.device("meta"):
-<<<<<<< HEAD
-        backbone = backbone_class(config)
+        backbone = _backbone(backbone_class, config, checkpoint)
         for task in spec.tasks:
             head = cast("type[Head]", load_class(spec.head(task), owner)).build(config, names, stated)
-=======
-        backbone = _backbone(backbone_class, config, checkpoint)
-        for task, path in spec.heads.items():
-            head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
->>>>>>> B
             if head is not None:
                 found[task] = head
     heads = {task: head for task, head in found.items() if model_class.task in (None, task)}

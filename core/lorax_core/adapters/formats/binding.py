@@ -62,6 +62,8 @@ class _SiteLayer(Layer):
         if self.multiplies:
             out = self.site.out_features if self.target.part is None else self.site.parts[self.target.part]
             return (out, self.site.in_features)
+        if isinstance(self.site, Embedding):
+            return (self.site.in_features, self.site.out_features)
         return tuple(self.site.dense_weight().shape)
 
     def base(self, leaf: str) -> Tensor | None:

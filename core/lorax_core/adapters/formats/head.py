@@ -191,32 +191,3 @@ def _fill(
     if device.type != "meta":
         prepare_linears(head)
     head.eval()
-<<<<<<< HEAD
-=======
-
-
-def head_bytes(head: Head) -> int:
-    """Memory of a head's numbers."""
-    prepared = sum(
-        module.kernel.nbytes for module in head.modules() if isinstance(module, Linear) and module.is_prepared
-    )
-    return prepared + sum(parameter.nbytes for parameter in head.parameters() if not parameter.is_meta)
-
-
-def drop_numbers(head: Head) -> None:
-    """Give back the memory of a head's numbers; what it says of labels and spans stays."""
-    for module in head.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        if isinstance(module, Linear):
-            module.adopt(None)
-
-
-def take_numbers(head: Head, other: Head) -> None:
-    """The numbers of an equal head become those of `head`."""
-    for module, source in zip(head.modules(), other.modules(), strict=True):
-        for name, parameter in list(source.named_parameters(recurse=False)):
-            setattr(module, name, parameter)
-        if isinstance(module, Linear) and isinstance(source, Linear):
-            module.adopt(source.kernel.with_bias(module.bias))
->>>>>>> B

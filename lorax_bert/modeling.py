@@ -37,11 +37,11 @@ class FlashBertForTokenClassification(Model):
     task = Task.TOKEN_CLASSIFICATION
 
 
-class FlashBertModelForClassification(FlashBertForTokenClassification):
-    """LoRAX's name for BERT that labels tokens."""
-
-
 class FlashBertForSequenceClassification(Model):
     """BERT that labels sequences."""
 
     task = Task.SEQUENCE_CLASSIFICATION
+
+
+class FlashBertModelForClassification(FlashBertForTokenClassification):
+    """LoRAX's name for BERT that labels tokens."""

@@ -411,7 +411,7 @@ def modeling_section(node: ast.ClassDef | ast.FunctionDef) -> int:
     if isinstance(node, ast.FunctionDef):
         return 1
     bases = [ast.unparse(base) for base in node.bases]
-    if "Model" in bases:
+    if any(base == "Model" or base.startswith("Flash") for base in bases):
         return 4
     if any(base.endswith("Head") for base in bases):
         return 3

@@ -102,11 +102,11 @@ def test_rows_of_one_adapter_lie_side_by_side(base, tmp_path):
 
     batch = packed(base, *chunks, adapters=store.bound)
 
-    segments = batch.adapters.segments
-    assert [(one.stop - one.start) for one in segments] == [4, 4]
-    assert {one.adapter for one in segments} == {store.get("a"), store.get("b")}
+    runs = batch.adapters.runs
+    assert [(one.stop - one.start) for one in runs] == [4, 4]
+    assert {one.bound for one in runs} == {store.bound[store.get(name).identity] for name in "ab"}
     assert batch.input_ids.tolist()[:4] == [1, 1, 4, 4]  # the base comes first
-    assert [one.stop - one.start for one in batch.head_rows[0].adapters.segments] == [2, 2]
+    assert [one.stop - one.start for one in batch.head_rows[0].adapters.runs] == [2, 2]
 
 
 def test_an_encoders_batch_has_token_types_and_no_cache(bert, host):

@@ -7,6 +7,7 @@ import torch
 from builders import make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
+from lorax_core.adapters.bound import UnbindAdapter
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.errors import AdapterError, StepError
 
@@ -64,7 +65,7 @@ def test_an_adapter_that_vanished_ends_its_requests_and_never_answers_as_the_bas
     loop.add(plain)
     loop.step()
 
-    store.unload("one")
+    store.bound.handle(UnbindAdapter(adapter.identity))
     finish(loop)
 
     assert isinstance(adapted.sink.error, AdapterError)

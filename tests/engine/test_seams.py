@@ -20,6 +20,7 @@ from lorax_core.engine.sampler import Sampled, uniform
 from lorax_core.engine.sequence import Sampling, Sequence, TokenCounts
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput, step_input
 from lorax_core.engine.transfer import Transfer
+from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.lora import LoraOptions, linear_layers, write_adapter
 from lorax_core.testing.packed import Share
@@ -37,6 +38,11 @@ def base(qwen2, host):
 # --- a forward pass ---
 
 
+def make_case(host, model_type, folder):
+    spec = host.architecture(model_type)
+    return Case(spec, load_cases(spec, None), host, BASE, folder)
+
+
 def make_mixed_batch(case, task):
     """A model, and a batch of chunks of several sequences, of the base and of two adapters, read by all of its heads."""
     loaded = case.loaded(task)
@@ -46,7 +52,8 @@ def make_mixed_batch(case, task):
         for rank in (2, 3)
     ]
     store = make_adapters(loaded, one=folders[0], two=folders[1])
-    adapters = [None, store.get("one"), store.get("two"), store.get("one")]
+    one, two = (store.bound[store.get(name).identity] for name in ("one", "two"))
+    adapters = [None, one, two, one]
     texts = [case.texts[at] for at in (1, 2, 3, 2)]
     bench = case.bench(loaded, texts=texts)
     shares = [
@@ -61,7 +68,7 @@ def make_mixed_batch(case, task):
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_forward_pass_neither_reads_tensors_nor_makes_them_of_host_values(model_type, host, tmp_path):
-    case = Case(host.architecture(model_type), host, BASE, tmp_path)
+    case = make_case(host, model_type, tmp_path)
     for task in case.tasks:
         model, batch = make_mixed_batch(case, task)
 
@@ -88,7 +95,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED)
 def test_the_guard_of_forward_passes_finds_what_is_planted(planted, host, tmp_path):
-    case = Case(host.architecture("qwen2"), host, BASE, tmp_path)
+    case = make_case(host, "qwen2", tmp_path)
     model, batch = make_mixed_batch(case, Task.GENERATE)
     usual = model.backbone.norm.register_forward_hook(lambda module, inputs, output: planted(output))
 

@@ -16,7 +16,7 @@ from lorax_core.modeling import MLP, GatedMLP, Rope, RotaryAttention, RotaryEmbe
         ({"soft_cap": 0.0}, "soft cap of 0.0"),
         ({"scale": -1.0}, "scale of -1.0"),
         ({"scale": float("nan")}, "scale of nan"),
-        ({"kv_heads": 3}, "4 heads over 3 key heads"),
+        ({"kv_heads": 3}, "4 query heads over 3 key heads"),
         ({"heads": 5}, "24 is not a multiple of 5 heads"),
     ],
 )

@@ -34,6 +34,12 @@ class HostTraffic(AssertionError):
     """Something went between device and host that must not."""
 
 
+def _has_mask(args) -> bool:
+    """Whether an operator indexes with a mask: how many rows that gives is known only on the device."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+    return any(index is not None and index.dtype is torch.bool for index in indices)
+
+
 class _Functions(TorchFunctionMode):
     """Calls of torch's Python functions."""
 
@@ -50,7 +56,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
-        if name in WAITS:
+        if name in WAITS or (name.startswith("aten::index") and _has_mask(args)):
             raise HostTraffic(f"an operator waits for the device: {name}")
         return func(*args, **(kwargs or {}))
 
@@ -62,7 +68,10 @@ def _patched(**methods) -> Iterator[None]:
 
     def make(name, check):
         def method(self, *args, **kwargs):
-            check(self, name, sys._getframe(1).f_code.co_filename)
+            frame = sys._getframe(1)
+            while frame.f_back is not None and frame.f_code.co_filename == __file__:  # torch calls again through a mode
+                frame = frame.f_back
+            check(self, name, frame.f_code.co_filename)
             return usual[name](self, *args, **kwargs)
 
         return method

@@ -106,7 +106,7 @@ class SequenceUpdate:
         return self.finish_reason is not None or self.answer is not None or self.error is not None
 
 
-def _discard(update: SequenceUpdate) -> None:
+def discard(update: SequenceUpdate) -> None:
     """The sink of a sequence that nobody waits for."""
 
 
@@ -129,7 +129,7 @@ class Sequence:
     speculates: bool = False  # the adapter drafts tokens, which come back with the step's answer
     priority: int = 0
     forks: list[Sequence] = field(default_factory=list)  # further answers to the same prompt: join once it is computed
-    sink: Callable[[SequenceUpdate], None] = _discard
+    sink: Callable[[SequenceUpdate], None] = discard
 
     # Filled by the scheduler.
     id: int = 0  # counts arrivals in one engine from 1

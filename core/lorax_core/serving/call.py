@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from lorax_core.engine.sequence import Sequence, SequenceUpdate
+from lorax_core.engine.sequence import Sequence, SequenceUpdate, discard
 from lorax_core.errors import LoraxError, StepError
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
@@ -141,6 +141,8 @@ class Call:
                 error = LoraxError("the call was cancelled")
                 self.results = [error if result is None else result for result in self.results]
                 self._updates.clear()
+                for sequence in unfinished:
+                    sequence.sink = discard
                 self._wake()
         if unfinished:
             self._abort(unfinished)
@@ -218,6 +220,7 @@ class Call:
             failure.__cause__ = error
             self.results[answer.index], event = failure, None
         if update.last:
+            answer.sequence.sink = discard  # the sequence, and with it its adapter, is freed with the call
             self._close_one()
         return event
 

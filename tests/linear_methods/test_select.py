@@ -160,3 +160,14 @@ def test_where_the_layout_is_not_recognised_the_embedding_keeps_its_weight_and_t
     assert torch.equal(tied["table"].weight, weight)
     assert torch.equal(tied["table"](torch.tensor([130, 0]), Rows()), weight[[130, 0]])
     assert any("head: a second, plain weight" in reason for reason in report.reasons)
+
+
+def test_a_weight_that_is_not_finite_does_not_speak_against_a_method():
+    weight = make_weight()
+    broken = weight.clone()
+    broken[0, 0] = float("nan")
+
+    methods = [choose(one, METHODS)[0].method for one in (broken, weight)]
+
+    assert methods[0] == methods[1]
+    assert choose(make_weight(), METHODS)[0].method == methods[0]

@@ -328,7 +328,7 @@ def test_closing_ends_a_call_that_is_waiting(tmp_path):
         within(60, lambda: list(stream))
 
 
-def test_an_engine_tells_what_it_is_made_of(engine, encoder):
+def test_an_engine_shows_what_it_is_made_of(engine, encoder):
     info = engine.info()
 
     assert (info.model_type, info.dtype, info.device, info.attention) == ("qwen2", "float32", "cpu", "torch")
@@ -337,6 +337,7 @@ def test_an_engine_tells_what_it_is_made_of(engine, encoder):
     assert info.kv_cache_bytes == (2048 + 16) * 2 * 2 * 2 * 16 * 4  # with the scratch page
     assert encoder.info().kv_cache_tokens is None
     assert encoder.info().max_tokens == 96
+    assert sum(info.linear_methods.values()) == 2 * 4 + 1  # four a layer, and the head that is tied to the embedding
 
 
 def test_an_engine_may_be_warmed_up(tmp_path):
@@ -344,3 +345,4 @@ def test_an_engine_may_be_warmed_up(tmp_path):
         with lorax.load(make(tmp_path / make.__name__), kv_cache_tokens=256 if make is make_qwen2 else None) as engine:
             assert engine.warmup() == tokens
             assert engine.info().step_bytes is not None
+            assert engine.info().lora_kernel == ("none", "no adapter has been loaded yet")

@@ -157,7 +157,12 @@ class Engine:
 
     def info(self) -> EngineInfo:
         """What this engine is made of, and what its last step did."""
-        return replace(self._info, steps=self._worker.steps, last_step=self._worker.last_step)
+        return replace(
+            self._info,
+            steps=self._worker.steps,
+            last_step=self._worker.last_step,
+            lora_kernel=self.adapters.bound.kernel.verdict,
+        )
 
     def warmup(self) -> int:
         """Compute the largest step once, so that what does not fit is known now and the first request finds all ready.

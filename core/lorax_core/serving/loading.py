@@ -184,6 +184,8 @@ def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool
         max_text_tokens=preparer.max_text_tokens,
         kv_cache_tokens=limits.cache_tokens,
         kv_cache_bytes=pool.nbytes if pool is not None else 0,
+        linear_methods=model.linears.methods,
+        linear_notes=model.linears.reasons,
     )
 
 

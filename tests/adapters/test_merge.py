@@ -371,7 +371,7 @@ def test_two_towers_of_one_model_are_not_taken_for_two_spellings(model, pair, tm
     assert_same(deltas(done.path), {module: delta + other.get(module, 0) for module, delta in one.items()})
 
 
-def test_settings_on_which_the_adapters_differ_are_told(pair, tmp_path):
+def test_settings_on_which_the_adapters_differ_are_reported(pair, tmp_path):
     adapters = [tmp_path / "a", tmp_path / "b"]
     for folder, source in zip(adapters, pair, strict=True):
         merge_adapters([source], folder)

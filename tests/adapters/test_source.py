@@ -88,7 +88,7 @@ def test_a_url_that_became_a_path_is_refused_with_the_text_to_give():
 # --- the hub ---
 
 
-def test_only_the_files_of_an_adapter_are_downloaded_and_the_commit_is_told(hub, client, tmp_path):
+def test_only_the_files_of_an_adapter_are_downloaded_and_the_commit_is_reported(hub, client, tmp_path):
     wanted = {**FILES, "adapter_model-00001-of-00002.safetensors": "half", "config.json": "{}"}
     commit = hub.add("acme/lora", write(tmp_path / "repo", {**wanted, **BESIDE}))
 
@@ -111,7 +111,7 @@ def test_a_revision_is_fetched_by_its_name_and_one_that_is_not_there_is_refused(
     assert "at revision 'v9'" in unknown["message"]
 
 
-def test_a_token_opens_a_private_adapter_and_its_lack_is_told(hub, client, tmp_path):
+def test_a_token_opens_a_private_adapter_and_its_lack_is_reported(hub, client, tmp_path):
     hub.add("acme/private", write(tmp_path / "repo", FILES), token="hf_right")
 
     without, wrong, right = client.run(

@@ -53,7 +53,7 @@ def test_a_task_narrows_the_list(main):
     assert "bert" not in out
 
 
-def test_a_task_that_nobody_serves_is_told(main, monkeypatch):
+def test_a_task_that_nobody_serves_is_reported(main, monkeypatch):
     monkeypatch.setenv("LORAX_PLUGINS", "lorax-bert")
 
     code, out, err = main("models", "list", "--task", "generate")

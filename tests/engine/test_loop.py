@@ -88,7 +88,7 @@ def test_a_prompt_whose_beginning_is_cached_is_continued_in_the_same_way(base):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.4, seed=3)])
-def test_guessing_ahead_writes_the_same(base, sampling):
+def test_drafting_writes_the_same(base, sampling):
     prompt = [9, 8, 7, 6] * 4
     sequence = make_sequence(prompt, 40, sampling=sampling)
     sequence.drafter = PromptLookup(most=4, ngram=1)

@@ -300,7 +300,7 @@ def test_a_row_of_rubbish_is_told_and_its_neighbours_are_served(value):
     assert picked[2].token_id is not None
 
 
-def test_a_row_with_nothing_allowed_is_told():
+def test_a_row_with_nothing_allowed_is_reported():
     picked = sample(make_logits(), [SamplingRow(Sampling(), 0, allowed=make_bits([]))])
 
     assert picked[0].token_id is None

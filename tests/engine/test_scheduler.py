@@ -240,8 +240,8 @@ def test_forks_share_their_prompt_and_go_their_own_ways(prompt, answers, pages, 
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 12), st.integers(1, 9))
-def test_guesses_change_no_answer(prompt, ngram, count, max_tokens):
-    loop = make_loop(pages=6, max_tokens=max_tokens, vocab=2)  # two tokens: guesses are often right and often wrong
+def test_drafts_change_no_answer(prompt, ngram, count, max_tokens):
+    loop = make_loop(pages=6, max_tokens=max_tokens, vocab=2)  # two tokens: drafts are often right and often wrong
     sequence = make_sequence(prompt, count)
     sequence.drafter = PromptLookup(most=4, ngram=ngram)
     loop.add(sequence)
@@ -253,7 +253,7 @@ def test_guesses_change_no_answer(prompt, ngram, count, max_tokens):
     assert all_pages_are_free(loop)
 
 
-def test_right_guesses_save_steps():
+def test_right_drafts_save_steps():
     loop = make_loop(pages=20, max_tokens=32, vocab=1)  # the same token over and over
     sequence = make_sequence([0] * 4, 30)
     sequence.drafter = PromptLookup(most=8, ngram=2)

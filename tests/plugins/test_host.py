@@ -265,7 +265,7 @@ def test_one_entry_point_name_in_two_packages_hides_neither(importable_strangers
     assert list(host.architectures) == ["first", "second"]
 
 
-def test_a_module_that_two_packages_name_is_told(importable_strangers):
+def test_a_module_that_two_packages_name_is_reported(importable_strangers):
     importable_strangers.install("lorax-one")
     entry = importable_strangers.entry_points()[0]
 
@@ -295,7 +295,7 @@ def test_torch_that_was_there_before_is_nobody_s_slow_import(
     assert host.owner("stranger").status is PluginStatus.READY
 
 
-def test_a_misspelt_name_in_lorax_plugins_is_told(importable_strangers):
+def test_a_misspelt_name_in_lorax_plugins_is_reported(importable_strangers):
     importable_strangers.install()
 
     host = discover(importable_strangers, Settings(plugins=frozenset({"lorax-strangr", "gpt2"})))

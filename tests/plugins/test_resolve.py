@@ -93,7 +93,7 @@ def test_a_bad_config_is_told_with_its_file(tmp_path, text, message):
     assert str(tmp_path / "config.json") in caught.value.message
 
 
-def test_a_missing_folder_or_config_is_told(tmp_path):
+def test_a_missing_folder_or_config_is_reported(tmp_path):
     (tmp_path / "model.safetensors").touch()
 
     with pytest.raises(CheckpointError, match="does not exist"):

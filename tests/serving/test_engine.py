@@ -130,7 +130,7 @@ def test_a_text_gives_a_vector_and_a_list_a_matrix(encoder):
     assert encoder.embed([("ab", "c"), "ab", [2, 9, 3]]).shape == (3, 64)
 
 
-def test_a_text_that_is_too_long_is_cut_as_asked_and_told(encoder):
+def test_a_text_that_is_too_long_is_cut_as_asked_and_reported(encoder):
     long = "y " + "x " * 200  # 203 tokens with the specials, of which the model takes 96
 
     end, start, only_x, with_y = encoder.run(
@@ -284,7 +284,7 @@ def test_many_threads_may_call_one_engine(engine, encoder):
         assert all(pool.map(turn, range(32)))
 
 
-def test_of_a_call_that_fails_in_part_every_result_is_told(qwen2, host):
+def test_of_a_call_that_fails_in_part_every_result_is_reported(qwen2, host):
     host = with_backends(host, make_backend_spec("stumbling", "StumblingBackend"))
     with lorax.load(qwen2, host=host, attention="stumbling", kv_cache_tokens=512) as engine:
         sound = engine.generate([5, 6], max_tokens=2).token_ids

@@ -98,7 +98,7 @@ def test_sixteen_bits_become_thirty_two_where_the_processor_has_no_fast_ones(tmp
         assert len(asked.generate([5], max_tokens=3, ignore_eos=True).token_ids) == 3
 
 
-def test_the_backend_asked_for_is_used_and_those_passed_over_are_told(qwen2, host):
+def test_the_backend_asked_for_is_used_and_those_passed_over_are_reported(qwen2, host):
     host = with_backends(
         host,
         make_backend_spec("absent", "AbsentBackend", priority=9),
@@ -149,15 +149,15 @@ def test_a_pooling_of_the_files_that_is_not_served_may_be_overridden(tmp_path):
         assert engine.embed("ab").shape == (64,)
 
 
-def test_an_8_bit_cache_and_guessing_ahead_still_write(qwen2):
+def test_an_8_bit_cache_and_drafting_still_write(qwen2):
     with (
         lorax.load(qwen2, kv_cache_tokens=256) as plain,
         lorax.load(qwen2, kv_cache_tokens=256, kv_dtype="fp8_e4m3") as small,
-        lorax.load(qwen2, kv_cache_tokens=256, speculate=6) as guessing,
+        lorax.load(qwen2, kv_cache_tokens=256, speculate=6) as drafting,
     ):
         expected = plain.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True)
 
-        assert guessing.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids == expected.token_ids
+        assert drafting.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids == expected.token_ids
         assert small.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids[:1] == expected.token_ids[:1]
         assert small.info().kv_cache_bytes * 4 == plain.info().kv_cache_bytes
 

@@ -97,14 +97,14 @@ def test_a_true_declaration_passes(make_spec, run):
         ({"known_failures": {"light-import[base]": "it is of no variant"}}, "which is no check"),
     ],
 )
-def test_what_is_not_true_of_a_declaration_is_told(changes, told, make_spec, run):
+def test_what_is_not_true_of_a_declaration_is_reported(changes, told, make_spec, run):
     result = run(make_spec("bert", **changes), "declaration")
 
     assert result.status is CheckStatus.FAILED
     assert told in result.detail
 
 
-def test_a_task_without_a_reference_is_told(make_spec, run):
+def test_a_task_without_a_reference_is_reported(make_spec, run):
     spec = make_spec("bert", default_task=Task.TOKEN_CLASSIFICATION, tasks=tuple(Task)[1:])
     more = ArchitectureSpec.model_validate({**dict(spec), "causal": True, "tasks": tuple(Task)})
 
@@ -113,13 +113,13 @@ def test_a_task_without_a_reference_is_told(make_spec, run):
     assert "references names no class for 'generate'" in result.detail
 
 
-def test_a_reference_for_a_task_that_the_architecture_lacks_is_told(make_spec, run):
+def test_a_reference_for_a_task_that_the_architecture_lacks_is_reported(make_spec, run):
     result = run(make_spec("bert", references={Task.GENERATE: "transformers:BertLMHeadModel"}), "declaration")
 
     assert "references names 'generate', which is not one of the tasks" in result.detail
 
 
-def test_a_tiny_model_that_is_not_tiny_is_told(make_spec, run):
+def test_a_tiny_model_that_is_not_tiny_is_reported(make_spec, run):
     tiny = load_cases(make_spec("bert"), None).tiny_config
 
     result = run(make_spec("bert", tiny_config={**tiny, "vocab_size": 9000}), "declaration")

@@ -65,7 +65,7 @@ def test_ctrl_c_is_not_a_finding(outcome):
 
 
 @pytest.mark.parametrize("key", ["masking", "masking[base]"])
-def test_a_known_failure_is_expected_and_told(outcome, key):
+def test_a_known_failure_is_expected_and_reported(outcome, key):
     result = outcome(gives(1.5), {key: "the edge is being mended"})
 
     assert result.status is CheckStatus.KNOWN

@@ -575,6 +575,19 @@ def test_no_modules_of_core_import_each_other():
     assert import_cycles(CORE) == []
 
 
+def test_a_name_of_a_class_means_one_thing():
+    homes: dict[str, list[str]] = {}
+    for source in CORE:
+        for node in source.tree.body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(source.name)
+
+    clashes = {name: found for name, found in homes.items() if len(found) > 1}
+
+    # A result of the public API and a layer, both by the name that the field has for them.
+    assert list(clashes) == ["Embedding"]
+
+
 def test_old_names_are_gone():
     docs = sources(ROOT / "docs", "*.md")
     readmes = sources(ROOT, "*.md", "lorax_*/*.md", "plugins/*/*.md")

@@ -16,7 +16,7 @@ from lorax_core.engine.plan import Chunk, StepPlan
 from lorax_core.engine.runner import Answer, Runner
 from lorax_core.engine.sampler import SampledToken
 from lorax_core.engine.scheduler import Scheduler
-from lorax_core.engine.sequence import AdapterHandle, Sequence, SequenceUpdate
+from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
 from lorax_core.engine.stats import StepStats
 from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopText
@@ -74,7 +74,7 @@ class EngineLoop:
                 hint="load(..., max_batch_tokens=...) with less, or a smaller KV cache",
             ) from error
 
-    def fail(self, adapter: AdapterHandle, error: LoraxError) -> None:
+    def fail(self, adapter: AdapterRef, error: LoraxError) -> None:
         """Sequences of an adapter that cannot be loaded end with the error."""
         for sequence in [one for one in self.scheduler if one.salt == adapter.identity]:
             self.scheduler.invalidate(sequence)

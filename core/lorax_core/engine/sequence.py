@@ -19,7 +19,7 @@ from lorax_core.kvcache.prefix import PageKey, chain
 from lorax_core.types import FinishReason, Task, TokenLogprobs
 
 
-class AdapterHandle(Protocol):
+class AdapterRef(Protocol):
     """What the engine must know of an adapter: equal identities are equal content. Holding the handle keeps it loadable."""
 
     @property
@@ -118,7 +118,7 @@ class Sequence:
     task: Task
     prompt: list[int]
     token_types: list[int] | None = None
-    adapter: AdapterHandle | None = None
+    adapter: AdapterRef | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: StopRule | None = None  # generation only
     own_head: bool = False  # the adapter's head answers, not the model's

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from lorax_core.engine.loop import EngineLoop
-from lorax_core.engine.sequence import AdapterHandle, Sequence, SequenceUpdate
+from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
 from lorax_core.engine.stats import StepStats
 from lorax_core.errors import LoraxError, RequestError
 
@@ -28,7 +28,7 @@ class EngineWorker:
         self._joining: deque[Sequence] = deque()
         self._leaving: deque[Sequence] = deque()
         self._jobs: deque[tuple[Callable[[EngineLoop], None], Future[None]]] = deque()
-        self._came: deque[tuple[AdapterHandle, LoraxError | None]] = deque()
+        self._came: deque[tuple[AdapterRef, LoraxError | None]] = deque()
         self._stalled = False  # every living sequence waits for its adapter
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
@@ -68,7 +68,7 @@ class EngineWorker:
             self._changed.notify_all()
         done.result()
 
-    def adapter_came(self, adapter: AdapterHandle, error: LoraxError | None) -> None:
+    def adapter_came(self, adapter: AdapterRef, error: LoraxError | None) -> None:
         """An adapter that sequences wait for is on the device, or cannot be had. No-op when the engine is closed."""
         with self._changed:
             self._came.append((adapter, error))

@@ -25,7 +25,7 @@ from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing import reference
 from lorax_core.testing.compare import TOLERANCES
-from lorax_core.testing.packed import Answer, Bench
+from lorax_core.testing.packed import Bench, PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, NotApplicable
 from lorax_core.testing.texts import Text, make_texts
@@ -223,13 +223,13 @@ class Case:
                 return Bench(model, chosen.backend, chosen.layout, self.texts if texts is None else texts)
         raise NotApplicable(self._refusal(model))
 
-    def alone(self, task: Task) -> list[Answer]:
+    def alone(self, task: Task) -> list[PackedAnswer]:
         """Our answers of each text, every one in a batch of its own: what all other ways must come to."""
         key = ("alone", task)
         if key not in self._made:
             bench = self.bench(self.loaded(task))
             self._made[key] = [bench.whole([text])[0] for text in self.texts]
-        return cast("list[Answer]", self._made[key])
+        return cast("list[PackedAnswer]", self._made[key])
 
     def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection | None:
         try:

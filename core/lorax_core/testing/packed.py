@@ -51,7 +51,7 @@ class Rows:
 
 
 @dataclass(slots=True)
-class Answer:
+class PackedAnswer:
     """What a whole input got: hidden rows, and of each head its joined parts and the finished answer (logits to generate)."""
 
     hidden: Tensor  # [tokens, hidden]
@@ -85,7 +85,7 @@ class Bench:
         self._batcher = Batcher(model, layout.page_size if self._pool is not None else None, self._adapters, kernel)
         backend.bind(model.attention_specs, model.dtype, self._pool)
 
-    def whole(self, texts: Sequence[Text], adapters: Sequence[Bound | None] | None = None) -> list[Answer]:
+    def whole(self, texts: Sequence[Text], adapters: Sequence[Bound | None] | None = None) -> list[PackedAnswer]:
         """Each input in one share, all in one batch."""
         return self.stepwise(texts, [[len(text)] for text in texts], adapters)
 
@@ -96,7 +96,7 @@ class Bench:
         adapters: Sequence[Bound | None] | None = None,
         *,
         shuffle: int | None = None,
-    ) -> list[Answer]:
+    ) -> list[PackedAnswer]:
         """Each input in shares that end at its `cuts`, the n-th shares of all inputs in one batch.
 
         `shuffle` seeds an order of pages in which inputs are torn apart; without it they lie end to end.
@@ -170,7 +170,7 @@ class Bench:
         return range(len(text)) if task is Task.GENERATE else self.model.head(task).span(text.ids, 0)
 
     @torch.inference_mode()
-    def _join(self, text: Text, given: Sequence[Rows]) -> Answer:
+    def _join(self, text: Text, given: Sequence[Rows]) -> PackedAnswer:
         """An input's shares put together, as the engine does."""
         parts: dict[Task, Tensor] = {}
         answers: dict[Task, Tensor] = {}
@@ -179,7 +179,7 @@ class Bench:
             joined = torch.stack(found).sum(0) if head.pooled else torch.cat(found)
             finished = joined if task is Task.GENERATE else head.finish([joined], [len(self.span(task, text))])[0]
             parts[task], answers[task] = joined.float().cpu(), finished.float().cpu()
-        return Answer(torch.cat([rows.hidden for rows in given]), parts, answers)
+        return PackedAnswer(torch.cat([rows.hidden for rows in given]), parts, answers)
 
     def _pages_for(self, tokens: Text | int) -> int:
         return -(-(tokens if isinstance(tokens, int) else len(tokens)) // self.page_size)

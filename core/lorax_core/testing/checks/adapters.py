@@ -22,7 +22,7 @@ from lorax_core.testing.check import Check
 from lorax_core.testing.checks.packing import see_answers
 from lorax_core.testing.compare import Worst
 from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
-from lorax_core.testing.packed import Answer
+from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
@@ -80,7 +80,7 @@ def _peft(case: Case) -> Measured:
     return worst.measured()
 
 
-def _see_oracle(worst: Worst, task: Task, ours: Sequence[Answer], case: Case, oracle: nn.Module) -> None:
+def _see_oracle(worst: Worst, task: Task, ours: Sequence[PackedAnswer], case: Case, oracle: nn.Module) -> None:
     for text, mine, theirs in zip(_texts(case), ours, case.expect(oracle, _texts(case)), strict=True):
         worst.see("hidden rows", f"of a text of {len(text)} tokens ({task} checkpoint)", mine.hidden, theirs.hidden)
         if theirs.logits is not None:
@@ -104,7 +104,9 @@ def _mixed(case: Case) -> Measured:
     return worst.measured("the base and two adapters in one batch")
 
 
-def _see(worst: Worst, task: Task, texts: Sequence[Text], ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
+def _see(
+    worst: Worst, task: Task, texts: Sequence[Text], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
+) -> None:
     for text, one, other in zip(texts, ours, theirs, strict=True):
         see_answers(worst, f"of a text of {len(text)} tokens ({task} checkpoint)", one, other)
 
@@ -117,7 +119,7 @@ def _texts(case: Case) -> list[Text]:
     return [case.texts[0], case.texts[2], case.texts[-2]]
 
 
-def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[Answer]:
+def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[PackedAnswer]:
     texts = _texts(case)
     return case.bench(base, texts=texts).whole(texts, [adapter] * len(texts))
 

@@ -16,7 +16,7 @@ from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.packed import Answer
+from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
@@ -48,7 +48,7 @@ def _head(case: Case, task: Task) -> Measured:
     return worst.measured()
 
 
-def _see_logits(worst: Worst, task: Task, text: Text, ours: Answer, theirs: Expected, problem: Problem) -> None:
+def _see_logits(worst: Worst, task: Task, text: Text, ours: PackedAnswer, theirs: Expected, problem: Problem) -> None:
     """Both what the head computes and what it answers: probabilities near 0 or 1 hide differences of logits."""
     if theirs.logits is None:
         raise CheckFailed(f"the reference for {str(task)!r} has no head: it gives no logits")

@@ -13,12 +13,12 @@ import torch
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.packed import Answer, Share
+from lorax_core.testing.packed import PackedAnswer, Share
 from lorax_core.testing.result import CheckFailed, Measured
 from lorax_core.testing.texts import Text
 
 
-def see_answers(worst: Worst, where: str, ours: Answer, theirs: Answer) -> None:
+def see_answers(worst: Worst, where: str, ours: PackedAnswer, theirs: PackedAnswer) -> None:
     """Compare two ways to the same answers: hidden rows, and the parts and answers of each head."""
     worst.see("hidden rows", where, ours.hidden, theirs.hidden)
     for task, answer in theirs.answers.items():
@@ -46,7 +46,9 @@ def _order(case: Case) -> Measured:
     return worst.measured()
 
 
-def _see_all(worst: Worst, how: str, texts: Sequence[Text], ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
+def _see_all(
+    worst: Worst, how: str, texts: Sequence[Text], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
+) -> None:
     for text, one, other in zip(texts, ours, theirs, strict=True):
         see_answers(worst, f"of a text of {len(text)} tokens {how}", one, other)
 

@@ -88,7 +88,7 @@ class EngineWorker:
                 self._work()
                 if self._loop.busy:
                     self._stalled = not self._loop.step()
-        except Exception:  # a bug of ours: callers must hear of it instead of waiting for ever
+        except Exception:  # an internal error: waiting callers must get it, or they block forever
             _log.exception("the step loop broke, and the engine closes")
             with self._changed:
                 self._closed = True

@@ -74,6 +74,7 @@ class TokenCounts:
     def snapshot(self, drafts: Iterable[int] = ()) -> TokenCounts:
         """The counts as they would be with some draft tokens accepted; later tokens do not change it."""
         copy = TokenCounts(())
+        # `_at` stays empty unless drafts are added: the sampler reads only the two arrays.
         copy.ids, copy.counts = self.ids[:], self.counts[:]
         drafts = list(drafts)
         if drafts:

@@ -26,7 +26,7 @@ Sequences = list[Sequence]
 
 @dataclass(slots=True)
 class _Answer:
-    """One answer to one request: which it is, and what has come of it so far."""
+    """One answer to one request: its index, and the output so far."""
 
     index: int
     choice: int
@@ -52,6 +52,7 @@ class Call:
         self._open: int | None = None  # answers that are not complete; None before the call starts
         self._updates: deque[tuple[int, SequenceUpdate]] = deque()
         self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        # Guards `_updates`, `_open` and `_wakers`. Lock order: `_taking` before `_changed`, never the reverse.
         self._changed = threading.Condition()
         self._taking = threading.RLock()  # one thread at a time turns updates into results
         self._cancelled = False
@@ -91,11 +92,12 @@ class Call:
                 self._wake()
 
     def _wake(self) -> None:
-        """Everybody who waits looks again. The lock is held."""
+        """Wake all waiters. The caller holds `_changed`."""
         self._changed.notify_all()
         wakers, self._wakers = self._wakers, []
         for loop, event in wakers:
             try:
+                # asyncio.Event is not thread-safe: only its own loop may set it.
                 loop.call_soon_threadsafe(event.set)
             except RuntimeError:  # the event loop was closed, so nothing waits in it any more
                 continue

@@ -1,7 +1,7 @@
 """The one tree of errors.
 
 Decides what an error says: what failed, the value that caused it, and what to do next. Knows nothing of what can fail.
-Everything raised on purpose by lorax-core is a `LoraxError`; anything else that escapes is a bug of ours.
+Everything raised on purpose by lorax-core is a `LoraxError`; anything else that escapes is an internal error.
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ class StepAttention(ABC):
             q, k = rotate(q, k, angles)
         if not layer.spec.causal:
             return self.encode(layer, q, k, v)
+        # Written first: attend() reads the step's own keys from the cache.
         self.write(layer, k, v)
         return self.attend(layer, q)
 

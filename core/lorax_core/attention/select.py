@@ -59,7 +59,7 @@ def select_backend(
 
 
 def check_backend_name(declared: Sequence[BackendSpec], name: str | None) -> None:
-    """Raise RequestError, with the nearest name, when a backend is named that nobody declared."""
+    """Raise RequestError, with the nearest name, when the named backend is not registered."""
     if name is None or name in {spec.name for spec in declared}:
         return
     close = nearest(name, [spec.name for spec in declared])

@@ -184,8 +184,10 @@ def _extend_plan(pages: Tensor, run: tuple[int, int], length: int, page_size: in
     start, stop = run
     rows = stop - start
     past = length - rows
+    # Window of the first row: its oldest visible key is at past + 1 - window.
     behind = 0 if window is None else max(0, past + 1 - window) // page_size
     past, keys = past - behind * page_size, length - behind * page_size
+    # SDPA's is_causal aligns the mask at the top left, which is right only without past keys.
     causal = past == 0 and (window is None or window >= rows)
     mask = None if causal or rows == 1 else _band(rows, past, window, True, pages.device)
     return _Extend(slice(start, stop), pages[behind : -(-length // page_size)], keys, mask, causal)
@@ -233,8 +235,10 @@ def _sdpa(
 ) -> Tensor:
     if spec.soft_cap is None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+    # matmul does not broadcast over groups of heads, so key heads are repeated.
     if gqa:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    # float32, as scores and softmax are inside fused kernels.
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5  # [.., rows, keys]
     scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     if causal:

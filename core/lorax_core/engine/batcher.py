@@ -112,6 +112,7 @@ class _Buffer:
     def fill(self, values: Sequence[int]) -> HostAndDevice:
         if len(values) > len(self._host):
             self._host = _host_tensor((2 * len(values),), self._device)
+        # On a CPU `.to` returns this buffer itself: a batch is valid until the next one is packed.
         host = self._host[: len(values)]
         host.numpy()[:] = values
         return HostAndDevice(host, host.to(self._device))
@@ -128,6 +129,7 @@ class _PageTable:
     def fill(self, rows: Sequence[NDArray[np.int32]]) -> HostAndDevice:
         most = max(map(len, rows))
         height, width = self._host.shape
+        # Doubled, so that growing sequences do not pin new memory at every page.
         if len(rows) > height or most > width:
             height, width = max(height, 2 * len(rows)), max(width, 2 * most)
             self._host, self._filled = _host_tensor((height, width), self._device), [0] * height

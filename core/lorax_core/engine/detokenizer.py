@@ -33,6 +33,7 @@ class Detokenizer:
         """One more token; the text that it completes, which may be empty."""
         self._ids.append(token_id)
         text = self._new_text()
+        # Byte-level decoders show the first bytes of an unfinished character as U+FFFD.
         if not text or text.endswith(_INCOMPLETE):
             return ""
         self._window, self._shown = self._shown, len(self._ids)
@@ -45,5 +46,6 @@ class Detokenizer:
         return text
 
     def _new_text(self) -> str:
+        # Both decodes start at the window, so the prefix is the same text and can be cut by its length.
         before = self._decoder.decode(self._ids[self._window : self._shown])
         return self._decoder.decode(self._ids[self._window :])[len(before) :]

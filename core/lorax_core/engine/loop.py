@@ -115,6 +115,7 @@ class EngineLoop:
         for chunk in plan.chunks:
             copies = tuple((old, new) for old, new in plan.copies if new in chunk.sequence.pages)
             answers |= self._run(StepPlan((chunk,), copies, zeros))
+            # Once: a page zeroed again would lose what an earlier chunk of this retry wrote.
             zeros = ()
         return answers
 
@@ -132,6 +133,7 @@ class EngineLoop:
         if update.error is not None:
             self.scheduler.invalidate(sequence)
             return update
+        # The last token is the model's own; those before it are accepted drafts.
         accepted = max(len(update.token_ids) - 1, 0)
         sequence.accepted_drafts += accepted
         self.scheduler.advance(chunk, accepted)

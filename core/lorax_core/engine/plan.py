@@ -82,6 +82,7 @@ class PlanBuilder:
         """Take a sequence's chunk out again; no-op when it has none."""
         chunk = self.chunks.pop(sequence, None)
         if chunk is not None:
+            # Returned to the budget, so that another sequence of this plan can use it.
             self.budget += chunk.length
             self.rows += 1
 

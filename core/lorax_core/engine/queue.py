@@ -70,6 +70,7 @@ class WaitingQueue:
         flow = self._flows[sequence.salt, sequence.priority]
         flow.alive -= 1
         if not flow.alive:
+            # Otherwise the dict would grow with every adapter.
             del self._flows[sequence.salt, sequence.priority]
 
     def first(self) -> Sequence | None:
@@ -94,6 +95,7 @@ class WaitingQueue:
         """The first runs now."""
         sequence = self.pop()
         level = self._levels[sequence.priority]
+        # max: a preempted sequence comes back in an old turn, and virtual time must not run backwards.
         level.turn = max(level.turn, sequence.turn)
 
     def check(self) -> None:

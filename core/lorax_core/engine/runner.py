@@ -51,7 +51,7 @@ class Answer:
 class Runner:
     """Runs steps over one model with one attention backend, which is bound to `pool` (None for models without a cache).
 
-    `adapters` are those on the device, by identity; they may come and go between steps. `kernel` computes their low-rank
+    `adapters` are those on the device, by identity; the mapping may change between steps. `kernel` computes their low-rank
     products, torch's when None.
     """
 
@@ -94,6 +94,7 @@ class Runner:
             elif group.task is not None:
                 pending.pool(group, rows, self._head(step.chunks[group.sequences[0]]))
         pending.finish(self._head)
+        # Last: a launch that fails must leave the tokens of the step before for the retry.
         self._newest = newest
         return pending
 
@@ -104,6 +105,7 @@ class Runner:
         """
         for length, count in ((tokens, 1), (1, rows)):
             self.launch(StepInput(tuple(self._dummy(-1 - at, length) for at in range(count)))).result()
+            # Drops what the runner kept of the dummies. Their ids are negative, so no sequence has them.
             self.launch(StepInput((), zeros=(SCRATCH_PAGE,), ended=tuple(-1 - at for at in range(count)))).result()
 
     def _head(self, chunk: ChunkInput) -> Head:
@@ -164,6 +166,7 @@ class PendingStep:
             chunk = self._step.chunks[index]
             before = None if chunk.restarted else self._kept.get(chunk.sequence)
             if before is not None:
+                # Pooling heads give sums `[dim]` that add up; others give rows `[rows, dim]`.
                 part = before + part if head.pooled else torch.cat((before, part))
             self._pooled[chunk.sequence] = part
 
@@ -178,11 +181,13 @@ class PendingStep:
             parts = [self._part(chunk) for chunk in chunks]
             made = head.finish(parts, [chunk.pooled_rows or 0 for chunk in chunks])
             for index, values in zip(indices, made, strict=True):
+                # float32: numpy has no bfloat16.
                 self._values[index] = self._transfer.add(values.float())
 
     def result(self) -> dict[int, Answer]:
         """Wait for the step; an answer for each sequence that has one."""
         self._transfer.fetch()
+        # After the fetch: a step that failed must not change what its retry starts from.
         self._kept |= self._pooled
         answers: dict[int, Answer] = {}
         for index, number in self._values.items():
@@ -244,6 +249,7 @@ class _Generated:
         at = np.minimum(np.array(firsts)[:, None] + np.arange(most), max(len(self.sampled.tokens) - 1, 0))
         tokens = self.sampled.tokens[torch.from_numpy(at).to(hidden.device)]  # [chunks, most]
         right = (tokens == torch.from_numpy(drafts).to(hidden.device)).long().cumprod(1).sum(1)  # [chunks]
+        # A chunk without sampled rows points one past its rows: clamped here, and read() drops its drafts.
         rows = (_tensor(self._last, hidden) + right).clamp(max=len(hidden) - 1)
         self._drafts = transfer.add(group.speculator.draft(hidden[rows], model.base_logits))
 

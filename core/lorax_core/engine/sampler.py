@@ -20,6 +20,7 @@ from lorax_core.engine.step_input import SamplingRow
 from lorax_core.engine.transfer import Transfer
 from lorax_core.types import TokenLogprobs
 
+# Python integers do not wrap: every product is cut to uint64.
 _MASK = (1 << 64) - 1
 # Filters keep few tokens as a rule: they look at this many of the likeliest first, and at all only when that was too few.
 _CANDIDATES = 1024
@@ -78,6 +79,7 @@ class Sampled:
     def __init__(self, logits: Tensor, rows: SequenceOf[SamplingRow], transfer: Transfer) -> None:
         self._logits, self._rows, self._transfer = logits, rows, transfer
         self._adjusted = _adjusted(logits, rows)  # [rows, vocab]
+        # Greedy for every row; rows with a temperature are overwritten below.
         best, self.tokens = self._adjusted.max(-1)  # [rows]
         drawn = [row for row, one in enumerate(rows) if one.sampling.temperature > 0]
         plain = [row for row in drawn if not _filters(rows[row].sampling)]
@@ -137,9 +139,11 @@ class Sampled:
 
 def uniform(seed: int, choice: int, position: int) -> float:
     """A number in [0, 1), the same for the same arguments (the finaliser of splitmix64, applied to each in turn)."""
+    # 2**64 over the golden ratio, as in splitmix64. The multipliers below are odd, hence bijective mod 2**64.
     state = _mix((seed & _MASK) + 0x9E3779B97F4A7C15)
     state = _mix(state ^ (choice * 0xBF58476D1CE4E5B9 & _MASK))
     state = _mix(state ^ (position * 0xD1342543DE82EF95 & _MASK))
+    # 53 bits, the significand of a double: the quotient cannot round up to 1.0.
     return (state >> 11) / (1 << 53)
 
 
@@ -156,6 +160,7 @@ def _adjusted(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
     if added:
         at, tokens, values = zip(*added, strict=True)
         places = _index(at, logits), _index(tokens, logits)
+        # Accumulated: a token may have a bias and a ban in one row.
         adjusted.index_put_(places, torch.tensor(values, device=logits.device, dtype=logits.dtype), accumulate=True)
     counted = [at for at, row in enumerate(rows) if row.counts is not None]
     if counted:
@@ -191,6 +196,7 @@ def _penalise(adjusted: Tensor, logits: Tensor, rows: SequenceOf[SamplingRow], c
     repeated = torch.where(value > 0, value / factor, value * factor)
     lowered = setting(lambda one: one.frequency_penalty) * count
     lowered = lowered + torch.where(count > 0, setting(lambda one: one.presence_penalty), 0.0)
+    # Added as a difference: penalties are of the raw logits, and `adjusted` has biases and bans already.
     adjusted.index_put_((at, tokens), (repeated - value - lowered).to(logits.dtype), accumulate=True)
 
 
@@ -223,6 +229,7 @@ def _points(rows: list[SamplingRow], like: Tensor) -> Tensor:
 
 def _scaled(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """Logits over their temperatures, the largest at 0: no temperature above 0 is too small."""
+    # float64: a float32 cumsum over a large vocabulary loses small probabilities.
     below = logits.double() - logits.amax(-1, keepdim=True)
     return below / _column([row.sampling.temperature for row in rows], logits)
 
@@ -231,6 +238,7 @@ def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
     """Inverse transform over the whole vocabulary, in its order."""
     scaled = _scaled(logits, rows)
     mass = scaled.softmax(-1).cumsum(-1)  # [rows, vocab]
+    # `<=`: a draw of 0 must skip leading tokens without mass. The sum is 1 only up to rounding.
     drawn = (mass <= _points(rows, logits) * mass[:, -1:]).sum(-1)
     # Rounding may push a draw past the last token that has mass.
     return torch.minimum(drawn, (mass < mass[:, -1:]).sum(-1))
@@ -247,6 +255,7 @@ def _draw_filtered(logits: Tensor, rows: list[SamplingRow], candidates: int) -> 
     ranked, order = scaled.topk(count, dim=-1)
     probabilities = (ranked - total).exp()  # [rows, count]
     keep = _kept(probabilities, [row.sampling for row in rows])
+    # The last candidate is kept: tokens past it may be as well.
     short = keep[:, -1] & (count < logits.shape[-1])
     if any(row.sampling.typical_p < 1 for row in rows):
         keep &= _typical(probabilities.where(keep, 0.0), [row.sampling.typical_p for row in rows])
@@ -277,9 +286,11 @@ def _typical(kept: Tensor, shares: list[float]) -> Tensor:
     p = kept / kept.sum(-1, keepdim=True)
     surprise = -p.log()  # infinite where nothing is kept
     entropy = (p * surprise.where(p > 0, 0.0)).sum(-1, keepdim=True)
+    # Stable: ties fall to the likelier token on every device.
     nearest = (surprise - entropy).abs().argsort(dim=-1, stable=True)
     ordered = p.gather(-1, nearest)
     share = _column(shares, kept)
+    # Mass in front of each token, so that at least one stays.
     inside = (ordered.cumsum(-1) - ordered < share) | (share >= 1)
     return torch.zeros_like(inside).scatter(-1, nearest, inside)
 

@@ -129,10 +129,12 @@ class Scheduler:
         if self.allocator is None:
             return
         size = self.allocator.page_size
+        # Pages past this held only rejected draft tokens.
         needed = self.allocator.pages_for(sequence.computed)
         if len(sequence.pages) > needed:
             self.allocator.release(sequence.pages[needed:])
             del sequence.pages[needed:]
+        # Only full pages: a partly filled one is still written to.
         full = min(sequence.computed, len(sequence)) // size
         first = chunk.start // size
         keys = sequence.keys(full, size)
@@ -150,6 +152,7 @@ class Scheduler:
             self._queue.accompany(sequence, parent)
             if self.gate is not None and sequence.adapter is not None:
                 self.gate.share(sequence.adapter)
+            # The last prompt token is computed again: its logits are what each fork samples its first token from.
             sequence.computed = len(sequence) - 1
             sequence.reused = sequence.computed
             sequence.pages = parent.pages[:]
@@ -158,7 +161,7 @@ class Scheduler:
             insort(self._running, sequence, key=_rank)
 
     def invalidate(self, sequence: Sequence) -> None:
-        """A sequence leaves early, or its numbers went wrong: nobody may find its pages, and the next plan zeroes them.
+        """A sequence leaves early, or its values are not finite: its pages must not be reused, and the next plan zeroes them.
 
         A NaN would outlive the sequence otherwise, for it spreads even from where it is masked.
         """
@@ -194,6 +197,7 @@ class Scheduler:
             length += self._draft(sequence, plan.budget - length)
         while not self._reserve(sequence, length, plan):
             victim = self._running[-1]
+            # The victim may have a chunk in this plan, whose pages are about to be reused.
             plan.drop(victim)
             plan.zero(self._invalidated(victim))
             self._preempt(victim)
@@ -208,6 +212,7 @@ class Scheduler:
         assert sequence.stop is not None
         sequence.draft = []
         sequence.drafter.extend(sequence.tokens(len(sequence.drafter), len(sequence)))
+        # 1: a step gives one token more than the drafts it accepts.
         room = min(budget, sequence.stop.max_tokens - len(sequence.output) - 1)
         sequence.draft = sequence.drafter.draft(room) if room > 0 else []
         return len(sequence.draft)
@@ -232,6 +237,7 @@ class Scheduler:
     def _admit(self, sequence: Sequence, plan: PlanBuilder) -> bool:
         """Let the first waiting sequence run; False when it does not fit."""
         if self.allocator is None:
+            # An input longer than any budget would never run otherwise.
             if sequence.remaining > plan.budget and plan.chunks:
                 return False
             length = sequence.remaining
@@ -274,6 +280,7 @@ class Scheduler:
         """Pages for `length` more tokens, all of them the sequence's own to write; False when there are too few."""
         if self.allocator is None:
             return True
+        # Only the page at `computed` can be shared and written: the pages after it are new.
         needed = self.allocator.pages_for(sequence.computed + length) - len(sequence.pages)
         at = sequence.computed // self.allocator.page_size
         shared = at < len(sequence.pages) and self.allocator.holders(sequence.pages[at]) > 1
@@ -293,6 +300,7 @@ class Scheduler:
         if self.window is None or self.allocator is None or sequence.forks:  # forks start a token earlier
             return
         behind = max(sequence.computed + 1 - self.window, 0) // self.allocator.page_size
+        # From the newest: what lies before a scratch page was released by an earlier step.
         for at in reversed(range(min(behind, len(sequence.pages)))):
             if sequence.pages[at] == SCRATCH_PAGE:
                 break
@@ -311,6 +319,7 @@ class Scheduler:
         sequence.computed = 0
         sequence.draft = []
         sequence.restarted = True
+        # Partial scores would be appended twice when the prompt is computed again.
         if len(sequence.prompt_scores) < len(sequence.prompt) - 1:
             sequence.prompt_scores = []
 

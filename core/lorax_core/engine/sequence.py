@@ -74,6 +74,7 @@ class TokenCounts:
     def snapshot(self, drafts: Iterable[int] = ()) -> TokenCounts:
         """The counts as they would be with some draft tokens accepted; later tokens do not change it."""
         copy = TokenCounts(())
+        # `_at` stays empty unless drafts are added: the sampler reads only the two arrays.
         copy.ids, copy.counts = self.ids[:], self.counts[:]
         drafts = list(drafts)
         if drafts:
@@ -107,7 +108,7 @@ class SequenceUpdate:
 
 
 def discard(update: SequenceUpdate) -> None:
-    """The sink of a sequence that nobody waits for."""
+    """The sink of a sequence without a waiting caller: drops its results."""
 
 
 @dataclass(slots=True, eq=False)
@@ -179,7 +180,7 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """Tokens from the start whose rows nobody reads, so that a cache may stand in for computing them."""
+        """Tokens from the start whose rows no head reads, so that a cache may stand in for computing them."""
         if self.prompt_logprobs is not None and not self.prompt_scores:
             return 0
         return self.span.start if self.span is not None else len(self) - 1

@@ -36,6 +36,7 @@ class Transfer:
         self._arrays = []
         if not self._tensors:
             return
+        # As bytes, so that tensors of different dtypes share one device-to-host copy.
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in self._tensors])
         data = flat.cpu().numpy()
         at = 0

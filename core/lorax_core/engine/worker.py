@@ -80,6 +80,7 @@ class EngineWorker:
             self._closed = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
+            # A thread that joins itself raises RuntimeError.
             self._thread.join()
 
     def _run(self) -> None:
@@ -88,7 +89,7 @@ class EngineWorker:
                 self._work()
                 if self._loop.busy:
                     self._stalled = not self._loop.step()
-        except Exception:  # a bug of ours: callers must hear of it instead of waiting for ever
+        except Exception:  # an internal error: waiting callers must get it, or they block forever
             _log.exception("the step loop broke, and the engine closes")
             with self._changed:
                 self._closed = True
@@ -107,6 +108,7 @@ class EngineWorker:
                 job(self._loop)
                 done.set_result(None)
             except BaseException as error:
+                # Also SystemExit and the like: they belong to the caller, and must not end this thread.
                 done.set_exception(error)
 
     def _take(self) -> bool:
@@ -125,6 +127,7 @@ class EngineWorker:
                 adapter, error = self._came.popleft()
                 if error is not None:
                     self._loop.fail(adapter, error)
+            # Anything new may have made a sequence runnable, an adapter above all.
             self._stalled = False
         return True
 

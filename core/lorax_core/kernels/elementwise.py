@@ -32,6 +32,7 @@ def rotate(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
 def _rotated(x: Tensor, angles: Angles) -> Tensor:
     cos, sin = angles
     half = cos.shape[-1]
+    # `rest` is empty unless rotary_dim is less than the head's (GPT-NeoX's rotary_pct).
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 

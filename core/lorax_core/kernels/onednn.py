@@ -92,6 +92,7 @@ def find_rows(packed: Tensor, weight: Tensor) -> PackedRows | None:
     flat = torch.frombuffer(memory, dtype=weight.dtype)
     for rows in _ROWS_IN_A_BLOCK:
         blocks = -(-out // rows)
+        # oneDNN pads the last block with rows, which `nbytes` counts.
         if blocks * rows * width != flat.numel():
             continue
         for vector in _INPUTS_IN_A_VECTOR:

@@ -1,6 +1,6 @@
 """Who holds which page of the cache.
 
-Decides by reference counts. A page is held by one sequence or more; or evictable: nobody holds it, but its tokens can still be
+Decides by reference counts. A page is held by one sequence or more; or evictable: not held, but its tokens can still be
 found; or free. New pages are taken from the free ones first and then from the evictable ones, least recently used first. Pure
 bookkeeping, without tensors.
 """
@@ -48,6 +48,7 @@ class PageAllocator:
 
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages, each held once; None, and nothing changed, when there are not so many."""
+        # Checked before the first eviction, which would forget a prefix for nothing.
         if count > self.available:
             return None
         pages = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
@@ -79,6 +80,7 @@ class PageAllocator:
                 continue
             if self._holders[page] < 1 and page not in self._evictable:
                 raise ValueError(f"page {page} is free and cannot be shared")
+            # allocate() takes evictable pages without looking at their holders.
             self._evictable.pop(page, None)
             self._holders[page] += 1
 
@@ -114,5 +116,6 @@ class PageAllocator:
 
     def _evict(self) -> int:
         page, _ = self._evictable.popitem(last=False)
+        # Before the page is rewritten: match() must not find the key with other tokens behind it.
         self.prefixes.forget(page)
         return page

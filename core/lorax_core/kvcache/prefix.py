@@ -16,7 +16,9 @@ PageKey = bytes
 
 def chain(before: PageKey | None, salt: str, tokens: Sequence[int]) -> PageKey:
     """The key of a full page that holds `tokens` and follows the page `before` (None at the start of a sequence)."""
+    # 128 bits: a collision would let one sequence read the KV of another prefix.
     digest = hashlib.blake2b(salt.encode() if before is None else before, digest_size=16)
+    # 8 bytes a token: a fixed width keeps different lists of tokens from having the same bytes.
     digest.update(array("q", tokens).tobytes())
     return digest.digest()
 
@@ -40,6 +42,7 @@ class PrefixIndex:
 
     def publish(self, key: PageKey, page: int) -> bool:
         """Record that `page` holds what `key` stands for; False when another page does already."""
+        # The first page wins; a duplicate stays unpublished and is free once released.
         if key in self._pages or page in self._keys:
             return self._pages.get(key) == page
         self._pages[key] = page

@@ -46,6 +46,7 @@ class CacheShape:
 
     @property
     def page_bytes(self) -> int:
+        # 2: K and V.
         return self.page_size * self.layers * 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
@@ -81,6 +82,7 @@ def _pages(size: CacheSize, shape: CacheShape, free: int) -> int:
     elif size.fraction is not None:
         wanted = int(free * size.fraction) // shape.page_bytes
     else:
+        # At least one page: make_pool() then reports what is missing.
         wanted = max(min(_TOKENS // shape.page_size, int(free * _FRACTION) // shape.page_bytes), 1)
     if wanted < 1:
         raise CapacityError(f"that is less than one page of the KV cache, which takes {shape.page_bytes} bytes")
@@ -96,16 +98,18 @@ def peak_memory(device: str) -> int:
     except ImportError:  # not on Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # ru_maxrss is in bytes on macOS and in KiB on Linux.
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
+        # (free, total) of the whole device, so memory of other processes is left out.
         return int(torch.cuda.mem_get_info(device)[0])
     names = getattr(os, "sysconf_names", {})
     if "SC_AVPHYS_PAGES" in names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if "SC_PHYS_PAGES" in names:  # macOS only knows how much there is in all
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 << 30
+    return 4 << 30  # 4 GiB where the system does not say (Windows)

@@ -114,6 +114,7 @@ def _tried_kernel(method: LinearMethod, weight: Tensor, rows: bool) -> LinearKer
     try:
         kernel = method.prepare(weight, None, rows=rows)
         if key not in _tried:
+            # Compared once a key: a model has many layers of one shape.
             _tried[key] = _difference(kernel, weight)
     except (RuntimeError, NotImplementedError) as error:
         _tried[key] = f"failed when it was tried: {error}"

@@ -1,4 +1,4 @@
-"""Requests that were made together, and what has become of them.
+"""Requests that were made together, and their state.
 
 Decides how callers wait: in a thread, in an event loop, or event by event. A call may exist before its sequences do, while an
 adapter is being fetched. Knows nothing of models.
@@ -26,7 +26,7 @@ Sequences = list[Sequence]
 
 @dataclass(slots=True)
 class _Answer:
-    """One answer to one request: which it is, and what has come of it so far."""
+    """One answer to one request: its index, and the output so far."""
 
     index: int
     choice: int
@@ -40,7 +40,7 @@ class Call:
     """`count` requests that were submitted together. Made by `Engine.submit`; safe to use from any thread.
 
     Wait for the results with `wait()` or `await call`. Cancelling the task that awaits it, or `cancel()`, takes its sequences
-    out of the engine before the next step. Dropping a call does not: nobody may want its results, but the work goes on.
+    out of the engine before the next step. Dropping a call does not: its results may be unused, but the work goes on.
     """
 
     def __init__(self, count: int, abort: Callable[[Sequences], None]) -> None:
@@ -52,6 +52,7 @@ class Call:
         self._open: int | None = None  # answers that are not complete; None before the call starts
         self._updates: deque[tuple[int, SequenceUpdate]] = deque()
         self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        # Guards `_updates`, `_open` and `_wakers`. Lock order: `_taking` before `_changed`, never the reverse.
         self._changed = threading.Condition()
         self._taking = threading.RLock()  # one thread at a time turns updates into results
         self._cancelled = False
@@ -91,13 +92,14 @@ class Call:
                 self._wake()
 
     def _wake(self) -> None:
-        """Everybody who waits looks again. The lock is held."""
+        """Wake all waiters. The caller holds `_changed`."""
         self._changed.notify_all()
         wakers, self._wakers = self._wakers, []
         for loop, event in wakers:
             try:
+                # asyncio.Event is not thread-safe: only its own loop may set it.
                 loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # that event loop was closed, and nobody waits in it any more
+            except RuntimeError:  # the event loop was closed, so nothing waits in it any more
                 continue
 
     # --- for callers ---
@@ -191,7 +193,7 @@ class Call:
     # --- from updates to results ---
 
     def _next(self) -> tuple[Event | None, bool]:
-        """An event that is there already, and whether none will come."""
+        """An event that has already arrived (if any), and whether the stream has ended."""
         with self._taking:
             while (found := self._pop()) is not None:
                 event = self._take(*found)

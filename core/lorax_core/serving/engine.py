@@ -167,7 +167,7 @@ class Engine:
     def warmup(self) -> int:
         """Compute the largest step once, so that what does not fit is known now and the first request finds all ready.
 
-        Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` tells the rest.
+        Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` has the other figures.
         Raises CapacityError when the step does not fit in memory.
         """
         before = peak_memory(self._info.device)

@@ -33,6 +33,7 @@ class Stream:
                 self.close()
                 raise
         if event is None:
+            # Ended by itself: set here so that close() does not cancel a finished call.
             self._closed = True
             raise StopIteration
         return event

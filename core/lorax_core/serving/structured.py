@@ -82,6 +82,7 @@ class GrammarFactory:
 
     def _prepare(self) -> LLTokenizer:
         """The tokenizer in the library's form, made once because that takes a moment."""
+        # Otherwise two first requests would both convert the vocabulary.
         with self._lock:
             if self._prepared is None:
                 backend = getattr(self._tokenizer, "backend_tokenizer", None)

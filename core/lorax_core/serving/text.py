@@ -106,6 +106,7 @@ class TextFront:
             return encoded
         if self._prompt_rows is None:
             alone = self._text(self._cased(files.prompt))
+            # Without the closing special token, which in the whole input comes after the text.
             self._prompt_rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
         return replace(encoded, pool_from=self._prompt_rows)
 
@@ -167,6 +168,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
     dropped: set[int] = set()
     for _ in range(extra):
         longest = max(texts, key=len)
+        # Indices into `encoded.ids`, so they stay valid while tokens are dropped.
         dropped.add(longest.pop(0 if side == "start" else -1))
     kept = [at for at in range(len(encoded.ids)) if at not in dropped]
     types = encoded.token_types

@@ -7,7 +7,7 @@ What is done at a site is decided in `layer`. Knows nothing of names, of memory 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,54 +27,13 @@ from lorax_core.weights.mapping import Target, WeightMap
 
 
 @dataclass(frozen=True)
-class _SiteLayer(Layer):
-    """A site of the model, or a part of a fused one."""
+class _Change:
+    """What the files hold for a layer of the model: the site `target.name`, or a part of it."""
 
-    module: str
-    site: Site
+    layer: Layer
     target: Target
-    weight_map: WeightMap
-    device: torch.device
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return type(self.site).__name__
-
-    @property
-    def embeds(self) -> bool:  # type: ignore[override]
-        return isinstance(self.site, Embedding)
-
-    @property
-    def multiplies(self) -> bool:  # type: ignore[override]
-        return isinstance(self.site, Linear)
-
-    shifts = multiplies
-
-    @property
-    def part(self) -> Part:
-        if self.target.part is None:
-            return None
-        start = sum(self.site.parts[: self.target.part])
-        return slice(start, start + self.site.parts[self.target.part])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self.multiplies:
-            out = self.site.out_features if self.target.part is None else self.site.parts[self.target.part]
-            return (out, self.site.in_features)
-        if isinstance(self.site, Embedding):
-            return (self.site.in_features, self.site.out_features)
-        return tuple(self.site.dense_weight().shape)
-
-    def base(self, leaf: str) -> Tensor | None:
-        whole: Tensor | None = self.site.dense_weight() if leaf == "weight" else getattr(self.site, "bias", None)
-        return whole if whole is None or self.part is None else whole[self.part]
-
-    def saved(self, leaf: str, tensor: Tensor) -> Tensor:
-        return self.weight_map.resolve(f"{self.module}.{leaf}").arranged(tensor)  # a matrix may be stored [in, out]
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        return self.target.arranged(tensor)
+    part: Part
+    tensors: ModuleTensors
 
 
 def bind_files(files: PeftFiles, wanted: HeadRequest, task: Task | None, base: LoadedModel, meta: bool) -> Bound:
@@ -85,24 +44,21 @@ def bind_files(files: PeftFiles, wanted: HeadRequest, task: Task | None, base: L
     device = torch.device("meta") if meta else base.model.device
     head, taken = build_head(files, wanted, task, base, device)
     own = {site.path: site for site in head.modules() if isinstance(site, Site)} if head is not None else {}
-    layers = _layers(files, taken, {**base.model.sites, **own}, base, torch.device("meta" if meta else "cpu"))
-    _share_ties(files, layers, base)
-    deltas: dict[str, tuple[Delta, ...]] = {}
-    for path, changes in layers.items():
-        made = _site_deltas(files, changes, device, base.model.dtype, meta)
-        if made:
-            deltas[path] = made
-    return Bound(deltas, head)
+    sites = {**base.model.sites, **own}
+    changes = _changes(files, taken, sites, base, torch.device("meta" if meta else "cpu"))
+    _share_ties(files, changes, base)
+    made = {
+        path: _site_deltas(files, changed, sites[path].out_features, device, base.model.dtype, meta)
+        for path, changed in changes.items()
+    }
+    return Bound({path: deltas for path, deltas in made.items() if deltas}, head)
 
 
-_Changes = list[tuple[_SiteLayer, ModuleTensors]]
-
-
-def _layers(
+def _changes(
     files: PeftFiles, taken: frozenset[str], sites: Mapping[str, Site], base: LoadedModel, device: torch.device
-) -> dict[str, _Changes]:
+) -> dict[str, list[_Change]]:
     """The modules of the files by the site that they change."""
-    layers: dict[str, _Changes] = {}
+    changes: dict[str, list[_Change]] = {}
     for module, tensors in files.modules.items():
         if module in taken or _is_idle(module, tensors, sites, base):
             continue
@@ -110,11 +66,45 @@ def _layers(
         site = sites.get(target.name)
         if site is None:
             raise _no_place(files, module, sites, base)
-        others = layers.setdefault(site.path, [])
-        if any(other.target.part in (None, target.part) for other, _ in others):
+        others = changes.setdefault(site.path, [])
+        if any(other.target.part in (None, target.part) for other in others):
             raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
-        others.append((_SiteLayer(module, site, target, base.weight_map, device), tensors))
-    return layers
+        others.append(_change(module, tensors, site, target, base.weight_map, device))
+    return changes
+
+
+def _change(
+    module: str, tensors: ModuleTensors, site: Site, target: Target, weight_map: WeightMap, device: torch.device
+) -> _Change:
+    part, out = None, site.out_features
+    if target.part is not None:
+        start, out = sum(site.parts[: target.part]), site.parts[target.part]
+        part = slice(start, start + out)
+    multiplies = isinstance(site, Linear)
+
+    def base(leaf: str) -> Tensor | None:
+        whole: Tensor | None = site.dense_weight() if leaf == "weight" else getattr(site, "bias", None)
+        return whole if whole is None or part is None else whole[part]
+
+    layer = Layer(
+        module,
+        kind=type(site).__name__,
+        shape=_shape(site, out),
+        embeds=isinstance(site, Embedding),
+        multiplies=multiplies,
+        shifts=multiplies,
+        device=device,
+        base=base,
+        saved=lambda leaf, tensor: weight_map.resolve(f"{module}.{leaf}").arranged(tensor),
+        rows=target.arranged,
+    )
+    return _Change(layer, target, part, tensors)
+
+
+def _shape(site: Site, out: int) -> tuple[int, ...]:
+    if isinstance(site, Linear):
+        return (out, site.in_features)
+    return (site.in_features, out) if isinstance(site, Embedding) else tuple(site.dense_weight().shape)
 
 
 def _is_idle(module: str, tensors: ModuleTensors, sites: Mapping[str, Site], base: LoadedModel) -> bool:
@@ -139,36 +129,36 @@ def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: Lo
     )
 
 
-def _share_ties(files: PeftFiles, layers: dict[str, _Changes], base: LoadedModel) -> None:
+def _share_ties(files: PeftFiles, changes: dict[str, list[_Change]], base: LoadedModel) -> None:
     """Carry over to the other side of each tie what a change of one side means for it."""
     for name, source in base.weight_map.tie.items():
         embedding, head = source.rpartition(".")[0], name.rpartition(".")[0]
         if head not in base.model.sites or not base.is_tied(name):
             continue
-        sides = [layers.get(path, []) for path in (embedding, head)]
-        changes = [(side[0][0].module, side[0][1]) if side else None for side in sides]
-        for path, side, tensors in zip((embedding, head), sides, share_tie(files, *changes), strict=True):
+        one, other = (next(iter(changes.get(path, ())), None) for path in (embedding, head))
+        sides = [(side.layer.module, side.tensors) if side is not None else None for side in (one, other)]
+        for path, side, tensors in zip((embedding, head), (one, other), share_tie(files, *sides), strict=True):
             if tensors is None:
                 continue
-            layer = side[0][0] if side else None
-            if layer is None:
-                device = next(change[0].device for other in sides for change in other)
-                layer = _SiteLayer(path, base.model.sites[path], Target(path), base.weight_map, device)
-            layers[path] = [(layer, tensors)]
+            if side is not None:
+                changes[path] = [replace(side, tensors=tensors)]
+            else:
+                device = next(changed.layer.device for changed in (one, other) if changed is not None)
+                site = base.model.sites[path]
+                changes[path] = [_change(path, tensors, site, Target(path), base.weight_map, device)]
 
 
 def _site_deltas(
-    files: PeftFiles, changes: _Changes, device: torch.device, dtype: torch.dtype, meta: bool
+    files: PeftFiles, changes: list[_Change], out: int, device: torch.device, dtype: torch.dtype, meta: bool
 ) -> tuple[Delta, ...]:
     """Everything that is done at one site: what replaces, then what is added (updates of parts in one), then biases."""
     first: list[Delta] = []
     updates: list[tuple[Part, LowRank]] = []
     shifts: list[Delta] = []
-    for layer, tensors in changes:
-        for delta in layer_deltas(files, tensors.meta() if meta else tensors, layer):
+    for change in changes:
+        for delta in layer_deltas(files, change.tensors.meta() if meta else change.tensors, change.layer):
             if isinstance(delta, LowRank):
-                updates.append((layer.part, delta))
+                updates.append((change.part, delta))
             else:
-                (shifts if isinstance(delta, Shift) else first).append(placed(delta, layer.part, device, dtype))
-    out = changes[0][0].site.out_features
+                (shifts if isinstance(delta, Shift) else first).append(placed(delta, change.part, device, dtype))
     return (*first, *([joined(updates, out, device, dtype)] if updates else ()), *shifts)

@@ -153,7 +153,7 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
         saved = {
             name: tensor for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias)) if tensor is not None
         }
-        only_saved = saved and tensors.a is None and tensors.embedding_a is None and tensors.tokens is None
+        only_saved = saved and tensors.pair is None and tensors.tokens is None
         if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")

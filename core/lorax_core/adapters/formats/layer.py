@@ -6,8 +6,8 @@ Binding puts the deltas on a site or a part of one; merging puts them into a che
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,36 +21,28 @@ ModuleChange = tuple[str, ModuleTensors]
 """A module's name in the files, and its tensors."""
 
 
-class Layer(ABC):
+@dataclass(frozen=True)
+class Layer:
     """The base layer, or the part of a fused one, that a module of the files stands for.
 
-    `embeds`: it takes ids. `multiplies`: it is a matrix product, so that low-rank updates fit. `shifts`: a new bias is added as
-    its difference from the base's, and does not replace the whole layer. `kind` is what it is called in errors.
+    `shape` is the weight's and `kind` what the layer is called in errors. `embeds`: it takes ids. `multiplies`: it is a matrix
+    product, so that low-rank updates fit. `shifts`: a new bias is added as its difference from the base's, and does not replace
+    the whole layer. `device` is where deltas are made: the host, or the meta device for a check.
     """
 
     module: str
     kind: str
+    shape: tuple[int, ...]
     embeds: bool
     multiplies: bool
     shifts: bool
-    device: torch.device  # where deltas are made: the host, or the meta device for a check
-
-    @abstractmethod
-    def base(self, leaf: str) -> Tensor | None:
-        """The base's own "weight" `[out, in]` or "bias" `[out]`; None when it has none."""
-
-    @abstractmethod
-    def saved(self, leaf: str, tensor: Tensor) -> Tensor:
-        """A weight or bias as the files have it, in the layer's orientation."""
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Output rows as the files have them (B, a magnitude, B's bias), in the layer's order."""
-        return tensor
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape, without computing it."""
+    device: torch.device
+    base: Callable[[str], Tensor | None]
+    """The base's own "weight" `[out, in]` or "bias" `[out]`; None when it has none."""
+    saved: Callable[[str, Tensor], Tensor]
+    """A weight or bias as the files have it, in the layer's orientation."""
+    rows: Callable[[Tensor], Tensor]
+    """Output rows as the files have them (B, a magnitude, B's bias), in the layer's order."""
 
 
 def layer_deltas(files: PeftFiles, tensors: ModuleTensors, layer: Layer) -> list[Delta]:
@@ -92,7 +84,7 @@ def share_tie(
         assert weight is not None
         for module, tensors in beneath[1:]:
             assert tensors.weight is not None
-            if tensors.weight.shape != weight.shape or not torch.equal(tensors.weight, weight):
+            if not torch.equal(tensors.weight, weight):
                 raise AdapterError(
                     f"{files.path} holds one weight beneath the update of '{beneath[0][0]}.weight' and another beneath that of "
                     f"its tied head {module!r}"

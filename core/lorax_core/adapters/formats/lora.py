@@ -28,7 +28,7 @@ class LoraAdapter(Adapter):
         self.head_request = head or HeadRequest()
         self.identity = self.files.identity(self.head_request.settings)
         self.task = self.head_request.task or self.files.task
-        self.ranks = tuple(sorted({one.rank for one in self.files.modules.values() if one.rank is not None}))
+        self.ranks = self.files.ranks
 
     def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
         return bind_files(self.files, self.head_request, self.task, base, meta)

@@ -89,10 +89,15 @@ class ModuleTensors:
         yield from ((role, value) for role, value in vars(self).items() if isinstance(value, Tensor))
 
     @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of its low-rank update, of a layer or of an embedding; None without one."""
+        a, b = (self.a, self.b) if self.a is not None else (self.embedding_a, self.embedding_b)
+        return (a, b) if a is not None and b is not None else None
+
+    @property
     def rank(self) -> int | None:
         """Of its low-rank update; None without one."""
-        a = self.a if self.a is not None else self.embedding_a
-        return a.shape[0] if a is not None else None
+        return self.pair[0].shape[0] if self.pair is not None else None
 
     @property
     def holds_base(self) -> bool:
@@ -126,6 +131,11 @@ class PeftFiles:
     def task(self) -> Task | None:
         """The task that the files name."""
         return TASKS.get(str(self.config.get("task_type")))
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks of its low-rank updates, ascending."""
+        return tuple(sorted({one.rank for one in self.modules.values() if one.rank is not None}))
 
     def scale(self, module: str, rank: int) -> float:
         """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own."""
@@ -231,9 +241,8 @@ def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
 
 def _check_claims(files: PeftFiles, module: str, tensors: ModuleTensors) -> None:
     """What the settings say must be in the tensors, and what is in the tensors must be said."""
-    updated = tensors.a is not None or tensors.embedding_a is not None
     for setting, name, tensor, expected in (
-        ("use_dora", "lora_magnitude_vector", tensors.magnitude, updated),
+        ("use_dora", "lora_magnitude_vector", tensors.magnitude, tensors.pair is not None),
         ("lora_bias", "lora_B.bias", tensors.b_bias, tensors.a is not None),
     ):
         said = bool(files.config.get(setting))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -17,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.layer import share_tie, share_tokens
+from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, share_tokens
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
-from lorax_core.adapters.merging.file_layer import FileLayer
 from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, listed, nearest
@@ -151,14 +149,12 @@ class _Plan:
 
     def write(self, folder: Path, progress: Progress | None) -> None:
         """Everything into an empty folder."""
-        done, total = 0, len(self.checkpoint.files)
-        for file in self.checkpoint.files:
+        for done, file in enumerate(self.checkpoint.files):
             if progress is not None:
-                progress(done, total)
+                progress(done, len(self.checkpoint.files))
             self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
-            done += 1
         if progress is not None:
-            progress(done, total)
+            progress(len(self.checkpoint.files), len(self.checkpoint.files))
         self._write_index(folder)
         self._copy_others(folder)
         if self.untied:
@@ -179,7 +175,7 @@ class _Plan:
                 f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
                 hint="use it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
             )
-        if change.tensors.a is None and change.tensors.embedding_a is None and change.tensors.tokens is None:
+        if change.tensors.pair is None and change.tensors.tokens is None:
             return AdapterError(
                 f"{self.files.path} holds {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
                 "adapter's own cannot be merged",
@@ -215,29 +211,30 @@ class _Plan:
         else:  # the head has numbers of its own in the files
             lower, upper = (side[1] if side is not None else None for side in sides)
             upper = share_tokens(lower, upper)
-        new = self._merged(one.module if one is not None else embedding, lower, old)
-        new_head = self._merged(other.module if other is not None else head, upper, old_head)
+        new, new_head = old, old_head
+        if lower is not None:
+            new = _merged(self.files, one.module if one is not None else embedding, lower, old)[0].to(old.dtype)
+        if upper is not None:
+            module = other.module if other is not None else head
+            new_head = _merged(self.files, module, upper, old_head)[0].to(old_head.dtype)
         # Both sides are here already: nothing is left to do for them while the shards are written.
         self.changes.pop(below, None)
         if not torch.equal(new, old):
             self.added[below] = new
         if new.shape == new_head.shape and torch.equal(new, new_head) and above is None:
             return
-        name = above or _file_name(self.weight_map, head)
+        name = above or self.weight_map.stored_name(head)
         self.changes.pop(name, None)
+        if above is None:
+            self.beside[name] = below
         if above is None or not torch.equal(new_head, old_head):
             self.added[name] = new_head
-            self.beside[name] = below
         if not torch.equal(new, new_head):
             self.untied = True
             self.notes.append(
                 f"{below!r} and {name!r} shared one weight and do not any more: both are written, and config.json says "
                 "tie_word_embeddings: false"
             )
-
-    def _merged(self, module: str, tensors: ModuleTensors | None, old: Tensor) -> Tensor:
-        """A weight without a bias, in its own dtype."""
-        return old if tensors is None else FileLayer(module, old, None).merged(self.files, tensors)[0].to(old.dtype)
 
     def _note_unsupported(self, vocabulary: int) -> None:
         """Heads that are not supported may be tied to an embedding that changed; only their own class knows."""
@@ -261,34 +258,36 @@ class _Plan:
                 )
 
     def _write_shard(self, file: Path, out: Path) -> None:
-        tensors: dict[str, Tensor] = {}
         with opened(file) as found:
             metadata = found.metadata()
-            for name in found.keys():  # noqa: SIM118  (not a mapping)
-                tensors[name] = self._tensor(name, found.get_tensor(name))
-        for name, beside in self.beside.items():
-            if name not in self.checkpoint.tensors and beside in tensors:
-                tensors[name] = _finite(self.files, name, self.added[name])
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118  (not a mapping)
+        for name in [*tensors, *(new for new, beside in self.beside.items() if beside in tensors)]:
+            if name in self.added or name in self.changes:
+                tensors[name] = self._new(name)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out, metadata=metadata)
 
-    def _tensor(self, name: str, old: Tensor) -> Tensor:
-        if name in self.added:
-            return _finite(self.files, name, self.added[name])
-        change = self.changes.get(name)
-        if change is None:
-            return old
-        weight, bias = (
-            old if name == one else self.checkpoint.tensor(one) if one is not None else None
-            for one in (change.weight, change.bias)
-        )
-        assert weight is not None, f"{name!r} is a bias without a weight"
-        assert change.weight is not None
-        layer = FileLayer(change.module, weight, bias, self.weight_map.resolve(change.weight).transpose)
-        new = layer.merged(self.files, change.tensors)[0 if name == change.weight else 1]
+    def _new(self, name: str) -> Tensor:
+        """The tensor of this name in the files, in the dtype of the old one."""
+        new = self.added[name] if name in self.added else self._changed(name)
+        if not torch.isfinite(new).all():
+            raise AdapterError(
+                f"{self.files.path} makes {name!r} larger than {new.dtype} can hold",
+                hint="convert the base to bfloat16 or float32 first",
+            )
+        return new.contiguous().clone()
+
+    def _changed(self, name: str) -> Tensor:
+        change = self.changes[name]
+        assert change.weight is not None, f"{name!r} is a bias without a weight"
+        weight = self.checkpoint.tensor(change.weight)
+        bias = self.checkpoint.tensor(change.bias) if change.bias is not None else None
+        transposed = self.weight_map.resolve(change.weight).transpose
+        merged = _merged(self.files, change.module, change.tensors, weight, bias, transposed)
+        old, new = (weight, merged[0]) if name == change.weight else (bias, merged[1])
+        assert old is not None
         assert new is not None
-        new = new.to(old.dtype)
-        return _finite(self.files, name, new)
+        return new.to(old.dtype)
 
     def _write_index(self, folder: Path) -> None:
         index = self.checkpoint.json(_INDEX)
@@ -297,8 +296,6 @@ class _Plan:
         places = dict(index["weight_map"])
         metadata = dict(index.get("metadata") or {})
         for name, beside in self.beside.items():
-            if name in places:
-                continue
             places[name] = places[beside]
             for key, more in (("total_size", self.added[name].nbytes), ("total_parameters", self.added[name].numel())):
                 if isinstance(metadata.get(key), (int, float)):
@@ -309,10 +306,11 @@ class _Plan:
     def _copy_others(self, folder: Path) -> None:
         written = {file.relative_to(self.checkpoint.path) for file in self.checkpoint.files} | {Path(_INDEX)}
         left: list[str] = []
-        for path in _everything(self.checkpoint.path):
+        for path in sorted(self.checkpoint.path.rglob("*")):
             relative = path.relative_to(self.checkpoint.path)
             top = len(relative.parts) == 1
-            if relative in written:
+            # What is hidden belongs to the tools that fetched the files.
+            if relative in written or not path.is_file() or any(part.startswith(".") for part in relative.parts):
                 continue
             if path.suffix in _EXPORTS or (top and path.suffix in _OTHER_WEIGHTS):
                 left.append(relative.as_posix())
@@ -332,33 +330,37 @@ def _leaves(tensors: ModuleTensors) -> list[str]:
     ]
 
 
-def _everything(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden folders and files left out: they belong to the tools that fetched them."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
-
-
 def _place(weight_map: WeightMap, name: str) -> tuple[str, int | None]:
     target = weight_map.resolve(name)
     return target.name, target.part
 
 
-def _file_name(weight_map: WeightMap, parameter: str) -> str:
-    """What files call a parameter: where two names are known, the one that is renamed, which is older and read by all."""
-    for pattern, replacement in weight_map.rename.items():
-        stem = replacement.removesuffix(".**")
-        old = f"{pattern.removesuffix('.**')}{parameter.removeprefix(stem)}"
-        if "*" not in stem and parameter.startswith(f"{stem}.") and weight_map.resolve(old).name == parameter:
-            return old
-    return parameter
+def _merged(
+    files: PeftFiles,
+    module: str,
+    tensors: ModuleTensors,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The new weight and bias of a module in float32, stored as the old ones are: the weight `[in, out]` when `transposed`."""
 
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.t() if transposed and tensor.dim() == 2 else tensor
 
-def _finite(files: PeftFiles, name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise AdapterError(
-            f"{files.path} makes {name!r} larger than {tensor.dtype} can hold",
-            hint="convert the base to bfloat16 or float32 first",
-        )
-    return tensor.contiguous().clone()
+    layer = Layer(
+        module,
+        kind="vector",  # seen in errors only for what is no matrix
+        shape=tuple(turned(weight).shape),
+        embeds=weight.dim() == 2 and not transposed,
+        multiplies=weight.dim() == 2,
+        shifts=False,
+        device=torch.device("cpu"),
+        base=lambda leaf: turned(weight) if leaf == "weight" else bias,
+        saved=lambda leaf, tensor: turned(tensor) if leaf == "weight" else tensor,
+        rows=lambda tensor: tensor,
+    )
+    new, new_bias = turned(weight).float(), bias.float() if bias is not None else None
+    for delta in layer_deltas(files, tensors, layer):
+        new, new_bias = delta.merged(new, new_bias)
+    return turned(new), new_bias

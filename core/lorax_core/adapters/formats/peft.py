@@ -162,8 +162,7 @@ class PeftFiles:
         digest.update(repr(list(extra)).encode())
         for module in sorted(self.modules):
             for role, tensor in self.modules[module].items():
-                digest.update(f"{module} {role} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(f"{module} {role} ".encode() + content(tensor))
         return digest.hexdigest()
 
 
@@ -177,7 +176,7 @@ def read_peft(path: str | Path) -> PeftFiles:
     originals: list[
         tuple[str, str]
     ] = []  # the base's own numbers beside a saved module: PEFT writes them with bias="all"
-    for name, tensor in _read_tensors(folder):
+    for name, tensor in read_tensors(_tensor_files(folder)):
         spelt = _NESTED.sub(".", name)
         found = _KEY.fullmatch(spelt.replace(".original_module.", "."))
         if found is not None and ".original_module." in spelt:
@@ -297,9 +296,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an adapter's files; raises AdapterError for one that holds other than finite floating-point numbers."""
     try:
-        for file in _tensor_files(path):
+        for file in files:
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                     tensor = tensors.get_tensor(name)
@@ -312,6 +312,11 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensor
     except CheckpointError as error:
         raise AdapterError(error.message, hint=error.hint) from error
+
+
+def content(tensor: Tensor) -> bytes:
+    """What a hash of an adapter takes of a tensor: its dtype, its shape and its numbers."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tensor_files(path: Path) -> list[Path]:

@@ -85,8 +85,5 @@ class AutoKernel(LoraKernel):
             return "none", "no adapter has been loaded yet"
         return self._choice.kernel.name, self._choice.reason
 
-    def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        return self.prepare().kernel.supports(dtype, device)
-
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:
         return self.prepare().kernel.plan(segments)

@@ -7,14 +7,15 @@ modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.adapters.base import known
+from lorax_core.errors import AdapterError, listed
 
 SignMethod = Literal["total", "frequency"]
 Pair = tuple[Tensor, Tensor]  # a [rank, in], b [out, rank]
@@ -42,8 +43,8 @@ class MergeOptions:
     majority_sign_method: str = "total"
 
     def __post_init__(self) -> None:
-        _check_word("strategy", self.strategy, STRATEGIES)
-        _check_word("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
+        known("strategy", self.strategy, STRATEGIES)
+        known("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
         if not all(math.isfinite(weight) for weight in self.weights):
             raise AdapterError(f"weights are finite numbers; these are {list(self.weights)}")
         if self.strategy in _SPARSE and self.density is None:
@@ -95,16 +96,6 @@ def combined(updates: Sequence[ScaledPair], options: MergeOptions, rank: int, ma
             return _decomposed(updates, rank)
         case _:
             return _factorwise(updates, options, mask)
-
-
-def _check_word(what: str, word: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if word not in known:
-        close = nearest(str(word), known)
-        raise AdapterError(
-            f"there is no {what} {word!r}; there are {listed(known)}",
-            hint=f"did you mean {close!r}?" if close else None,
-        )
 
 
 def _concatenated(updates: Sequence[ScaledPair]) -> Pair:

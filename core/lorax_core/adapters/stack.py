@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from lorax_core.adapters.base import Adapter, Bound, Delta
-from lorax_core.adapters.deltas import Block, EmbeddingLowRank, LowRank
+from lorax_core.adapters.deltas import EmbeddingLowRank, LowRank, summed
 from lorax_core.errors import AdapterError
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
@@ -64,17 +63,4 @@ def _summed(deltas: Sequence[tuple[Delta, float]]) -> LowRank | EmbeddingLowRank
     if embedding:
         a = torch.cat([delta.a for delta, _ in embedding], dim=1)  # [vocab, sum of ranks]
         return EmbeddingLowRank(a, torch.cat([delta.b * weight for delta, weight in embedding], dim=1))
-    plain = [(delta, weight) for delta, weight in deltas if isinstance(delta, LowRank)]
-    members: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # A and weighted B of each range of columns
-    for delta, weight in plain:
-        for block in delta.blocks:
-            where = members.setdefault((block.column, block.b.shape[1]), [])
-            where.append((delta.a[block.ranks], block.b * weight))
-    blocks: list[Block] = []
-    ranks: list[Tensor] = []
-    for (column, _), updates in members.items():
-        start = sum(map(len, ranks))
-        ranks += [a for a, _ in updates]
-        blocks.append(Block(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in updates])))
-    biases = [delta.bias * weight for delta, weight in plain if delta.bias is not None]
-    return LowRank(torch.cat(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
+    return summed(delta.times(weight) for delta, weight in deltas if isinstance(delta, LowRank))

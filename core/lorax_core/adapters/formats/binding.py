@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorax_core.adapters.base import Bound, Delta
-from lorax_core.adapters.deltas import LowRank, Part, Shift, joined, placed
+from lorax_core.adapters.deltas import LowRank, Part, Shift, placed, summed
 from lorax_core.adapters.formats.head import HeadRequest, build_head
 from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles
@@ -153,12 +153,12 @@ def _site_deltas(
 ) -> tuple[Delta, ...]:
     """Everything that is done at one site: what replaces, then what is added (updates of parts in one), then biases."""
     first: list[Delta] = []
-    updates: list[tuple[Part, LowRank]] = []
+    updates: list[LowRank] = []
     shifts: list[Delta] = []
     for change in changes:
         for delta in layer_deltas(files, change.tensors.meta() if meta else change.tensors, change.layer):
             if isinstance(delta, LowRank):
-                updates.append((change.part, delta))
+                updates.append(delta.placed(change.part, out, device, dtype))
             else:
                 (shifts if isinstance(delta, Shift) else first).append(placed(delta, change.part, device, dtype))
-    return (*first, *([joined(updates, out, device, dtype)] if updates else ()), *shifts)
+    return (*first, *([summed(updates)] if updates else ()), *shifts)

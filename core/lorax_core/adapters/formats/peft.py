@@ -43,30 +43,25 @@ _HARMLESS = frozenset(
 # Initialisations that subtract from the base's weights: such files fit only the changed base.
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
-# What stands behind the module in a tensor's name, the adapter's own name left out.
+# What stands behind the module in a tensor's name, the adapter's own name left out. Magnitudes and embeddings are stored with
+# and without a leaf, by version.
 _ROLES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_B.bias": "b_bias",
-    "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
     "base_layer.weight": "weight",
     "base_layer.bias": "bias",
     "token_adapter.trainable_tokens_delta": "tokens",
+    **{f"lora_embedding_A{leaf}": "embedding_a" for leaf in ("", ".weight", ".bias")},
+    **{f"lora_embedding_B{leaf}": "embedding_b" for leaf in ("", ".weight", ".bias")},
+    **{f"lora_magnitude_vector{leaf}": "magnitude" for leaf in ("", ".weight", ".bias")},
     "weight": "weight",
     "bias": "bias",
 }
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)\."
-    r"(?P<role>(?P<lora>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
-    r"(?P<leaf>\.weight|\.bias)?"
-    r"|base_layer\.(?:weight|bias)|token_adapter\.trainable_tokens_delta"
-    r"|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.(?P<saved>weight|bias)"
-    r"|weight|bias)"
+_NAMED = re.compile(
+    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.weight$|\.bias$|$)"
 )
-# A layer of a saved module that has several, as bias="all" spells it.
-_NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=.+\.(?:weight|bias)$)")
+_SAVED = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.)")
 
 
 @dataclass
@@ -177,21 +172,20 @@ def read_peft(path: str | Path) -> PeftFiles:
         tuple[str, str]
     ] = []  # the base's own numbers beside a saved module: PEFT writes them with bias="all"
     for name, tensor in read_tensors(_tensor_files(folder)):
-        spelt = _NESTED.sub(".", name)
-        found = _KEY.fullmatch(spelt.replace(".original_module.", "."))
-        if found is not None and ".original_module." in spelt:
-            originals.append((name, found["module"]))
-            continue
-        role = _ROLES.get(_role(found)) if found is not None else None
-        if found is None or role is None:
+        spelt = _SAVED.sub("", name)
+        module, role = _split(spelt.replace(".original_module.", "."))
+        if not module:
             leftover.append(name)
             continue
-        tensors = files.modules.setdefault(found["module"], ModuleTensors())
+        if ".original_module." in spelt:
+            originals.append((name, module))
+            continue
+        tensors = files.modules.setdefault(module, ModuleTensors())
         before = getattr(tensors, role)
         # A saved module's bias stands there under its plain name too, with bias="all".
-        if found["saved"] or spelt != name:
-            doubled.add((found["module"], role))
-        again = (found["module"], role) in doubled
+        if spelt != name:
+            doubled.add((module, role))
+        again = (module, role) in doubled
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
         setattr(tensors, role, tensor)
@@ -215,12 +209,11 @@ def read_peft(path: str | Path) -> PeftFiles:
     return files
 
 
-def _role(found: re.Match[str]) -> str:
-    if found["lora"]:
-        # Magnitudes and embeddings are stored with and without `.weight`, by version.
-        plain = found["lora"] in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-        return found["lora"] if plain else f"{found['lora']}{found['leaf'] or ''}"
-    return found["saved"] or found["role"]
+def _split(name: str) -> tuple[str, str]:
+    """The module and the role of a tensor; the module is empty when there is no such role."""
+    name = _NAMED.sub(r"\1", name).removeprefix("base_model.model.")
+    ending = next((ending for ending in _ROLES if name.endswith(f".{ending}")), None)
+    return (name.removesuffix(f".{ending}"), _ROLES[ending]) if ending is not None else ("", "")
 
 
 def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:

@@ -324,10 +324,8 @@ class _Plan:
 def _leaves(tensors: ModuleTensors) -> list[str]:
     """Which tensors of its module an adapter changes."""
     roles = {role for role, _ in tensors.items()}
-    return [
-        *(["weight"] if roles - {"bias", "b_bias"} else []),
-        *(["bias"] if roles & {"bias", "b_bias"} else []),
-    ]
+    biases = {"bias", "b_bias"}
+    return [leaf for leaf, changed in (("weight", roles - biases), ("bias", roles & biases)) if changed]
 
 
 def _place(weight_map: WeightMap, name: str) -> tuple[str, int | None]:

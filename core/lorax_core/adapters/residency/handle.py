@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorax_core.adapters.base import Adapter, Fit
+from lorax_core.adapters.base import Adapter, Bound, Fit
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.medusa import read_adapter
+from lorax_core.adapters.residency.source import FoundAdapter
 from lorax_core.errors import AdapterError
 from lorax_core.modeling.heads import Head
 from lorax_core.types import Task
@@ -93,3 +94,22 @@ class AdapterInfo:
     where: str
     pinned: bool
     revision: str | None
+
+    @classmethod
+    def of(
+        cls, name: str, handle: AdapterHandle, found: FoundAdapter, bound: Bound | None, pinned: bool
+    ) -> AdapterInfo:
+        """What is known of `handle` under this name; `bound` is what the device holds of it."""
+        return cls(
+            name=name,
+            kind=handle.kind,
+            identity=handle.identity,
+            source=found.origin,
+            task=handle.task.value if handle.task is not None else None,
+            ranks=handle.ranks,
+            targets=handle.fit.targets,
+            nbytes=bound.nbytes if bound is not None else 0,
+            where="device" if bound is not None else "memory" if handle.adapter is not None else "disk",
+            pinned=pinned,
+            revision=found.revision,
+        )

@@ -380,21 +380,7 @@ class AdapterStore:
 
     def _info(self, name: str) -> AdapterInfo:
         entry = self._names[name]
-        handle = entry.handle
-        bound = self.bound.get(handle.identity)
-        return AdapterInfo(
-            name=name,
-            kind=handle.kind,
-            identity=handle.identity,
-            source=entry.found.origin,
-            task=handle.task.value if handle.task is not None else None,
-            ranks=handle.ranks,
-            targets=handle.fit.targets,
-            nbytes=bound.nbytes if bound is not None else 0,
-            where="device" if bound is not None else "memory" if handle.adapter is not None else "disk",
-            pinned=entry.pinned,
-            revision=entry.found.revision,
-        )
+        return AdapterInfo.of(name, entry.handle, entry.found, self.bound.get(entry.handle.identity), entry.pinned)
 
 
 def _free(store: weakref.ref[AdapterStore], identity: str) -> None:

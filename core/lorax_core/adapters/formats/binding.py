@@ -45,8 +45,9 @@ def bind_files(files: PeftFiles, wanted: HeadRequest, task: Task | None, base: L
     head, taken = build_head(files, wanted, task, base, device)
     own = {site.path: site for site in head.modules() if isinstance(site, Site)} if head is not None else {}
     sites = {**base.model.sites, **own}
-    changes = _changes(files, taken, sites, base, torch.device("meta" if meta else "cpu"))
-    _share_ties(files, changes, base)
+    made_on = torch.device("meta" if meta else "cpu")
+    changes = _changes(files, taken, sites, base, made_on)
+    _share_ties(files, changes, base, made_on)
     made = {
         path: _site_deltas(files, changed, sites[path].out_features, device, base.model.dtype, meta)
         for path, changed in changes.items()
@@ -129,21 +130,19 @@ def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: Lo
     )
 
 
-def _share_ties(files: PeftFiles, changes: dict[str, list[_Change]], base: LoadedModel) -> None:
+def _share_ties(files: PeftFiles, changes: dict[str, list[_Change]], base: LoadedModel, device: torch.device) -> None:
     """Carry over to the other side of each tie what a change of one side means for it."""
     for name, source in base.weight_map.tie.items():
-        embedding, head = source.rpartition(".")[0], name.rpartition(".")[0]
-        if head not in base.model.sites or not base.is_tied(name):
+        paths = (source.rpartition(".")[0], name.rpartition(".")[0])
+        if paths[1] not in base.model.sites or not base.is_tied(name):
             continue
-        one, other = (next(iter(changes.get(path, ())), None) for path in (embedding, head))
-        sides = [(side.layer.module, side.tensors) if side is not None else None for side in (one, other)]
-        for path, side, tensors in zip((embedding, head), (one, other), share_tie(files, *sides), strict=True):
-            if tensors is None:
-                continue
-            if side is not None:
+        sides = [changes[path][0] if path in changes else None for path in paths]
+        modules = [side.layer.module if side is not None else path for side, path in zip(sides, paths, strict=True)]
+        shared = share_tie(files, modules, *(side.tensors if side is not None else None for side in sides))
+        for path, side, tensors in zip(paths, sides, shared, strict=True):
+            if side is not None and tensors is not None:
                 changes[path] = [replace(side, tensors=tensors)]
-            else:
-                device = next(changed.layer.device for changed in (one, other) if changed is not None)
+            elif tensors is not None:
                 site = base.model.sites[path]
                 changes[path] = [_change(path, tensors, site, Target(path), base.weight_map, device)]
 

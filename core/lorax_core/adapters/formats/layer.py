@@ -6,7 +6,7 @@ Binding puts the deltas on a site or a part of one; merging puts them into a che
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,9 +16,6 @@ from lorax_core.adapters.base import Delta
 from lorax_core.adapters.deltas import Dora, EmbeddingLowRank, LowRank, Replacement, Shift, TokenLogits, TokenRows
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles
 from lorax_core.errors import AdapterError
-
-ModuleChange = tuple[str, ModuleTensors]
-"""A module's name in the files, and its tensors."""
 
 
 @dataclass(frozen=True)
@@ -70,28 +67,31 @@ def layer_deltas(files: PeftFiles, tensors: ModuleTensors, layer: Layer) -> list
 
 
 def share_tie(
-    files: PeftFiles, embedding: ModuleChange | None, head: ModuleChange | None
+    files: PeftFiles, modules: Sequence[str], embedding: ModuleTensors | None, head: ModuleTensors | None
 ) -> tuple[ModuleTensors | None, ModuleTensors | None]:
-    """What changes of the two sides of a tied weight come to, as in PEFT.
+    """What changes of the two sides of a tied weight come to, as in PEFT; `modules` are their names in the files.
 
     A weight beneath a low-rank update (`base_layer`) is the base's, so it is that of both sides. Trained tokens change both
     sides. Everything else changes the side that it names alone. Raises AdapterError for two different weights beneath.
     """
-    below, above = (side[1] if side is not None else None for side in (embedding, head))
-    beneath = [side for side in (embedding, head) if side is not None and side[1].holds_base]
+    beneath = [
+        side.weight
+        for side in (embedding, head)
+        if side is not None and side.weight is not None and side.rank is not None
+    ]
+    if len(beneath) == 2 and not torch.equal(*beneath):
+        raise AdapterError(
+            f"{files.path} holds one weight beneath the update of '{modules[0]}.weight' and another beneath that of its tied "
+            f"head {modules[1]!r}"
+        )
     if beneath:
-        weight = beneath[0][1].weight
-        assert weight is not None
-        for module, tensors in beneath[1:]:
-            assert tensors.weight is not None
-            if not torch.equal(tensors.weight, weight):
-                raise AdapterError(
-                    f"{files.path} holds one weight beneath the update of '{beneath[0][0]}.weight' and another beneath that of "
-                    f"its tied head {module!r}"
-                )
-        below = _with_weight(below, weight)
-        above = _with_weight(above, weight)
-    return below, share_tokens(below, above)
+        embedding, head = (
+            side
+            if side is not None and side.weight is not None
+            else replace(side or ModuleTensors(), weight=beneath[0])
+            for side in (embedding, head)
+        )
+    return embedding, share_tokens(embedding, head)
 
 
 def share_tokens(embedding: ModuleTensors | None, head: ModuleTensors | None) -> ModuleTensors | None:
@@ -99,11 +99,6 @@ def share_tokens(embedding: ModuleTensors | None, head: ModuleTensors | None) ->
     if embedding is None or embedding.tokens is None or (head is not None and head.tokens is not None):
         return head
     return replace(head or ModuleTensors(), tokens=embedding.tokens, token_ids=embedding.token_ids)
-
-
-def _with_weight(tensors: ModuleTensors | None, weight: Tensor) -> ModuleTensors:
-    tensors = tensors or ModuleTensors()
-    return tensors if tensors.weight is not None else replace(tensors, weight=weight)
 
 
 def _replaced(files: PeftFiles, layer: Layer, leaf: str, tensor: Tensor | None) -> Tensor | None:

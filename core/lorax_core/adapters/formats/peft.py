@@ -94,11 +94,6 @@ class ModuleTensors:
         """Of its low-rank update; None without one."""
         return self.pair[0].shape[0] if self.pair is not None else None
 
-    @property
-    def holds_base(self) -> bool:
-        """Whether its weight is the base's beneath a low-rank update, and not a module that was trained whole."""
-        return self.weight is not None and self.rank is not None
-
     def meta(self) -> ModuleTensors:
         """Its shapes: on the meta device, but for the weight and the bias, which have to be compared with the base's."""
         made = replace(self)

@@ -119,9 +119,7 @@ class _Plan:
         stored = {_place(weight_map, name): name for name in checkpoint.tensors}
         # Only a class that generates has the output head that a tie names.
         stated = stated_task(spec, config)
-        generates = stated in (None, Task.GENERATE)
-        ties = {side: name for name, side in weight_map.tie.items()} if generates else {}
-        heads = {head: side for side, head in ties.items()}
+        ties = weight_map.tie if stated in (None, Task.GENERATE) else {}
         tied: dict[str, _Change] = {}  # changes of heads without numbers of their own in the files
         for module, tensors in files.modules.items():
             names = [stored.get(_place(weight_map, f"{module}.{leaf}")) for leaf in ("weight", "bias")]
@@ -129,13 +127,13 @@ class _Plan:
             for leaf in _leaves(tensors):
                 place = _place(weight_map, f"{module}.{leaf}")
                 name = stored.get(place)
-                if name is None and place[0] in heads and (heads[place[0]], None) in stored:
+                if name is None and place[0] in ties and (ties[place[0]], None) in stored:
                     plan._take(tied, place[0], change)
                 elif name is None:
                     raise plan._no_place(change, leaf, stored)
                 else:
                     plan._take(plan.changes, name, change)
-        for embedding, head in ties.items():
+        for head, embedding in ties.items():
             plan._tie(embedding, head, stored, tied)
         plan._note_unsupported(config.vocab_size)
         if stated in CLASSIFICATION:
@@ -167,10 +165,7 @@ class _Plan:
         changes[name] = change
 
     def _no_place(self, change: _Change, leaf: str, stored: dict[tuple[str, int | None], str]) -> AdapterError:
-        modules = {name.rpartition(".")[0] for name in stored.values()}
-        own = _place(self.weight_map, f"{change.module}.weight")
-        model_type = self.checkpoint.config["model_type"]
-        if leaf == "bias" and own in stored:
+        if leaf == "bias" and change.weight is not None:
             return AdapterError(
                 f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
                 hint="use it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
@@ -181,7 +176,8 @@ class _Plan:
                 "adapter's own cannot be merged",
                 hint="use it unmerged, or merge it into a checkpoint of a class that has this head",
             )
-        close = nearest(change.module, modules)
+        close = nearest(change.module, {name.rpartition(".")[0] for name in stored.values()})
+        model_type = self.checkpoint.config["model_type"]
         return AdapterError(
             f"{self.files.path} changes {change.module!r}, which the {model_type!r} checkpoint {self.checkpoint.path} does "
             f"not have; it was trained on {self.files.trained_on}",
@@ -189,11 +185,7 @@ class _Plan:
         )
 
     def _tie(
-        self,
-        embedding: str,
-        head: str,
-        stored: dict[tuple[str, int | None], str],
-        tied: dict[str, _Change],
+        self, embedding: str, head: str, stored: dict[tuple[str, int | None], str], tied: dict[str, _Change]
     ) -> None:
         """What a change of an embedding, of the head that shares its weight, or of both comes to."""
         below, above = stored.get((embedding, None)), stored.get((head, None))
@@ -205,18 +197,16 @@ class _Plan:
             return
         old = self.checkpoint.tensor(below)
         old_head = self.checkpoint.tensor(above) if above is not None else old
-        sides = [(side.module, side.tensors) if side is not None else None for side in (one, other)]
+        modules = [one.module if one is not None else embedding, other.module if other is not None else head]
+        lower, upper = (side.tensors if side is not None else None for side in (one, other))
         if above is None:
-            lower, upper = share_tie(self.files, *sides)
+            lower, upper = share_tie(self.files, modules, lower, upper)
         else:  # the head has numbers of its own in the files
-            lower, upper = (side[1] if side is not None else None for side in sides)
             upper = share_tokens(lower, upper)
-        new, new_head = old, old_head
-        if lower is not None:
-            new = _merged(self.files, one.module if one is not None else embedding, lower, old)[0].to(old.dtype)
-        if upper is not None:
-            module = other.module if other is not None else head
-            new_head = _merged(self.files, module, upper, old_head)[0].to(old_head.dtype)
+        new, new_head = (
+            _merged(self.files, module, tensors, side)[0].to(side.dtype) if tensors is not None else side
+            for module, tensors, side in zip(modules, (lower, upper), (old, old_head), strict=True)
+        )
         # Both sides are here already: nothing is left to do for them while the shards are written.
         self.changes.pop(below, None)
         if not torch.equal(new, old):

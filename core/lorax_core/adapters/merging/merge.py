@@ -135,19 +135,16 @@ def combine(
 
 def _refuse_more_than_updates(files: PeftFiles) -> None:
     for module, tensors in files.modules.items():
-        for role, what in _NO_SUM.items():
-            if getattr(tensors, role) is not None:
-                raise AdapterError(
-                    f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
-                    hint="merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`",
-                )
         saved = [leaf for leaf in ("weight", "bias") if getattr(tensors, leaf) is not None]
+        what = next((what for role, what in _NO_SUM.items() if getattr(tensors, role) is not None), None)
+        hint = "merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`"
         # A weight beneath a low-rank update is the base's own; `_shared_base` sees to it.
-        if "bias" in saved or (saved and tensors.pair is None):
+        if what is None and ("bias" in saved or (saved and tensors.pair is None)):
             what = "a bias" if saved == ["bias"] else "a saved module (modules_to_save) or a head"
+            hint = "train with bias='none' and without modules_to_save what is to be combined"
+        if what is not None:
             raise AdapterError(
-                f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
-                hint="train with bias='none' and without modules_to_save what is to be combined",
+                f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters", hint=hint
             )
 
 

@@ -90,7 +90,7 @@ def build_head(
     _fill(head, tensors, files, device, base.model.dtype)
     used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
     modules = {base.weight_map.canonical(module): module for module in files.modules}
-    # What the head has no use for is for the backbone to take, or to refuse by name.
+    # The backbone takes the modules that the head does not use, or an error names them.
     return head, frozenset(modules[module] for module in candidates if module in used)
 
 
@@ -141,11 +141,9 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     found: dict[str, dict[str, Tensor]] = {}
     for module, tensors in files.modules.items():
         target = base.weight_map.resolve_module(module)
-        saved = {
-            name: tensor for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias)) if tensor is not None
-        }
-        only_saved = saved and tensors.pair is None and tensors.tokens is None
-        if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
+        saved = dict(tensors.items())
+        own = target.name not in backbone and not target.name.startswith("lm_head")
+        if saved and saved.keys() <= {"weight", "bias"} and own:
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
             found[target.name] = saved

@@ -1,7 +1,7 @@
 """The files that PEFT writes.
 
-Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. Everything else is refused by
-name. Knows nothing of models: whether a module exists is decided in `binding`.
+Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. An error names
+everything else. Knows nothing of models: whether a module exists is decided in `lora`.
 """
 
 from __future__ import annotations
@@ -84,6 +84,11 @@ class ModuleTensors:
         yield from ((role, value) for role, value in vars(self).items() if isinstance(value, Tensor))
 
     @property
+    def is_saved(self) -> bool:
+        """Whether it has a weight or a bias that is as the base's."""
+        return self.weight is not None or self.bias is not None
+
+    @property
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """A and B of its low-rank update, of a layer or of an embedding; None without one."""
         a, b = (self.a, self.b) if self.a is not None else (self.embedding_a, self.embedding_b)
@@ -163,9 +168,8 @@ def read_peft(path: str | Path) -> PeftFiles:
     files = PeftFiles(folder, config)
     leftover: list[str] = []
     doubled: set[tuple[str, str]] = set()
-    originals: list[
-        tuple[str, str]
-    ] = []  # the base's own numbers beside a saved module: PEFT writes them with bias="all"
+    # The base's own numbers beside a saved module, which PEFT writes with bias="all".
+    originals: list[tuple[str, str]] = []
     for name, tensor in read_tensors(_tensor_files(folder)):
         spelt = _SAVED.sub("", name)
         module, role = _split(spelt.replace(".original_module.", "."))
@@ -184,10 +188,9 @@ def read_peft(path: str | Path) -> PeftFiles:
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
         setattr(tensors, role, tensor)
-    saved = {
-        module for module, tensors in files.modules.items() if tensors.weight is not None or tensors.bias is not None
-    }
-    leftover += [name for name, module in originals if module not in saved]
+    leftover += [
+        name for name, module in originals if module not in files.modules or not files.modules[module].is_saved
+    ]
     if leftover:
         raise AdapterError(f"{folder} holds tensors that are not supported: {listed(leftover)}")
     if not files.modules:
@@ -244,7 +247,7 @@ def _check_saved(files: PeftFiles) -> None:
     than a model has, and versions name modules differently.
     """
     wanted = files.config.get("modules_to_save")
-    if wanted and all(tensors.weight is None and tensors.bias is None for tensors in files.modules.values()):
+    if wanted and not any(tensors.is_saved for tensors in files.modules.values()):
         raise AdapterError(
             f"{files.path} says modules_to_save={wanted!r:.60}, but holds no saved module",
             hint="PEFT leaves them out when it converts PiSSA and its like: such an adapter cannot be converted",

@@ -1,4 +1,4 @@
-"""The seam of low-rank products.
+"""The interface of the kernels that compute low-rank products.
 
 Decides what a kernel is given and when: the segments of a step once, ahead of the forward pass, then the rows of one site
 after the other. Knows nothing of any kernel.

@@ -127,7 +127,9 @@ def _factorwise(updates: Sequence[ScaledPair], options: MergeOptions, mask: Mask
 def _mixed(tensors: Sequence[Tensor], factors: Sequence[float], options: MergeOptions, mask: Mask | None) -> Tensor:
     if options.density is not None and options.density < 1:
         if options.strategy in _DRAWING:
-            tensors = [_dropped_at_random(tensor, options.density, mask) for tensor in tensors]
+            assert mask is not None, "dare needs a mask"
+            # What is kept is made larger, so that its expectation stays.
+            tensors = [tensor * mask(tensor, options.density) / options.density for tensor in tensors]
         else:
             tensors = [_dropped_by_size(tensor, options.density) for tensor in tensors]
     stacked = torch.stack(list(tensors))  # [adapters, rows, columns]
@@ -149,12 +151,6 @@ def _dropped_by_size(tensor: Tensor, density: float) -> Tensor:
     kept = torch.zeros(tensor.numel())
     kept[tensor.abs().reshape(-1).topk(count).indices] = 1
     return tensor * kept.view_as(tensor)
-
-
-def _dropped_at_random(tensor: Tensor, density: float, mask: Mask | None) -> Tensor:
-    """The numbers that a mask keeps, made larger so that their expectation stays."""
-    assert mask is not None, "dare needs a mask"
-    return tensor * mask(tensor, density) / density
 
 
 def seeded_mask(seed: int) -> Mask:

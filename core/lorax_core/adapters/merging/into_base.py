@@ -57,13 +57,13 @@ def merge_into_base(
     """Write the checkpoint `base` with an adapter in its weights: the same files, names and dtypes, computed in float32.
 
     Where the output head shares the embedding's weight and the adapter changes one of them alone, both are written and
-    `config.json` says `tie_word_embeddings: false`; `notes` tells it. Trained tokens change both sides of a tie, as in PEFT.
+    `config.json` says `tie_word_embeddings: false`; `notes` says so. Trained tokens change both sides of a tie, as in PEFT.
     Other files are copied, but for weights in other formats, which are named in `notes`. Without a `host` the installed plugins
     are asked.
 
     Raises AdapterError naming the module that the base does not have (a head of the adapter's own among them) or that has
-    another shape, CheckpointError for a base that cannot be read, PluginError when nothing serves its `model_type`; `out` is
-    then as it was.
+    another shape, CheckpointError for a base that cannot be read, PluginError when no plugin supports its `model_type`; `out`
+    is then as it was.
     """
     final = Path(out)
     check_free(final, overwrite)

@@ -1,7 +1,7 @@
 """Several LoRA adapters into one.
 
 Decides what can be combined, which module meets which, and how the result is written as PEFT writes adapters. Knows nothing
-of models: everything is read off the files. What has no sum (magnitudes, biases, saved modules) is refused by name.
+of models, only of files. Magnitudes, biases and saved modules cannot be combined: an error names them.
 """
 
 from __future__ import annotations

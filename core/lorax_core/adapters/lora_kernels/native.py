@@ -91,7 +91,6 @@ class NativeKernel(LoraKernel):
         self._product = product
         self._worth = worth
         self._numbers: dict[str, int] = {}  # of site paths
-        self._names: list[str] = []
         self._tables: WeakKeyDictionary[Updates, _Table] = WeakKeyDictionary()
 
     def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -113,7 +112,7 @@ class NativeKernel(LoraKernel):
                 long.append(segment)
         plans: list[LoraPlan] = []
         if short:
-            plans.append(NativePlan(self._product, short, self._names))
+            plans.append(NativePlan(self._product, short, list(self._numbers)))
         if long:
             plans.append(TorchPlan(long))
         return plans[0] if len(plans) == 1 else _Both(plans)
@@ -126,8 +125,6 @@ class NativeKernel(LoraKernel):
         pairs: list[tuple[Tensor, Tensor, int]] = []
         for path, update in updates.by_site.items():
             number = self._numbers.setdefault(path, len(self._numbers))
-            if number == len(self._names):
-                self._names.append(path)
             for block in update.blocks:
                 sites.append(number)
                 pairs.append((update.a[block.ranks], block.b, block.column))

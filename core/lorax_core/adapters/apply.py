@@ -28,12 +28,8 @@ class Run:
     bound: Bound
 
 
-@dataclass(frozen=True, slots=True)
-class _Split:
-    """What an adapter does, by site: products that a kernel computes, and everything else."""
-
-    updates: Updates
-    others: Mapping[str, tuple[Delta, ...]]
+_Split = tuple[Updates, Mapping[str, tuple[Delta, ...]]]
+"""What an adapter does, by site: products that a kernel computes, and everything else."""
 
 
 class SegmentedAdapters:
@@ -42,14 +38,14 @@ class SegmentedAdapters:
     def __init__(self, runs: Sequence[Run], splits: Sequence[_Split], kernel: LoraKernel) -> None:
         self.runs = tuple(runs)
         segments = [
-            Segment(run.start, run.stop, split.updates)
-            for run, split in zip(runs, splits, strict=True)
-            if split.updates.by_site
+            Segment(run.start, run.stop, updates)
+            for run, (updates, _) in zip(runs, splits, strict=True)
+            if updates.by_site
         ]
         self._plan = kernel.plan(segments) if segments else None
         self._others: dict[str, list[tuple[slice, tuple[Delta, ...]]]] = {}
-        for run, split in zip(runs, splits, strict=True):
-            for path, deltas in split.others.items():
+        for run, (_, others) in zip(runs, splits, strict=True):
+            for path, deltas in others.items():
                 self._others.setdefault(path, []).append((slice(run.start, run.stop), deltas))
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
@@ -91,11 +87,13 @@ class AdapterRowsMaker:
         found = self._splits.get(bound)
         if found is None:
             updates: dict[str, LowRank] = {}
+            others: dict[str, tuple[Delta, ...]] = {}
             for path, deltas in bound.deltas.items():
                 if len(deltas) == 1 and isinstance(deltas[0], LowRank) and deltas[0].bias is None:
                     updates[path] = deltas[0]
-            others = {path: deltas for path, deltas in bound.deltas.items() if path not in updates}
-            found = self._splits[bound] = _Split(Updates(updates), others)
+                else:
+                    others[path] = deltas
+            found = self._splits[bound] = (Updates(updates), others)
         return found
 
 

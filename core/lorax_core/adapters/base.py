@@ -6,12 +6,13 @@ Decides the interface that file formats, the store and the batches share. Knows 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.batch import Speculator
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.prepared import PreparedSite
@@ -116,6 +117,18 @@ class Adapter(ABC):
     def check(self, base: LoadedModel) -> Fit:
         """What `bind` would give; raises what it would raise. Takes no memory on the device."""
         return Fit.of(self.bind(base, meta=True))
+
+
+def known(what: str, word: str, words: Iterable[str]) -> str:
+    """A word of a setting; raises AdapterError, with the nearest one, for a word that is none of `words`."""
+    words = list(words)
+    if word not in words:
+        close = nearest(str(word), words)
+        raise AdapterError(
+            f"there is no {what} {word!r}; there are {listed(words)}",
+            hint=f"did you mean {close!r}?" if close else None,
+        )
+    return word
 
 
 def _head_bytes(head: Head) -> int:

@@ -60,10 +60,9 @@ class BoundAdapters(Mapping[str, Bound]):
                 self._bound = {key: bound for key, bound in self._bound.items() if key != message.identity}
 
     def _bind(self, adapter: Adapter) -> Bound:
-        if not isinstance(adapter, StackedAdapter):
-            return adapter.bind(self._base)
-        members = {identity: member.bind(self._base) for identity, member in adapter.members.items()}
-        return adapter.combined({**self._bound, **members})
+        if isinstance(adapter, StackedAdapter):
+            return adapter.bind(self._base, others=self._bound)
+        return adapter.bind(self._base)
 
     def __getitem__(self, identity: str) -> Bound:
         return self._bound[identity]

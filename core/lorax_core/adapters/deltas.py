@@ -8,6 +8,7 @@ Knows nothing of files.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -18,6 +19,7 @@ from lorax_core.adapters.base import Delta
 from lorax_core.modeling.site import Site
 
 Part = slice | None
+_ALL = slice(None)
 T = TypeVar("T", bound=Delta)
 Merged = tuple[Tensor, Tensor | None]
 
@@ -48,13 +50,9 @@ class _Tensors:
         return sum(tensor.nbytes for tensor in _tensors(self).values())
 
 
-def _columns(y: Tensor, part: Part) -> Tensor:
-    return y if part is None else y[:, part]
-
-
 def _bias(site: Site, part: Part) -> Tensor | None:
     bias = cast("Tensor | None", getattr(site, "bias", None))
-    return bias if bias is None or part is None else bias[part]
+    return bias if bias is None else bias[part or _ALL]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +91,21 @@ class LowRank:
         blocks = sum(block.b.nbytes for block in self.blocks)
         return self.a.nbytes + blocks + (self.bias.nbytes if self.bias is not None else 0)
 
+    def times(self, weight: float) -> LowRank:
+        """What it adds, times a number."""
+        blocks = tuple(Block(block.ranks, block.column, block.b * weight) for block in self.blocks)
+        return LowRank(self.a, blocks, self.bias * weight if self.bias is not None else None)
+
+    def placed(self, part: Part, out: int, device: torch.device, dtype: torch.dtype) -> LowRank:
+        """The same update, of a part of a layer with `out` columns, in `dtype` on `device`."""
+        columns = part or slice(0, out)
+        blocks = (Block(block.ranks, columns.start + block.column, block.b.to(device, dtype)) for block in self.blocks)
+        bias: Tensor | None = None
+        if self.bias is not None:
+            bias = torch.zeros(out, device=device, dtype=dtype)
+            bias[columns] = self.bias.to(device, dtype)
+        return LowRank(self.a.to(device, dtype), tuple(blocks), bias)
+
     def add(self, x: Tensor, y: Tensor) -> None:
         """The product alone, added to y `[rows, out]` for x `[rows, in]`."""
         h = x @ self.a.t()  # [rows, rank]
@@ -111,22 +124,22 @@ class LowRank:
         return weight, bias if self.bias is None else self.bias if bias is None else bias + self.bias
 
 
-def joined(members: list[tuple[Part, LowRank]], out: int, device: torch.device, dtype: torch.dtype) -> LowRank:
-    """The updates of a layer's parts as one for `out` columns: A stacked `[sum of ranks, in]`, B's blocks beside each other."""
-    blocks: list[Block] = []
-    rank = 0
-    bias: Tensor | None = None
-    for part, update in members:
-        rows = part or slice(0, out)
+def summed(updates: Iterable[LowRank]) -> LowRank:
+    """The sum of updates of one layer as one: the ranks of all that add to the same columns side by side."""
+    pairs: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # A and B of each range of columns
+    biases: list[Tensor] = []
+    for update in updates:
         for block in update.blocks:
-            ranks = slice(rank + block.ranks.start, rank + block.ranks.stop)
-            blocks.append(Block(ranks, rows.start + block.column, block.b.to(device, dtype)))
-        rank += len(update.a)
+            pairs.setdefault((block.column, block.b.shape[1]), []).append((update.a[block.ranks], block.b))
         if update.bias is not None:
-            bias = torch.zeros(out, device=update.bias.device) if bias is None else bias
-            bias[rows] = update.bias
-    a = torch.cat([update.a for _, update in members]).to(device, dtype)
-    return LowRank(a, tuple(blocks), bias.to(device, dtype) if bias is not None else None)
+            biases.append(update.bias)
+    blocks: list[Block] = []
+    ranks: list[Tensor] = []
+    for (column, _), members in pairs.items():
+        start = sum(map(len, ranks))
+        ranks += [a for a, _ in members]
+        blocks.append(Block(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in members])))
+    return LowRank(torch.cat(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +178,7 @@ class Dora(_Tensors):
     not_a_sum = "a magnitude (DoRA)"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        y = _columns(y, self.part)
+        y = y[:, self.part or _ALL]
         bias = _bias(site, self.part)
         if bias is not None:
             y -= bias
@@ -175,7 +188,7 @@ class Dora(_Tensors):
             y += bias
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
-        rows, weight = self.part or slice(None), weight.clone()
+        rows, weight = self.part or _ALL, weight.clone()
         weight[rows] = (weight[rows] + self.b @ self.a) * self.gain[:, None]
         return weight, bias
 
@@ -189,12 +202,12 @@ class Shift(_Tensors):
     not_a_sum = "a replaced weight or bias"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        columns = _columns(y, self.part)
+        columns = y[:, self.part or _ALL]
         columns += self.vector
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
         bias = torch.zeros(len(weight)) if bias is None else bias.clone()
-        bias[self.part or slice(None)] += self.vector
+        bias[self.part or _ALL] += self.vector
         return weight, bias
 
 
@@ -208,15 +221,13 @@ class Replacement(_Tensors):
     not_a_sum = "a replaced weight or bias"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        weight = self.weight
-        if weight is None:
-            weight = site.dense_weight()
-            weight = weight if self.part is None else weight[self.part]
+        columns = self.part or _ALL
+        weight = self.weight if self.weight is not None else site.dense_weight()[columns]
         bias = self.bias if self.bias is not None else _bias(site, self.part)
-        _columns(y, self.part).copy_(site.computed_with(x, weight, bias))
+        y[:, columns].copy_(site.computed_with(x, weight, bias))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
-        rows = self.part or slice(None)
+        rows = self.part or _ALL
         if self.weight is not None:
             weight = weight.clone()
             weight[rows] = self.weight

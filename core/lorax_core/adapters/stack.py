@@ -1,7 +1,7 @@
 """Several adapters as one, each with a weight.
 
 Decides how their sum is formed: the ranks of all members stand side by side, each member's B times its weight, so the result is
-exactly the weighted sum of what they add. What is no sum (magnitudes, replacements, token rows, heads) is refused by name.
+exactly the weighted sum of what they add. Magnitudes, replacements, token rows and heads cannot be summed: an error names them.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from lorax_core.adapters.base import Adapter, Bound, Delta
-from lorax_core.adapters.deltas import Block, EmbeddingLowRank, LowRank
+from lorax_core.adapters.deltas import EmbeddingLowRank, LowRank, summed
 from lorax_core.errors import AdapterError
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
@@ -27,7 +26,7 @@ def stack_identity(weights: Mapping[str, float]) -> str:
 class StackedAdapter(Adapter):
     """The weighted sum of adapters: a weight for each identity, and those `members` that are in host memory.
 
-    A member that is not must be bound where the sum is; `combined` takes what is bound.
+    A member that is not must be bound where the sum is.
     """
 
     kind = "stack"
@@ -39,14 +38,15 @@ class StackedAdapter(Adapter):
         self.task = task
         self.ranks = ()
 
-    def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
-        return self.combined({identity: adapter.bind(base, meta=meta) for identity, adapter in self.members.items()})
+    def bind(self, base: LoadedModel, *, meta: bool = False, others: Mapping[str, Bound] | None = None) -> Bound:
+        """The sum of the members and of `others`, which are bound already.
 
-    def combined(self, bounds: Mapping[str, Bound]) -> Bound:
-        """The sum of what is bound of each member; raises AdapterError for one that is missing or does more than add."""
+        Raises AdapterError for one that is missing or does more than add.
+        """
+        bounds = {identity: adapter.bind(base, meta=meta) for identity, adapter in self.members.items()}
         found: dict[str, list[tuple[Delta, float]]] = {}
         for identity, weight in self.weights.items():
-            bound = bounds.get(identity)
+            bound = bounds.get(identity) or (others or {}).get(identity)
             if bound is None:
                 raise AdapterError(f"the adapter {identity[:12]} of a weighted sum is not on the device any more")
             if bound.not_a_sum is not None:
@@ -64,17 +64,4 @@ def _summed(deltas: Sequence[tuple[Delta, float]]) -> LowRank | EmbeddingLowRank
     if embedding:
         a = torch.cat([delta.a for delta, _ in embedding], dim=1)  # [vocab, sum of ranks]
         return EmbeddingLowRank(a, torch.cat([delta.b * weight for delta, weight in embedding], dim=1))
-    plain = [(delta, weight) for delta, weight in deltas if isinstance(delta, LowRank)]
-    members: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # A and weighted B of each range of columns
-    for delta, weight in plain:
-        for block in delta.blocks:
-            where = members.setdefault((block.column, block.b.shape[1]), [])
-            where.append((delta.a[block.ranks], block.b * weight))
-    blocks: list[Block] = []
-    ranks: list[Tensor] = []
-    for (column, _), updates in members.items():
-        start = sum(map(len, ranks))
-        ranks += [a for a, _ in updates]
-        blocks.append(Block(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in updates])))
-    biases = [delta.bias * weight for delta, weight in plain if delta.bias is not None]
-    return LowRank(torch.cat(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
+    return summed(delta.times(weight) for delta, weight in deltas if isinstance(delta, LowRank))

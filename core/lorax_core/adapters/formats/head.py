@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lorax_core.adapters.base import known
 from lorax_core.adapters.formats.peft import PeftFiles
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.errors import AdapterError, listed
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head
 from lorax_core.modeling.linear import prepare_linears
@@ -23,8 +23,6 @@ from lorax_core.modeling.site import Site
 from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
-
-_Enum = TypeVar("_Enum", bound=StrEnum)
 
 
 @dataclass(frozen=True)
@@ -44,24 +42,17 @@ class HeadRequest:
                 labels = {int(index): str(name) for index, name in id2label.items()}
             except (TypeError, ValueError, AttributeError) as error:
                 raise AdapterError(f"id2label maps numbers to names; this is {id2label!r:.80}") from error
-        return cls(_known("task", task, Task), _known("problem_type", problem_type, Problem), labels)
+        return cls(
+            Task(known("task", task, Task)) if task is not None else None,
+            Problem(known("problem_type", problem_type, Problem)) if problem_type is not None else None,
+            labels,
+        )
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What changes the adapter's effect."""
         labels = sorted(self.id2label.items()) if self.id2label is not None else None
         return (self.task, self.problem, labels)
-
-
-def _known(what: str, name: str | None, kind: type[_Enum]) -> _Enum | None:
-    if name is None:
-        return None
-    if name not in list(kind):
-        close = nearest(str(name), list(kind))
-        raise AdapterError(
-            f"there is no {what} {name!r}; there are {listed(kind)}", hint=f"did you mean {close!r}?" if close else None
-        )
-    return kind(name)
 
 
 def build_head(
@@ -99,7 +90,7 @@ def build_head(
     _fill(head, tensors, files, device, base.model.dtype)
     used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
     modules = {base.weight_map.canonical(module): module for module in files.modules}
-    # What the head has no use for is for the backbone to take, or to refuse by name.
+    # The backbone takes the modules that the head does not use, or an error names them.
     return head, frozenset(modules[module] for module in candidates if module in used)
 
 
@@ -150,11 +141,9 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     found: dict[str, dict[str, Tensor]] = {}
     for module, tensors in files.modules.items():
         target = base.weight_map.resolve_module(module)
-        saved = {
-            name: tensor for name, tensor in (("weight", tensors.weight), ("bias", tensors.bias)) if tensor is not None
-        }
-        only_saved = saved and tensors.a is None and tensors.embedding_a is None and tensors.tokens is None
-        if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
+        saved = dict(tensors.items())
+        own = target.name not in backbone and not target.name.startswith("lm_head")
+        if saved and saved.keys() <= {"weight", "bias"} and own:
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
             found[target.name] = saved

@@ -6,8 +6,8 @@ Binding puts the deltas on a site or a part of one; merging puts them into a che
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,40 +17,29 @@ from lorax_core.adapters.deltas import Dora, EmbeddingLowRank, LowRank, Replacem
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles
 from lorax_core.errors import AdapterError
 
-ModuleChange = tuple[str, ModuleTensors]
-"""A module's name in the files, and its tensors."""
 
-
-class Layer(ABC):
+@dataclass(frozen=True)
+class Layer:
     """The base layer, or the part of a fused one, that a module of the files stands for.
 
-    `embeds`: it takes ids. `multiplies`: it is a matrix product, so that low-rank updates fit. `shifts`: a new bias is added as
-    its difference from the base's, and does not replace the whole layer. `kind` is what it is called in errors.
+    `shape` is the weight's and `kind` what the layer is called in errors. `embeds`: it takes ids. `multiplies`: it is a matrix
+    product, so that low-rank updates fit. `shifts`: a new bias is added as its difference from the base's, and does not replace
+    the whole layer. `device` is where deltas are made: the host, or the meta device for a check.
     """
 
     module: str
     kind: str
+    shape: tuple[int, ...]
     embeds: bool
     multiplies: bool
     shifts: bool
-    device: torch.device  # where deltas are made: the host, or the meta device for a check
-
-    @abstractmethod
-    def base(self, leaf: str) -> Tensor | None:
-        """The base's own "weight" `[out, in]` or "bias" `[out]`; None when it has none."""
-
-    @abstractmethod
-    def saved(self, leaf: str, tensor: Tensor) -> Tensor:
-        """A weight or bias as the files have it, in the layer's orientation."""
-
-    def rows(self, tensor: Tensor) -> Tensor:
-        """Output rows as the files have them (B, a magnitude, B's bias), in the layer's order."""
-        return tensor
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape, without computing it."""
+    device: torch.device
+    base: Callable[[str], Tensor | None]
+    """The base's own "weight" `[out, in]` or "bias" `[out]`; None when it has none."""
+    saved: Callable[[str, Tensor], Tensor]
+    """A weight or bias as the files have it, in the layer's orientation."""
+    rows: Callable[[Tensor], Tensor]
+    """Output rows as the files have them (B, a magnitude, B's bias), in the layer's order."""
 
 
 def layer_deltas(files: PeftFiles, tensors: ModuleTensors, layer: Layer) -> list[Delta]:
@@ -78,28 +67,31 @@ def layer_deltas(files: PeftFiles, tensors: ModuleTensors, layer: Layer) -> list
 
 
 def share_tie(
-    files: PeftFiles, embedding: ModuleChange | None, head: ModuleChange | None
+    files: PeftFiles, modules: Sequence[str], embedding: ModuleTensors | None, head: ModuleTensors | None
 ) -> tuple[ModuleTensors | None, ModuleTensors | None]:
-    """What changes of the two sides of a tied weight come to, as in PEFT.
+    """What changes of the two sides of a tied weight come to, as in PEFT; `modules` are their names in the files.
 
     A weight beneath a low-rank update (`base_layer`) is the base's, so it is that of both sides. Trained tokens change both
     sides. Everything else changes the side that it names alone. Raises AdapterError for two different weights beneath.
     """
-    below, above = (side[1] if side is not None else None for side in (embedding, head))
-    beneath = [side for side in (embedding, head) if side is not None and side[1].holds_base]
+    beneath = [
+        side.weight
+        for side in (embedding, head)
+        if side is not None and side.weight is not None and side.rank is not None
+    ]
+    if len(beneath) == 2 and not torch.equal(*beneath):
+        raise AdapterError(
+            f"{files.path} holds one weight beneath the update of '{modules[0]}.weight' and another beneath that of its tied "
+            f"head {modules[1]!r}"
+        )
     if beneath:
-        weight = beneath[0][1].weight
-        assert weight is not None
-        for module, tensors in beneath[1:]:
-            assert tensors.weight is not None
-            if tensors.weight.shape != weight.shape or not torch.equal(tensors.weight, weight):
-                raise AdapterError(
-                    f"{files.path} holds one weight beneath the update of '{beneath[0][0]}.weight' and another beneath that of "
-                    f"its tied head {module!r}"
-                )
-        below = _with_weight(below, weight)
-        above = _with_weight(above, weight)
-    return below, share_tokens(below, above)
+        embedding, head = (
+            side
+            if side is not None and side.weight is not None
+            else replace(side or ModuleTensors(), weight=beneath[0])
+            for side in (embedding, head)
+        )
+    return embedding, share_tokens(embedding, head)
 
 
 def share_tokens(embedding: ModuleTensors | None, head: ModuleTensors | None) -> ModuleTensors | None:
@@ -107,11 +99,6 @@ def share_tokens(embedding: ModuleTensors | None, head: ModuleTensors | None) ->
     if embedding is None or embedding.tokens is None or (head is not None and head.tokens is not None):
         return head
     return replace(head or ModuleTensors(), tokens=embedding.tokens, token_ids=embedding.token_ids)
-
-
-def _with_weight(tensors: ModuleTensors | None, weight: Tensor) -> ModuleTensors:
-    tensors = tensors or ModuleTensors()
-    return tensors if tensors.weight is not None else replace(tensors, weight=weight)
 
 
 def _replaced(files: PeftFiles, layer: Layer, leaf: str, tensor: Tensor | None) -> Tensor | None:

@@ -1,17 +1,30 @@
-"""LoRA adapters as PEFT saves them.
+"""LoRA adapters as PEFT saves them, and where every tensor of one goes in a model.
 
-Decides what an adapter is by its files: identity, task, ranks. Where its tensors go is decided in `binding`.
+Decides what an adapter is by its files (identity, task, ranks), and the site of each module that they name: a tensor without a
+place is an error, and nothing is dropped silently. What is done at a site is decided in `layer`. Knows nothing of names, of
+memory or of batches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorax_core.adapters.base import Adapter, Bound
-from lorax_core.adapters.formats.binding import bind_files
-from lorax_core.adapters.formats.head import HeadRequest
-from lorax_core.adapters.formats.peft import read_peft
+import torch
+from torch import Tensor
+
+from lorax_core.adapters.base import Adapter, Bound, Delta
+from lorax_core.adapters.deltas import LowRank, Part, Shift, placed, summed
+from lorax_core.adapters.formats.head import HeadRequest, build_head
+from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie
+from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.errors import AdapterError, nearest
+from lorax_core.modeling.embedding import Embedding
+from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.site import Site
 from lorax_core.weights.loader import LoadedModel
+from lorax_core.weights.mapping import Target, WeightMap
 
 
 class LoraAdapter(Adapter):
@@ -28,7 +41,136 @@ class LoraAdapter(Adapter):
         self.head_request = head or HeadRequest()
         self.identity = self.files.identity(self.head_request.settings)
         self.task = self.head_request.task or self.files.task
-        self.ranks = tuple(sorted({one.rank for one in self.files.modules.values() if one.rank is not None}))
+        self.ranks = self.files.ranks
 
     def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
-        return bind_files(self.files, self.head_request, self.task, base, meta)
+        device = torch.device("meta") if meta else base.model.device
+        head, taken = build_head(self.files, self.head_request, self.task, base, device)
+        own = {site.path: site for site in head.modules() if isinstance(site, Site)} if head is not None else {}
+        sites = {**base.model.sites, **own}
+        made_on = torch.device("meta" if meta else "cpu")
+        changes = _changes(self.files, taken, sites, base, made_on)
+        _share_ties(self.files, changes, base, made_on)
+        made = {
+            path: _site_deltas(self.files, changed, sites[path].out_features, device, base.model.dtype, meta)
+            for path, changed in changes.items()
+        }
+        return Bound({path: deltas for path, deltas in made.items() if deltas}, head)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What the files hold for a site of the model, or a part of it."""
+
+    layer: Layer
+    part: Part
+    tensors: ModuleTensors
+
+
+def _changes(
+    files: PeftFiles, taken: frozenset[str], sites: Mapping[str, Site], base: LoadedModel, device: torch.device
+) -> dict[str, list[_Change]]:
+    """The modules of the files by the site that they change."""
+    changes: dict[str, list[_Change]] = {}
+    for module, tensors in files.modules.items():
+        if module in taken or _is_idle(module, tensors, sites, base):
+            continue
+        target = base.weight_map.resolve_module(module)
+        site = sites.get(target.name)
+        if site is None:
+            raise _no_place(files, module, sites, base)
+        others = changes.setdefault(site.path, [])
+        change = _change(module, tensors, site, target, base.weight_map, device)
+        if any(other.part in (None, change.part) for other in others):
+            raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
+        others.append(change)
+    return changes
+
+
+def _change(
+    module: str, tensors: ModuleTensors, site: Site, target: Target, weight_map: WeightMap, device: torch.device
+) -> _Change:
+    part, out = None, site.out_features
+    if target.part is not None:
+        start, out = sum(site.parts[: target.part]), site.parts[target.part]
+        part = slice(start, start + out)
+    multiplies = isinstance(site, Linear)
+
+    def base(leaf: str) -> Tensor | None:
+        whole: Tensor | None = site.dense_weight() if leaf == "weight" else getattr(site, "bias", None)
+        return whole if whole is None or part is None else whole[part]
+
+    layer = Layer(
+        module,
+        kind=type(site).__name__,
+        shape=_shape(site, out),
+        embeds=isinstance(site, Embedding),
+        multiplies=multiplies,
+        shifts=multiplies,
+        device=device,
+        base=base,
+        saved=lambda leaf, tensor: weight_map.resolve(f"{module}.{leaf}").arranged(tensor),
+        rows=target.arranged,
+    )
+    return _Change(layer, part, tensors)
+
+
+def _shape(site: Site, out: int) -> tuple[int, ...]:
+    if isinstance(site, Linear):
+        return (out, site.in_features)
+    return (site.in_features, out) if isinstance(site, Embedding) else tuple(site.dense_weight().shape)
+
+
+def _is_idle(module: str, tensors: ModuleTensors, sites: Mapping[str, Site], base: LoadedModel) -> bool:
+    """Whether a module of the base that nothing here reads, such as BERT's pooler under embeddings, was left untrained:
+    "all-linear" names it, no gradient reaches it, and its update is zero."""
+    weight_map = base.weight_map
+    if weight_map.resolve_module(module).name in sites or not weight_map.ignores(f"{module}.weight"):
+        return False
+    only_low_rank = {role for role, _ in tensors.items()} == {"a", "b"}
+    if not only_low_rank or tensors.b is None or tensors.b.any():
+        return False
+    return weight_map.canonical(f"{module}.weight") in {weight_map.canonical(name) for name in base.checkpoint.tensors}
+
+
+def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: LoadedModel) -> AdapterError:
+    names = [name for path in sites for name in base.weight_map.members(path)]
+    close = nearest(base.weight_map.canonical(module), names)
+    return AdapterError(
+        f"{files.path} changes {module!r}, which {base.spec.model_type!r} does not have here; it was trained on "
+        f"{files.trained_on}",
+        hint=f"the nearest layer here is {close!r}" if close else "load it with the base that it was trained on",
+    )
+
+
+def _share_ties(files: PeftFiles, changes: dict[str, list[_Change]], base: LoadedModel, device: torch.device) -> None:
+    """Carry over to the other side of each tie what a change of one side means for it."""
+    for name, source in base.weight_map.tie.items():
+        paths = (source.rpartition(".")[0], name.rpartition(".")[0])
+        if paths[1] not in base.model.sites or not base.is_tied(name):
+            continue
+        sides = [changes[path][0] if path in changes else None for path in paths]
+        modules = [side.layer.module if side is not None else path for side, path in zip(sides, paths, strict=True)]
+        shared = share_tie(files, modules, *(side.tensors if side is not None else None for side in sides))
+        for path, side, tensors in zip(paths, sides, shared, strict=True):
+            if side is not None and tensors is not None:
+                changes[path] = [replace(side, tensors=tensors)]
+            elif tensors is not None:
+                site = base.model.sites[path]
+                changes[path] = [_change(path, tensors, site, Target(path), base.weight_map, device)]
+
+
+def _site_deltas(
+    files: PeftFiles, changes: list[_Change], out: int, device: torch.device, dtype: torch.dtype, meta: bool
+) -> tuple[Delta, ...]:
+    """Everything that is done at one site: what replaces, then what is added (updates of parts in one), then biases."""
+    first: list[Delta] = []
+    updates: list[LowRank] = []
+    shifts: list[Delta] = []
+    for change in changes:
+        for delta in layer_deltas(files, change.tensors.meta() if meta else change.tensors, change.layer):
+            if isinstance(delta, LowRank):
+                updates.append(delta.placed(change.part, out, device, dtype))
+            else:
+                (shifts if isinstance(delta, Shift) else first).append(placed(delta, change.part, device, dtype))
+    return (*first, *([summed(updates)] if updates else ()), *shifts)

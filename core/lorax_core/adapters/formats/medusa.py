@@ -21,12 +21,12 @@ from torch import Tensor
 from lorax_core.adapters.base import Adapter, Bound
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.lora import LoraAdapter
-from lorax_core.errors import AdapterError, CheckpointError, listed
+from lorax_core.adapters.formats.peft import content, read_tensors
+from lorax_core.errors import AdapterError, listed
 from lorax_core.types import Task
-from lorax_core.weights.checkpoint import opened
 from lorax_core.weights.loader import LoadedModel
 
-_KEY = re.compile(r"(?:medusa_heads?\.)?(?P<head>\d+)\.(?P<layer>\d+)\.(?P<block>linear\.)?(?P<leaf>weight|bias)")
+_PREFIX = re.compile(r"^medusa_heads?\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,7 @@ class MedusaAdapter(Adapter):
         for head in self.heads:
             digest.update(f"{len(head.blocks)} blocks".encode())
             for tensor in head.tensors:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(content(tensor))
         return digest.hexdigest()
 
 
@@ -146,40 +145,36 @@ def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise AdapterError(f"{folder} says medusa_num_heads={counts[0]!r} and medusa_num_layers={counts[1]!r}")
     heads, layers = counts
-    tensors: dict[tuple[int, int, bool, str], Tensor] = {}
-    for name, tensor in _read_tensors(folder).items():
-        found = _KEY.fullmatch(name)
-        key = (int(found["head"]), int(found["layer"]), bool(found["block"]), found["leaf"]) if found else None
-        if key is None or key in tensors or key[0] >= heads or not _expected(key, layers):
+    blocks = [
+        f"{head}.{layer}.linear.{leaf}"
+        for head in range(heads)
+        for layer in range(layers)
+        for leaf in ("weight", "bias")
+    ]
+    outs = [f"{head}.{layers}.weight" for head in range(heads)]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_tensors([_tensor_file(folder)]):
+        key = _PREFIX.sub("", name)
+        if key in tensors or key not in {*blocks, *outs}:
             raise AdapterError(f"{folder} holds {name!r}, which {heads} Medusa heads of {layers} blocks do not have")
         tensors[key] = tensor
-    blocks = [
-        (head, layer, True, leaf) for head in range(heads) for layer in range(layers) for leaf in ("weight", "bias")
-    ]
-    outs = [(head, layers, False, "weight") for head in range(heads)]
-    wanted = blocks + (outs if any(key in tensors for key in outs) else [])
-    missing = [
-        f"{head}.{layer}{'.linear' if block else ''}.{leaf}"
-        for head, layer, block, leaf in wanted
-        if (head, layer, block, leaf) not in tensors
-    ]
+    wanted = [*blocks, *(outs if any(key in tensors for key in outs) else [])]
+    missing = [key for key in wanted if key not in tensors]
     if missing:
         raise AdapterError(f"{folder} lacks {listed(missing)} of {heads} Medusa heads")
     return tuple(
         MedusaHead(
-            tuple((tensors[head, at, True, "weight"], tensors[head, at, True, "bias"]) for at in range(layers)),
-            tensors.get((head, layers, False, "weight")),
+            tuple(
+                (tensors[f"{head}.{layer}.linear.weight"], tensors[f"{head}.{layer}.linear.bias"])
+                for layer in range(layers)
+            ),
+            tensors.get(f"{head}.{layers}.weight"),
         )
         for head in range(heads)
     )
 
 
-def _expected(key: tuple[int, int, bool, str], layers: int) -> bool:
-    _, layer, block, leaf = key
-    return layer < layers if block else layer == layers and leaf == "weight"
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _tensor_file(folder: Path) -> Path:
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_model")]
     if len(files) != 1:
         pickled = (
@@ -189,13 +184,4 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{folder} has {len(files)} safetensors files for its Medusa heads, one is needed: "
             f"{listed(file.name for file in files)}{pickled}"
         )
-    tensors: dict[str, Tensor] = {}
-    try:
-        with opened(files[0]) as stored:
-            for name in stored.keys():  # noqa: SIM118  (not a mapping)
-                tensors[name] = stored.get_tensor(name)
-                if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
-                    raise AdapterError(f"{files[0]}: {name!r} holds NaN, infinite or whole numbers")
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
-    return tensors
+    return files[0]

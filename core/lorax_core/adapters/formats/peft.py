@@ -1,7 +1,7 @@
 """The files that PEFT writes.
 
-Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. Everything else is refused by
-name. Knows nothing of models: whether a module exists is decided in `binding`.
+Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. An error names
+everything else. Knows nothing of models: whether a module exists is decided in `lora`.
 """
 
 from __future__ import annotations
@@ -43,30 +43,25 @@ _HARMLESS = frozenset(
 # Initialisations that subtract from the base's weights: such files fit only the changed base.
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
-# What stands behind the module in a tensor's name, the adapter's own name left out.
+# What stands behind the module in a tensor's name, the adapter's own name left out. Magnitudes and embeddings are stored with
+# and without a leaf, by version.
 _ROLES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_B.bias": "b_bias",
-    "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
     "base_layer.weight": "weight",
     "base_layer.bias": "bias",
     "token_adapter.trainable_tokens_delta": "tokens",
+    **{f"lora_embedding_A{leaf}": "embedding_a" for leaf in ("", ".weight", ".bias")},
+    **{f"lora_embedding_B{leaf}": "embedding_b" for leaf in ("", ".weight", ".bias")},
+    **{f"lora_magnitude_vector{leaf}": "magnitude" for leaf in ("", ".weight", ".bias")},
     "weight": "weight",
     "bias": "bias",
 }
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)\."
-    r"(?P<role>(?P<lora>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
-    r"(?P<leaf>\.weight|\.bias)?"
-    r"|base_layer\.(?:weight|bias)|token_adapter\.trainable_tokens_delta"
-    r"|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.(?P<saved>weight|bias)"
-    r"|weight|bias)"
+_NAMED = re.compile(
+    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.weight$|\.bias$|$)"
 )
-# A layer of a saved module that has several, as bias="all" spells it.
-_NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=.+\.(?:weight|bias)$)")
+_SAVED = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.)")
 
 
 @dataclass
@@ -89,15 +84,20 @@ class ModuleTensors:
         yield from ((role, value) for role, value in vars(self).items() if isinstance(value, Tensor))
 
     @property
-    def rank(self) -> int | None:
-        """Of its low-rank update; None without one."""
-        a = self.a if self.a is not None else self.embedding_a
-        return a.shape[0] if a is not None else None
+    def is_saved(self) -> bool:
+        """Whether it has a weight or a bias that is as the base's."""
+        return self.weight is not None or self.bias is not None
 
     @property
-    def holds_base(self) -> bool:
-        """Whether its weight is the base's beneath a low-rank update, and not a module that was trained whole."""
-        return self.weight is not None and self.rank is not None
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of its low-rank update, of a layer or of an embedding; None without one."""
+        a, b = (self.a, self.b) if self.a is not None else (self.embedding_a, self.embedding_b)
+        return (a, b) if a is not None and b is not None else None
+
+    @property
+    def rank(self) -> int | None:
+        """Of its low-rank update; None without one."""
+        return self.pair[0].shape[0] if self.pair is not None else None
 
     def meta(self) -> ModuleTensors:
         """Its shapes: on the meta device, but for the weight and the bias, which have to be compared with the base's."""
@@ -127,6 +127,11 @@ class PeftFiles:
         """The task that the files name."""
         return TASKS.get(str(self.config.get("task_type")))
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks of its low-rank updates, ascending."""
+        return tuple(sorted({one.rank for one in self.modules.values() if one.rank is not None}))
+
     def scale(self, module: str, rank: int) -> float:
         """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own."""
         patterns = self.config.get("alpha_pattern") or {}
@@ -152,8 +157,7 @@ class PeftFiles:
         digest.update(repr(list(extra)).encode())
         for module in sorted(self.modules):
             for role, tensor in self.modules[module].items():
-                digest.update(f"{module} {role} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(f"{module} {role} ".encode() + content(tensor))
         return digest.hexdigest()
 
 
@@ -164,32 +168,29 @@ def read_peft(path: str | Path) -> PeftFiles:
     files = PeftFiles(folder, config)
     leftover: list[str] = []
     doubled: set[tuple[str, str]] = set()
-    originals: list[
-        tuple[str, str]
-    ] = []  # the base's own numbers beside a saved module: PEFT writes them with bias="all"
-    for name, tensor in _read_tensors(folder):
-        spelt = _NESTED.sub(".", name)
-        found = _KEY.fullmatch(spelt.replace(".original_module.", "."))
-        if found is not None and ".original_module." in spelt:
-            originals.append((name, found["module"]))
-            continue
-        role = _ROLES.get(_role(found)) if found is not None else None
-        if found is None or role is None:
+    # The base's own numbers beside a saved module, which PEFT writes with bias="all".
+    originals: list[tuple[str, str]] = []
+    for name, tensor in read_tensors(_tensor_files(folder)):
+        spelt = _SAVED.sub("", name)
+        module, role = _split(spelt.replace(".original_module.", "."))
+        if not module:
             leftover.append(name)
             continue
-        tensors = files.modules.setdefault(found["module"], ModuleTensors())
+        if ".original_module." in spelt:
+            originals.append((name, module))
+            continue
+        tensors = files.modules.setdefault(module, ModuleTensors())
         before = getattr(tensors, role)
         # A saved module's bias stands there under its plain name too, with bias="all".
-        if found["saved"] or spelt != name:
-            doubled.add((found["module"], role))
-        again = (found["module"], role) in doubled
+        if spelt != name:
+            doubled.add((module, role))
+        again = (module, role) in doubled
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
         setattr(tensors, role, tensor)
-    saved = {
-        module for module, tensors in files.modules.items() if tensors.weight is not None or tensors.bias is not None
-    }
-    leftover += [name for name, module in originals if module not in saved]
+    leftover += [
+        name for name, module in originals if module not in files.modules or not files.modules[module].is_saved
+    ]
     if leftover:
         raise AdapterError(f"{folder} holds tensors that are not supported: {listed(leftover)}")
     if not files.modules:
@@ -206,12 +207,11 @@ def read_peft(path: str | Path) -> PeftFiles:
     return files
 
 
-def _role(found: re.Match[str]) -> str:
-    if found["lora"]:
-        # Magnitudes and embeddings are stored with and without `.weight`, by version.
-        plain = found["lora"] in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-        return found["lora"] if plain else f"{found['lora']}{found['leaf'] or ''}"
-    return found["saved"] or found["role"]
+def _split(name: str) -> tuple[str, str]:
+    """The module and the role of a tensor; the module is empty when there is no such role."""
+    name = _NAMED.sub(r"\1", name).removeprefix("base_model.model.")
+    ending = next((ending for ending in _ROLES if name.endswith(f".{ending}")), None)
+    return (name.removesuffix(f".{ending}"), _ROLES[ending]) if ending is not None else ("", "")
 
 
 def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
@@ -231,9 +231,8 @@ def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
 
 def _check_claims(files: PeftFiles, module: str, tensors: ModuleTensors) -> None:
     """What the settings say must be in the tensors, and what is in the tensors must be said."""
-    updated = tensors.a is not None or tensors.embedding_a is not None
     for setting, name, tensor, expected in (
-        ("use_dora", "lora_magnitude_vector", tensors.magnitude, updated),
+        ("use_dora", "lora_magnitude_vector", tensors.magnitude, tensors.pair is not None),
         ("lora_bias", "lora_B.bias", tensors.b_bias, tensors.a is not None),
     ):
         said = bool(files.config.get(setting))
@@ -248,7 +247,7 @@ def _check_saved(files: PeftFiles) -> None:
     than a model has, and versions name modules differently.
     """
     wanted = files.config.get("modules_to_save")
-    if wanted and all(tensors.weight is None and tensors.bias is None for tensors in files.modules.values()):
+    if wanted and not any(tensors.is_saved for tensors in files.modules.values()):
         raise AdapterError(
             f"{files.path} says modules_to_save={wanted!r:.60}, but holds no saved module",
             hint="PEFT leaves them out when it converts PiSSA and its like: such an adapter cannot be converted",
@@ -288,9 +287,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an adapter's files; raises AdapterError for one that holds other than finite floating-point numbers."""
     try:
-        for file in _tensor_files(path):
+        for file in files:
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                     tensor = tensors.get_tensor(name)
@@ -303,6 +303,11 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                     yield name, tensor
     except CheckpointError as error:
         raise AdapterError(error.message, hint=error.hint) from error
+
+
+def content(tensor: Tensor) -> bytes:
+    """What a hash of an adapter takes of a tensor: its dtype, its shape and its numbers."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tensor_files(path: Path) -> list[Path]:

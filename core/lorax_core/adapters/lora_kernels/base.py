@@ -1,4 +1,4 @@
-"""The seam of low-rank products.
+"""The interface of the kernels that compute low-rank products.
 
 Decides what a kernel is given and when: the segments of a step once, ahead of the forward pass, then the rows of one site
 after the other. Knows nothing of any kernel.
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorax_core.adapters.deltas import LowRank
@@ -50,10 +49,6 @@ class LoraKernel(ABC):
     """A way to compute low-rank products."""
 
     name: ClassVar[str]
-
-    @abstractmethod
-    def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why it cannot compute with tensors like these; None when it can."""
 
     @abstractmethod
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:

@@ -42,15 +42,15 @@ class NativePlan(LoraPlan):
     """One table of jobs, site after site."""
 
     def __init__(
-        self, product: LowRankProduct, segments: Sequence[Segment], tables: Sequence[_Table], names: Sequence[str]
+        self, product: LowRankProduct, segments: Sequence[tuple[Segment, _Table]], names: Sequence[str]
     ) -> None:
         self._product = product
         self._segments = segments  # whose tensors the jobs point into
-        jobs = np.concatenate([table.jobs for table in tables])
-        sites = np.concatenate([table.sites for table in tables])
-        counts = [len(table.jobs) for table in tables]
-        jobs["row"] = np.repeat([segment.start for segment in segments], counts)
-        jobs["rows"] = np.repeat([segment.rows for segment in segments], counts)
+        jobs = np.concatenate([table.jobs for _, table in segments])
+        sites = np.concatenate([table.sites for _, table in segments])
+        counts = [len(table.jobs) for _, table in segments]
+        jobs["row"] = np.repeat([segment.start for segment, _ in segments], counts)
+        jobs["rows"] = np.repeat([segment.rows for segment, _ in segments], counts)
         # The largest jobs of a site first, so that its threads end together.
         order = np.lexsort((-jobs["rows"] * jobs["rank"] * jobs["width"], sites))
         jobs, sites = jobs[order], sites[order]
@@ -91,7 +91,6 @@ class NativeKernel(LoraKernel):
         self._product = product
         self._worth = worth
         self._numbers: dict[str, int] = {}  # of site paths
-        self._names: list[str] = []
         self._tables: WeakKeyDictionary[Updates, _Table] = WeakKeyDictionary()
 
     def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -102,33 +101,33 @@ class NativeKernel(LoraKernel):
         return None
 
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:
-        tables = [self._table(segment.updates) for segment in segments]
         limit = self._worth * min(len(segments), 4)
-        short = [segment.rows * table.rank <= limit for segment, table in zip(segments, tables, strict=True)]
+        short: list[tuple[Segment, _Table]] = []
+        long: list[Segment] = []
+        for segment in segments:
+            table = self._table(segment.updates)
+            if segment.rows * table.rank <= limit:
+                short.append((segment, table))
+            else:
+                long.append(segment)
         plans: list[LoraPlan] = []
-        if any(short):
-            chosen = [one for one, is_short in zip(segments, short, strict=True) if is_short]
-            theirs = [one for one, is_short in zip(tables, short, strict=True) if is_short]
-            plans.append(NativePlan(self._product, chosen, theirs, self._names))
-        if not all(short):
-            plans.append(TorchPlan([one for one, is_short in zip(segments, short, strict=True) if not is_short]))
+        if short:
+            plans.append(NativePlan(self._product, short, list(self._numbers)))
+        if long:
+            plans.append(TorchPlan(long))
         return plans[0] if len(plans) == 1 else _Both(plans)
 
     def _table(self, updates: Updates) -> _Table:
         found = self._tables.get(updates)
-        if found is None:
-            found = self._tables[updates] = self._made(updates)
-        return found
-
-    def _made(self, updates: Updates) -> _Table:
+        if found is not None:
+            return found
         sites: list[int] = []
         pairs: list[tuple[Tensor, Tensor, int]] = []
         for path, update in updates.by_site.items():
             number = self._numbers.setdefault(path, len(self._numbers))
-            if number == len(self._names):
-                self._names.append(path)
             for block in update.blocks:
                 sites.append(number)
                 pairs.append((update.a[block.ranks], block.b, block.column))
         jobs = self._product.jobs(pairs)
-        return _Table(jobs, np.array(sites, np.int64), int(jobs["rank"].max(initial=0)))
+        made = self._tables[updates] = _Table(jobs, np.array(sites, np.int64), int(jobs["rank"].max(initial=0)))
+        return made

@@ -7,14 +7,15 @@ modules.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.adapters.base import known
+from lorax_core.errors import AdapterError, listed
 
 SignMethod = Literal["total", "frequency"]
 Pair = tuple[Tensor, Tensor]  # a [rank, in], b [out, rank]
@@ -42,8 +43,8 @@ class MergeOptions:
     majority_sign_method: str = "total"
 
     def __post_init__(self) -> None:
-        _check_word("strategy", self.strategy, STRATEGIES)
-        _check_word("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
+        known("strategy", self.strategy, STRATEGIES)
+        known("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
         if not all(math.isfinite(weight) for weight in self.weights):
             raise AdapterError(f"weights are finite numbers; these are {list(self.weights)}")
         if self.strategy in _SPARSE and self.density is None:
@@ -97,16 +98,6 @@ def combined(updates: Sequence[ScaledPair], options: MergeOptions, rank: int, ma
             return _factorwise(updates, options, mask)
 
 
-def _check_word(what: str, word: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if word not in known:
-        close = nearest(str(word), known)
-        raise AdapterError(
-            f"there is no {what} {word!r}; there are {listed(known)}",
-            hint=f"did you mean {close!r}?" if close else None,
-        )
-
-
 def _concatenated(updates: Sequence[ScaledPair]) -> Pair:
     a = torch.cat([update.a * update.strength for update in updates])  # [sum of ranks, in]
     return a, torch.cat([update.b for update in updates], dim=1)  # [out, sum of ranks]
@@ -136,7 +127,9 @@ def _factorwise(updates: Sequence[ScaledPair], options: MergeOptions, mask: Mask
 def _mixed(tensors: Sequence[Tensor], factors: Sequence[float], options: MergeOptions, mask: Mask | None) -> Tensor:
     if options.density is not None and options.density < 1:
         if options.strategy in _DRAWING:
-            tensors = [_dropped_at_random(tensor, options.density, mask) for tensor in tensors]
+            assert mask is not None, "dare needs a mask"
+            # What is kept is made larger, so that its expectation stays.
+            tensors = [tensor * mask(tensor, options.density) / options.density for tensor in tensors]
         else:
             tensors = [_dropped_by_size(tensor, options.density) for tensor in tensors]
     stacked = torch.stack(list(tensors))  # [adapters, rows, columns]
@@ -158,12 +151,6 @@ def _dropped_by_size(tensor: Tensor, density: float) -> Tensor:
     kept = torch.zeros(tensor.numel())
     kept[tensor.abs().reshape(-1).topk(count).indices] = 1
     return tensor * kept.view_as(tensor)
-
-
-def _dropped_at_random(tensor: Tensor, density: float, mask: Mask | None) -> Tensor:
-    """The numbers that a mask keeps, made larger so that their expectation stays."""
-    assert mask is not None, "dare needs a mask"
-    return tensor * mask(tensor, density) / density
 
 
 def seeded_mask(seed: int) -> Mask:

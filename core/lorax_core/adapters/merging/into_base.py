@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
@@ -17,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.layer import share_tie, share_tokens
+from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, share_tokens
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
-from lorax_core.adapters.merging.file_layer import FileLayer
 from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError, listed, nearest
@@ -59,13 +57,13 @@ def merge_into_base(
     """Write the checkpoint `base` with an adapter in its weights: the same files, names and dtypes, computed in float32.
 
     Where the output head shares the embedding's weight and the adapter changes one of them alone, both are written and
-    `config.json` says `tie_word_embeddings: false`; `notes` tells it. Trained tokens change both sides of a tie, as in PEFT.
+    `config.json` says `tie_word_embeddings: false`; `notes` says so. Trained tokens change both sides of a tie, as in PEFT.
     Other files are copied, but for weights in other formats, which are named in `notes`. Without a `host` the installed plugins
     are asked.
 
     Raises AdapterError naming the module that the base does not have (a head of the adapter's own among them) or that has
-    another shape, CheckpointError for a base that cannot be read, PluginError when nothing serves its `model_type`; `out` is
-    then as it was.
+    another shape, CheckpointError for a base that cannot be read, PluginError when no plugin supports its `model_type`; `out`
+    is then as it was.
     """
     final = Path(out)
     check_free(final, overwrite)
@@ -121,9 +119,7 @@ class _Plan:
         stored = {_place(weight_map, name): name for name in checkpoint.tensors}
         # Only a class that generates has the output head that a tie names.
         stated = stated_task(spec, config)
-        generates = stated in (None, Task.GENERATE)
-        ties = {side: name for name, side in weight_map.tie.items()} if generates else {}
-        heads = {head: side for side, head in ties.items()}
+        ties = weight_map.tie if stated in (None, Task.GENERATE) else {}
         tied: dict[str, _Change] = {}  # changes of heads without numbers of their own in the files
         for module, tensors in files.modules.items():
             names = [stored.get(_place(weight_map, f"{module}.{leaf}")) for leaf in ("weight", "bias")]
@@ -131,13 +127,13 @@ class _Plan:
             for leaf in _leaves(tensors):
                 place = _place(weight_map, f"{module}.{leaf}")
                 name = stored.get(place)
-                if name is None and place[0] in heads and (heads[place[0]], None) in stored:
+                if name is None and place[0] in ties and (ties[place[0]], None) in stored:
                     plan._take(tied, place[0], change)
                 elif name is None:
                     raise plan._no_place(change, leaf, stored)
                 else:
                     plan._take(plan.changes, name, change)
-        for embedding, head in ties.items():
+        for head, embedding in ties.items():
             plan._tie(embedding, head, stored, tied)
         plan._note_unsupported(config.vocab_size)
         if stated in CLASSIFICATION:
@@ -151,14 +147,12 @@ class _Plan:
 
     def write(self, folder: Path, progress: Progress | None) -> None:
         """Everything into an empty folder."""
-        done, total = 0, len(self.checkpoint.files)
-        for file in self.checkpoint.files:
+        for done, file in enumerate(self.checkpoint.files):
             if progress is not None:
-                progress(done, total)
+                progress(done, len(self.checkpoint.files))
             self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
-            done += 1
         if progress is not None:
-            progress(done, total)
+            progress(len(self.checkpoint.files), len(self.checkpoint.files))
         self._write_index(folder)
         self._copy_others(folder)
         if self.untied:
@@ -171,21 +165,19 @@ class _Plan:
         changes[name] = change
 
     def _no_place(self, change: _Change, leaf: str, stored: dict[tuple[str, int | None], str]) -> AdapterError:
-        modules = {name.rpartition(".")[0] for name in stored.values()}
-        own = _place(self.weight_map, f"{change.module}.weight")
-        model_type = self.checkpoint.config["model_type"]
-        if leaf == "bias" and own in stored:
+        if leaf == "bias" and change.weight is not None:
             return AdapterError(
                 f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
                 hint="use it unmerged: an adapter may add a bias, a checkpoint of this architecture may not",
             )
-        if change.tensors.a is None and change.tensors.embedding_a is None and change.tensors.tokens is None:
+        if change.tensors.pair is None and change.tensors.tokens is None:
             return AdapterError(
                 f"{self.files.path} holds {change.module!r} whole, which {self.checkpoint.path} does not have: a head of the "
                 "adapter's own cannot be merged",
                 hint="use it unmerged, or merge it into a checkpoint of a class that has this head",
             )
-        close = nearest(change.module, modules)
+        close = nearest(change.module, {name.rpartition(".")[0] for name in stored.values()})
+        model_type = self.checkpoint.config["model_type"]
         return AdapterError(
             f"{self.files.path} changes {change.module!r}, which the {model_type!r} checkpoint {self.checkpoint.path} does "
             f"not have; it was trained on {self.files.trained_on}",
@@ -193,11 +185,7 @@ class _Plan:
         )
 
     def _tie(
-        self,
-        embedding: str,
-        head: str,
-        stored: dict[tuple[str, int | None], str],
-        tied: dict[str, _Change],
+        self, embedding: str, head: str, stored: dict[tuple[str, int | None], str], tied: dict[str, _Change]
     ) -> None:
         """What a change of an embedding, of the head that shares its weight, or of both comes to."""
         below, above = stored.get((embedding, None)), stored.get((head, None))
@@ -209,35 +197,34 @@ class _Plan:
             return
         old = self.checkpoint.tensor(below)
         old_head = self.checkpoint.tensor(above) if above is not None else old
-        sides = [(side.module, side.tensors) if side is not None else None for side in (one, other)]
+        modules = [one.module if one is not None else embedding, other.module if other is not None else head]
+        lower, upper = (side.tensors if side is not None else None for side in (one, other))
         if above is None:
-            lower, upper = share_tie(self.files, *sides)
+            lower, upper = share_tie(self.files, modules, lower, upper)
         else:  # the head has numbers of its own in the files
-            lower, upper = (side[1] if side is not None else None for side in sides)
             upper = share_tokens(lower, upper)
-        new = self._merged(one.module if one is not None else embedding, lower, old)
-        new_head = self._merged(other.module if other is not None else head, upper, old_head)
+        new, new_head = (
+            _merged(self.files, module, tensors, side)[0].to(side.dtype) if tensors is not None else side
+            for module, tensors, side in zip(modules, (lower, upper), (old, old_head), strict=True)
+        )
         # Both sides are here already: nothing is left to do for them while the shards are written.
         self.changes.pop(below, None)
         if not torch.equal(new, old):
             self.added[below] = new
         if new.shape == new_head.shape and torch.equal(new, new_head) and above is None:
             return
-        name = above or _file_name(self.weight_map, head)
+        name = above or self.weight_map.stored_name(head)
         self.changes.pop(name, None)
+        if above is None:
+            self.beside[name] = below
         if above is None or not torch.equal(new_head, old_head):
             self.added[name] = new_head
-            self.beside[name] = below
         if not torch.equal(new, new_head):
             self.untied = True
             self.notes.append(
                 f"{below!r} and {name!r} shared one weight and do not any more: both are written, and config.json says "
                 "tie_word_embeddings: false"
             )
-
-    def _merged(self, module: str, tensors: ModuleTensors | None, old: Tensor) -> Tensor:
-        """A weight without a bias, in its own dtype."""
-        return old if tensors is None else FileLayer(module, old, None).merged(self.files, tensors)[0].to(old.dtype)
 
     def _note_unsupported(self, vocabulary: int) -> None:
         """Heads that are not supported may be tied to an embedding that changed; only their own class knows."""
@@ -261,34 +248,36 @@ class _Plan:
                 )
 
     def _write_shard(self, file: Path, out: Path) -> None:
-        tensors: dict[str, Tensor] = {}
         with opened(file) as found:
             metadata = found.metadata()
-            for name in found.keys():  # noqa: SIM118  (not a mapping)
-                tensors[name] = self._tensor(name, found.get_tensor(name))
-        for name, beside in self.beside.items():
-            if name not in self.checkpoint.tensors and beside in tensors:
-                tensors[name] = _finite(self.files, name, self.added[name])
+            tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118  (not a mapping)
+        for name in [*tensors, *(new for new, beside in self.beside.items() if beside in tensors)]:
+            if name in self.added or name in self.changes:
+                tensors[name] = self._new(name)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, out, metadata=metadata)
 
-    def _tensor(self, name: str, old: Tensor) -> Tensor:
-        if name in self.added:
-            return _finite(self.files, name, self.added[name])
-        change = self.changes.get(name)
-        if change is None:
-            return old
-        weight, bias = (
-            old if name == one else self.checkpoint.tensor(one) if one is not None else None
-            for one in (change.weight, change.bias)
-        )
-        assert weight is not None, f"{name!r} is a bias without a weight"
-        assert change.weight is not None
-        layer = FileLayer(change.module, weight, bias, self.weight_map.resolve(change.weight).transpose)
-        new = layer.merged(self.files, change.tensors)[0 if name == change.weight else 1]
+    def _new(self, name: str) -> Tensor:
+        """The tensor of this name in the files, in the dtype of the old one."""
+        new = self.added[name] if name in self.added else self._changed(name)
+        if not torch.isfinite(new).all():
+            raise AdapterError(
+                f"{self.files.path} makes {name!r} larger than {new.dtype} can hold",
+                hint="convert the base to bfloat16 or float32 first",
+            )
+        return new.contiguous().clone()
+
+    def _changed(self, name: str) -> Tensor:
+        change = self.changes[name]
+        assert change.weight is not None, f"{name!r} is a bias without a weight"
+        weight = self.checkpoint.tensor(change.weight)
+        bias = self.checkpoint.tensor(change.bias) if change.bias is not None else None
+        transposed = self.weight_map.resolve(change.weight).transpose
+        merged = _merged(self.files, change.module, change.tensors, weight, bias, transposed)
+        old, new = (weight, merged[0]) if name == change.weight else (bias, merged[1])
+        assert old is not None
         assert new is not None
-        new = new.to(old.dtype)
-        return _finite(self.files, name, new)
+        return new.to(old.dtype)
 
     def _write_index(self, folder: Path) -> None:
         index = self.checkpoint.json(_INDEX)
@@ -297,8 +286,6 @@ class _Plan:
         places = dict(index["weight_map"])
         metadata = dict(index.get("metadata") or {})
         for name, beside in self.beside.items():
-            if name in places:
-                continue
             places[name] = places[beside]
             for key, more in (("total_size", self.added[name].nbytes), ("total_parameters", self.added[name].numel())):
                 if isinstance(metadata.get(key), (int, float)):
@@ -309,10 +296,11 @@ class _Plan:
     def _copy_others(self, folder: Path) -> None:
         written = {file.relative_to(self.checkpoint.path) for file in self.checkpoint.files} | {Path(_INDEX)}
         left: list[str] = []
-        for path in _everything(self.checkpoint.path):
+        for path in sorted(self.checkpoint.path.rglob("*")):
             relative = path.relative_to(self.checkpoint.path)
             top = len(relative.parts) == 1
-            if relative in written:
+            # What is hidden belongs to the tools that fetched the files.
+            if relative in written or not path.is_file() or any(part.startswith(".") for part in relative.parts):
                 continue
             if path.suffix in _EXPORTS or (top and path.suffix in _OTHER_WEIGHTS):
                 left.append(relative.as_posix())
@@ -326,18 +314,8 @@ class _Plan:
 def _leaves(tensors: ModuleTensors) -> list[str]:
     """Which tensors of its module an adapter changes."""
     roles = {role for role, _ in tensors.items()}
-    return [
-        *(["weight"] if roles - {"bias", "b_bias"} else []),
-        *(["bias"] if roles & {"bias", "b_bias"} else []),
-    ]
-
-
-def _everything(folder: Path) -> Iterator[Path]:
-    """Files below a folder, hidden folders and files left out: they belong to the tools that fetched them."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
+    biases = {"bias", "b_bias"}
+    return [leaf for leaf, changed in (("weight", roles - biases), ("bias", roles & biases)) if changed]
 
 
 def _place(weight_map: WeightMap, name: str) -> tuple[str, int | None]:
@@ -345,20 +323,32 @@ def _place(weight_map: WeightMap, name: str) -> tuple[str, int | None]:
     return target.name, target.part
 
 
-def _file_name(weight_map: WeightMap, parameter: str) -> str:
-    """What files call a parameter: where two names are known, the one that is renamed, which is older and read by all."""
-    for pattern, replacement in weight_map.rename.items():
-        stem = replacement.removesuffix(".**")
-        old = f"{pattern.removesuffix('.**')}{parameter.removeprefix(stem)}"
-        if "*" not in stem and parameter.startswith(f"{stem}.") and weight_map.resolve(old).name == parameter:
-            return old
-    return parameter
+def _merged(
+    files: PeftFiles,
+    module: str,
+    tensors: ModuleTensors,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The new weight and bias of a module in float32, stored as the old ones are: the weight `[in, out]` when `transposed`."""
 
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.t() if transposed and tensor.dim() == 2 else tensor
 
-def _finite(files: PeftFiles, name: str, tensor: Tensor) -> Tensor:
-    if not torch.isfinite(tensor).all():
-        raise AdapterError(
-            f"{files.path} makes {name!r} larger than {tensor.dtype} can hold",
-            hint="convert the base to bfloat16 or float32 first",
-        )
-    return tensor.contiguous().clone()
+    layer = Layer(
+        module,
+        kind="vector",  # seen in errors only for what is no matrix
+        shape=tuple(turned(weight).shape),
+        embeds=weight.dim() == 2 and not transposed,
+        multiplies=weight.dim() == 2,
+        shifts=False,
+        device=torch.device("cpu"),
+        base=lambda leaf: turned(weight) if leaf == "weight" else bias,
+        saved=lambda leaf, tensor: turned(tensor) if leaf == "weight" else tensor,
+        rows=lambda tensor: tensor,
+    )
+    new, new_bias = turned(weight).float(), bias.float() if bias is not None else None
+    for delta in layer_deltas(files, tensors, layer):
+        new, new_bias = delta.merged(new, new_bias)
+    return turned(new), new_bias

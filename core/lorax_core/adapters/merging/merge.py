@@ -1,7 +1,7 @@
 """Several LoRA adapters into one.
 
 Decides what can be combined, which module meets which, and how the result is written as PEFT writes adapters. Knows nothing
-of models: everything is read off the files. What has no sum (magnitudes, biases, saved modules) is refused by name.
+of models, only of files. Magnitudes, biases and saved modules cannot be combined: an error names them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
 from lorax_core.adapters.merging.combining import (
     Mask,
     MergeOptions,
-    Pair,
     ScaledPair,
     SignMethod,
     combined,
@@ -83,8 +82,7 @@ def merge_adapters(
     with new_folder(out, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _BASE_FILE, metadata={"format": "pt"})
         (folder / _SETTINGS_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True) + "\n", "utf-8")
-    ranks = sorted({pair[0].shape[0] for _, pair in _pairs(files)})
-    return MergedAdapter(Path(out), strategy, len(files.modules), tuple(ranks), tuple(notes))
+    return MergedAdapter(Path(out), strategy, len(files.modules), files.ranks, tuple(notes))
 
 
 def merge_options(
@@ -120,49 +118,33 @@ def combine(
     members = {module: _members(module, adapters, options) for module in names}
     mask = mask or (seeded_mask(options.seed or 0) if options.draws else None)
     modules: dict[str, ModuleTensors] = {}
+    ranks: dict[str, int] = {}
     for done, (module, found) in enumerate(members.items()):
         if progress is not None:
             progress(done, len(members))
-        a, b = combined([update for update, _ in found], options, rank, mask)
-        tensors = ModuleTensors(embedding_a=a, embedding_b=b) if found[0][1] else ModuleTensors(a=a, b=b)
-        tensors.weight = _shared_base(module, adapters)
-        modules[module] = tensors
-    config, notes = _settings(adapters, {module: pair[0].shape[0] for module, pair in _named_pairs(modules)})
+        a, b = combined([one.update for one in found], options, rank, mask)
+        weight, ranks[module] = _shared_base(module, found), len(a)
+        if found[0].embedding:
+            modules[module] = ModuleTensors(embedding_a=a, embedding_b=b, weight=weight)
+        else:
+            modules[module] = ModuleTensors(a=a, b=b, weight=weight)
+    config, notes = _settings(adapters, ranks)
     path = adapters[0].path if len(adapters) == 1 else Path(" + ".join(files.path.name for files in adapters))
     return PeftFiles(path, config, modules), notes
 
 
-def _pair(tensors: ModuleTensors) -> Pair | None:
-    a, b = (tensors.a, tensors.b) if tensors.a is not None else (tensors.embedding_a, tensors.embedding_b)
-    return (a, b) if a is not None and b is not None else None
-
-
-def _named_pairs(modules: dict[str, ModuleTensors]) -> Iterable[tuple[str, Pair]]:
-    for module, tensors in modules.items():
-        pair = _pair(tensors)
-        if pair is not None:
-            yield module, pair
-
-
-def _pairs(files: PeftFiles) -> Iterable[tuple[str, Pair]]:
-    return _named_pairs(files.modules)
-
-
 def _refuse_more_than_updates(files: PeftFiles) -> None:
     for module, tensors in files.modules.items():
-        for role, what in _NO_SUM.items():
-            if getattr(tensors, role) is not None:
-                raise AdapterError(
-                    f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
-                    hint="merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`",
-                )
         saved = [leaf for leaf in ("weight", "bias") if getattr(tensors, leaf) is not None]
+        what = next((what for role, what in _NO_SUM.items() if getattr(tensors, role) is not None), None)
+        hint = "merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`"
         # A weight beneath a low-rank update is the base's own; `_shared_base` sees to it.
-        if "bias" in saved or (saved and _pair(tensors) is None):
+        if what is None and ("bias" in saved or (saved and tensors.pair is None)):
             what = "a bias" if saved == ["bias"] else "a saved module (modules_to_save) or a head"
+            hint = "train with bias='none' and without modules_to_save what is to be combined"
+        if what is not None:
             raise AdapterError(
-                f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
-                hint="train with bias='none' and without modules_to_save what is to be combined",
+                f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters", hint=hint
             )
 
 
@@ -188,64 +170,62 @@ def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
 def _stated_rank(files: PeftFiles) -> int:
     """The largest rank of an adapter as PEFT counts it: what the settings say, used or not."""
     said = [files.config.get("r"), *(files.config.get("rank_pattern") or {}).values()]
-    found = [pair[0].shape[0] for _, pair in _pairs(files)]
-    return max([rank for rank in said if isinstance(rank, int)] or found)
+    return max([rank for rank in said if isinstance(rank, int)] or files.ranks)
 
 
-def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) -> list[tuple[ScaledPair, bool]]:
-    """The updates of a module by the adapters that have it, and whether they are of an embedding."""
-    found: list[tuple[ScaledPair, bool]] = []
-    first: PeftFiles | None = None
+@dataclass(frozen=True)
+class _Member:
+    """What one adapter does to a module: its update, whether that is of an embedding, and the base's weight beneath it."""
+
+    path: Path
+    update: ScaledPair
+    embedding: bool
+    beneath: Tensor | None
+
+    @property
+    def sizes(self) -> str:
+        """What the module is by the shapes of the update, for errors."""
+        kind = "an embedding" if self.embedding else "a layer"
+        return f"{kind} from {self.update.a.shape[1]} to {self.update.b.shape[0]}"
+
+
+def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) -> list[_Member]:
+    """The updates of a module by the adapters that have it."""
+    found: list[_Member] = []
     for files, weight in zip(adapters, options.weights, strict=True):
-        pair = _pair(files.modules[module]) if module in files.modules else None
-        if pair is None:
+        tensors = files.modules.get(module)
+        if tensors is None or tensors.pair is None:
             continue
-        (a, b), embedding = pair, files.modules[module].embedding_a is not None
+        a, b = tensors.pair
         update = ScaledPair(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
-        if first is not None:
-            _check_together(module, first, found[0], files, (update, embedding), options)
-        else:
-            first = files
-        found.append((update, embedding))
+        found.append(_Member(files.path, update, tensors.embedding_a is not None, tensors.weight))
+        _check_together(module, found[0], found[-1], options)
     return found
 
 
-def _check_together(
-    module: str,
-    first: PeftFiles,
-    one: tuple[ScaledPair, bool],
-    files: PeftFiles,
-    other: tuple[ScaledPair, bool],
-    options: MergeOptions,
-) -> None:
-    shapes = [(update.a.shape[1], update.b.shape[0], embedding) for update, embedding in (one, other)]
-    if shapes[0] != shapes[1]:
-        sizes = [f"{'an embedding' if flag else 'a layer'} from {a} to {b}" for a, b, flag in shapes]
+def _check_together(module: str, one: _Member, other: _Member, options: MergeOptions) -> None:
+    if one.sizes != other.sizes:
         raise AdapterError(
-            f"{module!r} is {sizes[0]} in {first.path} and {sizes[1]} in {files.path}: they were trained on different bases"
+            f"{module!r} is {one.sizes} in {one.path} and {other.sizes} in {other.path}: they were trained on different bases"
         )
-    ranks = [update.a.shape[0] for update, _ in (one, other)]
+    ranks = [len(member.update.a) for member in (one, other)]
     if options.needs_one_rank and ranks[0] != ranks[1]:
         raise AdapterError(
-            f"{options.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {first.path} and {ranks[1]} in "
-            f"{files.path}",
+            f"{options.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {one.path} and {ranks[1]} in "
+            f"{other.path}",
             hint="'svd' and 'cat' take any ranks",
         )
 
 
-def _shared_base(module: str, adapters: Sequence[PeftFiles]) -> Tensor | None:
+def _shared_base(module: str, members: Sequence[_Member]) -> Tensor | None:
     """The base's weight that PEFT may save beneath an update of an embedding; all must hold the same."""
-    holders = [files for files in adapters if module in files.modules]
-    weights = [files.modules[module].weight for files in holders]
-    first = weights[0]
-    for files, weight in zip(holders, weights, strict=True):
-        if (weight is None) != (first is None) or (
-            weight is not None
-            and first is not None
-            and not (weight.shape == first.shape and torch.equal(weight, first))
-        ):
+    first = members[0].beneath
+    for member in members:
+        weight = member.beneath
+        same = weight is first if weight is None or first is None else torch.equal(weight, first)
+        if not same:
             raise AdapterError(
-                f"{holders[0].path} and {files.path} do not hold the same base weight beneath {module!r}, so there is no one "
+                f"{members[0].path} and {member.path} do not hold the same base weight beneath {module!r}, so there is no one "
                 "base for both",
                 hint="save them with save_pretrained(..., save_embedding_layers=False) where the base was not changed",
             )

@@ -76,8 +76,7 @@ class AdapterSlots:
         slot = self._slots[key]
         assert slot.users > 0, f"{key!r} was released more often than acquired"
         slot.users -= 1
-        if slot.retired and not slot.users:
-            del self._slots[key]
+        self._leave(key, slot)
 
     def request(self, key: str, holder: object = None) -> Grant | None:
         """Ask for a slot for a key that has none. None when none can be had now; then one is reserved."""
@@ -110,8 +109,7 @@ class AdapterSlots:
         slot = self._slots.get(key)
         if slot is not None:
             slot.loading = False
-            if slot.retired and not slot.users:
-                del self._slots[key]
+            self._leave(key, slot)
 
     def failed(self, key: str) -> None:
         """It did not arrive: its slot is available again."""
@@ -121,11 +119,9 @@ class AdapterSlots:
         """No request can name it any more: its slot is available once its users have been released."""
         self._pinned.discard(key)
         slot = self._slots.get(key)
-        if slot is None:
-            return
-        slot.retired = True
-        if not slot.users and not slot.loading:
-            del self._slots[key]
+        if slot is not None:
+            slot.retired = True
+            self._leave(key, slot)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
         """Never evict a key, or allow it again. False when that would leave no slot for others."""
@@ -149,6 +145,10 @@ class AdapterSlots:
     @property
     def _full(self) -> bool:
         return self.capacity is not None and len(self._slots) >= self.capacity
+
+    def _leave(self, key: str, slot: _Slot) -> None:
+        if slot.retired and not slot.users and not slot.loading:
+            del self._slots[key]
 
     def _idle(self, key: str) -> bool:
         slot = self._slots[key]

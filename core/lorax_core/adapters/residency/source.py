@@ -87,7 +87,7 @@ def find_adapter(
 
 
 def _refuse_pages(url: str, scheme: str) -> None:
-    """The web has pages, not folders: what one of them links to may be anything."""
+    """The address of a web page is no folder that can be listed."""
     if scheme.lower() in ("http", "https"):
         parts = [part for part in url.split("/")[3:] if part]
         close = f", for this page perhaps {'/'.join(parts[:2])!r}" if len(parts) > 1 else ""
@@ -117,7 +117,7 @@ def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
         if sure and _whole(root / version, remote):
             return FoundAdapter(root / version, url, version)
         root.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, so that the move there is one step; what breaks before leaves nothing.
+        # In the same folder, so that the move to its final name is one step; a download that fails leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".part-") as scratch:
             part = Path(scratch) / "files"
             part.mkdir()
@@ -127,7 +127,7 @@ def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
             key = version if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
             _settle(part, root / key, remote)
             return FoundAdapter(root / key, url, key)
-    except (OSError, RuntimeError) as error:  # no room, no rights, no home
+    except (OSError, RuntimeError) as error:  # no space, no permission, no home folder
         raise AdapterError(
             f"{url!r} could not be kept in {str(root)!r}: {type(error).__name__}: {error}",
             hint="name a folder that can be written to with LORAX_CACHE",
@@ -208,7 +208,7 @@ def _fetch(filesystem: Any, remote: Iterable[_File], folder: Path, url: str) -> 
 def _settle(part: Path, folder: Path, remote: Iterable[_File]) -> None:
     """Moves a finished download to its place, unless another one got there first."""
     if folder.is_dir() and not _whole(folder, remote):
-        os.rename(folder, part.with_name("spoilt"))
+        os.rename(folder, part.with_name("incomplete"))
     try:
         os.rename(part, folder)
     except OSError:
@@ -217,7 +217,7 @@ def _settle(part: Path, folder: Path, remote: Iterable[_File]) -> None:
 
 
 def _whole(folder: Path, remote: Iterable[_File]) -> bool:
-    """Whether a folder of the cache holds what is listed: people clean caches by hand."""
+    """Whether a folder of the cache holds every file that is listed: files may have been deleted from it."""
     return all(
         (folder / file.name).is_file() and file.size in (None, (folder / file.name).stat().st_size) for file in remote
     )

@@ -90,7 +90,8 @@ class AdapterStore:
         self._stacks: OrderedDict[str, AdapterHandle] = OrderedDict()
         self._clock = 0
         self._lock = threading.RLock()
-        self._fetcher = Fetcher(lambda name: self.load(name, name), _late(fetch_seconds), fetch_seconds)
+        self._fetch_seconds = fetch_seconds
+        self._fetcher = Fetcher(lambda name: self.load(name, name), self._late, fetch_seconds)
         self._binder: ThreadPoolExecutor | None = None
         self._closed = False
 
@@ -159,7 +160,11 @@ class AdapterStore:
         with self._lock:
             if isinstance(wanted, str):
                 return self._find(wanted).handle
-            _check_weights(wanted)
+            if not wanted:
+                raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
+            for name, weight in wanted.items():
+                if not math.isfinite(weight):
+                    raise AdapterError(f"adapter {name!r} has weight {weight}, which is no finite number")
             members = [(self._find(name).handle, float(weight)) for name, weight in wanted.items()]
             if len(members) == 1 and members[0][1] == 1.0:
                 return members[0][0]
@@ -180,7 +185,7 @@ class AdapterStore:
         with self._lock:
             absent = tuple(name for name in names if name not in self._names)
             for name in absent:
-                if not _is_source(name):
+                if "/" not in name and "\\" not in name:
                     self._find(name)
         return absent
 
@@ -367,6 +372,12 @@ class AdapterStore:
             )
         return found
 
+    def _late(self, name: str) -> AdapterError:
+        return AdapterError(
+            f"{name!r} was not loaded within {self._fetch_seconds:g} seconds",
+            hint="load it ahead with engine.adapters.load(name, source)",
+        )
+
     def _info(self, name: str) -> AdapterInfo:
         entry = self._names[name]
         return AdapterInfo.of(name, entry.handle, entry.found, self.bound.get(entry.handle.identity), entry.pinned)
@@ -379,23 +390,3 @@ def _free(store: weakref.ref[AdapterStore], identity: str) -> None:
         with found._lock:
             if identity not in found._handles:  # else the same content has been loaded again
                 found.bound.handle(UnbindAdapter(identity))
-
-
-def _late(seconds: float) -> Callable[[str], AdapterError]:
-    return lambda name: AdapterError(
-        f"{name!r} was not loaded within {seconds:g} seconds",
-        hint="load it ahead with engine.adapters.load(name, source)",
-    )
-
-
-def _check_weights(weights: Mapping[str, float]) -> None:
-    if not weights:
-        raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
-    for name, weight in weights.items():
-        if not math.isfinite(weight):
-            raise AdapterError(f"adapter {name!r} has weight {weight}, which is no finite number")
-
-
-def _is_source(name: str) -> bool:
-    """Whether a name may be a folder, a hub id or a URL; plain names never are, so that misspelt ones are found."""
-    return "/" in name or "\\" in name

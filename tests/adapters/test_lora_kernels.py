@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax_core.adapters.deltas import Block, LowRank
+from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.select import select_kernel, wrong_numbers
@@ -29,7 +29,7 @@ def make_update(generator, inputs, outputs, ranks, dtype):
     return LowRank(
         torch.randn(sum(ranks), inputs, generator=generator).to(dtype),
         tuple(
-            Block(slice(start, start + rank), at * width, torch.randn(rank, width, generator=generator).to(dtype))
+            RankBlock(slice(start, start + rank), at * width, torch.randn(rank, width, generator=generator).to(dtype))
             for at, (start, rank) in enumerate(zip(starts, ranks, strict=True))
             if rank
         ),

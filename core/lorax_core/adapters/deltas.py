@@ -56,7 +56,7 @@ def _bias(site: Site, part: Part) -> Tensor | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class RankBlock:
     """What some ranks of an update add to the columns from `column` on: b `[ranks, width]` is B transposed, with the scale."""
 
     ranks: slice
@@ -77,14 +77,14 @@ class LowRank:
     """
 
     a: Tensor
-    blocks: tuple[Block, ...]
+    blocks: tuple[RankBlock, ...]
     bias: Tensor | None = None
     not_a_sum = None
 
     @classmethod
     def whole(cls, a: Tensor, b: Tensor, bias: Tensor | None = None) -> LowRank:
         """An update of all columns: a `[rank, in]`, b `[out, rank]` with the scale."""
-        return cls(a, (Block(slice(0, len(a)), 0, b.t().contiguous()),), bias)
+        return cls(a, (RankBlock(slice(0, len(a)), 0, b.t().contiguous()),), bias)
 
     @property
     def nbytes(self) -> int:
@@ -93,13 +93,15 @@ class LowRank:
 
     def times(self, weight: float) -> LowRank:
         """What it adds, times a number."""
-        blocks = tuple(Block(block.ranks, block.column, block.b * weight) for block in self.blocks)
+        blocks = tuple(RankBlock(block.ranks, block.column, block.b * weight) for block in self.blocks)
         return LowRank(self.a, blocks, self.bias * weight if self.bias is not None else None)
 
     def placed(self, part: Part, out: int, device: torch.device, dtype: torch.dtype) -> LowRank:
         """The same update, of a part of a layer with `out` columns, in `dtype` on `device`."""
         columns = part or slice(0, out)
-        blocks = (Block(block.ranks, columns.start + block.column, block.b.to(device, dtype)) for block in self.blocks)
+        blocks = (
+            RankBlock(block.ranks, columns.start + block.column, block.b.to(device, dtype)) for block in self.blocks
+        )
         bias: Tensor | None = None
         if self.bias is not None:
             bias = torch.zeros(out, device=device, dtype=dtype)
@@ -133,12 +135,12 @@ def summed(updates: Iterable[LowRank]) -> LowRank:
             pairs.setdefault((block.column, block.b.shape[1]), []).append((update.a[block.ranks], block.b))
         if update.bias is not None:
             biases.append(update.bias)
-    blocks: list[Block] = []
+    blocks: list[RankBlock] = []
     ranks: list[Tensor] = []
     for (column, _), members in pairs.items():
         start = sum(map(len, ranks))
         ranks += [a for a, _ in members]
-        blocks.append(Block(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in members])))
+        blocks.append(RankBlock(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in members])))
     return LowRank(torch.cat(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
 
 

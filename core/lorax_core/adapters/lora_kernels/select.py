@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_core.adapters.deltas import Block, LowRank
+from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import LoraKernel, LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
@@ -44,8 +44,8 @@ def wrong_numbers(kernel: LoraKernel, dtype: torch.dtype) -> str | None:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    two = LowRank(drawn(5, 13), (Block(slice(0, 5), 1, drawn(5, 7)),))
-    parts = LowRank(drawn(6, 13), (Block(slice(0, 2), 0, drawn(2, 3)), Block(slice(2, 6), 4, drawn(4, 5))))
+    two = LowRank(drawn(5, 13), (RankBlock(slice(0, 5), 1, drawn(5, 7)),))
+    parts = LowRank(drawn(6, 13), (RankBlock(slice(0, 2), 0, drawn(2, 3)), RankBlock(slice(2, 6), 4, drawn(4, 5))))
     segments = [Segment(at, at + 2, Updates({"site": update})) for at, update in ((0, two), (3, parts))]
     x, y = drawn(6, 13), drawn(6, 9)
     found, expected = y.clone(), y.float()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorax_core.cli.render import data_only_stdout, show_json, show_table, tell, tell_error
+from lorax_core.cli.render import data_only_stdout, print_error, print_message, show_json, show_table
 from lorax_core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def inspect_adapter(
         show_table(("", ""), [*_summary(about), *(_fit_rows(fit) if fit else [])])
         _show_modules(about["modules"])
     if error is not None:
-        tell_error(error)
+        print_error(error)
         raise typer.Exit(1)
 
 
@@ -177,7 +177,7 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
         rows["changed"] = f"{len(rows['changed']):,} tensors"
     show_table(("", ""), [(name, _listed(value)) for name, value in rows.items()])
     for note in about["notes"]:
-        tell(note, label="note", style="yellow")
+        print_message(note, label="note", style="yellow")
 
 
 @contextlib.contextmanager

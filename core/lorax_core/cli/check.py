@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorax_core.cli.render import data_only_stdout, show_json, show_table, tell
+from lorax_core.cli.render import data_only_stdout, print_message, show_json, show_table
 
 if TYPE_CHECKING:
     from lorax_core.plugins.record import PluginRecord
@@ -59,7 +59,7 @@ def check_plugin(
         show_json(_report(model_type, owner, device, backend, results, counts))
     else:
         show_table(_COLUMNS, _rows(results))
-        _tell_results(results, counts)
+        _print_results(results, counts)
     if counts["failed"] or _all_refused(results):
         raise typer.Exit(1)
 
@@ -130,18 +130,18 @@ def _number(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def _tell_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
+def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
     for result in results:
         if result.status == "failed":
             excess = f" ({result.excess})" if result.excess else ""
-            tell(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
+            print_message(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
         elif result.status == "known":
-            tell(f"{result.key}: {result.detail}", label="known", style="yellow")
+            print_message(f"{result.key}: {result.detail}", label="known", style="yellow")
     refused = {result.variant: result.detail for result in results if result.refused}
     for variant, reason in refused.items():
-        tell(f"variant {variant}: {reason}", label="skipped", style="yellow")
+        print_message(f"variant {variant}: {reason}", label="skipped", style="yellow")
     if _all_refused(results):
-        tell(
+        print_message(
             "nothing was tested: the attention backend supports none of the variants",
             "`lorax doctor` lists the backends of this machine",
             label="failed",
@@ -150,4 +150,4 @@ def _tell_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
     summary = ", ".join(
         f"{counts[status]} {status}" for status in ("passed", "failed", "known", "skipped") if counts[status]
     )
-    tell(f"{summary}, in {sum(result.seconds for result in results):.1f} s")
+    print_message(f"{summary}, in {sum(result.seconds for result in results):.1f} s")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lorax_core
-from lorax_core.cli.options import Truncate, chosen_adapter, named_sources, read_texts, tell_truncated
-from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table, tell
+from lorax_core.cli.options import Truncate, chosen_adapter, named_sources, print_truncated, read_texts
+from lorax_core.cli.render import SCHEMA, data_only_stdout, print_message, show_table
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -74,7 +74,7 @@ def classify(
         _show_lines(answers)
     else:
         _show_table(answers)
-    tell_truncated(answers)
+    print_truncated(answers)
 
 
 def _head_options(
@@ -156,7 +156,7 @@ def _show_table(answers: list[Classification]) -> None:
     show_table(columns, lines)
     for index, rows in enumerate(found):
         if not rows:
-            tell(f"text {index}: nothing was found", style="dim")
+            print_message(f"text {index}: nothing was found", style="dim")
 
 
 def _cell(value: object) -> str:

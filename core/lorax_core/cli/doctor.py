@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import lorax_core
-from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell_problems
+from lorax_core.cli.render import data_only_stdout, print_problems, problem_json, show_json, show_table
 
 if TYPE_CHECKING:
     from lorax_core.plugins.host import PluginHost
@@ -51,7 +51,7 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         groups = {"versions": versions, "machine": machine, "attention": backends, "plugins": plugins}
         lines = [(group, name, str(value)) for group, found in groups.items() for name, value in found.items()]
         show_table(("", "", ""), lines)
-    tell_problems(host.records)
+    print_problems(host.records)
     if host.problems:
         raise typer.Exit(1)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lorax_core
-from lorax_core.cli.options import Truncate, read_texts, tell_truncated
+from lorax_core.cli.options import Truncate, print_truncated, read_texts
 from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table
 from lorax_core.types import Pooling
 
@@ -49,7 +49,7 @@ def embed(
         _show_lines(embeddings)
     else:
         show_table(("index", "tokens", "dim", "first values"), [_row(*at) for at in enumerate(embeddings)])
-    tell_truncated(embeddings)
+    print_truncated(embeddings)
 
 
 def _show_lines(embeddings: list[Embedding]) -> None:

@@ -13,7 +13,7 @@ import typer
 
 import lorax_core
 from lorax_core.cli.options import chosen_adapter, named_sources, read_text
-from lorax_core.cli.render import data_only_stdout, show_json, tell
+from lorax_core.cli.render import data_only_stdout, print_message, show_json
 
 if TYPE_CHECKING:
     from lorax_core.serving.stream import Stream
@@ -73,7 +73,7 @@ def generate(
         _show_json(path, request.adapter, completion)
     else:
         tokens = completion.usage.completion_tokens
-        tell(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
+        print_message(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
 
 
 def _follow(stream: Stream, quiet: bool) -> Completion:

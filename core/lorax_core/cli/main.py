@@ -44,9 +44,9 @@ class Subcommands(TyperGroup):
                 import traceback
 
                 traceback.print_exception(error)
-            from lorax_core.cli.render import tell_error
+            from lorax_core.cli.render import print_error
 
-            tell_error(error)
+            print_error(error)
             raise typer.Exit(1) from error
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell, tell_problems
+from lorax_core.cli.render import data_only_stdout, print_message, print_problems, problem_json, show_json, show_table
 from lorax_core.types import Task
 
 if TYPE_CHECKING:
@@ -41,10 +41,12 @@ def list_models(
     elif models:
         show_table(_COLUMNS, [_row(entry) for entry in models])
     elif task is not None and host.architectures:
-        tell(f"no installed architecture supports the task '{task}'")
+        print_message(f"no installed architecture supports the task '{task}'")
     else:
-        tell("no architecture can be used", "pip install lorax-qwen2; `lorax plugins list --all` shows what is there")
-    tell_problems(host.records)
+        print_message(
+            "no architecture can be used", "pip install lorax-qwen2; `lorax plugins list --all` shows what is there"
+        )
+    print_problems(host.records)
     if strict and host.problems:
         raise typer.Exit(1)
 
@@ -104,7 +106,7 @@ def check_model(
             ],
         )
     for problem in report.problems:
-        tell(problem, label="problem", style="red")
+        print_message(problem, label="problem", style="red")
     if not report.ok:
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorax_core.cli.render import tell
+from lorax_core.cli.render import print_message
 from lorax_core.errors import AdapterError, listed, nearest
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ def read_texts(given: list[str]) -> list[str]:
     return sys.stdin.read().splitlines() if given == ["-"] else given
 
 
-def tell_truncated(answers: Sequence[Embedding | Classification]) -> None:
+def print_truncated(answers: Sequence[Embedding | Classification]) -> None:
     """On stderr, each text that was cut."""
     for index, answer in enumerate(answers):
         if answer.truncated:
-            tell(f"text {index} was cut to {answer.usage.prompt_tokens} tokens", label="warning", style="yellow")
+            print_message(
+                f"text {index} was cut to {answer.usage.prompt_tokens} tokens", label="warning", style="yellow"
+            )

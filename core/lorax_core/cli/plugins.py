@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorax_core.cli.check import check_plugin
-from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell_problems
+from lorax_core.cli.render import data_only_stdout, print_problems, problem_json, show_json, show_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -41,7 +41,7 @@ def list_plugins(
     else:
         columns = ("plugin", "package", "version", "architectures", "backends", "status")
         show_table(columns, [_row(record) for record in records])
-    tell_problems(host.records)
+    print_problems(host.records)
 
 
 @app.command("doctor")

@@ -69,7 +69,7 @@ def _show_rich_table(columns: Sequence[str], rows: list[list[str]]) -> None:
     Console().print(table)
 
 
-def tell(message: str, hint: str | None = None, *, label: str = "", style: str = "") -> None:
+def print_message(message: str, hint: str | None = None, *, label: str = "", style: str = "") -> None:
     """A message on stderr, its label coloured on a terminal, its hint below."""
     from rich.console import Console
     from rich.text import Text
@@ -80,16 +80,16 @@ def tell(message: str, hint: str | None = None, *, label: str = "", style: str =
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def tell_error(error: LoraxError) -> None:
+def print_error(error: LoraxError) -> None:
     """An error on stderr: what failed, and the next thing to do."""
-    tell(error.message, error.hint, label="error", style="red")
+    print_message(error.message, error.hint, label="error", style="red")
 
 
-def tell_problems(records: Iterable[PluginRecord]) -> None:
+def print_problems(records: Iterable[PluginRecord]) -> None:
     """On stderr, each plugin that failed, or is slow to import, with its cause."""
     for record in records:
         if record.status.failed or record.status == "slow-import":
-            tell(record.verdict, record.hint, label="warning", style="yellow")
+            print_message(record.verdict, record.hint, label="warning", style="yellow")
 
 
 def problem_json(record: PluginRecord) -> dict[str, Any]:

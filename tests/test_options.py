@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from pathlib import Path
 
 import pytest
@@ -59,12 +60,42 @@ def test_a_token_is_never_shown():
     assert EngineOptions(checkpoint="m", token=SecretStr("s3cret")).token == options.token
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token": b"s3cret"},
+        {"tokn": "s3cret"},
+        {"token": "s3cret", "max_cpu_adapters": 1},
+        {"token": "s3cret", "checkpoint": 5},
+        {"token": "s3cret", "adapters": "a"},
+    ],
+)
+def test_a_token_is_in_no_traceback(options):
+    shown = "".join(traceback.format_exception(refusal(**options)))
+
+    assert "s3cret" not in shown
+
+
+def test_a_missing_option_is_named_without_the_others():
+    others = {"token": "s3cret"}
+
+    with pytest.raises(RequestError) as caught:
+        EngineOptions(**others)
+
+    assert caught.value.message == "checkpoint: Field required"
+    assert "s3cret" not in "".join(traceback.format_exception(caught.value))
+
+
 def test_paths_and_members_of_enumerations_become_text():
     options = EngineOptions(checkpoint=Path("m"), adapters={"a": Path("folder") / "a"}, pooling=Pooling.MEAN)
 
     assert (options.checkpoint, options.adapters) == ("m", {"a": str(Path("folder") / "a")})
     assert type(options.pooling) is str
     assert EngineOptions(checkpoint="m", adapters=None).adapters == {}
+
+
+def test_a_whole_number_is_a_fraction_too():
+    assert EngineOptions(checkpoint="m", kv_cache_fraction=1).kv_cache_fraction == 1.0
 
 
 def test_options_do_not_change():
@@ -89,6 +120,8 @@ def test_options_do_not_change():
         ({"token": 5}, "token: a token is a string, not int", None),
         ({"kv_cache_tokens": 1, "kv_cache_bytes": 1}, "'kv_cache_tokens', 'kv_cache_bytes' exclude each other", None),
         ({"max_cpu_adapters": 1}, "max_cpu_adapters needs max_adapters", None),
+        ({"kv_cache_fraction": True}, "kv_cache_fraction: Input should be a valid number (found True)", None),
+        ({"kv_cache_fraction": "0.5"}, "kv_cache_fraction: Input should be a valid number (found '0.5')", None),
         ({"kv_cache_fraction": float("nan")}, "kv_cache_fraction: Input should be", None),
     ],
 )

@@ -40,7 +40,8 @@ class EngineOptions(BaseModel):
     - `seed`: of requests without one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # Inputs are hidden, so that a traceback through pydantic's own error does not show the token either.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     checkpoint: str
     revision: str | None = None
@@ -56,7 +57,7 @@ class EngineOptions(BaseModel):
     kv_cache_tokens: int | None = Field(default=None, ge=1)
     kv_cache_pages: int | None = Field(default=None, ge=1)
     kv_cache_bytes: int | None = Field(default=None, ge=1)
-    kv_cache_fraction: float | None = Field(default=None, gt=0, le=1, strict=False)
+    kv_cache_fraction: float | None = Field(default=None, gt=0, le=1)
     kv_dtype: KVDtype = "auto"
     max_batch_tokens: int = Field(default=2048, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
@@ -136,7 +137,9 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
         # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
         elif option not in found or depth > found[option][0]:
             message = problem["msg"].removeprefix("Value error, ")
-            shown = "" if option in ("", "token") else f" (found {problem['input']!r:.80})"
+            # Of a missing option, or of several that do not agree, pydantic calls all options the input.
+            hidden = option in ("", "token") or problem["type"] == "missing"
+            shown = "" if hidden else f" (found {problem['input']!r:.80})"
             inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
             found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{shown}" if option else message)
             hint = hint or _nearest_value(problem)

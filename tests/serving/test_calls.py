@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -236,6 +238,63 @@ def test_an_event_loop_that_was_closed_while_it_waited_hurts_nobody(endless):
     assert alive(endless) == 0
 
 
+def test_a_task_that_is_cancelled_between_two_events_takes_its_stream_out(endless):
+    """Also where something still holds the stream: here the frame that the task's exception keeps."""
+
+    async def listen(heard):
+        stream = endless.stream([5], ignore_eos=True)
+        async for _ in stream:
+            heard.set()
+            await asyncio.Event().wait()  # as one who sends the event on would
+
+    async def cancelled():
+        heard = asyncio.Event()
+        task = asyncio.create_task(listen(heard))
+        await heard.wait()
+        task.cancel()
+        [error] = await asyncio.gather(task, return_exceptions=True)
+        return error, await asyncio.to_thread(alive, endless)
+
+    error, left = asyncio.run(asyncio.wait_for(cancelled(), LIMIT))
+
+    assert isinstance(error, asyncio.CancelledError)
+    assert left == 0
+
+
+def test_a_stream_that_another_task_has_taken_over_goes_on(engine):
+    async def first(stream, heard):
+        await anext(stream)
+        heard.set()
+        await asyncio.Event().wait()
+
+    async def handed_over():
+        stream, heard = engine.stream([5], max_tokens=6, ignore_eos=True), asyncio.Event()
+        task = asyncio.create_task(first(stream, heard))
+        await heard.wait()
+        events = [await anext(stream)]
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return events + [event async for event in stream]
+
+    events = asyncio.run(asyncio.wait_for(handed_over(), LIMIT))
+
+    assert events[-1].completion is not None
+    assert len(events[-1].completion.token_ids) == 6
+
+
+def test_two_event_loops_in_two_threads_may_await_one_call(endless):
+    call = endless.submit([lorax.GenerateRequest(prompt=[5], max_tokens=400, ignore_eos=True)])
+
+    async def result():
+        return await asyncio.wait_for(call, LIMIT)
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [waiting.result(LIMIT) for waiting in [pool.submit(asyncio.run, result()) for _ in range(2)]]
+
+    assert one == other == call.wait()
+    assert len(one[0].token_ids) == 400
+
+
 # --- adapters that must be fetched first ---
 
 
@@ -327,6 +386,64 @@ def test_closing_the_engine_ends_calls_whose_adapters_are_still_fetched(qwen2, g
 
     with pytest.raises(lorax.LoraxError, match="closed"):
         within(LIMIT, call.wait)
+
+
+@pytest.mark.parametrize("way", ["a task", "an interruption", "a dropped stream"])
+def test_who_stops_waiting_for_a_fetch_leaves_nothing_behind_that_starts(engine, gated, way):
+    request = lorax.GenerateRequest(prompt=[5], adapter=gated, max_tokens=2)
+    if way == "a task":
+        call = engine.submit([request])
+
+        async def awaiting():
+            task = asyncio.create_task(_result_of(call))
+            while not call._wakers:
+                await asyncio.sleep(0)
+            task.cancel()
+            return await asyncio.gather(task, return_exceptions=True)
+
+        [error] = asyncio.run(asyncio.wait_for(awaiting(), LIMIT))
+        assert isinstance(error, asyncio.CancelledError)
+    elif way == "an interruption":
+        call = engine.submit([request])
+        helper = threading.Thread(target=_interrupt_who_waits, args=(call,))
+        helper.start()
+        with pytest.raises(KeyboardInterrupt):
+            call.wait()
+        helper.join(LIMIT)
+    else:
+        stream = engine.stream([5], adapter=gated, max_tokens=2)
+        call = stream._call
+        del stream
+        gc.collect()
+
+    Gated.gate.set()
+    within(LIMIT, lambda: engine.adapters.fetch([gated]).result())
+
+    assert call.done
+    assert call._answers == []
+    assert alive(engine) == 0
+    engine.adapters.unload(gated)
+
+
+async def _result_of(call):
+    return await call
+
+
+def _interrupt_who_waits(call):
+    while not call._changed._waiters:
+        pass
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_a_closed_engine_fetches_nothing_any_more(qwen2, gated):
+    engine = lorax.load(qwen2, kv_cache_tokens=256)
+    engine.close()
+    Gated.gate.set()
+
+    with pytest.raises(lorax.RequestError, match="closed"):
+        engine.submit([lorax.GenerateRequest(prompt=[5], adapter=gated)])
+
+    assert not Gated.asked.is_set()
 
 
 def test_an_engine_says_what_its_last_step_did(qwen2):

@@ -132,6 +132,7 @@ class Engine:
         if not any(missing):
             call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
             return call
+        self._worker.submit([])  # a closed engine refuses now, not after a download
         for request, names in zip(requests, missing, strict=True):
             if not names:
                 self._preparer.prepare(request)  # refused now, and not when the others' adapters are there

@@ -5,6 +5,8 @@ Decides that leaving a stream early cancels what it has not finished. Knows noth
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from types import TracebackType
 from typing import Self
 
@@ -14,12 +16,13 @@ from lorax_core.types import Event
 
 class Stream:
     """Events of a call as they happen: iterate with `for` or `async for`. `close()`, dropping it, or cancelling the task that
-    iterates it cancels the rest.
+    iterates it cancels the rest, also where that task is cancelled between two events.
     """
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._closed = False
+        self._task: weakref.ref[asyncio.Task[object]] | None = None  # the task that last asked for an event
 
     def __iter__(self) -> Self:
         return self
@@ -44,6 +47,7 @@ class Stream:
     async def __anext__(self) -> Event:
         event = None
         if not self._closed:
+            self._follow_task()
             try:
                 event = await self._call.next_event_async()
             except BaseException:  # the task was cancelled, or an error of the call
@@ -59,6 +63,21 @@ class Stream:
         if not self._closed:
             self._closed = True
             self._call.cancel()
+
+    def _follow_task(self) -> None:
+        """Close the stream when the current task ends by cancellation, unless another task has taken it over."""
+        task = asyncio.current_task()
+        if task is None or (self._task is not None and self._task() is task):
+            return
+        self._task = weakref.ref(task)
+        followed = weakref.ref(self)  # a task must not keep a stream alive that nobody else holds
+
+        def ended(task: asyncio.Task[object]) -> None:
+            stream = followed()
+            if stream is not None and task.cancelled() and stream._task is not None and stream._task() is task:
+                stream.close()
+
+        task.add_done_callback(ended)
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@ from oracles import TOLERANCE
 _ADAPTERS = """\
 # Adapters
 
-What of PEFT's LoRA is served on which architecture. A dot is a cell that `tests/adapters/test_matrix.py` proves on small
+What of PEFT's LoRA is supported on which architecture. A dot is a cell that `tests/adapters/test_matrix.py` proves on small
 random models in float32, against PEFT with that adapter alone and unmerged, to {tolerance:.0e} of the largest number: alone, in
 one batch with another adapter and the base, and after it was unloaded and loaded again. Architectures that generate are
 compared by prompt log-probabilities and by embeddings, the others by embeddings; rows with labels by their classes and by

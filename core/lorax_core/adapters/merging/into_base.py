@@ -79,7 +79,7 @@ def merge_into_base(
 
 
 @dataclass(frozen=True)
-class _Change:
+class _ModuleChange:
     """A module of the adapter, and what its weight and bias are called in the checkpoint's files (None: not there)."""
 
     module: str
@@ -102,7 +102,7 @@ class _Plan:
     checkpoint: Checkpoint
     files: PeftFiles
     weight_map: WeightMap
-    changes: dict[str, _Change] = field(default_factory=dict)  # by name in the files
+    changes: dict[str, _ModuleChange] = field(default_factory=dict)  # by name in the files
     added: dict[str, Tensor] = field(default_factory=dict)  # by name in the files: the two sides of a tie
     beside: dict[str, str] = field(default_factory=dict)  # a name that is new to the tensor in whose file it goes
     untied: bool = False
@@ -120,10 +120,10 @@ class _Plan:
         # Only a class that generates has the output head that a tie names.
         stated = stated_task(spec, config)
         ties = weight_map.tie if stated in (None, Task.GENERATE) else {}
-        tied: dict[str, _Change] = {}  # changes of heads without numbers of their own in the files
+        tied: dict[str, _ModuleChange] = {}  # changes of heads without numbers of their own in the files
         for module, tensors in files.modules.items():
             names = [stored.get(_place(weight_map, f"{module}.{leaf}")) for leaf in ("weight", "bias")]
-            change = _Change(module, tensors, *names)
+            change = _ModuleChange(module, tensors, *names)
             for leaf in _leaves(tensors):
                 place = _place(weight_map, f"{module}.{leaf}")
                 name = stored.get(place)
@@ -159,12 +159,12 @@ class _Plan:
             config = {**self.checkpoint.config, "tie_word_embeddings": False}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
-    def _take(self, changes: dict[str, _Change], name: str, change: _Change) -> None:
+    def _take(self, changes: dict[str, _ModuleChange], name: str, change: _ModuleChange) -> None:
         if name in changes:
             raise AdapterError(f"{self.files.path} changes {change.module!r} twice, under two spellings")
         changes[name] = change
 
-    def _no_place(self, change: _Change, leaf: str, stored: dict[tuple[str, int | None], str]) -> AdapterError:
+    def _no_place(self, change: _ModuleChange, leaf: str, stored: dict[tuple[str, int | None], str]) -> AdapterError:
         if leaf == "bias" and change.weight is not None:
             return AdapterError(
                 f"{self.files.path} changes the bias of {change.module!r}, which has none in {self.checkpoint.path}",
@@ -185,7 +185,7 @@ class _Plan:
         )
 
     def _tie(
-        self, embedding: str, head: str, stored: dict[tuple[str, int | None], str], tied: dict[str, _Change]
+        self, embedding: str, head: str, stored: dict[tuple[str, int | None], str], tied: dict[str, _ModuleChange]
     ) -> None:
         """What a change of an embedding, of the head that shares its weight, or of both comes to."""
         below, above = stored.get((embedding, None)), stored.get((head, None))

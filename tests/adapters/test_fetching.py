@@ -91,3 +91,18 @@ def test_names_that_are_sources_are_missing_until_they_are_fetched(qwen2, host, 
     assert store.get(folder).kind == "lora"
     with pytest.raises(AdapterError, match="no adapter is called 'plain'"):
         store.missing("plain")
+
+
+def test_fetches_that_hang_give_their_turns_back_when_their_time_is_over():
+    slow, quick = Slow(), []
+    fetcher = Fetcher(lambda name: slow(name) if name.startswith("slow") else quick.append(name), late, 0.05)
+
+    for number in range(4):
+        with pytest.raises(AdapterError, match="is late"):
+            within(60, lambda number=number: fetcher.fetch([f"slow{number}"]).result())
+    patient = Fetcher(quick.append, late, 600)
+    patient._turns = fetcher._turns  # the turns of those that hang, and time enough
+    within(60, lambda: patient.fetch(["good"]).result())
+
+    assert quick == ["good"]
+    slow.may_end.set()

@@ -210,3 +210,23 @@ def test_an_engine_without_adapters_compiles_nothing(qwen2, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(qwen2)], env=environment, check=True, timeout=120)
 
     assert not (tmp_path / "cache").exists()
+
+
+@needs_compiler
+def test_rows_of_another_dtype_than_the_adapters_are_refused(product):
+    update = LowRank.whole(torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(4, 2, dtype=torch.bfloat16))
+    plan = NativeKernel(product).plan([Segment(0, 3, Updates({"here": update}))])
+
+    with pytest.raises(RuntimeError, match=r"here computes in torch\.float32, its adapters in torch\.bfloat16"):
+        plan.add("here", torch.ones(3, 8), torch.zeros(3, 4))
+
+
+@needs_compiler
+def test_a_single_column_of_any_strides_is_added_to(product):
+    update = LowRank.whole(torch.ones(2, 8), torch.ones(1, 2))
+    y = torch.zeros(1, 3).t()  # [3, 1], strides (1, 3)
+    plan = NativeKernel(product).plan([Segment(0, 3, Updates({"here": update}))])
+
+    plan.add("here", torch.ones(3, 8), y)
+
+    assert y.tolist() == [[16.0]] * 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -330,3 +331,14 @@ def test_scores_ask_for_no_more_than_there_is():
 
     assert len(found[0].top) == VOCAB
     assert found[1].top == {}
+
+
+@pytest.mark.parametrize("setting", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_a_token_that_the_model_rules_out_stays_so_under_penalties(setting):
+    logits = make_logits()
+    logits[0, 3] = float("-inf")
+    row = make_draw(temperature=0.0, **{setting: 1.3})
+
+    found = sample(logits, [replace(row, counts=make_counts({3: 1, 5: 1}))])
+
+    assert found[0].token_id == int(logits[0].argmax())

@@ -73,10 +73,15 @@ def test_another_source_is_another_library(source, tmp_path):
     assert load_native(source, Settings(cache=tmp_path / "cache")).library.answer() == 43
 
 
+def replace(evil, library):
+    library.unlink()  # never written over: this process may have it mapped
+    shutil.copy(evil, library)
+
+
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
 def test_nothing_is_loaded_from_a_folder_that_others_can_write_to(source, tmp_path, mark, mode):
     library = made(source, tmp_path / "cache")
-    shutil.copy(planted(tmp_path), library)
+    replace(planted(tmp_path), library)
     library.parent.chmod(mode)
 
     found = load_native(source, Settings(cache=tmp_path / "cache"))
@@ -88,7 +93,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_can_write_to(source, tmp_pa
 
 def test_nothing_is_loaded_below_a_folder_that_others_can_write_to(source, tmp_path, mark):
     library = made(source, tmp_path / "cache")
-    shutil.copy(planted(tmp_path), library)
+    replace(planted(tmp_path), library)
     (tmp_path / "cache").chmod(0o777)
 
     found = load_native(source, Settings(cache=tmp_path / "cache"))
@@ -132,7 +137,7 @@ def test_what_belongs_to_another_user_is_not_loaded(source, tmp_path):
 
 def test_a_folder_behind_a_link_is_judged_by_where_it_is(source, tmp_path, mark):
     library = made(source, tmp_path / "open" / "cache")
-    shutil.copy(planted(tmp_path), library)
+    replace(planted(tmp_path), library)
     (tmp_path / "open").chmod(0o777)
     (tmp_path / "link").symlink_to(tmp_path / "open/cache")
 
@@ -149,3 +154,17 @@ def test_a_source_that_does_not_compile_says_why(source, tmp_path):
 
     assert found.library is None
     assert "failed" in found.reason
+
+
+@pytest.mark.parametrize("kept", [0, 100, 3000])
+def test_a_library_that_was_cut_short_is_compiled_again(source, tmp_path, kept):
+    library = made(source, tmp_path / "cache")
+    whole = library.read_bytes()
+    library.unlink()
+    library.write_bytes(whole[:kept])
+    library.chmod(0o700)
+
+    found = load_native(source, Settings(cache=tmp_path / "cache"))
+
+    assert found.library.answer() == 42
+    assert library.stat().st_size == len(whole)

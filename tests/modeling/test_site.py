@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorax_core.adapters.deltas import Replacement
+from lorax_core.adapters.deltas import EmbeddingLowRank, Replacement, TokenRows
 from lorax_core.modeling import Embedding, LayerNorm, Linear, RMSNorm
 from lorax_core.modeling.batch import NoAdapters
 from lorax_core.modeling.linear import prepare_linears
@@ -96,3 +96,31 @@ def test_other_arithmetic_of_a_norm_holds_where_a_residual_is_added(kind):
 def test_a_layer_that_would_bypass_its_adapters_cannot_be_defined(base, name):
     with pytest.raises(TypeError, match=f"Bypass defines '{name}'.*override 'compute' instead"):
         type("Bypass", (base,), {name: lambda self, x, batch: x})
+
+
+@pytest.mark.parametrize("base", [Linear, Embedding, LayerNorm, RMSNorm])
+def test_a_forward_that_is_mixed_in_is_refused_too(base):
+    mixin = type("Mixin", (), {"forward": lambda self, x, batch: x})
+
+    with pytest.raises(TypeError, match="Bypass defines 'forward'"):
+        type("Bypass", (mixin, base), {})
+
+
+@pytest.mark.parametrize(("base", "name"), [(LayerNorm, "add"), (RMSNorm, "computed_with"), (Linear, "computed_with")])
+def test_other_final_methods_cannot_be_overridden(base, name):
+    with pytest.raises(TypeError, match=f"Bypass defines '{name}'"):
+        type("Bypass", (base,), {name: lambda self, *numbers: None})
+
+
+def test_other_arithmetic_of_an_embedding_holds_for_trained_tokens_and_low_rank_updates():
+    site = make_site(ScaledEmbedding, MADE[ScaledEmbedding], seed=1)
+    x, rows = make_x(ScaledEmbedding), torch.randn(1, SIZE).cos()
+    a, b = torch.randn(SIZE, 2).cos(), torch.randn(SIZE, 2).sin()
+    trained, updated = site.weight.clone(), site.weight + a @ b.t()
+    trained[2] = rows[0]
+
+    tokens = site(x, Rows(TokenRows(torch.tensor([2]), rows)))
+    low_rank = site(x, Rows(EmbeddingLowRank(a, b)))
+
+    torch.testing.assert_close(tokens, 3 * trained[x])
+    torch.testing.assert_close(low_rank, 3 * updated[x])

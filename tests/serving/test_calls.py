@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -455,3 +457,18 @@ def test_an_engine_says_what_its_last_step_did(qwen2):
         info = engine.info()
         assert info.steps == 3
         assert (info.last_step.decode_tokens, info.last_step.rows, info.last_step.pages) == (1, 1, 16)
+
+
+def test_a_process_ends_well_while_a_step_is_running(qwen2):
+    script = (
+        "import sys, lorax_core as lorax\n"
+        "engine = lorax.load(sys.argv[1], kv_cache_tokens=256)\n"
+        "request = lorax.GenerateRequest(prompt=[1] * 20, max_tokens=200, ignore_eos=True)\n"
+        "call = engine.submit([request])\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, qwen2], capture_output=True, text=True, timeout=300, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")

@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 from builders import make_bert, make_bert_model, make_lora, make_qwen2_model
 from oracles import make_model
-from rigs import Inbox, make_loaded, make_sequence, within
+from rigs import Inbox, make_sequence, within
 from transformers import BertForTokenClassification
 
 import lorax_core as lorax
 from lorax_core.adapters.base import Adapter, Bound, Fit
 from lorax_core.adapters.residency.handle import AdapterHandle
-from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.errors import AdapterError, StepError
 from lorax_core.serving.requests import GenerateRequest
 
@@ -238,18 +237,6 @@ def test_closing_does_not_wait_for_requests_without_their_adapter(qwen2):
 
     assert isinstance(waiting.sink, Inbox)
     assert waiting.sink.finished.is_set()
-
-
-def test_limits_must_make_sense(qwen2, host):
-    base = make_loaded(qwen2, host)
-
-    for options, told in (
-        ({"max_adapters": 0}, "max_adapters must be at least 1"),
-        ({"max_adapters": 2, "max_cpu_adapters": -1}, "max_cpu_adapters must be at least 0"),
-        ({"max_cpu_adapters": 2}, "max_cpu_adapters needs max_adapters"),
-    ):
-        with pytest.raises(AdapterError, match=told):
-            AdapterStore(base, **options)
 
 
 def test_a_changed_adapter_never_meets_the_pages_of_its_old_self(qwen2, folders):

@@ -160,7 +160,9 @@ class EmbeddingLowRank(_Tensors):
         return None if self.gain is None else "a magnitude (DoRA)"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        y.addmm_(self.a[x], self.b.t())
+        update = self.a[x] @ self.b.t()  # [rows, dim]
+        # Through the layer, which may scale its rows.
+        y += site.computed_with(torch.arange(len(update), device=x.device), update, None)
         if self.gain is not None:
             y *= self.gain
 
@@ -259,7 +261,7 @@ class TokenRows(_Tokens):
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         at = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # [rows]
         mine = self.ids[at] == x
-        y.copy_(torch.where(mine[:, None], self.rows[at], y))
+        y.copy_(torch.where(mine[:, None], site.computed_with(at, self.rows, None), y))
 
 
 class TokenLogits(_Tokens):

@@ -54,6 +54,12 @@ class CacheLayout:
     page_size: int
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or not self.dtype.is_floating_point:
+            raise ValueError(
+                f"a cache of pages of {self.page_size} tokens in {self.dtype}; pages hold tokens in a float dtype"
+            )
+
 
 class HostAndDevice(NamedTuple):
     """The same int32 numbers in host memory and on the device; on a CPU both are one tensor."""

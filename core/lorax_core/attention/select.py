@@ -49,11 +49,14 @@ def select_backend(
         if backend_class is None:
             passed.append((spec.name, reason))
             continue
-        backend = backend_class()
-        layout = backend.layout(specs, dtype, kv_dtype or dtype, torch.device(device).type, page_size)
+        try:
+            backend = backend_class()
+            layout = backend.layout(specs, dtype, kv_dtype or dtype, torch.device(device).type, page_size)
+        except Exception as error:  # a backend that is broken must not keep the others from being used
+            layout = f"its layout() failed: {type(error).__name__}: {error}"
         if isinstance(layout, CacheLayout):
             return Selection(backend, layout, tuple(passed))
-        passed.append((spec.name, layout))
+        passed.append((spec.name, layout or "it gives no reason"))
     reasons = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in passed)
     raise RequestError(f"no attention backend supports this model on {device!r}: {reasons}")
 
@@ -90,5 +93,8 @@ def _available(spec: BackendSpec, kind: str) -> tuple[type[AttentionBackend] | N
     backend_class = load_class(spec.backend, None)
     if not issubclass(backend_class, AttentionBackend):
         return None, f"{spec.backend} is not an AttentionBackend"
-    available, why = backend_class.is_available()
+    try:
+        available, why = backend_class.is_available()
+    except Exception as error:
+        return None, f"its is_available() failed: {type(error).__name__}: {error}"
     return (backend_class, "") if available else (None, why)

@@ -197,7 +197,9 @@ def _penalise(adjusted: Tensor, logits: Tensor, rows: SequenceOf[SamplingRow], c
     lowered = setting(lambda one: one.frequency_penalty) * count
     lowered = lowered + torch.where(count > 0, setting(lambda one: one.presence_penalty), 0.0)
     # Added as a difference: penalties are of the raw logits, and `adjusted` has biases and bans already.
-    adjusted.index_put_((at, tokens), (repeated - value - lowered).to(logits.dtype), accumulate=True)
+    # A token at -inf stays there: the difference of two infinities would be NaN.
+    lower = torch.where(value.isfinite(), repeated - value - lowered, 0.0)
+    adjusted.index_put_((at, tokens), lower.to(logits.dtype), accumulate=True)
 
 
 def _unpacked(bits: Tensor, vocab: int) -> Tensor:

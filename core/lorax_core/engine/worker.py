@@ -5,8 +5,10 @@ Decides when to step and hands work in and out. The loop itself is touched by th
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -17,6 +19,17 @@ from lorax_core.engine.stats import StepStats
 from lorax_core.errors import LoraxError, RequestError
 
 _log = logging.getLogger(__name__)
+_EXIT_SECONDS = 60.0
+"""How long the end of the process waits for a step in progress."""
+
+_living: weakref.WeakSet[EngineWorker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # A daemon thread that is killed inside a torch operator aborts the whole process.
+    for worker in list(_living):
+        worker.close(_EXIT_SECONDS)
 
 
 class EngineWorker:
@@ -32,6 +45,7 @@ class EngineWorker:
         self._stalled = False  # every living sequence waits for its adapter
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lorax-engine", daemon=True)
+        _living.add(self)
         self._thread.start()
 
     @property
@@ -74,14 +88,18 @@ class EngineWorker:
             self._came.append((adapter, error))
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Stop after the step in progress; sequences still alive end with an error. Idempotent."""
+    def close(self, timeout: float | None = None) -> None:
+        """Stop after the step in progress, which is awaited for `timeout` seconds; sequences still alive end with an error.
+
+        Idempotent.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             # A thread that joins itself raises RuntimeError.
-            self._thread.join()
+            self._thread.join(timeout)
+        _living.discard(self)
 
     def _run(self) -> None:
         try:
@@ -89,7 +107,9 @@ class EngineWorker:
                 self._work()
                 if self._loop.busy:
                     self._stalled = not self._loop.step()
-        except Exception:  # an internal error: waiting callers must get it, or they block forever
+        except (
+            BaseException
+        ):  # also a panic of a Rust library: waiting callers must get an error, or they block forever
             _log.exception("the step loop broke, and the engine closes")
             with self._changed:
                 self._closed = True
@@ -118,17 +138,20 @@ class EngineWorker:
                 self._changed.wait()
             if self._closed:
                 return False
-            # In this order: a sequence may leave before it ever ran.
-            while self._joining:
-                self._loop.add(self._joining.popleft())
-            while self._leaving:
-                self._loop.abort(self._leaving.popleft())
-            while self._came:
-                adapter, error = self._came.popleft()
-                if error is not None:
-                    self._loop.fail(adapter, error)
+            joining, self._joining = self._joining, deque()
+            leaving, self._leaving = self._leaving, deque()
+            came, self._came = self._came, deque()
             # Anything new may have made a sequence runnable, an adapter above all.
             self._stalled = False
+        # Without the lock: what follows takes locks of the store and of calls, whose holders may come here to abort.
+        # In this order: a sequence may leave before it ever ran.
+        for sequence in joining:
+            self._loop.add(sequence)
+        for sequence in leaving:
+            self._loop.abort(sequence)
+        for adapter, error in came:
+            if error is not None:
+                self._loop.fail(adapter, error)
         return True
 
     @property

@@ -49,7 +49,10 @@ class Site(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        defined = next((name for name in ("forward", "__call__") if name in vars(cls)), None)
+        ours = {"__call__": nn.Module.__call__, "_call_impl": nn.Module._call_impl}
+        for parent in cls.__mro__:  # mixins included: what counts is what the class ends up with
+            ours |= {name: value for name, value in vars(parent).items() if getattr(value, "__final__", False)}
+        defined = next((name for name, value in ours.items() if getattr(cls, name) is not value), None)
         if defined is not None:
             raise TypeError(
                 f"{cls.__name__} defines {defined!r}, which would bypass the adapters of its rows; override 'compute' instead: "

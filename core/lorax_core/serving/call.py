@@ -7,6 +7,7 @@ adapter is being fetched. Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
@@ -117,7 +118,9 @@ class Call:
         A single failure raises its own error; failures among several raise StepError, whose `results` has both. After
         `timeout` seconds raises TimeoutError, and the call goes on. An interruption (KeyboardInterrupt) cancels it.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError("timeout is not a number of seconds")
+        deadline = None if timeout is None or timeout == math.inf else time.monotonic() + timeout
         try:
             while not self.done:
                 self._wait_for_update(deadline)

@@ -80,6 +80,8 @@ def find_device(device: str) -> str:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
+    if kind not in ("cpu", "cuda"):
+        raise RequestError(f"device {device!r} is not supported", hint="use 'cpu', 'cuda' or 'auto'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use device='cpu'")
     return device

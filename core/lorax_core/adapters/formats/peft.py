@@ -133,7 +133,11 @@ class PeftFiles:
         return tuple(sorted({one.rank for one in self.modules.values() if one.rank is not None}))
 
     def scale(self, module: str, rank: int) -> float:
-        """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own."""
+        """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own. Raises AdapterError for a rank of 0."""
+        if rank < 1:
+            raise AdapterError(
+                f"{self.path} has an update of rank 0 for {module!r}", hint="leave the module out of the adapter"
+            )
         patterns = self.config.get("alpha_pattern") or {}
         matched = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
         alpha = float(patterns[matched] if matched is not None else self.config["lora_alpha"])
@@ -284,6 +288,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise AdapterError(f"{file} has no number 'lora_alpha' (found {alpha!r})")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(one, (int, float)) for one in patterns.values()):
+        raise AdapterError(
+            f"{file} has an 'alpha_pattern' that does not map patterns to numbers (found {patterns!r:.80})"
+        )
     return config
 
 

@@ -46,6 +46,7 @@ class NativePlan(LoraPlan):
     ) -> None:
         self._product = product
         self._segments = segments  # whose tensors the jobs point into
+        self._dtypes = {update.a.dtype for segment, _ in segments for update in segment.updates.by_site.values()}
         jobs = np.concatenate([table.jobs for _, table in segments])
         sites = np.concatenate([table.sites for _, table in segments])
         counts = [len(table.jobs) for _, table in segments]
@@ -70,6 +71,8 @@ class NativePlan(LoraPlan):
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
         jobs = self._at.get(site)
         if jobs is not None:
+            if self._dtypes != {x.dtype}:  # addresses say nothing of what lies there
+                raise RuntimeError(f"{site} computes in {x.dtype}, its adapters in {', '.join(map(str, self._dtypes))}")
             self._product.add(x, y, jobs, self._scratch)
 
 

@@ -69,12 +69,14 @@ class Fetcher:
 
     def _run(self, name: str, future: Future[None]) -> None:
         error: BaseException | None = None
-        with self._turns:
-            try:
-                if not future.done():
-                    self._work(name)
-            except BaseException as failure:
-                error = failure
+        self._turns.acquire()
+        # Work that hangs gives its turn back when its time is over.
+        future.add_done_callback(lambda _: self._turns.release())
+        try:
+            if not future.done():
+                self._work(name)
+        except BaseException as failure:
+            error = failure
         self._end(name, future, error)
 
     def _end(self, name: str, future: Future[None], error: BaseException | None) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import math
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,13 +70,6 @@ class AdapterStore:
         max_cpu_adapters: int | None = None,
         fetch_seconds: float = _FETCH_SECONDS,
     ) -> None:
-        for option, value, least in (("max_adapters", max_adapters, 1), ("max_cpu_adapters", max_cpu_adapters, 0)):
-            if value is not None and value < least:
-                raise AdapterError(f"{option} must be at least {least}, not {value}")
-        if max_adapters is None and max_cpu_adapters is not None:
-            raise AdapterError(
-                "max_cpu_adapters needs max_adapters: without it every adapter stays on the device", hint="give both"
-            )
         self.listener: Listener | None = None
         self._settings = settings or Settings()
         self.bound = BoundAdapters(base, self._settings)
@@ -84,9 +77,8 @@ class AdapterStore:
         self._names: dict[str, _Name] = {}
         self._slots = AdapterSlots(max_adapters)
         self._handles: weakref.WeakValueDictionary[str, AdapterHandle] = weakref.WeakValueDictionary()
-        self._max_copies = (
-            0 if max_adapters is None else 4 * max_adapters if max_cpu_adapters is None else max_cpu_adapters
-        )
+        self._max_copies = 4 * (max_adapters or 0) if max_cpu_adapters is None else max_cpu_adapters
+        self._dropped: deque[str] = deque()  # identities of handles that nobody holds any more
         self._stacks: OrderedDict[str, AdapterHandle] = OrderedDict()
         self._clock = 0
         self._lock = threading.RLock()
@@ -121,6 +113,8 @@ class AdapterStore:
         found = find_adapter(source, revision=revision, token=token, cache=self._settings.cache)
         handle = self._read(found, request)
         with self._lock:
+            if self._closed:
+                raise AdapterError(f"{name!r} was not loaded: the engine is closed")
             if pin and not self._slots.pin(handle.identity):
                 raise AdapterError(
                     f"{name!r} cannot be pinned: of {self._slots.capacity} slots on the device one must be left for others",
@@ -205,6 +199,7 @@ class AdapterStore:
     def start_plan(self) -> None:
         """The scheduler begins a plan, and will ask for adapters in the order of its queue."""
         with self._lock:
+            self._free_dropped()
             self._slots.start_plan()
 
     def acquire(self, handle: AdapterHandle) -> bool:
@@ -246,8 +241,8 @@ class AdapterStore:
             named = {name.handle.identity: name.handle for name in self._names.values()}
             kept = {key for key in self.bound if key in self._handles and key not in named}  # sequences wait for them
             assert set(self.bound) <= {*self._slots, *kept}, "an adapter without a slot is on the device"
-            copies = [handle for handle in named.values() if handle.adapter is not None]
-            assert len(copies) <= self._max_copies, "more copies in host memory than allowed"
+            copies = sum(handle.adapter is not None for handle in named.values())
+            assert copies <= self._max_copies, "more copies in host memory than allowed"
 
     def _read(self, found: FoundAdapter, request: HeadRequest) -> AdapterHandle:
         """The one handle of what was found, with its newest place; checked against the base when it is new."""
@@ -265,8 +260,14 @@ class AdapterStore:
         """The one handle of its identity, whose memory on the device is freed when nobody holds it any more."""
         known = self._handles.setdefault(handle.identity, handle)
         if known is handle:
-            weakref.finalize(handle, _free, weakref.ref(self), handle.identity).atexit = False
+            weakref.finalize(handle, _drop, weakref.ref(self), handle.identity).atexit = False
         return known
+
+    def _free_dropped(self) -> None:
+        while self._dropped:
+            identity = self._dropped.popleft()
+            if identity not in self._handles:  # else the same content has been loaded again
+                self.bound.handle(UnbindAdapter(identity))
 
     def _stack(self, members: Sequence[tuple[AdapterHandle, float]]) -> AdapterHandle:
         weights: dict[str, float] = {}
@@ -306,7 +307,7 @@ class AdapterStore:
                 self.bound.handle(BindAdapter(handle.identity, self._material(handle, held)))
         except LoraxError as failure:
             error = failure
-        except Exception as failure:
+        except BaseException as failure:  # also a panic of a Rust library: the slot must not stay in loading
             error = AdapterError(f"an adapter could not be bound: {type(failure).__name__}: {failure}")
             error.__cause__ = failure
         with self._lock:
@@ -352,6 +353,9 @@ class AdapterStore:
     def _forget(self, handle: AdapterHandle) -> None:
         """A name stopped meaning an adapter. Without another name it leaves once its sequences have."""
         handle.names -= 1
+        if not handle.names:  # no request can name a sum with this member again
+            for stack in [one for one in self._stacks.values() if any(member is handle for member, _ in one.members)]:
+                self._retire(self._stacks.pop(stack.identity))
         if not any(other.pinned for other in self._names.values() if other.handle is handle):
             self._slots.pin(handle.identity, False)
         self._retire(handle)
@@ -383,10 +387,15 @@ class AdapterStore:
         return AdapterInfo.of(name, entry.handle, entry.found, self.bound.get(entry.handle.identity), entry.pinned)
 
 
-def _free(store: weakref.ref[AdapterStore], identity: str) -> None:
+def _drop(store: weakref.ref[AdapterStore], identity: str) -> None:
     """Take an adapter off the device that nobody holds any more."""
     found = store()
-    if found is not None:
-        with found._lock:
-            if identity not in found._handles:  # else the same content has been loaded again
-                found.bound.handle(UnbindAdapter(identity))
+    if found is None:
+        return
+    found._dropped.append(identity)
+    # The garbage collector may run this in a thread that holds any lock, so it must not wait for one.
+    if found._lock.acquire(blocking=False):
+        try:
+            found._free_dropped()
+        finally:
+            found._lock.release()

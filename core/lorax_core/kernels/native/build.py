@@ -27,6 +27,7 @@ _FLAGS = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT = 120  # seconds
+_HASH_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,20 @@ def _built(source: Path, folder: Path) -> Path:
     # A library is made for the processor that made it, and a home may be shared by several.
     key = (source.read_bytes(), " ".join(_FLAGS).encode(), version, _processor())
     library = folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
-    if not os.path.lexists(library):
-        _compile(compiler, source, library)
-    problem = library_problem(library, user)
-    if problem is not None:
-        raise RuntimeError(f"native code is not loaded: {problem}")
+    if os.path.lexists(library):
+        problem = library_problem(library, user)
+        if problem is not None:
+            raise RuntimeError(f"native code is not loaded: {problem}")
+        if _is_whole(library):
+            return library
+    _compile(compiler, source, library)
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library ends with the hash of what stands before: one cut short would kill the process when it is loaded."""
+    data = library.read_bytes()
+    return hashlib.sha256(data[:-_HASH_BYTES]).digest() == data[-_HASH_BYTES:]
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
@@ -117,6 +126,11 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+        with linked.open("r+b") as file:
+            code = file.read()
+            file.write(hashlib.sha256(code).digest())  # loaders ignore what follows the last section
+            file.flush()
+            os.fsync(file.fileno())
         linked.chmod(0o700)  # whatever the umask
         os.replace(linked, library)
 

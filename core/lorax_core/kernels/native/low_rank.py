@@ -53,7 +53,8 @@ class LowRankProduct:
         """
         assert x.dtype is y.dtype, f"x is {x.dtype} and y {y.dtype}"
         if y.stride(-1) != 1:
-            self.add(x, whole := y.contiguous(), jobs, scratch)
+            # Not `contiguous()`: for one column it gives the same strides back.
+            self.add(x, whole := torch.empty(y.shape, dtype=y.dtype).copy_(y), jobs, scratch)
             y.copy_(whole)
             return
         x = x if x.stride(-1) == 1 else x.contiguous()

@@ -72,7 +72,8 @@ class NativePlan(LoraPlan):
         jobs = self._at.get(site)
         if jobs is not None:
             if self._dtypes != {x.dtype}:  # addresses say nothing of what lies there
-                raise RuntimeError(f"{site} computes in {x.dtype}, its adapters in {', '.join(map(str, self._dtypes))}")
+                theirs = ", ".join(map(str, self._dtypes))
+                raise RuntimeError(f"{site} computes in {x.dtype}, its adapters in {theirs}")
             self._product.add(x, y, jobs, self._scratch)
 
 

@@ -32,8 +32,7 @@ from lorax_core.weights.loader import LoadedModel
 
 _RECENT_STACKS = 8
 """Weighted sums that are kept for the next request where nothing limits the adapters on the device."""
-_FETCH_SECONDS = 600.0
-"""How long requests wait for the source that they name."""
+_FETCH_SECONDS = 600.0  # how long requests wait for the source that they name
 
 Listener = Callable[[AdapterHandle, LoraxError | None], None]
 Choice = str | Mapping[str, float]

@@ -1,6 +1,6 @@
 """What core must know of any architecture's configuration.
 
-Decides the few fields that heads, caches and the engine read, and how a bad `config.json` is told. Each plugin adds its own
+Decides the few fields that heads, caches and the engine read, and how a bad `config.json` is reported. Each plugin adds its own
 fields; unknown keys of a checkpoint are left alone, for configurations carry much that inference does not need.
 """
 
@@ -31,6 +31,7 @@ class ModelConfig(BaseModel):
     not be a multiple of their number.
     """
 
+    # `protected_namespaces=()`: pydantic reserves names that begin with `model_`, and `model_type` is the key in files.
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -52,6 +53,7 @@ class ModelConfig(BaseModel):
     def labels(self) -> tuple[str, ...]:
         """Names of the classes in the order of the classifier's rows; transformers' `LABEL_i` (two) when none are given."""
         if self.id2label:
+            # JSON has string keys in any order; pydantic made them int, so 10 sorts behind 9 and not behind 1.
             return tuple(self.id2label[index] for index in sorted(self.id2label))
         return tuple(f"LABEL_{index}" for index in range(self.num_labels or 2))
 
@@ -74,6 +76,7 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _heads_share_the_width(self, info: ValidationInfo) -> Self:
+        # The error names keys as the file spells them ("n_embd"), which `parse` hands over in the validation context.
         if not self.own_head_dim and self.hidden_size % self.num_attention_heads:
             spelt = (info.context or {}).get("spelt", {})
             width, heads = (spelt.get(name, name) for name in ("hidden_size", "num_attention_heads"))
@@ -88,8 +91,10 @@ class ModelConfig(BaseModel):
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Read a `config.json`; raises CheckpointError with every field that is missing or wrong."""
+        # The common key wins as in transformers, whose attribute_map reads it first; null counts as absent.
         own = {key: common for key, common in cls.aliases.items() if raw.get(common) is None}
         named = {**raw, **{common: raw[key] for key, common in own.items() if raw.get(key) is not None}}
+        # A field missing under both spellings is reported under the architecture's own, which its users know.
         spelt = {common: key for key, common in own.items() if raw.get(key) is not None or common not in raw}
         try:
             return cls.model_validate(dict(cls.normalise(named)), context={"spelt": spelt})
@@ -103,5 +108,6 @@ class ModelConfig(BaseModel):
 
 def _problem(item: Mapping[str, Any], spelt: Mapping[str, str]) -> str:
     """One failed field, by the name that the file gives it."""
+    # `loc` is empty for validators of the whole configuration.
     where = ".".join(spelt.get(str(step), str(step)) for step in item["loc"]) or "config"
     return f"{where}: {item['msg']} (found {item['input']!r:.60})"

@@ -33,8 +33,10 @@ class DecoderLayer(Block):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x, batch), batch)  # [tokens, hidden]
+        # GPT-NeoX and GPT-J: both blocks read x, so the two norms cannot be chained with a residual.
         if self.parallel:
             return x + attended + self.mlp(self.post_attention_layernorm(x, batch), batch)
+        # Residual sum and norm in one call, for kernels that fuse them; the sum comes back as the next residual.
         normed, x = self.post_attention_layernorm.add(attended, x, batch)
         return x + self.mlp(normed, batch)
 
@@ -55,9 +57,11 @@ class Decoder(nn.Module):
         self.norm = norm
 
     def forward(self, batch: Batch) -> Tensor:
-        x = self.embed_tokens(batch.input_ids, batch)
+        x = self.embed_tokens(batch.input_ids, batch)  # [tokens, hidden]
         if self.embed_positions is not None:
             x = x + self.embed_positions(batch.position_ids, batch)
+        # The residual is not carried across layers unnormalised: a layer takes and gives plain rows, so that plugins can
+        # put any Block in the list.
         for layer in self.layers:
             x = layer(x, batch)
         return self.norm(x, batch)

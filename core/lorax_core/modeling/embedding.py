@@ -20,8 +20,10 @@ class Embedding(PreparedSite):
         self.in_features = num_embeddings
         self.out_features = dim
         self.weight = nn.Parameter(torch.empty(num_embeddings, dim), requires_grad=False)
+        # `Site` declares it for all layers; adapters and `computed_with` read it without asking for the kind.
         self.bias = None
 
     def compute(self, x: Tensor, kernel: LinearKernel) -> Tensor:
         """Rows `[tokens, dim]` of the table in `kernel` for ids `[tokens]`."""
+        # Through the kernel, because a tied table may exist only in a packed layout (`prepare_linears`).
         return kernel.rows(x)

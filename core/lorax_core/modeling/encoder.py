@@ -23,12 +23,14 @@ class PostNormConfig(ModelConfig):
 
     intermediate_size: PositiveInt
     hidden_act: str = "gelu"
+    # BERT's own; RoBERTa files state 1e-5.
     layer_norm_eps: float = 1e-12
     max_position_embeddings: PositiveInt = 512
     type_vocab_size: PositiveInt = 2
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
 
+    # Relative positions add terms to the scores that no backend computes. Ignored, they would give wrong vectors quietly.
     @field_validator("position_embedding_type")
     @classmethod
     def _absolute(cls, value: str) -> str:
@@ -56,7 +58,9 @@ class PostNormEmbeddings(nn.Module):
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
         types = config.type_vocab_size
+        # DistilBERT fixes `type_vocab_size` to 0.
         self.token_type_embeddings = Embedding(types, config.hidden_size) if types else None
+        # Spelt as in transformers: `post_norm_map` maps the name to itself.
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def positions(self, batch: Batch) -> Tensor:
@@ -71,6 +75,8 @@ class PostNormEmbeddings(nn.Module):
         x = self.word_embeddings(batch.input_ids, batch)  # [tokens, hidden]
         if self.token_type_embeddings is not None:
             x = x + self.token_type_embeddings(batch.token_type_ids, batch)
+        # Positions are the second summand of the fused sum and norm, which saves writing the sum and reading it again.
+        # Post-norm needs no residual afterwards, so the sum is dropped.
         normed, _ = self.LayerNorm.add(x, self.position_embeddings(self.positions(batch), batch), batch)
         return normed
 
@@ -86,6 +92,7 @@ class PostNormLayer(Block):
         self.post_mlp_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        # Unlike pre-norm, the next residual is the normalised sum, so the plain sum is dropped in both.
         x, _ = self.post_attention_layernorm.add(self.self_attn(x, batch), x, batch)
         x, _ = self.post_mlp_layernorm.add(self.mlp(x, batch), x, batch)
         return x
@@ -100,7 +107,7 @@ class PostNormEncoder(nn.Module):
         self.layers = nn.ModuleList(PostNormLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, batch: Batch) -> Tensor:
-        x = self.embeddings(batch)
+        x = self.embeddings(batch)  # [tokens, hidden]
         for layer in self.layers:
             x = layer(x, batch)
         return x

@@ -91,7 +91,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Read a `config.json`; raises CheckpointError with every field that is missing or wrong."""
-        # The common key wins as in transformers, whose attribute_map reads it first; null counts as absent.
+        # The architecture's own key is read only where the common one is absent, and null counts as absent.
         own = {key: common for key, common in cls.aliases.items() if raw.get(common) is None}
         named = {**raw, **{common: raw[key] for key, common in own.items() if raw.get(key) is not None}}
         # A field missing under both spellings is reported under the architecture's own, which its users know.

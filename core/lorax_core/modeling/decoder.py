@@ -33,7 +33,7 @@ class DecoderLayer(Block):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x, batch), batch)  # [tokens, hidden]
-        # GPT-NeoX and GPT-J: both blocks read x, so the two norms cannot be chained with a residual.
+        # GPT-NeoX: both blocks read x, so the two norms cannot be chained with a residual.
         if self.parallel:
             return x + attended + self.mlp(self.post_attention_layernorm(x, batch), batch)
         # Residual sum and norm in one call, for kernels that fuse them; the sum comes back as the next residual.

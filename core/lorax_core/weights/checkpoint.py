@@ -30,8 +30,10 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = read_config(self.path)
+        # Before the weights are looked at: their int8 or packed tensors would fail later with an error about shapes.
         self._refuse_quantised()
         self.files = self._weight_files()
+        # From the files' own headers and not from the index, which may be out of date.
         self.tensors: dict[str, Path] = {}
         for file in self.files:
             for name in _names(file):
@@ -54,6 +56,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the files."""
+        # Opening maps the file and reads the header; the other tensors are not touched.
         with opened(self.tensors[name]) as tensors:
             found: Tensor = tensors.get_tensor(name)
             return found
@@ -97,6 +100,7 @@ class Checkpoint:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / 'model.safetensors.index.json'} has no 'weight_map'")
+        # A set, as the index names a file once for each of its tensors.
         files = sorted({self.path / str(name) for name in weight_map.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:

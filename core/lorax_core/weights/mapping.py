@@ -36,9 +36,11 @@ class Target:
         """A stored tensor `[out, ...]` (or `[in, out]`) as the layer wants it."""
         if self.transpose:
             tensor = tensor.t()
+        # Rows that do not divide cannot be rearranged; the loader's check of shapes then reports them.
         if self.interleave is None or tensor.shape[0] % (self.interleave[0] * self.interleave[1]):
             return tensor
         groups, members = self.interleave
+        # Works for biases [out] too, where nothing follows n.
         rows = tensor.reshape(groups, members, -1, *tensor.shape[1:])  # [groups, members, n, ...]
         return rows.transpose(0, 1).reshape(tensor.shape)
 
@@ -71,11 +73,13 @@ class WeightMap:
         name = self.canonical(name)
         module, _, leaf = name.rpartition(".")
         transpose = any(_matches(pattern, name) for pattern in self.transpose)
+        # Canonical twice, here and inside: harmless where a rename's result matches no further pattern.
         target = self.resolve_module(module)
         return Target(f"{target.name}.{leaf}" if module else leaf, target.part, transpose, target.interleave)
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint tensor that no parameter takes is known not to matter."""
+        # Patterns are of canonical names, so one serves files with and without the prefix.
         return any(_matches(pattern, self.canonical(name)) for pattern in self.ignore)
 
     def resolve_module(self, module: str) -> Target:
@@ -95,6 +99,7 @@ class WeightMap:
         for prefix in self.prefixes:
             if name.startswith(prefix + "."):
                 name = name[len(prefix) + 1 :]
+                # At most one prefix is taken off: what remains may begin with the same word by right.
                 break
         for pattern, replacement in self.rename.items():
             replaced = _replace(pattern, replacement, name)
@@ -104,6 +109,7 @@ class WeightMap:
 
     def stored_name(self, name: str) -> str:
         """The spelling of a canonical name in checkpoints, without a prefix; of several spellings, the last of `rename`."""
+        # Reversed, as maps list old spellings (gamma, beta) first and the current one last.
         spellings = (_replace(new, old, name) for old, new in reversed(tuple(self.rename.items())))
         return next((spelling for spelling in spellings if spelling is not None), name)
 
@@ -130,6 +136,7 @@ def post_norm_map(prefix: str, *ignored: str) -> WeightMap:
     return WeightMap(
         prefixes=(prefix,),
         rename={
+            # Files converted from TensorFlow. Before the `**` patterns, which would match them too: the first match wins.
             **{f"{old}.gamma": f"{new}.weight" for old, new in norms.items()},
             **{f"{old}.beta": f"{new}.bias" for old, new in norms.items()},
             **{f"{old}.**": f"{new}.**" for old, new in norms.items()},
@@ -145,6 +152,7 @@ def post_norm_map(prefix: str, *ignored: str) -> WeightMap:
 
 
 def _matches(pattern: str, name: str) -> bool:
+    # The dot in front lets every segment, the first one included, be matched as `\.name`.
     return _compiled(pattern).fullmatch(f".{name}") is not None
 
 
@@ -153,13 +161,16 @@ def _replace(pattern: str, replacement: str, name: str) -> str | None:
     found = _compiled(pattern).fullmatch(f".{name}")
     if found is None:
         return None
+    # `**` may have matched nothing: its piece is then empty, and left out below.
     filled = iter(found.groups())
     pieces = [next(filled).lstrip(".") if piece in ("*", "**") else piece for piece in replacement.split(".")]
     return ".".join(piece for piece in pieces if piece)
 
 
+# Every tensor is tried against every pattern. All maps of a process have some hundred patterns.
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """A pattern over whole segments, each with a dot in front, as a regular expression."""
+    # The group of `**` holds its dots, so that it can be empty; `*` needs exactly one segment.
     wildcards = {"*": r"(\.[^.]+)", "**": r"((?:\.[^.]+)*)"}
     return re.compile("".join(wildcards.get(segment, rf"\.{re.escape(segment)}") for segment in pattern.split(".")))

@@ -15,6 +15,7 @@ from lorax_core.errors import CheckpointError, listed
 from lorax_core.types import Pooling
 from lorax_core.weights.checkpoint import Checkpoint, opened
 
+# Any other order is other arithmetic: a Dense after Normalize does not give unit vectors, for one.
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
 _ACTIVATIONS = {
@@ -25,6 +26,7 @@ _ACTIVATIONS = {
     "Sigmoid": "sigmoid",
     "SiLU": "silu",
 }
+# Also the modes that are not supported, so that the error can name them.
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -69,7 +71,9 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
     if modules is None:
         return None
     steps = [(_kind(module), str(module.get("path", ""))) for module in modules if isinstance(module, dict)]
+    # Only the last part of a dotted class name counts, so that files written before a module moved read alike.
     kinds = [kind for kind, _ in steps]
+    # Sorted by _ORDER, they must be what they were; an unknown kind drops out and differs, too.
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
             f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; supported are 'Transformer', 'Pooling', any number of "
@@ -103,6 +107,7 @@ def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
         raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; supported are {listed(_ACTIVATIONS)}")
     with opened(file) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
+    # More tensors would mean another module of the same name.
     if not {"linear.weight"} <= set(found) <= {"linear.weight", "linear.bias"}:
         raise CheckpointError(
             f"{file} holds {listed(sorted(found))}; needed are 'linear.weight' and perhaps 'linear.bias'"
@@ -125,12 +130,15 @@ def _kind(module: dict[str, Any]) -> str:
 def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tuple[Pooling, bool]:
     config = _object(checkpoint, f"{folder}/config.json" if folder else "config.json")
     pool_prompt = bool(config.get("include_prompt", True))
+    # Before the modes are checked: the option is the way around one that is not supported.
     if instead is not None:
         return instead, pool_prompt
     modes = config.get("pooling_mode")
     if modes is None:
+        # Mean is the default of sentence-transformers where no flag is given.
         modes = [mode for key, mode in _OLD_MODES.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
+    # Several modes are concatenated there, which makes longer vectors.
     if len(modes) != 1 or modes[0] not in _MODES:
         raise CheckpointError(
             f"{checkpoint.path / folder} pools by {listed(modes)}; supported is one of {listed(_MODES)}",
@@ -145,6 +153,7 @@ def _default_prompt(checkpoint: Checkpoint) -> str:
     if name is None:
         return ""
     prompts = config.get("prompts") or {}
+    # Going on without it would give other vectors than the authors measured.
     if name not in prompts:
         raise CheckpointError(
             f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}"

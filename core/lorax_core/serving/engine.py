@@ -53,6 +53,7 @@ class Engine:
         self._worker = parts.worker
         self._preparer = parts.preparer
         self._info = parts.info
+        # Public: users load, list and drop adapters of a running engine there.
         self.adapters = parts.adapters
 
     @classmethod
@@ -90,6 +91,7 @@ class Engine:
         vectors = [cast("Embedding", result).vector for result in self.run(requests)]
         if single:
             return vectors[0]
+        # [n, dim]; np.stack refuses an empty list.
         return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
 
     @overload
@@ -136,6 +138,7 @@ class Engine:
         for request, names in zip(requests, missing, strict=True):
             if not names:
                 self._preparer.prepare(request)  # refused now, and not when the others' adapters are there
+        # A dict instead of a set keeps the order, and names each adapter once.
         fetched = self.adapters.fetch(dict.fromkeys(name for names in missing for name in names))
         fetched.add_done_callback(lambda done: self._start(call, requests, done))
         return call
@@ -143,6 +146,7 @@ class Engine:
     def _start(self, call: Call, requests: SequenceOf[Request], fetched: Future[None]) -> None:
         """Start a call whose adapters were fetched, in the thread that fetched them."""
         try:
+            # Done already: it only raises what went wrong.
             fetched.result()
             call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
         except LoraxError as error:
@@ -171,6 +175,7 @@ class Engine:
         Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` has the other figures.
         Raises CapacityError when the step does not fit in memory.
         """
+        # The allocator's peak only grows, so the difference is what this step added.
         before = peak_memory(self._info.device)
         self._worker.call(lambda loop: loop.warmup(self._info.max_tokens))
         self._info = replace(self._info, step_bytes=peak_memory(self._info.device) - before)
@@ -178,6 +183,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine; requests still running end with an error. Idempotent."""
+        # The worker first: its steps use adapters until it has stopped.
         self._worker.close()
         self.adapters.close()
 

@@ -137,7 +137,7 @@ def _attention_and_cache(
         if size.given or options.kv_dtype != "auto":
             raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
         return chosen, None
-    # The pool is one tensor, so all layers have the first one's kv_heads and head_dim; backends refuse others.
+    # The pool is one tensor, so every layer must have the kv_heads and head_dim of the first.
     layers, spec = model.attention_layers, model.attention_specs[0]
     shape = CacheShape(
         layers=len(layers),

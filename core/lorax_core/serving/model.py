@@ -54,9 +54,11 @@ def load_model(
     options = EngineOptions(checkpoint=checkpoint, revision=revision, token=token, dtype=dtype, device=device)
     where = find_device(options.device)
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=revision, token=token))
+    # Before the weights are read, which may take minutes.
     _check_class(model_class, files.config["model_type"], host)
     chosen = choose_dtype(options.dtype, files, where)
     base = load_weights(files, host, dtype=chosen, device=where, model_class=model_class)
+    # What the checkpoint's own files say, as `load` without options does.
     set_up_embedding(base, None, None, None)
     return cast("M", base.model)
 
@@ -64,6 +66,7 @@ def load_model(
 def _check_class(model_class: type[Model], model_type: str, host: PluginHost) -> None:
     """Raises CheckpointError for a class of another architecture's package."""
     package = model_class.__module__.partition(".")[0]
+    # By the top-level package, as a plugin may define its classes in any of its modules.
     others = {spec.backbone.partition(".")[0]: spec for spec in host.architectures.values()}
     if package in others and host.architecture(model_type).backbone.partition(".")[0] != package:
         raise CheckpointError(
@@ -88,6 +91,7 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
     Raises RequestError for no or an empty sequence or an id outside the vocabulary, CapacityError for one that is too long.
     """
     _check_sequences(model, sequences)
+    # Without a cache, pages are neither allocated nor written: counts and firsts are then not used.
     backend, page = TorchBackend(), PAGE_SIZE if model.needs_kv_cache else None
     counts = [-(-len(ids) // PAGE_SIZE) for ids in sequences]
     firsts = list(accumulate(counts, initial=1))  # [seqs + 1] first page of each sequence; page 0 is scratch
@@ -97,6 +101,7 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
         for at, ids in enumerate(sequences)
     )
     batch = Batcher(model, page, {}).pack(StepInput(chunks))
+    # `Batch` is otherwise filled by the engine's runner in the same order: pack, then plan.
     batch.attention = backend.plan(batch)
     return batch
 
@@ -104,6 +109,7 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
 def _check_sequences(model: Model, sequences: Sequence[Sequence[int]]) -> None:
     if not sequences or not all(sequences):
         raise RequestError("make_batch needs at least one sequence, and each needs at least one token id")
+    # An id or position outside its table would read out of bounds: on a GPU that ends the whole process's context.
     longest = max(len(ids) for ids in sequences)
     if longest > model.max_tokens:
         raise CapacityError(f"a sequence has {longest} tokens; the model takes at most {model.max_tokens}")
@@ -121,6 +127,7 @@ def _chunk(model: Model, at: int, ids: Sequence[int], pages: range) -> ChunkInpu
     return ChunkInput(
         sequence=at,
         start=0,
+        # "q" is int64 and "i" int32, which the batcher reads as numpy buffers without copying.
         tokens=array("q", ids),
         reads=tuple(HeadRead(task, span) for task, span in spans),
         pages=array("i", pages),

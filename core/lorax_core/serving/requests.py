@@ -22,6 +22,7 @@ AdapterChoice = str | dict[str, Annotated[float, Field(allow_inf_nan=False)]] | 
 
 
 class _Request(BaseModel):
+    # strict: "5" for max_tokens or True for top_k is a mistake and no number. Floats relax it below, for an int is fine there.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def __init__(self, **values: Any) -> None:
@@ -49,6 +50,7 @@ class GenerateRequest(_Request):
     adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
+    # The ranges are OpenAI's where it has the option (penalties, logit_bias); the others keep logits finite.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
@@ -73,6 +75,7 @@ class GenerateRequest(_Request):
     @field_validator("stop")
     @classmethod
     def _stop_strings(cls, value: str | list[str]) -> list[str]:
+        # An empty string is found at once in any text.
         strings = [value] if isinstance(value, str) else value
         if any(not string for string in strings):
             raise ValueError("a stop string must not be empty")
@@ -123,6 +126,7 @@ def make_requests(
     """
     single = is_single(prompts)
     items = [prompts] if single else list(prompts)
+    # A Mapping is one choice: the weights of a sum.
     names = [adapter] * len(items) if adapter is None or isinstance(adapter, (str, Mapping)) else list(adapter)
     if len(names) != len(items):
         raise RequestError(
@@ -133,6 +137,7 @@ def make_requests(
 
 def is_single(prompts: Any) -> bool:
     """Whether `prompts` is one prompt (a string, a pair, token ids or chat messages) and not a list of them."""
+    # A tuple is a pair of texts, a list several of them; that is how the two differ.
     if isinstance(prompts, (str, tuple)):
         return True
     if not isinstance(prompts, list):
@@ -140,4 +145,5 @@ def is_single(prompts: Any) -> bool:
             f"a prompt is a string, token ids, chat messages or a pair of strings, and a list of those is a batch; "
             f"this is {type(prompts).__name__}: {prompts!r:.60}"
         )
+    # An empty list is a batch of none, with an empty list as its answer.
     return bool(prompts) and all(isinstance(item, (int, dict)) for item in prompts)

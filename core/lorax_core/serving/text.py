@@ -14,6 +14,7 @@ from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
+# Checked by name, because AutoTokenizer without any of them would ask the hub or fail with an unrelated message.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -47,6 +48,7 @@ class TextFront:
     def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
         self._tokenizer = tokenizer
         self._sentence = sentence
+        # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: int | None = None
 
     @property
@@ -77,6 +79,8 @@ class TextFront:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         tokenizer = self._require("text")
+        # No cleaning up of spaces: it changes text that was generated already, and stop strings and streams need prefixes
+        # to stay what they were.
         text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -87,10 +91,12 @@ class TextFront:
 
     def encode(self, prompt: Any, task: Task) -> Encoded:
         """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there."""
+        # An empty list is no chat either; `Preparer` refuses it as an empty prompt.
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
             return Encoded(list(prompt))
         if isinstance(prompt, list):
             return Encoded(self._chat(prompt))
+        # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
             return self._text(prompt)
         if isinstance(prompt, tuple):
@@ -101,6 +107,7 @@ class TextFront:
         files = self._sentence
         if files is None:
             return self._text(text)
+        # Joined as text, as in sentence-transformers: the tokens at the seam may differ from those of the parts.
         encoded = self._text(self._cased(files.prompt + text))
         if not files.prompt or files.pool_prompt:
             return encoded
@@ -117,6 +124,7 @@ class TextFront:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
         fast = bool(getattr(tokenizer, "is_fast", False))
+        # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
         made = tokenizer(
             *parts,
             return_special_tokens_mask=True,
@@ -129,6 +137,7 @@ class TextFront:
             token_types=made.get("token_type_ids"),
             special=tuple(bool(mark) for mark in made["special_tokens_mask"]),
             offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if fast else (),
+            # sequence_ids: 0 and 1 for the strings of a pair, None for specials.
             second=tuple(text == 1 for text in made.sequence_ids()) if fast and len(parts) == 2 else (),
         )
 
@@ -140,6 +149,7 @@ class TextFront:
 
         try:
             made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        # Templates raise on roles that they do not know; messages of a wrong shape fail with Python's own errors.
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refused {messages!r:.120}: {error}") from error
         return list(made["input_ids"])
@@ -178,6 +188,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
         special=tuple(special[at] for at in kept),
         offsets=tuple(encoded.offsets[at] for at in kept if encoded.offsets),
         second=tuple(encoded.second[at] for at in kept if encoded.second),
+        # Rows of the prompt that were dropped count no more.
         pool_from=sum(1 for at in kept if at < encoded.pool_from),
         truncated=True,
     )

@@ -21,6 +21,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         heads={Task.SEQUENCE_CLASSIFICATION: "lorax_bert.modeling:BertSequenceClassificationHead"},
         hf_architectures={
             "BertModel": Task.EMBED,
+            # Their heads are ignored, and the encoder below serves embeddings.
             "BertForMaskedLM": Task.EMBED,
             "BertForPreTraining": Task.EMBED,
             "BertForNextSentencePrediction": Task.EMBED,
@@ -28,6 +29,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
             "BertForTokenClassification": Task.TOKEN_CLASSIFICATION,
             "BertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
         },
+        # Its head needs no weights, so every BERT checkpoint can serve it.
         default_task=Task.EMBED,
         causal=False,
         features=("token_types",),

@@ -20,6 +20,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         tasks=(Task.GENERATE, Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
         hf_architectures={
             "GPT2LMHeadModel": Task.GENERATE,
+            # Its second head, for multiple choice, is ignored.
             "GPT2DoubleHeadsModel": Task.GENERATE,
             "GPT2Model": Task.EMBED,
             "GPT2ForQuestionAnswering": Task.EMBED,
@@ -28,6 +29,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         },
         default_task=Task.GENERATE,
         causal=True,
+        # No heads: core's defaults for causal models have transformers' names, `score` and `classifier`.
         features=("tied_embeddings",),
         cases="lorax_gpt2.cases:GPT2",
     )

@@ -26,9 +26,12 @@ def text_positions(input_ids: Tensor, position_ids: Tensor, padding: int) -> Ten
 
     A padding id inside a sequence does not count, as in transformers. `position_ids` count from 0 in each sequence.
     """
+    # No loop over sequences: the batch is packed, and its lengths are not known on the device.
     real = (input_ids != padding).long()
     seen = real.cumsum(0)  # over the whole batch, so what came before the sequence is taken off
+    # [tokens]: the row in the batch where the sequence of each token begins.
     first = torch.arange(len(input_ids), device=input_ids.device) - position_ids
+    # `seen - real` is the count before a row, itself not counted. `* real` puts padding ids at `padding` exactly.
     return (seen - (seen - real)[first]) * real + padding
 
 
@@ -47,6 +50,7 @@ class FlashRobertaModel(PostNormEncoder):
     """A batch to hidden rows `[tokens, hidden]`."""
 
     def __init__(self, config: RobertaConfig) -> None:
+        # The rest is BERT's encoder, layer for layer.
         super().__init__(config, RobertaEmbeddings(config))
 
     @staticmethod
@@ -58,6 +62,7 @@ class FlashRobertaModel(PostNormEncoder):
 class RobertaSequenceClassificationHead(FirstTokenClassificationHead):
     """Labels of a sequence, through two layers of the head's own."""
 
+    # Unlike BERT's, both layers belong to the classifier; RoBERTa was trained without a pooler.
     dense = "classifier.dense"
     output = "classifier.out_proj"
 

@@ -32,6 +32,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
 
 def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -> ArchitectureSpec:
     """The architecture as `model_type`, whose classes in transformers begin with `name`."""
+    # One model_type each, since `config.json` names them apart although the arithmetic is the same.
     return ArchitectureSpec(
         model_type=model_type,
         summary=summary,
@@ -43,6 +44,7 @@ def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -
         heads={Task.SEQUENCE_CLASSIFICATION: "lorax_roberta.modeling:RobertaSequenceClassificationHead"},
         hf_architectures={
             f"{name}Model": Task.EMBED,
+            # Heads without a task here are ignored; what they stand on serves embeddings.
             f"{name}ForMaskedLM": Task.EMBED,
             f"{name}ForQuestionAnswering": Task.EMBED,
             f"{name}ForTokenClassification": Task.TOKEN_CLASSIFICATION,

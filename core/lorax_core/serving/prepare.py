@@ -112,7 +112,7 @@ class Preparer:
         # For its error: a model without this head refuses before the text is tokenized.
         self.model.head(Task.GENERATE)
         encoded = self._checked(self.text.encode(request.prompt, Task.GENERATE))
-        # All of max_tokens must fit now: a completion cut by the end of the cache would look like one that was finished.
+        # All of max_tokens must fit: the completion would otherwise end before it, without an error.
         room = self.limits.tokens - len(encoded.ids)
         if room < 1 or (request.max_tokens or 1) > room:
             asked = f" and {request.max_tokens} more asked for" if request.max_tokens else ""
@@ -210,7 +210,6 @@ class Preparer:
         encoded = self._fitted(request, head.task)
         sequence = self._read(head, encoded, adapter)
         if isinstance(head, TokenClassificationHead):
-            # Bound here, so that the closure keeps no adapter (whose head this may be) alive.
             labels, source, text = head.labels, request.input, self.text
             return Prepared(sequence, lambda values: token_labels(values, labels, encoded, source, text))
         labels = cast("SequenceClassificationHead", head).labels

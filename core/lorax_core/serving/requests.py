@@ -50,7 +50,7 @@ class GenerateRequest(_Request):
     adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
-    # The ranges are OpenAI's where it has the option (penalties, logit_bias); the others keep logits finite.
+    # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)

@@ -14,7 +14,7 @@ from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
-# Checked by name, because AutoTokenizer without any of them would ask the hub or fail with an unrelated message.
+# Looked for first, as AutoTokenizer's error for a folder without any does not differ from that for a broken file.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -24,12 +24,14 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         heads={Task.SEQUENCE_CLASSIFICATION: "lorax_distilbert.modeling:DistilBertSequenceClassificationHead"},
         hf_architectures={
             "DistilBertModel": Task.EMBED,
+            # Heads without a task here are ignored.
             "DistilBertForMaskedLM": Task.EMBED,
             "DistilBertForQuestionAnswering": Task.EMBED,
             "DistilBertForTokenClassification": Task.TOKEN_CLASSIFICATION,
             "DistilBertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
         },
         default_task=Task.EMBED,
+        # No features: without token types, only a separator marks where a pair's second text begins.
         causal=False,
         cases="lorax_distilbert.cases:DISTILBERT",
     )

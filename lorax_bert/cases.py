@@ -18,7 +18,6 @@ BERT = ArchitectureCases(
         "tanh_gelu": {"hidden_act": "gelu_new"},
         "quick_gelu": {"hidden_act": "quick_gelu"},
         "relu": {"hidden_act": "relu"},
-        # One row instead of two: token types must be looked up all the same.
         "one_token_type": {"type_vocab_size": 1},
         # So large that an epsilon which is not read from the file shows.
         "wide_epsilon": {"layer_norm_eps": 0.1},

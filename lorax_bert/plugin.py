@@ -21,7 +21,6 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         heads={Task.SEQUENCE_CLASSIFICATION: "lorax_bert.modeling:BertSequenceClassificationHead"},
         hf_architectures={
             "BertModel": Task.EMBED,
-            # Their heads are ignored, and the encoder below serves embeddings.
             "BertForMaskedLM": Task.EMBED,
             "BertForPreTraining": Task.EMBED,
             "BertForNextSentencePrediction": Task.EMBED,

@@ -26,7 +26,6 @@ GPT2 = ArchitectureCases(
         "relu": {"activation_function": "relu"},
         "exact_gelu": {"activation_function": "gelu"},
         "wide_epsilon": {"layer_norm_epsilon": 0.1},
-        # The classifier of texts reads the last token that is not padding.
         "padding": {"pad_token_id": 0},
         "odd_vocabulary": {"vocab_size": 131},
     },

@@ -23,7 +23,6 @@ class FlashGPT2Model(Decoder):
         norm = partial(LayerNorm, hidden, config.layer_norm_epsilon)
         layers = [
             DecoderLayer(
-                # Made one by one and not by multiplication: the scale may depend on the layer.
                 SelfAttention(hidden, heads, causal=True, scale=config.scale(layer)),
                 MLP(hidden, config.intermediate_size, config.activation_function),
                 norm,

@@ -20,7 +20,6 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         tasks=(Task.GENERATE, Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
         hf_architectures={
             "GPT2LMHeadModel": Task.GENERATE,
-            # Its second head, for multiple choice, is ignored.
             "GPT2DoubleHeadsModel": Task.GENERATE,
             "GPT2Model": Task.EMBED,
             "GPT2ForQuestionAnswering": Task.EMBED,

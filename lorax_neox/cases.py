@@ -14,7 +14,6 @@ GPT_NEOX = ArchitectureCases(
         "max_position_embeddings": 256,
     },
     variants={
-        # Untied is the default of NeoX.
         "tied": {"tie_word_embeddings": True},
         "sequential": {"use_parallel_residual": False},
         "no_attention_bias": {"attention_bias": False},
@@ -22,7 +21,6 @@ GPT_NEOX = ArchitectureCases(
         "whole_rotary": {"rotary_pct": 1.0},
         # 19.2 dimensions of a head of 64: rounded down to 19, and up to whole pairs.
         "odd_rotary": {"rotary_pct": 0.3},
-        # An empty rotation must not fail.
         "no_rotary": {"rotary_pct": 0.0},
         "other_base": {"rotary_emb_base": 500},
         "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},

@@ -35,7 +35,6 @@ class FlashGPTNeoXModel(Decoder):
                 RotaryAttention(hidden, heads, rotary=rotary, causal=True, bias=config.attention_bias),
                 MLP(hidden, config.intermediate_size, config.hidden_act),
                 norm,
-                # transformers' default is parallel, as in GPT-NeoX-20B; a file may state the usual order.
                 parallel=config.use_parallel_residual,
             )
             for _ in range(config.num_hidden_layers)

@@ -21,7 +21,6 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         hf_architectures={
             "GPTNeoXForCausalLM": Task.GENERATE,
             "GPTNeoXModel": Task.EMBED,
-            # Its head is ignored, the decoder serves embeddings.
             "GPTNeoXForQuestionAnswering": Task.EMBED,
             "GPTNeoXForTokenClassification": Task.TOKEN_CLASSIFICATION,
             "GPTNeoXForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,

@@ -26,7 +26,6 @@ def text_positions(input_ids: Tensor, position_ids: Tensor, padding: int) -> Ten
 
     A padding id inside a sequence does not count, as in transformers. `position_ids` count from 0 in each sequence.
     """
-    # No loop over sequences: the batch is packed, and its lengths are not known on the device.
     real = (input_ids != padding).long()
     seen = real.cumsum(0)  # over the whole batch, so what came before the sequence is taken off
     # [tokens]: the row in the batch where the sequence of each token begins.
@@ -50,7 +49,6 @@ class FlashRobertaModel(PostNormEncoder):
     """A batch to hidden rows `[tokens, hidden]`."""
 
     def __init__(self, config: RobertaConfig) -> None:
-        # The rest is BERT's encoder, layer for layer.
         super().__init__(config, RobertaEmbeddings(config))
 
     @staticmethod

@@ -44,7 +44,6 @@ def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -
         heads={Task.SEQUENCE_CLASSIFICATION: "lorax_roberta.modeling:RobertaSequenceClassificationHead"},
         hf_architectures={
             f"{name}Model": Task.EMBED,
-            # Heads without a task here are ignored; what they stand on serves embeddings.
             f"{name}ForMaskedLM": Task.EMBED,
             f"{name}ForQuestionAnswering": Task.EMBED,
             f"{name}ForTokenClassification": Task.TOKEN_CLASSIFICATION,

@@ -92,7 +92,6 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    # AttributeError and no other: `hasattr` and `from ... import` of submodules rely on it.
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

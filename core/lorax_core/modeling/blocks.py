@@ -100,7 +100,6 @@ class RotaryAttention(SelfAttention):
             soft_cap=soft_cap,
         )
         dim = self.qkv_proj.head_dim
-        # `rotary` was made from another head size: the rotation would read past the head.
         if rotary.rotary_dim > dim:
             raise ValueError(f"{rotary.rotary_dim} rotary dimensions do not fit a head of {dim}")
         self.rotary = rotary

@@ -76,7 +76,6 @@ class ModelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _heads_share_the_width(self, info: ValidationInfo) -> Self:
-        # The error names keys as the file spells them ("n_embd"), which `parse` hands over in the validation context.
         if not self.own_head_dim and self.hidden_size % self.num_attention_heads:
             spelt = (info.context or {}).get("spelt", {})
             width, heads = (spelt.get(name, name) for name in ("hidden_size", "num_attention_heads"))
@@ -108,6 +107,5 @@ class ModelConfig(BaseModel):
 
 def _problem(item: Mapping[str, Any], spelt: Mapping[str, str]) -> str:
     """One failed field, by the name that the file gives it."""
-    # `loc` is empty for validators of the whole configuration.
     where = ".".join(spelt.get(str(step), str(step)) for step in item["loc"]) or "config"
     return f"{where}: {item['msg']} (found {item['input']!r:.60})"

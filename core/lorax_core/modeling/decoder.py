@@ -60,8 +60,6 @@ class Decoder(nn.Module):
         x = self.embed_tokens(batch.input_ids, batch)  # [tokens, hidden]
         if self.embed_positions is not None:
             x = x + self.embed_positions(batch.position_ids, batch)
-        # The residual is not carried across layers unnormalised: a layer takes and gives plain rows, so that plugins can
-        # put any Block in the list.
         for layer in self.layers:
             x = layer(x, batch)
         return self.norm(x, batch)

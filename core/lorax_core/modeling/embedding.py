@@ -20,7 +20,6 @@ class Embedding(PreparedSite):
         self.in_features = num_embeddings
         self.out_features = dim
         self.weight = nn.Parameter(torch.empty(num_embeddings, dim), requires_grad=False)
-        # `Site` declares it for all layers; adapters and `computed_with` read it without asking for the kind.
         self.bias = None
 
     def compute(self, x: Tensor, kernel: LinearKernel) -> Tensor:

@@ -60,7 +60,6 @@ class PostNormEmbeddings(nn.Module):
         types = config.type_vocab_size
         # DistilBERT fixes `type_vocab_size` to 0.
         self.token_type_embeddings = Embedding(types, config.hidden_size) if types else None
-        # Spelt as in transformers: `post_norm_map` maps the name to itself.
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def positions(self, batch: Batch) -> Tensor:
@@ -75,7 +74,6 @@ class PostNormEmbeddings(nn.Module):
         x = self.word_embeddings(batch.input_ids, batch)  # [tokens, hidden]
         if self.token_type_embeddings is not None:
             x = x + self.token_type_embeddings(batch.token_type_ids, batch)
-        # Positions are the second summand of the fused sum and norm, which saves writing the sum and reading it again.
         # Post-norm needs no residual afterwards, so the sum is dropped.
         normed, _ = self.LayerNorm.add(x, self.position_embeddings(self.positions(batch), batch), batch)
         return normed

@@ -251,7 +251,6 @@ class FirstTokenClassificationHead(SequenceClassificationHead):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # Derived at class creation, so that a plugin names each layer once.
         cls.needed = tuple(f"{layer}.{leaf}" for layer in (cls.dense, cls.output) for leaf in ("weight", "bias"))
 
     def __init__(self, config: ModelConfig) -> None:

@@ -62,7 +62,6 @@ class GateUpLinear(Linear):
 
     @property
     def parts(self) -> tuple[int, ...]:
-        # Gate first, as `gated_act` splits it.
         return (self.intermediate, self.intermediate)
 
 
@@ -80,7 +79,6 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
     for name, layer in layers:
         weight = layer.weight
         # Embeddings are skipped, as a look-up gains nothing from packing; a tied one follows its head below.
-        # None: prepared already.
         if weight is None or not isinstance(layer, Linear):
             continue
         path = layer.path or name
@@ -91,7 +89,6 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
             note = None if table is None or kernel.no_rows is None else f"a second, plain weight: {kernel.no_rows}"
             prepared[id(weight)] = kernel, LinearChoice(path, kernel.method, passed_over, note)
             if table is not None and kernel.no_rows is None:
-                # Without a bias: only a product adds one.
                 table.adopt(kernel)
         kernel, choice = prepared[id(weight)]
         # One entry per layer, also where the weight is shared, so that the report counts layers.

@@ -57,7 +57,6 @@ class Model(nn.Module):
         for index, layer in enumerate(self.attention_layers):
             layer.index = index
         self.sites: dict[str, Site] = {}
-        # After the parts are together, because a layer cannot know its own path while it is made.
         for path, module in self.named_parts():
             if isinstance(module, Site):
                 module.path = path
@@ -90,7 +89,6 @@ class Model(nn.Module):
     @property
     def attention_specs(self) -> tuple[AttentionSpec, ...]:
         """The distinct kinds of attention in the model, in order of appearance."""
-        # A dict for its order: backends are bound to the kinds in order of appearance, and specs are hashable.
         return tuple(dict.fromkeys(layer.spec for layer in self.attention_layers))
 
     @property

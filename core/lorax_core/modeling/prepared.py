@@ -55,7 +55,6 @@ class PreparedSite(Site):
         return self.compute(x, PlainKernel(weight, bias))
 
     def dense_weight(self) -> Tensor:
-        # Of a packed weight this is an unpacked copy, made anew on every call.
         return self.kernel.dense().detach()
 
     def _base(self, x: Tensor) -> Tensor:

@@ -152,5 +152,4 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
         "partial": stated("partial_rotary_factor", partial),
         "original_length": length or longest,
     }
-    # null is how files spell "not set".
     return {**fields, **{name: value for name, value in nested.items() if value is not None}}

@@ -36,7 +36,6 @@ class RotaryEmbedding(nn.Module):
         self.factor = 1.0
         # Not persistent: checkpoints that store frequencies may have rounded them to 16 bit.
         self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
-        # Under torch.device("meta") there is nothing to compute; `_materialise` calls reset_buffers then.
         if not self.inv_freq.is_meta:
             self.reset_buffers()
 
@@ -54,5 +53,4 @@ class RotaryEmbedding(nn.Module):
         # In float32 even for 16-bit models: bfloat16 has 8 bits, so positions above 256 would share angles.
         angles = positions.float()[:, None] * self.inv_freq  # [tokens, rotary_dim / 2]
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        # Rounded last. The 1 in the middle broadcasts over heads.
         return Angles(cos.to(dtype)[:, None], sin.to(dtype)[:, None])

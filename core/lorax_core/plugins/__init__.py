@@ -1,6 +1,5 @@
 """What a plugin's `plugin.py` and `cases.py` import: specs, cases, the hook marker and the tasks. Never imports torch."""
 
-# Imported at once, unlike `lorax_core.modeling`: none of these modules needs torch.
 from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.hookspecs import hookimpl
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec

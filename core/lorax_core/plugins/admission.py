@@ -58,7 +58,6 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
             _check_requirements(entry.dist)
         start = time.perf_counter()
         architectures, backends = _admit(manager, entry, f"{package}:{entry.name}={entry.value}")
-    # The user's, and not the plugin's.
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # sys.exit() at import must not end the process either
@@ -164,7 +163,6 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
                 continue
             if name in hooks:
                 raise PluginError(f"{name} is not marked as a hook", hint=f"put @hookimpl above `def {name}`")
-        # pluggy's own ways to name a hook otherwise, and to permit an unknown one.
         hook = (marks and marks.get("specname")) or name
         if hook in hooks:
             found = True

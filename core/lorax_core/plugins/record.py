@@ -99,7 +99,6 @@ class PluginRecord:
 def explain(error: BaseException) -> str:
     """What went wrong, on one line, with the place in the plugin where it is known."""
     if isinstance(error, LoraxError):
-        # Without the hint, which the record has in a field of its own.
         return " ".join(error.message.split())
     if isinstance(error, ValidationError):
         fields = "; ".join(_field(item) for item in error.errors(include_url=False))

@@ -129,6 +129,5 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def _kind(value: object) -> str:
-    # What JSON has beside objects; None is the one left.
     names = {list: "a list", str: "a string", bool: "a truth value", int: "a number", float: "a number"}
     return names.get(type(value), "null")

@@ -19,7 +19,6 @@ from lorax_core.types import Task
 API_VERSION: Final = 1
 """Version of the plugin API that this core implements; a spec names the one it was written for."""
 
-# As strings: naming a head must not import torch.
 DECODER_HEADS: Final = {
     Task.GENERATE: "lorax_core.modeling.heads:LanguageModelHead",
     Task.EMBED: "lorax_core.modeling.heads:EmbeddingHead",

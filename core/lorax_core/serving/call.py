@@ -31,7 +31,6 @@ class _Answer:
 
     index: int
     choice: int
-    # Of `n` answers to one request, the choice is its number; 0 is the request's own sequence.
     sequence: Sequence
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -48,7 +47,6 @@ class Call:
     def __init__(self, count: int, abort: Callable[[Sequences], None]) -> None:
         self.results: list[Result | LoraxError | None] = [None] * count
         self._abort = abort
-        # Empty until `start`: adapters may still be fetched.
         self._prepared: list[Prepared] = []
         self._answers: list[_Answer] = []
         self._choices: list[list[_Answer]] = [[] for _ in range(count)]
@@ -101,7 +99,6 @@ class Call:
     def _wake(self) -> None:
         """Wake all waiters. The caller holds `_changed`."""
         self._changed.notify_all()
-        # Each waits for one update only, and asks again.
         wakers, self._wakers = self._wakers, []
         for loop, event in wakers:
             try:
@@ -150,7 +147,6 @@ class Call:
             with self._changed:
                 if self._open == 0:
                     return
-                # Also before `start`, which then does nothing.
                 self._cancelled, self._open = True, 0
                 unfinished = [answer.sequence for answer in self._answers if not answer.sequence.finished]
                 error = LoraxError("the call was cancelled")

@@ -146,7 +146,6 @@ class Engine:
     def _start(self, call: Call, requests: SequenceOf[Request], fetched: Future[None]) -> None:
         """Start a call whose adapters were fetched, in the thread that fetched them."""
         try:
-            # Done already: it only raises what went wrong.
             fetched.result()
             call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
         except LoraxError as error:

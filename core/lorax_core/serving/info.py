@@ -28,17 +28,14 @@ class EngineInfo:
     dtype: str
     device: str
     attention: str
-    # Backends of higher priority that were not chosen, each with its reason.
     passed_over: tuple[tuple[str, str], ...]
     max_tokens: int
     max_text_tokens: int
-    # None for models without a cache.
     kv_cache_tokens: int | None
     kv_cache_bytes: int
     linear_methods: Mapping[str, int] = field(default_factory=dict)
     linear_notes: tuple[str, ...] = ()
     lora_kernel: tuple[str, str] | None = None
     step_bytes: int | None = None
-    # From here on filled in at each `Engine.info()`.
     steps: int = 0
     last_step: StepStats | None = None

@@ -30,7 +30,6 @@ def token_labels(
     scores: NDArray[np.float32], labels: Sequence[str], encoded: Encoded, source: object, text: TextFront
 ) -> Classification:
     """The best label of each token that is not special: scores `[tokens, labels]`. `source` is what the user gave."""
-    # Plain token ids carry no mask: all of them are reported.
     special = encoded.special or (False,) * len(encoded.ids)
     kept = [at for at, mark in enumerate(special) if not mark]
     best = scores[kept].argmax(-1) if kept else np.zeros(0, np.int64)  # [kept]

@@ -205,7 +205,7 @@ def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
     with _threads_lock:
-        # Refused and not changed: the engine that runs would be slower or disturb others without a word.
+        # Refused and not changed: the engine that runs would silently become slower, or disturb others.
         if _threads is not None and _threads != threads:
             raise RequestError(
                 f"threads={threads} was asked for, but this process computes with {_threads}: the number is one for the "

@@ -58,7 +58,6 @@ def load_model(
     _check_class(model_class, files.config["model_type"], host)
     chosen = choose_dtype(options.dtype, files, where)
     base = load_weights(files, host, dtype=chosen, device=where, model_class=model_class)
-    # What the checkpoint's own files say, as `load` without options does.
     set_up_embedding(base, None, None, None)
     return cast("M", base.model)
 
@@ -101,7 +100,6 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
         for at, ids in enumerate(sequences)
     )
     batch = Batcher(model, page, {}).pack(StepInput(chunks))
-    # `Batch` is otherwise filled by the engine's runner in the same order: pack, then plan.
     batch.attention = backend.plan(batch)
     return batch
 

@@ -184,7 +184,6 @@ class Preparer:
 
     def _drafter(self, by_adapter: bool) -> Drafter | None:
         """What drafts tokens: the adapter's heads where it has some, else prompt lookup where that is asked for."""
-        # Filled by the step from the adapter's heads.
         if by_adapter:
             return Proposals()
         return PromptLookup(self.speculate) if self.speculate else None

@@ -126,7 +126,6 @@ def make_requests(
     """
     single = is_single(prompts)
     items = [prompts] if single else list(prompts)
-    # A Mapping is one choice: the weights of a sum.
     names = [adapter] * len(items) if adapter is None or isinstance(adapter, (str, Mapping)) else list(adapter)
     if len(names) != len(items):
         raise RequestError(
@@ -145,5 +144,4 @@ def is_single(prompts: Any) -> bool:
             f"a prompt is a string, token ids, chat messages or a pair of strings, and a list of those is a batch; "
             f"this is {type(prompts).__name__}: {prompts!r:.60}"
         )
-    # An empty list is a batch of none, with an empty list as its answer.
     return bool(prompts) and all(isinstance(item, (int, dict)) for item in prompts)

@@ -50,7 +50,6 @@ class GrammarFactory:
     def __init__(self, tokenizer: Any | None, vocab: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocab = vocab
-        # The library takes a list; sorted, as a set has no order.
         self._eos_ids = sorted(eos_ids)
         self._prepared: LLTokenizer | None = None
         self._lock = threading.Lock()

@@ -91,7 +91,6 @@ class TextFront:
 
     def encode(self, prompt: Any, task: Task) -> Encoded:
         """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there."""
-        # An empty list is no chat either; `Preparer` refuses it as an empty prompt.
         if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
             return Encoded(list(prompt))
         if isinstance(prompt, list):
@@ -188,7 +187,6 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
         special=tuple(special[at] for at in kept),
         offsets=tuple(encoded.offsets[at] for at in kept if encoded.offsets),
         second=tuple(encoded.second[at] for at in kept if encoded.second),
-        # Rows of the prompt that were dropped count no more.
         pool_from=sum(1 for at in kept if at < encoded.pool_from),
         truncated=True,
     )

@@ -1,6 +1,7 @@
 """Whether a checkpoint can be served, without serving it.
 
-Decides what `lorax models check` reports. Fills a model as loading does, but reports what does not fit instead of raising an error.
+Decides what `lorax models check` reports. Fills a model as loading does, but reports what does not fit
+instead of raising an error.
 """
 
 from __future__ import annotations

@@ -100,7 +100,6 @@ class Checkpoint:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / 'model.safetensors.index.json'} has no 'weight_map'")
-        # A set, as the index names a file once for each of its tensors.
         files = sorted({self.path / str(name) for name in weight_map.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:

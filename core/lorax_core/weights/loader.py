@@ -267,7 +267,6 @@ def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model)
     # A single NaN would make every answer NaN without any error, so a damaged file is refused here.
     if not torch.isfinite(tensor).all():
         return "holds NaN or infinite numbers"
-    # Converts the dtype and moves to the device, one tensor at a time.
     place.copy_(tensor)
     return None
 
@@ -304,6 +303,5 @@ def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
 
 def stated_task(spec: ArchitectureSpec, config: ModelConfig) -> Task | None:
     """The task of the class that the configuration names, None when it names none that is known."""
-    # `architectures` is a list in files; the first that the plugin knows counts.
     known = (spec.hf_architectures[name] for name in config.architectures or () if name in spec.hf_architectures)
     return next((Task(task) for task in known), None)

@@ -99,7 +99,7 @@ class WeightMap:
         for prefix in self.prefixes:
             if name.startswith(prefix + "."):
                 name = name[len(prefix) + 1 :]
-                # At most one prefix is taken off: what remains may begin with the same word by right.
+                # At most one prefix is taken off: what remains may begin with a module of that name.
                 break
         for pattern, replacement in self.rename.items():
             replaced = _replace(pattern, replacement, name)

@@ -107,7 +107,6 @@ def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
         raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; supported are {listed(_ACTIVATIONS)}")
     with opened(file) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
-    # More tensors would mean another module of the same name.
     if not {"linear.weight"} <= set(found) <= {"linear.weight", "linear.bias"}:
         raise CheckpointError(
             f"{file} holds {listed(sorted(found))}; needed are 'linear.weight' and perhaps 'linear.bias'"

@@ -45,7 +45,6 @@ class DistilBertSequenceClassificationHead(FirstTokenClassificationHead):
 
     dense = "pre_classifier"
     output = "classifier"
-    # Where BERT's pooler has tanh.
     act = "relu"
 
 

@@ -24,7 +24,6 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         heads={Task.SEQUENCE_CLASSIFICATION: "lorax_distilbert.modeling:DistilBertSequenceClassificationHead"},
         hf_architectures={
             "DistilBertModel": Task.EMBED,
-            # Heads without a task here are ignored.
             "DistilBertForMaskedLM": Task.EMBED,
             "DistilBertForQuestionAnswering": Task.EMBED,
             "DistilBertForTokenClassification": Task.TOKEN_CLASSIFICATION,

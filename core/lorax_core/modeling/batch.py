@@ -78,7 +78,6 @@ class HeadRows:
 class Batch:
     """Packed tokens of several sequences, each at its own position, task and adapter."""
 
-    # Mutable, unlike HeadRows: backend and rotary layers add to it during the step.
     # Filled by the batcher: what is computed.
     input_ids: Tensor  # [tokens] int64
     position_ids: Tensor  # [tokens] int64, from 0 in each sequence

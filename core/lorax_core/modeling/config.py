@@ -93,7 +93,6 @@ class ModelConfig(BaseModel):
         # The architecture's own key is read only where the common one is absent, and null counts as absent.
         own = {key: common for key, common in cls.aliases.items() if raw.get(common) is None}
         named = {**raw, **{common: raw[key] for key, common in own.items() if raw.get(key) is not None}}
-        # A field missing under both spellings is reported under the architecture's own, which its users know.
         spelt = {common: key for key, common in own.items() if raw.get(key) is not None or common not in raw}
         try:
             return cls.model_validate(dict(cls.normalise(named)), context={"spelt": spelt})

@@ -36,7 +36,6 @@ class DecoderLayer(Block):
         # GPT-NeoX: both blocks read x, so the two norms cannot be chained with a residual.
         if self.parallel:
             return x + attended + self.mlp(self.post_attention_layernorm(x, batch), batch)
-        # Residual sum and norm in one call, for kernels that fuse them; the sum comes back as the next residual.
         normed, x = self.post_attention_layernorm.add(attended, x, batch)
         return x + self.mlp(normed, batch)
 

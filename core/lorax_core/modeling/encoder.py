@@ -23,7 +23,6 @@ class PostNormConfig(ModelConfig):
 
     intermediate_size: PositiveInt
     hidden_act: str = "gelu"
-    # BERT's own; RoBERTa files state 1e-5.
     layer_norm_eps: float = 1e-12
     max_position_embeddings: PositiveInt = 512
     type_vocab_size: PositiveInt = 2
@@ -74,7 +73,6 @@ class PostNormEmbeddings(nn.Module):
         x = self.word_embeddings(batch.input_ids, batch)  # [tokens, hidden]
         if self.token_type_embeddings is not None:
             x = x + self.token_type_embeddings(batch.token_type_ids, batch)
-        # Post-norm needs no residual afterwards, so the sum is dropped.
         normed, _ = self.LayerNorm.add(x, self.position_embeddings(self.positions(batch), batch), batch)
         return normed
 

@@ -161,7 +161,6 @@ class TokenClassificationHead(Head):
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         if stated in CLASSIFICATION and stated is not cls.task:
             return None
-        # Without both tensors the file holds an untrained or another head: better no task than random labels.
         return cls(config) if {f"{cls.layer}.weight", f"{cls.layer}.bias"} <= names else None
 
     def span(self, ids: Sequence[int], pool_from: int) -> range:
@@ -203,7 +202,6 @@ class SequenceClassificationHead(Head):
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        # [sequences, labels]; pooled over one row each, so the engine's sum over chunks is that row.
         return self.logits(hidden, rows).float()
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
@@ -255,7 +253,6 @@ class FirstTokenClassificationHead(SequenceClassificationHead):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        # Under the checkpoint's own dotted names: the loader fills heads by name, without a table for heads.
         self._place(self.dense, Linear(config.hidden_size, config.hidden_size))
         self._place(self.output, Linear(config.hidden_size, len(self.labels)))
         self._act = get_activation(self.act)

@@ -23,7 +23,6 @@ class Linear(PreparedSite):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        # No initialisation: on `meta` it would be lost, and loading must fill every element or fail.
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
@@ -91,7 +90,6 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
             if table is not None and kernel.no_rows is None:
                 table.adopt(kernel)
         kernel, choice = prepared[id(weight)]
-        # One entry per layer, also where the weight is shared, so that the report counts layers.
         choices.append(LinearChoice(path, choice.method, choice.passed_over, choice.note))
         layer.adopt(kernel.with_bias(layer.bias))
     return LinearReport(tuple(choices))

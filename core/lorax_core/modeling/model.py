@@ -61,13 +61,11 @@ class Model(nn.Module):
             if isinstance(module, Site):
                 module.path = path
                 self.sites[path] = module
-        # Dropout layers of a plugin's own modules must not be active.
         self.eval()
 
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules under canonical names: those of the backbone and of each head, without a prefix."""
         for root in (self.backbone, *self.heads.values()):
-            # No "backbone." or "heads.": these are the names that `WeightMap` gives checkpoints and adapters.
             yield from root.named_modules()
 
     def named_tensors(self) -> dict[str, nn.Parameter]:

@@ -51,7 +51,6 @@ class PreparedSite(Site):
 
     @final
     def computed_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Numbers of an adapter change with every adapter: packing them would cost more than the product.
         return self.compute(x, PlainKernel(weight, bias))
 
     def dense_weight(self) -> Tensor:

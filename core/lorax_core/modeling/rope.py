@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
-# Keys without which transformers' own function fails too; the rest have defaults.
 _NEEDED = {
     "default": (),
     "linear": ("factor",),
@@ -126,7 +125,6 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
 
     Unknown keys are kept, so that validation names them: a scaling that is not understood must not be ignored.
     """
-    # `rope_scaling` was one nested object before; where a file has both, the newer one wins.
     nested = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     kind = nested.pop("rope_type", None)
     old_kind = nested.pop("type", None)

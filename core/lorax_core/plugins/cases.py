@@ -29,7 +29,6 @@ class ArchitectureCases(BaseModel):
     tiny_config: JsonObject
     variants: dict[Key, JsonObject] = {}
     references: dict[Task, ClassPath]
-    # The value is the reason, on one line: the kit reports it beside the check that failed as expected.
     known_failures: dict[str, Line] = {}
 
     def config(self, variant: str) -> dict[str, object]:

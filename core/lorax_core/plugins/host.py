@@ -40,7 +40,6 @@ class PluginHost:
         self.records: Final = _settle(list(records))
         self.problems: Final = tuple(record for record in self.records if record.status.failed)
         self._owners: Final = {spec.model_type: record for record in self.records for spec in record.architectures}
-        # Sorted, as `models list` prints them; read-only, as a host is shared between engines.
         architectures = {spec.model_type: spec for record in self.records for spec in record.architectures}
         self.architectures: Final[Mapping[str, ArchitectureSpec]] = MappingProxyType(
             {model_type: architectures[model_type] for model_type in sorted(architectures)}
@@ -61,7 +60,6 @@ class PluginHost:
         records: list[PluginRecord] = []
         for entry in installed(entry_points):
             records.append(try_plugin(manager, entry, settings))
-            # At once, so that a strict run stops before it imports the next plugin.
             _insist(records[-1:], settings)
         records += missing(records, settings)
         # Conflicts are known only when all are there, hence `_insist` again.

@@ -69,7 +69,6 @@ def _load(path: str, record: PluginRecord | None) -> object:
     try:
         return getattr(module, name)
     except AttributeError as error:
-        # By the convention of the paths: constants for cases, CamelCase for classes.
         kind = "object" if name.isupper() else "class"
         close = nearest(name, [known for known, value in vars(module).items() if _is_like(name, value)])
         raise PluginError(

@@ -37,7 +37,6 @@ def set_up_embedding(
     else:
         # A causal model's first row knows only itself; its last one has seen the text.
         head.pooling = Pooling.LAST if model.needs_kv_cache else Pooling.CLS
-    # Without files raw vectors, as transformers gives them.
     head.normalize = normalize if normalize is not None else files is not None and files.normalize
     _set_projections(base, head, files, dim)
     return files

@@ -138,7 +138,6 @@ class Engine:
         for request, names in zip(requests, missing, strict=True):
             if not names:
                 self._preparer.prepare(request)  # refused now, and not when the others' adapters are there
-        # A dict instead of a set keeps the order, and names each adapter once.
         fetched = self.adapters.fetch(dict.fromkeys(name for names in missing for name in names))
         fetched.add_done_callback(lambda done: self._start(call, requests, done))
         return call

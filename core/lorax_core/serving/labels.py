@@ -60,7 +60,6 @@ def _entities(names: list[str], scores: list[float], offsets: list[tuple[int, in
 
     def close() -> None:
         if run:
-            # From the string and not from joined tokens, whose spaces and case are the tokenizer's.
             start, end = offsets[run[0]][0], offsets[run[-1]][1]
             score = sum(scores[at] for at in run) / len(run)
             entities.append(Entity(names[run[0]][2:], score, texts[run[0]][start:end], start, end))

@@ -71,7 +71,6 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     chosen, pool = _attention_and_cache(options, base, host)
     preparer = _preparer(options, base, text, store, pool)
     worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store))
-    # Set last, as the store is made before the worker; sequences that wait for an adapter go on by it.
     store.listener = worker.adapter_came
     return EngineParts(worker, preparer, store, _info(base, chosen, preparer, pool))
 
@@ -104,7 +103,6 @@ def choose_dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
 
 def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
     device = find_device(options.device)
-    # A SecretStr until here, so that options can be printed.
     token = options.token.get_secret_value() if options.token is not None else None
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
     return load_model(files, host, dtype=choose_dtype(options.dtype, files, device), device=device)
@@ -178,7 +176,6 @@ def _loop(
         gate=store,
     )
     runner = Runner(model, backend, pool, store.bound, store.bound.kernel)
-    # None: completions of a checkpoint without a tokenizer have ids and no text.
     return EngineLoop(scheduler, runner, text if text.has_tokenizer else None)
 
 

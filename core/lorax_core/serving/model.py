@@ -65,7 +65,6 @@ def load_model(
 def _check_class(model_class: type[Model], model_type: str, host: PluginHost) -> None:
     """Raises CheckpointError for a class of another architecture's package."""
     package = model_class.__module__.partition(".")[0]
-    # By the top-level package, as a plugin may define its classes in any of its modules.
     others = {spec.backbone.partition(".")[0]: spec for spec in host.architectures.values()}
     if package in others and host.architecture(model_type).backbone.partition(".")[0] != package:
         raise CheckpointError(

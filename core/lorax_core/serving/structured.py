@@ -40,7 +40,6 @@ class TokenGrammar:
 
     def copy(self) -> TokenGrammar:
         """The same state, to go its own way."""
-        # The tokenizer inside is shared; only the parser's state is copied.
         return TokenGrammar(self._matcher.deep_copy(), self._vocab)
 
 

@@ -136,7 +136,6 @@ class TextFront:
             token_types=made.get("token_type_ids"),
             special=tuple(bool(mark) for mark in made["special_tokens_mask"]),
             offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if fast else (),
-            # sequence_ids: 0 and 1 for the strings of a pair, None for specials.
             second=tuple(text == 1 for text in made.sequence_ids()) if fast and len(parts) == 2 else (),
         )
 
@@ -148,7 +147,6 @@ class TextFront:
 
         try:
             made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        # Templates raise on roles that they do not know; messages of a wrong shape fail with Python's own errors.
         except (TemplateError, KeyError, TypeError, ValueError) as error:
             raise RequestError(f"the chat template refused {messages!r:.120}: {error}") from error
         return list(made["input_ids"])

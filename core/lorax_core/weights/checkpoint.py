@@ -56,7 +56,6 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the files."""
-        # Opening maps the file and reads the header; the other tensors are not touched.
         with opened(self.tensors[name]) as tensors:
             found: Tensor = tensors.get_tensor(name)
             return found

@@ -197,7 +197,6 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Se
     filled: dict[tuple[str, int | None], str] = {}
     scales = _scale_places(model)
     for name, tensor in checkpoint.read():
-        # Scales are attributes and no parameters: few checkpoints have them, and 1.0 is right for the others.
         if (place := scales.get(weight_map.canonical(name))) is not None:
             layer, attribute = place
             setattr(layer, attribute, float(tensor))
@@ -296,7 +295,6 @@ def _is_spare_tie(target: Target, weight_map: WeightMap, parameters: dict[str, n
 def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
     """A missing tensor under the name that checkpoints give it."""
     module, _, leaf = name.rpartition(".")
-    # As the user finds it in the file: `q_proj.weight`, not `qkv_proj.weight`.
     stored = name if part is None else f"{weight_map.members(module)[part]}.{leaf}"
     return weight_map.stored_name(stored)
 

@@ -36,11 +36,9 @@ class Target:
         """A stored tensor `[out, ...]` (or `[in, out]`) as the layer wants it."""
         if self.transpose:
             tensor = tensor.t()
-        # Rows that do not divide cannot be rearranged; the loader's check of shapes then reports them.
         if self.interleave is None or tensor.shape[0] % (self.interleave[0] * self.interleave[1]):
             return tensor
         groups, members = self.interleave
-        # Works for biases [out] too, where nothing follows n.
         rows = tensor.reshape(groups, members, -1, *tensor.shape[1:])  # [groups, members, n, ...]
         return rows.transpose(0, 1).reshape(tensor.shape)
 
@@ -73,7 +71,6 @@ class WeightMap:
         name = self.canonical(name)
         module, _, leaf = name.rpartition(".")
         transpose = any(_matches(pattern, name) for pattern in self.transpose)
-        # Canonical twice, here and inside: harmless where a rename's result matches no further pattern.
         target = self.resolve_module(module)
         return Target(f"{target.name}.{leaf}" if module else leaf, target.part, transpose, target.interleave)
 
@@ -167,7 +164,6 @@ def _replace(pattern: str, replacement: str, name: str) -> str | None:
     return ".".join(piece for piece in pieces if piece)
 
 
-# Every tensor is tried against every pattern. All maps of a process have some hundred patterns.
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """A pattern over whole segments, each with a dot in front, as a regular expression."""

@@ -26,7 +26,6 @@ _ACTIVATIONS = {
     "Sigmoid": "sigmoid",
     "SiLU": "silu",
 }
-# Also the modes that are not supported, so that the error can name them.
 _OLD_MODES = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -71,7 +70,6 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
     if modules is None:
         return None
     steps = [(_kind(module), str(module.get("path", ""))) for module in modules if isinstance(module, dict)]
-    # Only the last part of a dotted class name counts, so that files written before a module moved read alike.
     kinds = [kind for kind, _ in steps]
     # Sorted by _ORDER, they must be what they were; an unknown kind drops out and differs, too.
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:

@@ -19,7 +19,9 @@ BERT = ArchitectureCases(
         "quick_gelu": {"hidden_act": "quick_gelu"},
         "relu": {"hidden_act": "relu"},
         "one_token_type": {"type_vocab_size": 1},
+        # So large that an epsilon which is not read from the file shows.
         "wide_epsilon": {"layer_norm_eps": 0.1},
+        # No multiple of 8 or 16, for kernels that pad.
         "odd_vocabulary": {"vocab_size": 131},
     },
     references={

@@ -15,12 +15,14 @@ class FlashBertModel(PostNormEncoder):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004
         """Names as BertModel and its task models save them, with or without `bert.`."""
+        # The heads of masked-language, next-sentence and question-answering checkpoints, which no task here reads.
         return post_norm_map("bert", "cls.**", "qa_outputs.**")
 
 
 class BertSequenceClassificationHead(FirstTokenClassificationHead):
     """Labels of a sequence: the pooler that BERT was trained with, then the classifier."""
 
+    # The pooler is a module of BertModel in transformers, beside and not inside the classifier; tanh is its activation.
     dense = "pooler.dense"
     output = "classifier"
 

@@ -28,6 +28,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
             "BertForTokenClassification": Task.TOKEN_CLASSIFICATION,
             "BertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
         },
+        # Its head needs no weights, so every BERT checkpoint can serve it.
         default_task=Task.EMBED,
         causal=False,
         features=("token_types",),

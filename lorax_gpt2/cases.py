@@ -11,14 +11,17 @@ GPT2 = ArchitectureCases(
         "n_layer": 2,
         "n_head": 2,
         "n_positions": 256,
+        # GPT-2's 50256 lies outside this vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,
     },
     variants={
         "untied": {"tie_word_embeddings": False},
+        # One layer: unscaled scores of random weights are so large that errors of rounding grow with each.
         "unscaled": {"scale_attn_weights": False, "n_layer": 1},
         "scaled_by_layer": {"scale_attn_by_inverse_layer_idx": True},
         "upcast": {"reorder_and_upcast_attn": True},
+        # Not 4 times the width, which is what a missing n_inner means.
         "narrow": {"n_inner": 96},
         "relu": {"activation_function": "relu"},
         "exact_gelu": {"activation_function": "gelu"},

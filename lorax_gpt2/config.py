@@ -27,12 +27,15 @@ class GPT2Config(ModelConfig):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
+    # `reorder_and_upcast_attn` is accepted and not read: see FlashGPT2Model.
     add_cross_attention: bool = False
+    # transformers' default for GPT-2; files from before the key do not state it.
     tie_word_embeddings: bool = True
 
     @field_validator("add_cross_attention")
     @classmethod
     def _self_attention(cls, value: bool) -> bool:
+        # Of an encoder-decoder: its second attention needs an encoder's rows, which no request brings.
         if value:
             raise ValueError("cross attention is not supported")
         return value
@@ -45,6 +48,7 @@ class GPT2Config(ModelConfig):
     def scale(self, layer: int) -> float:
         """What the scores of this layer are multiplied with."""
         scale = (self.hidden_size // self.num_attention_heads) ** -0.5 if self.scale_attn_weights else 1.0
+        # `layer` counts from 0, as transformers' layer_idx does. Stanford's Mistral runs of GPT-2 were trained so.
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     @property

@@ -48,7 +48,9 @@ class FlashGPT2Model(Decoder):
         return WeightMap(
             prefixes=("transformer",),
             rename={f"{stored}.**": f"{name}.**" for stored, name in names.items()},
+            # transformers' Conv1D stores [in, out]. Its biases and the rest of the model are as usual.
             transpose=("layers.*.self_attn.*.weight", "layers.*.mlp.*.weight"),
+            # Only a default: a head that the file stores all the same wins over the tie.
             tie={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
             # Causal masks that old checkpoints hold, and heads that are not supported.
             ignore=("h.*.attn.bias", "h.*.attn.masked_bias", "multiple_choice_head.**", "qa_outputs.**"),

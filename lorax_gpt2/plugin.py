@@ -28,6 +28,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         },
         default_task=Task.GENERATE,
         causal=True,
+        # No heads: core's defaults for causal models have transformers' names, `score` and `classifier`.
         features=("tied_embeddings",),
         cases="lorax_gpt2.cases:GPT2",
     )

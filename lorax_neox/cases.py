@@ -19,6 +19,7 @@ GPT_NEOX = ArchitectureCases(
         "no_attention_bias": {"attention_bias": False},
         "half_rotary": {"rotary_pct": 0.5},
         "whole_rotary": {"rotary_pct": 1.0},
+        # 19.2 dimensions of a head of 64: rounded down to 19, and up to whole pairs.
         "odd_rotary": {"rotary_pct": 0.3},
         "no_rotary": {"rotary_pct": 0.0},
         "other_base": {"rotary_emb_base": 500},

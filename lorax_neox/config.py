@@ -13,6 +13,7 @@ from lorax_core.modeling import ModelConfig, Rope, read_rope
 class GPTNeoXConfig(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
+    # The names of transformers 4; 5 writes the common ones, inside `rope_parameters`.
     aliases: ClassVar[Mapping[str, str]] = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
 
     intermediate_size: PositiveInt
@@ -26,9 +27,11 @@ class GPTNeoXConfig(ModelConfig):
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Read the rotary parameters; by default a quarter of each head rotates."""
+        # Before read_rope, which takes the length from it.
         config = {"max_position_embeddings": 2048, **raw}
         return {**config, "rope": read_rope(config, partial=0.25)}
 
     @property
     def max_tokens(self) -> int:
+        # `dynamic` ends at the length it was trained for: past it, keys in the cache would have other frequencies.
         return self.rope.max_tokens or self.max_position_embeddings

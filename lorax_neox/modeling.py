@@ -28,6 +28,7 @@ class FlashGPTNeoXModel(Decoder):
     def __init__(self, config: GPTNeoXConfig) -> None:
         hidden, heads = config.hidden_size, config.num_attention_heads
         norm = partial(LayerNorm, hidden, config.layer_norm_eps)
+        # One for all layers, so that angles are computed once a step.
         rotary = RotaryEmbedding(hidden // heads, config.rope)
         layers = [
             DecoderLayer(
@@ -57,6 +58,7 @@ class FlashGPTNeoXModel(Decoder):
         return WeightMap(
             prefixes=("gpt_neox",),
             rename={f"{stored}.**": f"{name}.**" for stored, name in names.items()},
+            # Rows are stored (head, q|k|v, dim), and core's fused layer has (q|k|v, head, dim). Adapters are rearranged, too.
             interleave={"layers.*.self_attn.qkv_proj": (config.num_attention_heads, 3)},
             tie={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},
             ignore=(*buffers, "qa_outputs.**"),

@@ -14,12 +14,14 @@ def _cases(name: str) -> ArchitectureCases:
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 256,
+            # 64 positions and the two rows that the padding id 1 takes.
             "max_position_embeddings": 66,
             "type_vocab_size": 1,
             "pad_token_id": 1,
         },
         variants={
             "padding_at_zero": {"pad_token_id": 0},
+            # Padding id 5 takes six rows, so 70 rows leave 64 positions again.
             "late_padding": {"pad_token_id": 5, "max_position_embeddings": 70},
             "two_token_types": {"type_vocab_size": 2},
             "tanh_gelu": {"hidden_act": "gelu_new"},

@@ -28,7 +28,9 @@ def text_positions(input_ids: Tensor, position_ids: Tensor, padding: int) -> Ten
     """
     real = (input_ids != padding).long()
     seen = real.cumsum(0)  # over the whole batch, so what came before the sequence is taken off
+    # [tokens]: the row in the batch where the sequence of each token begins.
     first = torch.arange(len(input_ids), device=input_ids.device) - position_ids
+    # `seen - real` is the count before a row, itself not counted. `* real` puts padding ids at `padding` exactly.
     return (seen - (seen - real)[first]) * real + padding
 
 
@@ -58,6 +60,7 @@ class FlashRobertaModel(PostNormEncoder):
 class RobertaSequenceClassificationHead(FirstTokenClassificationHead):
     """Labels of a sequence, through two layers of the head's own."""
 
+    # Unlike BERT's, both layers belong to the classifier; RoBERTa was trained without a pooler.
     dense = "classifier.dense"
     output = "classifier.out_proj"
 

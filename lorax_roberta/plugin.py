@@ -32,6 +32,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
 
 def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -> ArchitectureSpec:
     """The architecture as `model_type`, whose classes in transformers begin with `name`."""
+    # One model_type each, since `config.json` names them apart although the arithmetic is the same.
     return ArchitectureSpec(
         model_type=model_type,
         summary=summary,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+# Name to the module that defines it. A table instead of imports: `plugin.py` must not pull in torch, and a
+# `config.py` that needs `ModelConfig` alone should not pay for every layer.
 _HOMES = {
     "Attention": "attention",
     "Batch": "batch",
@@ -49,6 +51,7 @@ _HOMES = {
 
 __all__ = sorted(_HOMES)
 
+# Type checkers cannot follow `__getattr__`; `X as X` marks a re-export for them (PEP 484).
 if TYPE_CHECKING:
     from lorax_core.modeling.activation import get_activation as get_activation
     from lorax_core.modeling.attention import Attention as Attention

@@ -45,6 +45,8 @@ class Attention(nn.Module):
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"a scale of {scale}; scores are multiplied with a number above 0")
         self.spec = AttentionSpec(heads, kv_heads, head_dim, causal, window, soft_cap)
+        # Every backend multiplies scores by head_dim ** -0.5, so only the ratio of the wanted scale to that is left for q.
+        # GPT-2 needs it: scores unscaled, or divided by the layer's number.
         self.q_factor = 1.0 if scale is None else scale * math.sqrt(head_dim)
 
     if TYPE_CHECKING:
@@ -54,5 +56,7 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: Angles | None = None) -> Tensor:
         assert batch.attention is not None, "a batch whose attention was not planned"
         if self.q_factor != 1.0:
+            # Before the rotation in the backend, which is linear, so the order does not matter. Not in place: q is a view of
+            # the fused projection's output. Skipped at 1.0, as most models would pay a kernel launch per layer for nothing.
             q = q * self.q_factor
         return batch.attention.forward(self, q, k, v, angles).reshape(q.shape[0], -1)  # [tokens, heads * dim]

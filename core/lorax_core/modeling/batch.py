@@ -68,7 +68,7 @@ class HeadRows:
     task: Task | None
     sequences: tuple[int, ...]
     counts: tuple[int, ...]
-    rows: Tensor
+    rows: Tensor  # [sum(counts)] int64
     adapters: AdapterRows = field(default_factory=NoAdapters)
     head: HeadModule | None = None
     speculator: Speculator | None = None
@@ -100,19 +100,23 @@ class Batch:
     @property
     def lengths(self) -> tuple[int, ...]:
         """Rows of each sequence in this step, `[seqs]`, read from the host."""
+        # The host copy: reading the device tensor would make the CPU wait for the GPU.
         starts: list[int] = self.query_starts.host.tolist()
         return tuple(stop - start for start, stop in pairwise(starts))
 
     def angles(self, rotary: Rotary, dtype: torch.dtype) -> Angles:
         """The angles of this step's positions, computed once for all layers of one rotary embedding."""
+        # By value and not by object: each layer may have a RotaryEmbedding of its own. The dtype is part of the key
+        # because angles are rounded to it.
         key = rotary.key, dtype
         found = self._angles.get(key)
         if found is None:
-            found = self._angles[key] = rotary.angles(self.position_ids, dtype)
+            found = self._angles[key] = rotary.angles(self.position_ids, dtype)  # cos, sin [tokens, 1, rotary_dim / 2]
         return found
 
     def start_pass(self) -> None:
         """A forward pass begins: nothing is kept of one before, whose positions may have been others."""
+        # `model(batch)` may be called again after `position_ids` were replaced: old angles would rotate by old positions.
         self._angles.clear()
 
 

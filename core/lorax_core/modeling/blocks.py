@@ -52,15 +52,17 @@ class SelfAttention(Block):
             raise ValueError(
                 f"a width of {hidden} is not a multiple of {heads} heads; give head_dim where heads have their own"
             )
+        # Qwen3 or Gemma state a head_dim for which heads * dim != hidden, so o_proj takes heads * dim and not hidden.
         dim = hidden // heads if head_dim is None else head_dim
         kv_heads = kv_heads or heads
         self.qkv_proj = QKVLinear(hidden, heads, kv_heads, dim, bias)
         self.attention = Attention(heads, kv_heads, dim, causal=causal, scale=scale, window=window, soft_cap=soft_cap)
+        # Qwen2 has biases on q, k and v and none here, hence `out_bias` apart from `bias`.
         self.o_proj = Linear(heads * dim, hidden, bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         q, k, v = self.qkv_proj.project(x, batch)  # [tokens, heads | kv_heads, dim]
-        return self.o_proj(self.attend(q, k, v, batch), batch)
+        return self.o_proj(self.attend(q, k, v, batch), batch)  # [tokens, hidden]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`."""
@@ -103,6 +105,8 @@ class RotaryAttention(SelfAttention):
         self.rotary = rotary
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        # Angles are passed down instead of applied here, so that a backend may fuse the rotation with its cache write.
+        # k is cached rotated, which is why no type of rope may change frequencies later (`Rope.max_tokens`).
         return self.attention(q, k, v, batch, batch.angles(self.rotary, q.dtype))
 
 

@@ -1,6 +1,6 @@
 """What core must know of any architecture's configuration.
 
-Decides the few fields that heads, caches and the engine read, and how a bad `config.json` is told. Each plugin adds its own
+Decides the few fields that heads, caches and the engine read, and how a bad `config.json` is reported. Each plugin adds its own
 fields; unknown keys of a checkpoint are left alone, for configurations carry much that inference does not need.
 """
 
@@ -31,6 +31,7 @@ class ModelConfig(BaseModel):
     not be a multiple of their number.
     """
 
+    # `protected_namespaces=()`: pydantic reserves names that begin with `model_`, and `model_type` is the key in files.
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
     aliases: ClassVar[Mapping[str, str]] = {}
@@ -52,6 +53,7 @@ class ModelConfig(BaseModel):
     def labels(self) -> tuple[str, ...]:
         """Names of the classes in the order of the classifier's rows; transformers' `LABEL_i` (two) when none are given."""
         if self.id2label:
+            # JSON has string keys in any order; pydantic made them int, so 10 sorts behind 9 and not behind 1.
             return tuple(self.id2label[index] for index in sorted(self.id2label))
         return tuple(f"LABEL_{index}" for index in range(self.num_labels or 2))
 
@@ -88,6 +90,7 @@ class ModelConfig(BaseModel):
     @classmethod
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Read a `config.json`; raises CheckpointError with every field that is missing or wrong."""
+        # The architecture's own key is read only where the common one is absent, and null counts as absent.
         own = {key: common for key, common in cls.aliases.items() if raw.get(common) is None}
         named = {**raw, **{common: raw[key] for key, common in own.items() if raw.get(key) is not None}}
         spelt = {common: key for key, common in own.items() if raw.get(key) is not None or common not in raw}

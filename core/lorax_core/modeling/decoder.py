@@ -33,6 +33,7 @@ class DecoderLayer(Block):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x, batch), batch)  # [tokens, hidden]
+        # GPT-NeoX: both blocks read x, so the two norms cannot be chained with a residual.
         if self.parallel:
             return x + attended + self.mlp(self.post_attention_layernorm(x, batch), batch)
         normed, x = self.post_attention_layernorm.add(attended, x, batch)
@@ -55,7 +56,7 @@ class Decoder(nn.Module):
         self.norm = norm
 
     def forward(self, batch: Batch) -> Tensor:
-        x = self.embed_tokens(batch.input_ids, batch)
+        x = self.embed_tokens(batch.input_ids, batch)  # [tokens, hidden]
         if self.embed_positions is not None:
             x = x + self.embed_positions(batch.position_ids, batch)
         for layer in self.layers:

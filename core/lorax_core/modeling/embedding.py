@@ -24,4 +24,5 @@ class Embedding(PreparedSite):
 
     def compute(self, x: Tensor, kernel: LinearKernel) -> Tensor:
         """Rows `[tokens, dim]` of the table in `kernel` for ids `[tokens]`."""
+        # Through the kernel, because a tied table may exist only in a packed layout (`prepare_linears`).
         return kernel.rows(x)

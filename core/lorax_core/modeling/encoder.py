@@ -29,6 +29,7 @@ class PostNormConfig(ModelConfig):
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
 
+    # Relative positions add terms to the scores that no backend computes. Ignored, they would give wrong vectors quietly.
     @field_validator("position_embedding_type")
     @classmethod
     def _absolute(cls, value: str) -> str:
@@ -56,6 +57,7 @@ class PostNormEmbeddings(nn.Module):
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
         types = config.type_vocab_size
+        # DistilBERT fixes `type_vocab_size` to 0.
         self.token_type_embeddings = Embedding(types, config.hidden_size) if types else None
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
@@ -86,6 +88,7 @@ class PostNormLayer(Block):
         self.post_mlp_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        # Unlike pre-norm, the next residual is the normalised sum, so the plain sum is dropped in both.
         x, _ = self.post_attention_layernorm.add(self.self_attn(x, batch), x, batch)
         x, _ = self.post_mlp_layernorm.add(self.mlp(x, batch), x, batch)
         return x
@@ -100,7 +103,7 @@ class PostNormEncoder(nn.Module):
         self.layers = nn.ModuleList(PostNormLayer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, batch: Batch) -> Tensor:
-        x = self.embeddings(batch)
+        x = self.embeddings(batch)  # [tokens, hidden]
         for layer in self.layers:
             x = layer(x, batch)
         return x

@@ -40,7 +40,7 @@ class Head(nn.Module):
         """The head when the checkpoint has its weights, else None.
 
         `names` are the checkpoint's tensors under canonical names; `stated` is the task of the class that `config.json`
-        names, which tells apart heads whose tensors have the same names.
+        names, which decides between heads whose tensors have the same names.
         """
         raise NotImplementedError
 
@@ -72,10 +72,12 @@ class LanguageModelHead(Head):
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        # A tied head has no tensor of its own in most files.
         has_weight = config.tie_word_embeddings or "lm_head.weight" in names
         return cls(config) if has_weight and config.generates else None
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        # Sampling compares and exponentiates logits; 16 bit would make ties of near ones.
         return self.lm_head(hidden, rows).float()  # [rows, vocab]
 
 
@@ -89,11 +91,13 @@ class EmbeddingHead(Head):
         super().__init__()
         self.pooling = pooling
         self.normalize = normalize
+        # Filled after loading, from the files of sentence-transformers (`set_up_embedding`), not from the checkpoint.
         self.projections = nn.ModuleList()
         self._hidden = hidden_size
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        # No weights needed, so every checkpoint has it; `set_up_embedding` replaces the pooling.
         return cls(config.hidden_size, Pooling.CLS, normalize=False)
 
     @property
@@ -105,6 +109,7 @@ class EmbeddingHead(Head):
     def span(self, ids: Sequence[int], pool_from: int) -> range:
         match self.pooling:
             case Pooling.CLS:
+                # A text that is nothing but prompt still needs a row; so below for the mean.
                 first = pool_from if pool_from < len(ids) else 0
                 return range(first, first + 1)
             case Pooling.LAST:
@@ -113,12 +118,14 @@ class EmbeddingHead(Head):
                 return range(min(pool_from, len(ids) - 1), len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        # Sums, not means: chunks of one text add up, and `finish` divides by the count of all of them.
+        # In float32, for a 16 bit sum over thousands of rows stops growing.
         sums = [part.sum(0, dtype=torch.float32) for part in torch.split(hidden, list(rows.counts))]
         return torch.stack(sums)  # [sequences, hidden]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
         sums = torch.stack(parts)  # [texts, hidden]
-        vectors = sums / torch.tensor(counts, device=sums.device)[:, None]
+        vectors = sums / torch.tensor(counts, device=sums.device)[:, None]  # [texts, hidden]
         for projection in self.projections:
             vectors = projection(vectors)
         return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
@@ -164,6 +171,7 @@ class TokenClassificationHead(Head):
         return classifier(hidden, rows).float()  # [rows, labels]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        # Each part is [tokens of one text, labels].
         return [part.softmax(-1) for part in parts]
 
 
@@ -186,6 +194,7 @@ class SequenceClassificationHead(Head):
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         if stated in CLASSIFICATION and stated is not cls.task:
             return None
+        # BERT's classifier of tokens has `classifier` too; the pooler is what it lacks.
         return cls(config) if set(cls.needed) <= names else None
 
     def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
@@ -220,6 +229,7 @@ class LastTokenClassificationHead(SequenceClassificationHead):
         if self.pad_token_id is None:
             return super().span(ids, pool_from)
         # Padding ids inside the text count as padding too: transformers looks at ids only.
+        # All padding: row 0, so that the span is never empty.
         last = next((at for at in reversed(range(len(ids))) if ids[at] != self.pad_token_id), 0)
         return range(last, last + 1)
 

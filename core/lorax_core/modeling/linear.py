@@ -41,11 +41,13 @@ class QKVLinear(Linear):
     @property
     def parts(self) -> tuple[int, ...]:
         kv = self.kv_heads * self.head_dim
+        # Adapters trained on q_proj, k_proj or v_proj find their rows of the fused output by this.
         return (self.heads * self.head_dim, kv, kv)
 
     def project(self, x: Tensor, batch: HasAdapters) -> tuple[Tensor, Tensor, Tensor]:
         """x `[tokens, hidden]` to q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]`."""
         qkv = self(x, batch).view(x.shape[0], -1, self.head_dim)  # [tokens, heads + 2 * kv_heads, dim]
+        # Views with the row stride of all three; nothing is copied here.
         q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
         return q, k, v
 
@@ -69,17 +71,20 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
     """
     policy = policy or LinearPolicy()
     layers = [(name, module) for name, module in root.named_modules() if isinstance(module, PreparedSite)]
+    # By identity: `_tie` made a tied embedding and its head hold the same parameter object.
     tables = {id(module.weight): module for _, module in layers if isinstance(module, Embedding)}
     prepared: dict[int, tuple[LinearKernel, LinearChoice]] = {}
     choices: list[LinearChoice] = []
     for name, layer in layers:
         weight = layer.weight
+        # Embeddings are skipped, as a look-up gains nothing from packing; a tied one follows its head below.
         if weight is None or not isinstance(layer, Linear):
             continue
         path = layer.path or name
         table = tables.get(id(weight))
         if id(weight) not in prepared:
             kernel, passed_over = choose(weight.detach(), policy.candidates(path), rows=table is not None)
+            # A packed layout that cannot give single rows leaves the table its parameter: memory then holds the weight twice.
             note = None if table is None or kernel.no_rows is None else f"a second, plain weight: {kernel.no_rows}"
             prepared[id(weight)] = kernel, LinearChoice(path, kernel.method, passed_over, note)
             if table is not None and kernel.no_rows is None:

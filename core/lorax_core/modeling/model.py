@@ -52,6 +52,7 @@ class Model(nn.Module):
         self.config = config
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.value: head for task, head in heads.items()})
+        # `modules()` walks in order of definition, so index 0 is the first layer; the cache is `[layers, 2, pages, ...]`.
         self.attention_layers = [module for module in backbone.modules() if isinstance(module, Attention)]
         for index, layer in enumerate(self.attention_layers):
             layer.index = index
@@ -70,6 +71,7 @@ class Model(nn.Module):
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """Parameters under canonical names, each its own entry even where two share storage."""
         roots = (self.backbone, *self.heads.values())
+        # remove_duplicate=False: a tied weight is wanted under both of its names.
         return {name: tensor for root in roots for name, tensor in root.named_parameters(remove_duplicate=False)}
 
     @property
@@ -91,6 +93,7 @@ class Model(nn.Module):
     def widest_window(self) -> int | None:
         """Keys that a query sees at most, itself included; None when some layer sees everything."""
         windows = [layer.spec.window for layer in self.attention_layers]
+        # One layer that sees everything needs every page, so none may be released early.
         return None if None in windows else max((window for window in windows if window is not None), default=None)
 
     @property
@@ -113,6 +116,8 @@ class Model(nn.Module):
     def forward(self, batch: Batch) -> StepOutput:
         batch.start_pass()
         hidden: Tensor = self.backbone(batch)  # [tokens, hidden]
+        # Selected before the head: logits over the vocabulary for every prompt token would dwarf the activations.
+        # Each [sum(group.counts), hidden].
         rows = [hidden[group.rows] for group in batch.head_rows]
         answers = tuple(self._answer(one, group) for one, group in zip(rows, batch.head_rows, strict=True))
         kept = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
@@ -120,6 +125,7 @@ class Model(nn.Module):
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, vocab]` of hidden rows `[rows, hidden]`, without any adapter."""
+        # Counts and sequences stay empty, as a language model's head reads neither.
         group = HeadRows(Task.GENERATE, (), (), torch.arange(len(hidden), device=hidden.device))
         return self.head(Task.GENERATE)(hidden, group)
 

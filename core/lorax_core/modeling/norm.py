@@ -27,6 +27,7 @@ class Norm(Site):
     @final
     def add(self, x: Tensor, residual: Tensor, batch: HasAdapters) -> tuple[Tensor, Tensor]:
         """The normalised sum of x and residual, and the sum, which is the next residual; all `[rows, size]`."""
+        # The kernel seam knows no adapters, so it gets `_base`; they are applied below, with the sum as the norm's input.
         normed, total = elementwise.add_norm(x, residual, self._base)
         return batch.adapters.apply(self, total, normed), total
 

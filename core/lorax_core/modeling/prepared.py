@@ -30,6 +30,8 @@ class PreparedSite(Site):
     @property
     def kernel(self) -> LinearKernel:
         """What computes the layer: the prepared kernel, or a plain one over the parameter while there is none."""
+        # The plain one is made per call, never kept: loading replaces the parameter (on `meta` first, tied later), and
+        # a kept kernel would hold the old one. Untied embeddings stay on this path for good.
         return self._kernel or PlainKernel(cast("Tensor", self.weight), self.bias)
 
     @property
@@ -40,6 +42,7 @@ class PreparedSite(Site):
     def adopt(self, kernel: LinearKernel | None) -> None:
         """Compute with a prepared kernel from now on; None drops it, and the layer has no numbers until it gets another."""
         self._kernel = kernel
+        # The kernel may hold a packed copy, so keeping the parameter would double the memory of the weights.
         self.weight = None
 
     def compute(self, x: Tensor, kernel: LinearKernel) -> Tensor:

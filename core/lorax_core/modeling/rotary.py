@@ -27,12 +27,14 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rope = rope
         self._stated_dim = int(head_dim * rope.partial)
+        # An odd number is rounded up, as arange(0, dim, 2) gives the last pair too; exponents still divide by the stated one.
         self.rotary_dim = self._stated_dim + self._stated_dim % 2  # dimensions rotate in pairs
         if not 0 <= self.rotary_dim <= head_dim:
             raise ValueError(
                 f"{self.rotary_dim} rotary dimensions do not fit a head of {head_dim}: pairs need an even head"
             )
         self.factor = 1.0
+        # Not persistent: checkpoints that store frequencies may have rounded them to 16 bit.
         self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
         if not self.inv_freq.is_meta:
             self.reset_buffers()
@@ -48,6 +50,7 @@ class RotaryEmbedding(nn.Module):
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
         """Positions `[tokens]` to cos and sin, each `[tokens, 1, rotary_dim / 2]`."""
+        # In float32 even for 16-bit models: bfloat16 has 8 bits, so positions above 256 would share angles.
         angles = positions.float()[:, None] * self.inv_freq  # [tokens, rotary_dim / 2]
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
         return Angles(cos.to(dtype)[:, None], sin.to(dtype)[:, None])

@@ -49,6 +49,8 @@ class Site(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # `@final` marks its function with `__final__`. Type checkers see it, but plugins need not run one.
+        # torch's own entry points count as well, for a class may override those instead of `forward`.
         ours = {"__call__": nn.Module.__call__, "_call_impl": nn.Module._call_impl}
         for parent in cls.__mro__:  # mixins included: what counts is what the class ends up with
             ours |= {name: value for name, value in vars(parent).items() if getattr(value, "__final__", False)}
@@ -69,6 +71,7 @@ class Site(nn.Module):
 
     @final  # type: ignore[misc]  # torch declares forward as an attribute, to be replaced by a method
     def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
+        # After the base, bias included: what an adapter adds is a delta to y, and replaced numbers are computed from x.
         return batch.adapters.apply(self, x, self._base(x))
 
     def computed_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

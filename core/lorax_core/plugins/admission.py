@@ -36,6 +36,7 @@ _T = TypeVar("_T", ArchitectureSpec, BackendSpec)
 
 def make_manager() -> pluggy.PluginManager:
     """A pluggy manager with core's hooks and no plugin."""
+    # One for each host and none at module level: a second host must not see the plugins of the first.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
@@ -46,11 +47,14 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
     package, version = identity(entry)
     record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.READY)
     blocked = _blocked_by(settings, entry.name, package)
+    # Before anything of it is imported: blocking is the way to go on with a plugin that crashes the process.
     if blocked is not None:
         return replace(record, status=PluginStatus.BLOCKED, cause=blocked[0], hint=blocked[1])
+    # torch may be there already, through the application or an earlier plugin; only the one that imported it is slow.
     had_torch, start = "torch" in sys.modules, None
     try:
         if entry.dist is not None:
+            # Before the import, which may fail in unrelated ways against another core.
             _check_requirements(entry.dist)
         start = time.perf_counter()
         architectures, backends = _admit(manager, entry, f"{package}:{entry.name}={entry.value}")
@@ -90,6 +94,7 @@ def key_of(spec: Spec) -> str:
 def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] | None:
     """Cause and hint where the settings block a plugin."""
     names = {canonical(name), package}
+    # Without core's own backend nothing could run on a CPU.
     if package == CORE:
         return None
     if names & settings.block_plugins:
@@ -101,6 +106,7 @@ def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] 
 
 def _check_requirements(distribution: Distribution) -> None:
     lines = distribution.requires or ()
+    # Compared by name first: parsing each requirement of each plugin would slow down every command.
     mine = [line for line in lines if canonical(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE]
     if not mine:
         return
@@ -114,8 +120,10 @@ def _check_requirements(distribution: Distribution) -> None:
             wanted = Requirement(line)
         except InvalidRequirement as error:
             raise PluginError(f"its metadata requires {line!r}, which is not a requirement") from error
+        # extra "": requirements of optional extras do not bind the plugin.
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
+        # prereleases=True: `>=1.0` must admit a development version of core 1.1.
         if not wanted.specifier.contains(__version__, prereleases=True):
             raise Incompatible(
                 f"it requires {CORE}{wanted.specifier}; this is {CORE} {__version__}",
@@ -127,6 +135,7 @@ def _admit(
     manager: pluggy.PluginManager, entry: EntryPoint, name: str
 ) -> tuple[tuple[ArchitectureSpec, ...], tuple[BackendSpec, ...]]:
     plugin = entry.load()
+    # Two entry points of one module; pluggy would raise a ValueError that names neither.
     if manager.is_registered(plugin):
         raise PluginError(f"its module {entry.value} was registered already, by {manager.get_name(plugin)}")
     _check_hook_names(manager, plugin)
@@ -136,6 +145,7 @@ def _admit(
             _ask(manager, name, "lorax_architectures", ArchitectureSpec),
             _ask(manager, name, "lorax_attention_backends", BackendSpec),
         )
+    # A plugin without valid specs must leave no hooks behind in the manager.
     except BaseException:
         manager.unregister(name=name)
         raise
@@ -148,6 +158,7 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
     for name in dir(plugin):
         marks = manager.parse_hookimpl_opts(plugin, name)
         if marks is None:
+            # getattr_static: properties and lazy attributes of a module must not run here.
             if not name.startswith(HOOK_PREFIX) or not inspect.isroutine(inspect.getattr_static(plugin, name, None)):
                 continue
             if name in hooks:
@@ -175,6 +186,7 @@ def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) ->
         if impl.plugin_name != name:
             continue
         answer = impl.function()
+        # A str and a pydantic model are iterable too, and would fail below with a misleading message.
         if isinstance(answer, (str, kind)) or not isinstance(answer, Iterable):
             raise PluginError(f"{hook} returned {reprlib.repr(answer)}; it returns an iterable of {kind.__name__}")
         for item in answer:

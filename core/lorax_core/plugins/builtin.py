@@ -16,5 +16,6 @@ def lorax_attention_backends() -> Iterable[BackendSpec]:
         summary="Reference in plain torch; the oracle of every other backend.",
         backend="lorax_core.attention.torch:TorchBackend",
         device_types=("cpu", "cuda"),
+        # The lowest of all, so any plugin's backend that supports the model is tried before it.
         priority=0,
     )

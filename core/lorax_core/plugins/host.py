@@ -45,6 +45,7 @@ class PluginHost:
             {model_type: architectures[model_type] for model_type in sorted(architectures)}
         )
         backends = [spec for record in self.records for spec in record.backends]
+        # By name where priorities are equal, so that the choice does not depend on the order of installation.
         self.backends: Final[list[BackendSpec]] = sorted(backends, key=lambda spec: (-spec.priority, spec.name))
 
     @classmethod
@@ -61,6 +62,7 @@ class PluginHost:
             records.append(try_plugin(manager, entry, settings))
             _insist(records[-1:], settings)
         records += missing(records, settings)
+        # Conflicts are known only when all are there, hence `_insist` again.
         host = cls(records)
         _insist(host.records, settings)
         return host
@@ -71,6 +73,7 @@ class PluginHost:
         Raises `PluginError` when no plugin provides it (with those installed, the nearest name, the package to install)
         and when the plugin that does cannot be used (with its cause).
         """
+        # For its errors.
         self.owner(model_type)
         return self.architectures[model_type]
 
@@ -97,6 +100,7 @@ class PluginHost:
         return None
 
     def _unknown(self, model_type: str) -> PluginError:
+        # Model types are lower case, and class names such as "Bert" are a common slip.
         close = nearest(model_type.lower(), [*self.architectures, *INSTALL_HINTS])
         package = INSTALL_HINTS.get(model_type)
         if package is not None:
@@ -122,6 +126,7 @@ def installed(entry_points: Iterable[EntryPoint] | None = None) -> list[EntryPoi
     """
     if entry_points is None:
         entry_points = importlib.metadata.entry_points(group=GROUP)
+    # By name and not in the order of the metadata, which depends on the file system.
     return [_BUILTIN, *sorted(entry_points, key=lambda entry: (entry.name, entry.value))]
 
 
@@ -151,6 +156,7 @@ def _unusable(record: PluginRecord, lead: str) -> PluginError:
 
 
 def _settle(records: list[PluginRecord]) -> tuple[PluginRecord, ...]:
+    # By type as well: an architecture and a backend may have the same name.
     claimants: defaultdict[tuple[type, str], list[PluginRecord]] = defaultdict(list)
     for record in records:
         for spec in record.specs:
@@ -159,6 +165,7 @@ def _settle(records: list[PluginRecord]) -> tuple[PluginRecord, ...]:
     for record in records:
         rivals = [(spec, other) for spec in record.specs for other in claimants[type(spec), key_of(spec)]]
         rivals = [(spec, other) for spec, other in rivals if other is not record]
+        # Core's own names are not lost to a plugin: else installing one could take the reference backend away.
         settled.append(_concede(record, rivals) if rivals and record.package != CORE else record)
     return tuple(settled)
 
@@ -168,6 +175,7 @@ def _concede(record: PluginRecord, rivals: list[tuple[Spec, PluginRecord]]) -> P
     lost = {(type(spec), key_of(spec)) for spec, _ in rivals}
     causes = [f"{_named(spec)} is claimed by {other.title} too, and neither gets it" for spec, other in rivals]
     rival = rivals[0][1]
+    # LORAX_BLOCK_PLUGINS takes packages and entry-point names; within one package only the latter differ.
     mine, its = (one.package if rival.package != record.package else one.name for one in (record, rival))
     hint = f"to keep {mine}, set LORAX_BLOCK_PLUGINS={its} (or LORAX_PLUGINS={mine}, which loads nothing else)"
     if rival.package == CORE:

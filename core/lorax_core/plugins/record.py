@@ -20,6 +20,7 @@ from lorax_core.settings import canonical
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+# Frames of this package are core's, so an error is located at the plugin's own line.
 _HERE: Final = PurePath(__file__).parent
 _MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their frames are not the plugin's
 
@@ -67,6 +68,7 @@ class PluginRecord:
     status: PluginStatus
     cause: str | None = None
     hint: str | None = None
+    # Kept with its traceback, so that the PluginError raised later can chain to it.
     exception: BaseException | None = None
     seconds: float | None = None
     # from its hooks
@@ -83,6 +85,7 @@ class PluginRecord:
     @property
     def title(self) -> str:
         """The plugin in a message: `lorax-bert 0.1.0`, with the entry point's name where that says more."""
+        # A package with several entry points would otherwise have several plugins of one title.
         named = canonical(self.name) in self.package
         return f"{self.package} {self.version}".rstrip() + ("" if named else f" (plugin {self.name!r})")
 
@@ -101,6 +104,7 @@ def explain(error: BaseException) -> str:
         fields = "; ".join(_field(item) for item in error.errors(include_url=False))
         return f"{error.title}: {fields}{_place(error.__traceback__)}"
     try:
+        # __str__ is the plugin's code as well, and may raise.
         text = " ".join(str(error).split())
     except Exception:
         text = "<its message cannot be printed>"
@@ -110,12 +114,15 @@ def explain(error: BaseException) -> str:
 
 def _field(item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"])
+    # pydantic puts this in front of the text of every ValueError.
     what = item["msg"].removeprefix("Value error, ")
     return f"{where}: {what}" if where else what
 
 
 def _place(traceback: TracebackType | None) -> str:
     place = ""
+    # The last frame that is neither core's nor the machinery's wins: the innermost of the plugin.
+    # Names like <string> or <frozen importlib> are no files.
     while traceback is not None:
         file = PurePath(traceback.tb_frame.f_code.co_filename)
         if file.parent != _HERE and not _MACHINERY.intersection(file.parts) and not file.name.startswith("<"):

@@ -62,6 +62,7 @@ def _load(path: str, record: PluginRecord | None) -> object:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
+        # Any exception: a plugin's module may run anything at import.
         cause = f"{type(error).__name__}: {error}"
         message = f"{_owner(record)}: importing {module_name} failed: {cause}"
         raise PluginError(message, hint=_repair(error, record)) from error
@@ -87,6 +88,7 @@ def _owner(record: PluginRecord | None) -> str:
 def _repair(error: Exception | None, record: PluginRecord | None) -> str:
     package = "lorax-core" if record is None else record.package
     if isinstance(error, ModuleNotFoundError) and error.name:
+        # The top-level name: of `a.b` that is missing, what can be installed is most often called `a`.
         missing = error.name.partition(".")[0]
         return f"is {missing!r} installed? `pip install --upgrade {package}` installs the dependencies of {package}"
     return f"pip install --upgrade {package}"
@@ -113,6 +115,7 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
             f"'{file}' is not JSON: {error.msg} in line {error.lineno}, column {error.colno}",
             hint="download the checkpoint again",
         ) from error
+    # RecursionError: json's parser recurses, so deep nesting in a damaged file ends there.
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"'{file}' cannot be read: {error}", hint="download the checkpoint again") from error
     if not isinstance(config, dict):

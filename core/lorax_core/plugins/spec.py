@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from lorax_core.errors import PluginError, listed
 from lorax_core.types import Task
 
+# Compared for equality (`_api_first`), so raising it refuses every plugin that was written for the version before.
 API_VERSION: Final = 1
 """Version of the plugin API that this core implements; a spec names the one it was written for."""
 
@@ -70,6 +71,7 @@ def _json_object(value: dict[str, Any]) -> dict[str, Any]:
     # Through JSON and back: later changes to the author's dict must not reach the model, and tuples become lists now
     # instead of at the first round trip.
     try:
+        # allow_nan=False: Python writes NaN, which is no JSON and which other readers refuse.
         copy: dict[str, Any] = json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"not JSON: {error}") from error
@@ -133,6 +135,7 @@ class ArchitectureSpec(BaseModel):
     def _api_first(cls, data: Any) -> Any:
         # Before the fields: a spec for another version may have fields that this one does not know.
         api = data.get("api") if isinstance(data, dict) else None
+        # `type(...) is int`, as True is an int to isinstance. Other types are left to the field's own validator.
         if type(api) is int and api != API_VERSION:
             raise Incompatible(
                 f"{data.get('model_type')!r} is declared for plugin API {api}; this core implements {API_VERSION}",
@@ -143,6 +146,7 @@ class ArchitectureSpec(BaseModel):
     @field_validator("api", mode="before")
     @classmethod
     def _api_is_literal(cls, value: Any) -> Any:
+        # Before pydantic, which would turn "1" and 1.0 into 1.
         if type(value) is not int:
             raise ValueError(f"{value!r} is not an integer literal; write api={API_VERSION}")
         return value
@@ -154,6 +158,7 @@ class ArchitectureSpec(BaseModel):
             raise ValueError(f"tasks names a task twice: {tasks}")
         if self.default_task not in self.tasks:
             raise ValueError(f"default_task {str(self.default_task)!r} is not one of its tasks: {tasks}")
+        # Rows that see later tokens change with each new one, so a cache of keys and values would be wrong.
         if Task.GENERATE in self.tasks and not self.causal:
             raise ValueError("the task 'generate' needs causal=True")
         for task in self.heads:

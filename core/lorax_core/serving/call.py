@@ -51,10 +51,12 @@ class Call:
         self._answers: list[_Answer] = []
         self._choices: list[list[_Answer]] = [[] for _ in range(count)]
         self._open: int | None = None  # answers that are not complete; None before the call starts
+        # (place in `_answers`, update), put by the engine's thread and taken by the callers' threads.
         self._updates: deque[tuple[int, SequenceUpdate]] = deque()
         self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
         # Guards `_updates`, `_open` and `_wakers`. Lock order: `_taking` before `_changed`, never the reverse.
         self._changed = threading.Condition()
+        # Reentrant: `cancel` and `done` take all updates while they hold it.
         self._taking = threading.RLock()  # one thread at a time turns updates into results
         self._cancelled = False
 
@@ -67,6 +69,7 @@ class Call:
                 return
             self._prepared = list(prepared)
             for index, one in enumerate(self._prepared):
+                # Forks are submitted with their first sequence, not beside it: they start once its prompt is computed.
                 for choice, sequence in enumerate((one.sequence, *one.sequence.forks)):
                     answer = _Answer(index, choice, sequence)
                     sequence.sink = partial(self._put, len(self._answers))
@@ -74,6 +77,7 @@ class Call:
                     self._choices[index].append(answer)
             # Under the lock, so that a cancellation comes before or after, and finds the sequences then.
             submit([one.sequence for one in self._prepared])
+            # After the submission: when that raises, the call has not started and `fail` may end it.
             self._open = len(self._answers)
             self._wake()
 
@@ -118,12 +122,14 @@ class Call:
         A single failure raises its own error; failures among several raise StepError, whose `results` has both. After
         `timeout` seconds raises TimeoutError, and the call goes on. An interruption (KeyboardInterrupt) cancels it.
         """
+        # Every comparison with NaN is false, so the wait would never end.
         if timeout is not None and math.isnan(timeout):
             raise ValueError("timeout is not a number of seconds")
         deadline = None if timeout is None or timeout == math.inf else time.monotonic() + timeout
         try:
             while not self.done:
                 self._wait_for_update(deadline)
+        # The only end that leaves the call running; all others, KeyboardInterrupt included, cancel it.
         except TimeoutError:
             raise
         except BaseException:
@@ -146,9 +152,11 @@ class Call:
                 error = LoraxError("the call was cancelled")
                 self.results = [error if result is None else result for result in self.results]
                 self._updates.clear()
+                # A step in progress may still give these an update, which must not reach the call.
                 for sequence in unfinished:
                     sequence.sink = discard
                 self._wake()
+        # Outside both locks: the engine's thread takes its own, and calls `_put` under `_changed`.
         if unfinished:
             self._abort(unfinished)
 
@@ -189,6 +197,7 @@ class Call:
         with self._changed:
             if self._updates or self._open == 0:
                 return
+            # Made under `_changed`: an update cannot come between the check above and the registration.
             event = asyncio.Event()
             self._wakers.append((asyncio.get_running_loop(), event))
         await event.wait()
@@ -222,8 +231,10 @@ class Call:
             event = self._account(answer, update)
         except Exception as error:  # a tokenizer that cannot read its own tokens, say
             failure = StepError(f"an answer could not be read: {type(error).__name__}: {error}", results=[])
+            # `raise ... from` without raising: the error is kept as a result.
             failure.__cause__ = error
             self.results[answer.index], event = failure, None
+        # Also after an error above, or the call would never end.
         if update.last:
             answer.sequence.sink = discard  # the sequence, and with it its adapter, is freed with the call
             self._close_one()
@@ -233,6 +244,7 @@ class Call:
         if update.error is not None:
             self.results[answer.index] = update.error
             return None
+        # Pieces are joined once at the end; adding strings per token would be quadratic.
         answer.text.append(update.text)
         answer.logprobs += update.logprobs
         if update.answer is not None:
@@ -254,6 +266,7 @@ class Call:
         """The result of a request, once all of its answers are there."""
         completions = [answer.completion for answer in self._choices[index]]
         whole = [completion for completion in completions if completion is not None]
+        # An error of one choice is the result already, and stays.
         if len(whole) == len(completions) and self.results[index] is None:
             self.results[index] = replace(whole[0], alternatives=whole[1:])
 
@@ -265,6 +278,7 @@ class Call:
                 failed.append(result)
             elif result is not None:
                 results.append(result)
+        # One error object for all requests (`fail`, a stopped engine) is that error, and no StepError around it.
         if failed and (len(self.results) == 1 or all(error is failed[0] for error in self.results)):
             raise failed[0]
         if failed:
@@ -285,5 +299,6 @@ def _completion(answer: _Answer, reason: FinishReason) -> Completion:
         finish_reason=reason,
         usage=usage,
         logprobs=answer.logprobs if sequence.sampling.logprobs is not None else None,
+        # The first token has nothing before it, so no probability, as OpenAI and vLLM give it.
         prompt_logprobs=[None, *sequence.prompt_scores] if sequence.prompt_logprobs is not None else None,
     )

@@ -25,6 +25,7 @@ def set_up_embedding(
     model = base.model
     if Task.EMBED not in model.tasks:
         return None
+    # The user's pooling goes in too: the files may name one that is not supported.
     files = read_sentence_files(base.checkpoint, Pooling(pooling) if pooling is not None else None)
     head = cast("EmbeddingHead", model.head(Task.EMBED))
     if pooling is not None:
@@ -48,6 +49,7 @@ def _set_projections(base: LoadedModel, head: EmbeddingHead, files: SentenceFile
         layers = list(files.dense) if files is not None else []
     device = base.model.device
     for layer in layers:
+        # [out, in]. `head.dim` grows with each projection that is added, so this checks the chain.
         if layer.weight.shape[1] != head.dim:
             raise CheckpointError(
                 f"a dense layer of {base.checkpoint.path} takes vectors of {layer.weight.shape[1]}, not of {head.dim}"

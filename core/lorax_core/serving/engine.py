@@ -53,6 +53,7 @@ class Engine:
         self._worker = parts.worker
         self._preparer = parts.preparer
         self._info = parts.info
+        # Public: users load, list and drop adapters of a running engine there.
         self.adapters = parts.adapters
 
     @classmethod
@@ -90,6 +91,7 @@ class Engine:
         vectors = [cast("Embedding", result).vector for result in self.run(requests)]
         if single:
             return vectors[0]
+        # [n, dim]; np.stack refuses an empty list.
         return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
 
     @overload
@@ -171,6 +173,7 @@ class Engine:
         Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` has the other figures.
         Raises CapacityError when the step does not fit in memory.
         """
+        # The allocator's peak only grows, so the difference is what this step added.
         before = peak_memory(self._info.device)
         self._worker.call(lambda loop: loop.warmup(self._info.max_tokens))
         self._info = replace(self._info, step_bytes=peak_memory(self._info.device) - before)
@@ -178,6 +181,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine; requests still running end with an error. Idempotent."""
+        # The worker first: its steps use adapters until it has stopped.
         self._worker.close()
         self.adapters.close()
 

@@ -39,6 +39,7 @@ from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
+# torch has one pool of threads for the process, so two engines cannot have different numbers.
 _threads_lock = threading.Lock()
 _threads: int | None = None
 
@@ -58,6 +59,7 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
 
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
     """
+    # First, as loading computes too: it converts and packs weights.
     _set_threads(options.threads)
     host = host or PluginHost.discover()
     base = _load_base(options, host)
@@ -65,6 +67,7 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
         base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
     )
     store = _load_adapters(options, base)
+    # After weights and adapters: a cache given as a fraction takes its share of what they leave free.
     chosen, pool = _attention_and_cache(options, base, host)
     preparer = _preparer(options, base, text, store, pool)
     worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store))
@@ -92,6 +95,7 @@ def choose_dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
     if name != "auto":
         return _DTYPES[name]
     stored = stored_dtype(files)
+    # A CPU without instructions for 16 bit converts on the way, which is slower than float32 throughout.
     if stored is torch.float32 or torch.device(device).type != "cpu":
         return stored
     return stored if stored is torch.bfloat16 and fast_in_bfloat16(device) else torch.float32
@@ -131,6 +135,7 @@ def _attention_and_cache(
         if size.given or options.kv_dtype != "auto":
             raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
         return chosen, None
+    # The pool is one tensor, so every layer must have the kv_heads and head_dim of the first.
     layers, spec = model.attention_layers, model.attention_specs[0]
     shape = CacheShape(
         layers=len(layers),
@@ -148,6 +153,7 @@ def _preparer(
     options: EngineOptions, base: LoadedModel, text: TextFront, store: AdapterStore, pool: KVPool | None
 ) -> Preparer:
     model = base.model
+    # Page 0 is scratch and never belongs to a sequence.
     limits = Limits(model.max_tokens, (pool.pages - 1) * pool.page_size if pool is not None else None)
     eos_ids = _eos_ids(base.checkpoint, text)
     grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
@@ -196,6 +202,7 @@ def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
     with _threads_lock:
+        # Refused and not changed: the engine that runs would silently become slower, or disturb others.
         if _threads is not None and _threads != threads:
             raise RequestError(
                 f"threads={threads} was asked for, but this process computes with {_threads}: the number is one for the "
@@ -209,6 +216,7 @@ def _set_threads(threads: int | None) -> None:
 def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:
     """Token ids that end a completion: the generation configuration's, else the model's, else the tokenizer's."""
     generation = files.json("generation_config.json")
+    # Instruct models such as Qwen2's list several ends in the generation configuration, and one of them in config.json.
     for found in (
         generation.get("eos_token_id") if isinstance(generation, dict) else None,
         files.config.get("eos_token_id"),

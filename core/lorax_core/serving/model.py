@@ -54,6 +54,7 @@ def load_model(
     options = EngineOptions(checkpoint=checkpoint, revision=revision, token=token, dtype=dtype, device=device)
     where = find_device(options.device)
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=revision, token=token))
+    # Before the weights are read, which may take minutes.
     _check_class(model_class, files.config["model_type"], host)
     chosen = choose_dtype(options.dtype, files, where)
     base = load_weights(files, host, dtype=chosen, device=where, model_class=model_class)
@@ -88,6 +89,7 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
     Raises RequestError for no or an empty sequence or an id outside the vocabulary, CapacityError for one that is too long.
     """
     _check_sequences(model, sequences)
+    # Without a cache, pages are neither allocated nor written: counts and firsts are then not used.
     backend, page = TorchBackend(), PAGE_SIZE if model.needs_kv_cache else None
     counts = [-(-len(ids) // PAGE_SIZE) for ids in sequences]
     firsts = list(accumulate(counts, initial=1))  # [seqs + 1] first page of each sequence; page 0 is scratch
@@ -104,6 +106,7 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
 def _check_sequences(model: Model, sequences: Sequence[Sequence[int]]) -> None:
     if not sequences or not all(sequences):
         raise RequestError("make_batch needs at least one sequence, and each needs at least one token id")
+    # An id or position outside its table would read out of bounds: on a GPU that ends the whole process's context.
     longest = max(len(ids) for ids in sequences)
     if longest > model.max_tokens:
         raise CapacityError(f"a sequence has {longest} tokens; the model takes at most {model.max_tokens}")
@@ -121,6 +124,7 @@ def _chunk(model: Model, at: int, ids: Sequence[int], pages: range) -> ChunkInpu
     return ChunkInput(
         sequence=at,
         start=0,
+        # "q" is int64 and "i" int32, which the batcher reads as numpy buffers without copying.
         tokens=array("q", ids),
         reads=tuple(HeadRead(task, span) for task, span in spans),
         pages=array("i", pages),

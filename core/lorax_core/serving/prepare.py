@@ -94,6 +94,7 @@ class Preparer:
 
     def count_tokens(self, prompt: Any) -> int:
         """Tokens of a prompt or input."""
+        # An encoder's text gets the prompt and casing of its sentence files, which count.
         generating = Task.GENERATE in self.model.tasks
         return len(self.text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
@@ -108,8 +109,10 @@ class Preparer:
                 return self._classify(request)
 
     def _generate(self, request: GenerateRequest) -> Prepared:
+        # For its error: a model without this head refuses before the text is tokenized.
         self.model.head(Task.GENERATE)
         encoded = self._checked(self.text.encode(request.prompt, Task.GENERATE))
+        # All of max_tokens must fit: the completion would otherwise end before it, without an error.
         room = self.limits.tokens - len(encoded.ids)
         if room < 1 or (request.max_tokens or 1) > room:
             asked = f" and {request.max_tokens} more asked for" if request.max_tokens else ""
@@ -119,8 +122,10 @@ class Preparer:
             )
         self._check_tokens("logit_bias", request.logit_bias)
         self._check_tokens("stop_token_ids", request.stop_token_ids)
+        # `ignore_eos` does not drop ids that the request names itself.
         ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
         stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(request.stop))
+        # Only token ids: nothing could be searched for the strings.
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
         grammar = self.grammars.grammar(request)
@@ -138,12 +143,14 @@ class Preparer:
             speculates=grammar is None and _drafts(adapter),
             priority=request.priority,
         )
+        # Forks are sequences of their own that share the pages of the first one's prompt.
         first.forks = [self._fork(first, choice) for choice in range(1, request.n)]
         return Prepared(first)
 
     def _sampling(self, request: GenerateRequest) -> Sampling:
         seed = request.seed
         if seed is None:  # each unseeded request differs from the last, and an engine's run can be repeated
+            # 53 bits, as many as a float64 in [0, 1) has.
             seed = int(uniform(self.seed, 0, next(self._count)) * (1 << 53))
         return Sampling(
             temperature=request.temperature,
@@ -165,8 +172,10 @@ class Preparer:
             task=first.task,
             prompt=first.prompt,
             adapter=first.adapter,
+            # The seed stays: `choice` is what makes the answers differ.
             sampling=replace(first.sampling, choice=choice),
             stop=first.stop,
+            # Grammar and drafter have state, so each answer needs its own.
             grammar=first.grammar.copy() if first.grammar is not None else None,
             drafter=self._drafter(first.speculates) if first.drafter is not None else None,
             speculates=first.speculates,
@@ -209,6 +218,7 @@ class Preparer:
         """The adapter's head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
         if adapter is not None and adapter.head is not None:
             return adapter.head
+        # An adapter without a head of its own was trained under the base's.
         if adapter is not None and adapter.task in CLASSIFICATION:
             return self.model.head(adapter.task)
         if self.default_task in CLASSIFICATION:
@@ -219,6 +229,7 @@ class Preparer:
     def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
         """The ids of an input, truncated to what the checkpoint takes when the request allows it."""
         encoded = self._checked(self.text.encode(request.input, task))
+        # Not `limits.tokens`: a tokenizer or sentence files may allow less than the positions.
         limit = self.max_text_tokens
         if len(encoded.ids) <= limit:
             return encoded
@@ -235,6 +246,7 @@ class Preparer:
             prompt=encoded.ids,
             token_types=encoded.token_types,
             adapter=adapter,
+            # The engine then takes the head from the bound adapter, on its device.
             own_head=adapter is not None and head is adapter.head,
             span=head.span(encoded.ids, encoded.pool_from),
         )
@@ -242,6 +254,7 @@ class Preparer:
     def _adapter(self, wanted: AdapterChoice) -> AdapterHandle | None:
         if wanted is None:
             return None
+        # Empty on the usual way, as `Engine.submit` fetched already; it may have been dropped again since.
         missing = self.adapters.missing(wanted)
         if missing:
             self.adapters.fetch(missing).result()
@@ -257,6 +270,7 @@ class Preparer:
 
     def _capacity_hint(self, needed: int) -> str:
         cache = self.limits.cache_tokens
+        # Only where the cache is what limits: no cache helps beyond the model's positions.
         if cache is not None and cache < needed <= self.limits.model_tokens:
             return f"load(..., kv_cache_tokens={needed}) makes room, where memory allows"
         return "shorten the prompt, or ask for fewer tokens"

@@ -22,6 +22,7 @@ AdapterChoice = str | dict[str, Annotated[float, Field(allow_inf_nan=False)]] | 
 
 
 class _Request(BaseModel):
+    # strict: "5" for max_tokens or True for top_k is a mistake and no number. Floats relax it below, for an int is fine there.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def __init__(self, **values: Any) -> None:
@@ -49,6 +50,7 @@ class GenerateRequest(_Request):
     adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
+    # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
@@ -73,6 +75,7 @@ class GenerateRequest(_Request):
     @field_validator("stop")
     @classmethod
     def _stop_strings(cls, value: str | list[str]) -> list[str]:
+        # An empty string is found at once in any text.
         strings = [value] if isinstance(value, str) else value
         if any(not string for string in strings):
             raise ValueError("a stop string must not be empty")
@@ -133,6 +136,7 @@ def make_requests(
 
 def is_single(prompts: Any) -> bool:
     """Whether `prompts` is one prompt (a string, a pair, token ids or chat messages) and not a list of them."""
+    # A tuple is a pair of texts, a list several of them; that is how the two differ.
     if isinstance(prompts, (str, tuple)):
         return True
     if not isinstance(prompts, list):

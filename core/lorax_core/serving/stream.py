@@ -69,11 +69,13 @@ class Stream:
         task = asyncio.current_task()
         if task is None or (self._task is not None and self._task() is task):
             return
+        # Weak on both sides: a stream must not keep a finished task and its result alive.
         self._task = weakref.ref(task)
-        followed = weakref.ref(self)  # a task must not keep a stream alive that nobody else holds
+        followed = weakref.ref(self)  # a task must not keep a stream alive that nothing else holds
 
         def ended(task: asyncio.Task[object]) -> None:
             stream = followed()
+            # A task that was cancelled between two events never enters __anext__ again, so nothing there would notice.
             if stream is not None and task.cancelled() and stream._task is not None and stream._task() is task:
                 stream.close()
 

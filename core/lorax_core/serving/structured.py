@@ -26,6 +26,7 @@ class TokenGrammar:
 
     def allowed(self) -> bytes:
         """Which tokens may come next, one bit each; a padded vocabulary has ids that mean nothing, which may not."""
+        # [ceil(vocab / 8)] bytes: the model's rows may be more than the tokenizer's ids, and a zero bit forbids.
         return bytes(self._matcher.compute_bitmask()).ljust(-(-self._vocab // 8), b"\0")
 
     def advance(self, token_id: int) -> None:
@@ -72,9 +73,11 @@ class GrammarFactory:
         elif request.regex is not None:
             what = LLMatcher.grammar_from_regex(request.regex)
         else:
+            # JSON's escapes are those of strings in a Lark grammar.
             choices = " | ".join(json.dumps(choice) for choice in request.choice or [])
             what = LLMatcher.grammar_from_lark(f"start: {choices}")
         tokenizer = self._prepare()
+        # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
         problem = LLMatcher.validate_grammar(what, tokenizer)
         if problem:
             raise RequestError(f"the constraint is not valid: {problem}")

@@ -14,6 +14,7 @@ from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
+# Looked for first, as AutoTokenizer's error for a folder without any does not differ from that for a broken file.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -47,6 +48,7 @@ class TextFront:
     def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
         self._tokenizer = tokenizer
         self._sentence = sentence
+        # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: int | None = None
 
     @property
@@ -77,6 +79,8 @@ class TextFront:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         tokenizer = self._require("text")
+        # No cleaning up of spaces: it changes text that was generated already, and stop strings and streams need prefixes
+        # to stay what they were.
         text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -91,6 +95,7 @@ class TextFront:
             return Encoded(list(prompt))
         if isinstance(prompt, list):
             return Encoded(self._chat(prompt))
+        # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
             return self._text(prompt)
         if isinstance(prompt, tuple):
@@ -101,6 +106,7 @@ class TextFront:
         files = self._sentence
         if files is None:
             return self._text(text)
+        # Joined as text, as in sentence-transformers: the tokens at the seam may differ from those of the parts.
         encoded = self._text(self._cased(files.prompt + text))
         if not files.prompt or files.pool_prompt:
             return encoded
@@ -117,6 +123,7 @@ class TextFront:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
         fast = bool(getattr(tokenizer, "is_fast", False))
+        # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
         made = tokenizer(
             *parts,
             return_special_tokens_mask=True,

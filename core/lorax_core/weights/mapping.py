@@ -76,6 +76,7 @@ class WeightMap:
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint tensor that no parameter takes is known not to matter."""
+        # Patterns are of canonical names, so one serves files with and without the prefix.
         return any(_matches(pattern, self.canonical(name)) for pattern in self.ignore)
 
     def resolve_module(self, module: str) -> Target:
@@ -95,6 +96,7 @@ class WeightMap:
         for prefix in self.prefixes:
             if name.startswith(prefix + "."):
                 name = name[len(prefix) + 1 :]
+                # At most one prefix is taken off: what remains may begin with a module of that name.
                 break
         for pattern, replacement in self.rename.items():
             replaced = _replace(pattern, replacement, name)
@@ -104,6 +106,7 @@ class WeightMap:
 
     def stored_name(self, name: str) -> str:
         """The spelling of a canonical name in checkpoints, without a prefix; of several spellings, the last of `rename`."""
+        # Reversed, as maps list old spellings (gamma, beta) first and the current one last.
         spellings = (_replace(new, old, name) for old, new in reversed(tuple(self.rename.items())))
         return next((spelling for spelling in spellings if spelling is not None), name)
 
@@ -130,6 +133,7 @@ def post_norm_map(prefix: str, *ignored: str) -> WeightMap:
     return WeightMap(
         prefixes=(prefix,),
         rename={
+            # Files converted from TensorFlow. Before the `**` patterns, which would match them too: the first match wins.
             **{f"{old}.gamma": f"{new}.weight" for old, new in norms.items()},
             **{f"{old}.beta": f"{new}.bias" for old, new in norms.items()},
             **{f"{old}.**": f"{new}.**" for old, new in norms.items()},
@@ -145,6 +149,7 @@ def post_norm_map(prefix: str, *ignored: str) -> WeightMap:
 
 
 def _matches(pattern: str, name: str) -> bool:
+    # The dot in front lets every segment, the first one included, be matched as `\.name`.
     return _compiled(pattern).fullmatch(f".{name}") is not None
 
 
@@ -153,6 +158,7 @@ def _replace(pattern: str, replacement: str, name: str) -> str | None:
     found = _compiled(pattern).fullmatch(f".{name}")
     if found is None:
         return None
+    # `**` may have matched nothing: its piece is then empty, and left out below.
     filled = iter(found.groups())
     pieces = [next(filled).lstrip(".") if piece in ("*", "**") else piece for piece in replacement.split(".")]
     return ".".join(piece for piece in pieces if piece)
@@ -161,5 +167,6 @@ def _replace(pattern: str, replacement: str, name: str) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """A pattern over whole segments, each with a dot in front, as a regular expression."""
+    # The group of `**` holds its dots, so that it can be empty; `*` needs exactly one segment.
     wildcards = {"*": r"(\.[^.]+)", "**": r"((?:\.[^.]+)*)"}
     return re.compile("".join(wildcards.get(segment, rf"\.{re.escape(segment)}") for segment in pattern.split(".")))

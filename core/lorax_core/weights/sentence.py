@@ -15,6 +15,7 @@ from lorax_core.errors import CheckpointError, listed
 from lorax_core.types import Pooling
 from lorax_core.weights.checkpoint import Checkpoint, opened
 
+# Any other order is other arithmetic: a Dense after Normalize does not give unit vectors, for one.
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
 _ACTIVATIONS = {
@@ -70,6 +71,7 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
         return None
     steps = [(_kind(module), str(module.get("path", ""))) for module in modules if isinstance(module, dict)]
     kinds = [kind for kind, _ in steps]
+    # Sorted by _ORDER, they must be what they were; an unknown kind drops out and differs, too.
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
             f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; supported are 'Transformer', 'Pooling', any number of "
@@ -125,12 +127,15 @@ def _kind(module: dict[str, Any]) -> str:
 def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tuple[Pooling, bool]:
     config = _object(checkpoint, f"{folder}/config.json" if folder else "config.json")
     pool_prompt = bool(config.get("include_prompt", True))
+    # Before the modes are checked: the option is the way around one that is not supported.
     if instead is not None:
         return instead, pool_prompt
     modes = config.get("pooling_mode")
     if modes is None:
+        # Mean is the default of sentence-transformers where no flag is given.
         modes = [mode for key, mode in _OLD_MODES.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
+    # Several modes are concatenated there, which makes longer vectors.
     if len(modes) != 1 or modes[0] not in _MODES:
         raise CheckpointError(
             f"{checkpoint.path / folder} pools by {listed(modes)}; supported is one of {listed(_MODES)}",
@@ -145,6 +150,7 @@ def _default_prompt(checkpoint: Checkpoint) -> str:
     if name is None:
         return ""
     prompts = config.get("prompts") or {}
+    # Going on without it would give other vectors than the authors measured.
     if name not in prompts:
         raise CheckpointError(
             f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}"

@@ -14,6 +14,7 @@ DISTILBERT = ArchitectureCases(
         "max_position_embeddings": 64,
     },
     variants={
+        # Computed by transformers when it makes a model, but stored like learned ones.
         "sinusoidal_positions": {"sinusoidal_pos_embds": True},
         "tanh_gelu": {"activation": "gelu_new"},
         "relu": {"activation": "relu"},

@@ -22,4 +22,5 @@ class DistilBertConfig(PostNormConfig):
         "activation": "hidden_act",
     }
 
+    # A literal: a file that states token types is no DistilBERT, and must not load without them.
     type_vocab_size: Literal[0] = 0

@@ -16,6 +16,7 @@ class DistilBertBackbone(PostNormEncoder):
     def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004
         """Names as DistilBertModel and its task models save them, with or without `distilbert.`."""
         names = {
+            # Before "attention": the first pattern that matches wins.
             "attention.out_lin": "self_attn.o_proj",
             "attention": "self_attn",
             "sa_layer_norm": "post_attention_layernorm",
@@ -26,6 +27,7 @@ class DistilBertBackbone(PostNormEncoder):
         return WeightMap(
             prefixes=("distilbert",),
             rename={f"transformer.layer.*.{stored}.**": f"layers.*.{name}.**" for stored, name in names.items()},
+            # Not post_norm_map: DistilBERT names its modules unlike BERT.
             fuse={"layers.*.self_attn.qkv_proj": ("q_lin", "k_lin", "v_lin")},
             # Heads that are not supported, and position numbers that old checkpoints hold.
             ignore=(

@@ -30,6 +30,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
             "DistilBertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
         },
         default_task=Task.EMBED,
+        # No features: without token types, only a separator marks where a pair's second text begins.
         causal=False,
         cases="lorax_distilbert.cases:DISTILBERT",
     )

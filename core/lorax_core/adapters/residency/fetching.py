@@ -28,7 +28,6 @@ class Fetcher:
 
     def fetch(self, names: Iterable[str]) -> Future[None]:
         """Done when all of the names are; fails with the first error among them. Does not block."""
-        # Each name once: `left` counts futures, and one listed twice would be counted twice for one fetch.
         futures = [self._one(name) for name in dict.fromkeys(names)]
         together: Future[None] = Future()
         left = len(futures)

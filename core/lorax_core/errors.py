@@ -24,6 +24,7 @@ class LoraxError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
+        # The hint on a line of its own: logs and tracebacks show str(), and none of it may be lost.
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
 
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from lorax_core.errors import PluginError, nearest
 
+# The form of a distribution's name by PEP 508.
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _CACHE: Final = Path("~/.cache/lorax")
 _TRUE: Final = ("1", "true", "yes", "on")
@@ -64,6 +65,7 @@ class Settings:
 
 
 def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
+    # A comma too many gives an empty name, which is passed over.
     names = [name.strip() for name in environ.get(variable, "").split(",")]
     for name in filter(None, names):
         if not _NAME.fullmatch(name):

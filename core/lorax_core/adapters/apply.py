@@ -53,6 +53,7 @@ class SegmentedAdapters:
             self._plan.add(site.path, x, y)
         for rows, deltas in self._others.get(site.path, ()):
             for delta in deltas:
+                # Slices are views: y changes in place.
                 delta.apply(site, x[rows], y[rows])
         return y
 
@@ -89,6 +90,7 @@ class AdapterRowsMaker:
             updates: dict[str, LowRank] = {}
             others: dict[str, tuple[Delta, ...]] = {}
             for path, deltas in bound.deltas.items():
+                # Several deltas at one site depend on their order, which a kernel does not keep.
                 if len(deltas) == 1 and isinstance(deltas[0], LowRank) and deltas[0].bias is None:
                     updates[path] = deltas[0]
                 else:
@@ -103,6 +105,7 @@ def _runs(counts: Sequence[int], bounds: Sequence[Bound | None]) -> list[Run]:
     for count, bound in zip(counts, bounds, strict=True):
         stop = start + count
         if bound is not None and count:
+            # Longer runs make fewer, larger products; `is`, since equal content bound twice has two memories.
             if runs and runs[-1].bound is bound and runs[-1].stop == start:
                 runs[-1] = Run(runs[-1].start, stop, bound)
             else:

@@ -132,6 +132,7 @@ def known(what: str, word: str, words: Iterable[str]) -> str:
 
 
 def _head_bytes(head: Head) -> int:
+    # A prepared layer has handed its weight to a kernel, so parameters() no longer counts it.
     prepared = sum(
         module.kernel.nbytes for module in head.modules() if isinstance(module, PreparedSite) and module.is_prepared
     )

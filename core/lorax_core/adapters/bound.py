@@ -51,8 +51,10 @@ class BoundAdapters(Mapping[str, Bound]):
     def handle(self, message: Message) -> None:
         """Do what a message says; raises AdapterError, with nothing changed, when the adapter does not fit."""
         if isinstance(message, BindAdapter):
+            # Before the tensors: compiling may take long, and here it delays this adapter only, not a step.
             self.kernel.prepare()
             bound = self._bind(message.adapter)
+            # Bound outside the lock: copying to the device must not hold up an unbind.
             with self._lock:  # a new dict each time: readers in other threads see the old one or the new one, whole
                 self._bound = {**self._bound, message.identity: bound}
         else:

@@ -27,6 +27,7 @@ Merged = tuple[Tensor, Tensor | None]
 def placed(delta: T, part: Part, device: torch.device, dtype: torch.dtype) -> T:
     """The same delta for a part of a site, its floating-point tensors in `dtype`, all of them on `device`."""
     changes: dict[str, object] = {
+        # Token ids are tensors too, and stay integers.
         name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in _tensors(delta).items()
     }
@@ -84,6 +85,7 @@ class LowRank:
     @classmethod
     def whole(cls, a: Tensor, b: Tensor, bias: Tensor | None = None) -> LowRank:
         """An update of all columns: a `[rank, in]`, b `[out, rank]` with the scale."""
+        # Transposed and contiguous once here, so that no step pays for it.
         return cls(a, (RankBlock(slice(0, len(a)), 0, b.t().contiguous()),), bias)
 
     @property
@@ -112,6 +114,7 @@ class LowRank:
         """The product alone, added to y `[rows, out]` for x `[rows, in]`."""
         h = x @ self.a.t()  # [rows, rank]
         for block in self.blocks:
+            # Into the view of y itself: no second tensor of the size of the output.
             y[:, block.columns].addmm_(h[:, block.ranks], block.b)
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
@@ -122,6 +125,7 @@ class LowRank:
     def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
         weight = weight.clone()
         for block in self.blocks:
+            # [width, ranks] @ [ranks, in]
             weight[block.columns] += block.b.t() @ self.a[block.ranks]
         return weight, bias if self.bias is None else self.bias if bias is None else bias + self.bias
 
@@ -132,6 +136,7 @@ def summed(updates: Iterable[LowRank]) -> LowRank:
     biases: list[Tensor] = []
     for update in updates:
         for block in update.blocks:
+            # By columns: q of one adapter and v of another share no ranks, so no zeros are multiplied.
             pairs.setdefault((block.column, block.b.shape[1]), []).append((update.a[block.ranks], block.b))
         if update.bias is not None:
             biases.append(update.bias)
@@ -182,11 +187,12 @@ class Dora(_Tensors):
     not_a_sum = "a magnitude (DoRA)"
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
-        y = y[:, self.part or _ALL]
+        y = y[:, self.part or _ALL]  # [rows, columns of the part], a view
         bias = _bias(site, self.part)
+        # PEFT's DoRA scales the products alone, so the bias has to come out first.
         if bias is not None:
             y -= bias
-        y += (x @ self.a.t()) @ self.b.t()
+        y += (x @ self.a.t()) @ self.b.t()  # [rows, rank] @ [rank, columns]
         y *= self.gain
         if bias is not None:
             y += bias
@@ -228,6 +234,7 @@ class Replacement(_Tensors):
         columns = self.part or _ALL
         weight = self.weight if self.weight is not None else site.dense_weight()[columns]
         bias = self.bias if self.bias is not None else _bias(site, self.part)
+        # Computed anew: what the base layer made of x cannot be taken apart again.
         y[:, columns].copy_(site.computed_with(x, weight, bias))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:
@@ -260,6 +267,7 @@ class TokenRows(_Tokens):
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> None:
         at = torch.searchsorted(self.ids, x).clamp(max=len(self.ids) - 1)  # [rows]
+        # searchsorted gives the place of the next larger id where x is none of them; those rows keep y.
         mine = self.ids[at] == x
         y.copy_(torch.where(mine[:, None], site.computed_with(at, self.rows, None), y))
 

@@ -20,6 +20,7 @@ from lorax_core.weights.loader import LoadedModel
 
 def stack_identity(weights: Mapping[str, float]) -> str:
     """The identity of a weighted sum: of its members' identities, each with the sum of its weights."""
+    # Sorted: the same members named in another order are the same sum, and share a slot on the device.
     return hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()
 
 
@@ -46,6 +47,7 @@ class StackedAdapter(Adapter):
         bounds = {identity: adapter.bind(base, meta=meta) for identity, adapter in self.members.items()}
         found: dict[str, list[tuple[Delta, float]]] = {}
         for identity, weight in self.weights.items():
+            # A Bound has no __bool__ or __len__, so `or` passes over a missing one only.
             bound = bounds.get(identity) or (others or {}).get(identity)
             if bound is None:
                 raise AdapterError(f"the adapter {identity[:12]} of a weighted sum is not on the device any more")
@@ -60,6 +62,7 @@ class StackedAdapter(Adapter):
 
 def _summed(deltas: Sequence[tuple[Delta, float]]) -> LowRank | EmbeddingLowRank:
     """`sum of weight * B A` as one product: A's ranks side by side, B's times their weights."""
+    # A site is a layer or an embedding, so one embedding delta means that all are.
     embedding = [(delta, weight) for delta, weight in deltas if isinstance(delta, EmbeddingLowRank)]
     if embedding:
         a = torch.cat([delta.a for delta, _ in embedding], dim=1)  # [vocab, sum of ranks]

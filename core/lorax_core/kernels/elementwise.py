@@ -30,7 +30,7 @@ def rotate(q: Tensor, k: Tensor, angles: Angles) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(x: Tensor, angles: Angles) -> Tensor:
-    cos, sin = angles
+    cos, sin = angles  # [tokens, 1, rotary_dim / 2]; the 1 stands for the heads
     half = cos.shape[-1]
     # `rest` is empty unless rotary_dim is less than the head's (GPT-NeoX's rotary_pct).
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
@@ -53,11 +53,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
 def add_norm(x: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """`norm(x + residual)` and the sum itself, which is the next residual; all `[rows, size]`."""
-    total = x + residual
+    total = x + residual  # [rows, size]
     return norm(total), total
 
 
 def gated_act(gate_up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
     """`act(gate) * up` of gate_up `[rows, 2 * intermediate]`, whose first half is the gate."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)  # [rows, intermediate] each
     return act(gate) * up

@@ -34,9 +34,10 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def works(dtype: torch.dtype) -> bool:
     """Whether this build of torch packs and multiplies `dtype` as expected, seen on a small product."""
+    # Not square, so that a weight read transposed fails; 1e-2 below is the rounding of bfloat16.
     weight = torch.linspace(-1, 1, 12).view(3, 4).to(dtype)  # [3, 4]
     x = torch.linspace(1, -1, 8).view(2, 4).to(dtype)  # [2, 4]
-    bias = torch.ones(3, dtype=dtype)
+    bias = torch.ones(3, dtype=dtype)  # [3]
     try:
         packed = pack(weight)
         y = linear(x, packed, bias)
@@ -72,6 +73,7 @@ class PackedRows(NamedTuple):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `[n, in]` of the weight for ids `[n]`, in one gather."""
+        # `[n, in / vector, vector]` before flattening: the vectors of one row follow each other.
         size = self.blocks.shape[2]
         return self.blocks[ids // size, :, ids % size].flatten(1)
 
@@ -88,6 +90,7 @@ def find_rows(packed: Tensor, weight: Tensor) -> PackedRows | None:
     out, width = weight.shape
     if not size or size % weight.element_size():
         return None
+    # No copy: the weight is in memory once, packed, and rows are read out of that.
     memory = (ctypes.c_char * size).from_address(address)
     flat = torch.frombuffer(memory, dtype=weight.dtype)
     for rows in _ROWS_IN_A_BLOCK:
@@ -105,6 +108,7 @@ def find_rows(packed: Tensor, weight: Tensor) -> PackedRows | None:
 
 def _reads(found: PackedRows, weight: Tensor) -> bool:
     """Whether all rows read so are the weight's, bit for bit; a wrong layout fails in the first block."""
+    # In parts: one gather of a whole vocabulary would double the memory of the embedding.
     for start in range(0, len(weight), 1024):
         ids = torch.arange(start, min(start + 1024, len(weight)))
         if not torch.equal(found.rows(ids), weight[ids]):

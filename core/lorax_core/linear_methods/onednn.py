@@ -28,6 +28,7 @@ class OneDnnKernel(LinearKernel):
         return onednn.linear(x, self.packed, self.bias)
 
     def dense(self) -> Tensor:
+        # A new tensor each time: packing does not keep the rows as they were.
         return self.packed.to_dense()
 
     @property

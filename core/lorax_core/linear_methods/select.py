@@ -51,6 +51,7 @@ class LinearPolicy:
                 f"there is no linear method {name!r}; there are {listed(names)}",
                 hint=f"did you mean {close!r}?" if close else "`lorax doctor` lists the linear methods of this machine",
             )
+        # The plain one stays behind a named one: a layer must be computed even where that cannot.
         return (found,) if found is offered[-1] else (found, offered[-1])
 
 
@@ -128,6 +129,7 @@ def _difference(kernel: LinearKernel, weight: Tensor) -> str | None:
     x = torch.linspace(-1, 1, 3 * width, device=weight.device).view(3, width).cos().to(weight.dtype)  # [3, in]
     expected = PlainKernel(weight.detach(), None)(x).float()  # [3, out]
     lengths = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32)  # [out]
+    # [3, out]; |x| |w| bounds each sum, which may itself cancel to nearly 0.
     scale = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)[:, None] * lengths
     for count in (1, 3):  # one row and several are often computed by different code
         off = (kernel(x[:count]).float() - expected[:count]).abs() - _TOLERANCES.get(weight.dtype, 1e-2) * scale[:count]
@@ -139,6 +141,7 @@ def _difference(kernel: LinearKernel, weight: Tensor) -> str | None:
 
 def available(dtype: torch.dtype, device: str = "cpu") -> dict[str, str | None]:
     """Each method to None where it computes `dtype` on `device`, else to the reason why not."""
+    # Any shape will do: what core offers does not look at it.
     return {method.name: method.supports((64, 64), dtype, torch.device(device)) for method in METHODS}
 
 

@@ -37,6 +37,7 @@ class Worst:
         if ours.shape != theirs.shape:
             raise CheckFailed(f"{kind} {where}: shape {list(ours.shape)} where {list(theirs.shape)} belongs")
         ours, theirs = ours.double().cpu(), theirs.double().cpu()
+        # max() of a difference with NaN is NaN, which is larger than nothing and would be lost below.
         apart = float((ours - theirs).abs().max()) if torch.isfinite(ours).all() else math.inf
         if kind not in self._apart or apart > self._apart[kind][0]:
             self._apart[kind] = apart, f"{kind} {where}"

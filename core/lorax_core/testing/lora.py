@@ -53,6 +53,7 @@ def write_adapter(layers: Mapping[str, nn.Module], options: LoraOptions, folder:
     chosen = list(layers)[:: options.every]
     for name in chosen:
         rows, columns = _shape(layers[name])
+        # A of this size keeps x A^T about as large as x; B is large enough that the update is seen.
         a = torch.randn(options.rank, columns, generator=generator) * columns**-0.5
         b = torch.randn(rows, options.rank, generator=generator) * 0.1
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
@@ -86,9 +87,11 @@ def merged(oracle: nn.Module, adapter: Path, options: LoraOptions) -> nn.Module:
         name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         layer = modules[name]
         assert isinstance(layer.weight, Tensor)
+        # In float64: this is the reference, whose own rounding must not count.
         delta = options.scale * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())  # [out, in]
         if not isinstance(layer, nn.Linear):
             delta = delta.t()
+        # A tied head gets a weight of its own below, and the config must not tie it again.
         if any(other is not layer and getattr(other, "weight", None) is layer.weight for other in modules.values()):
             changed.config.tie_word_embeddings = False  # type: ignore[union-attr]
         layer.weight = nn.Parameter((layer.weight.double() + delta).float(), requires_grad=False)

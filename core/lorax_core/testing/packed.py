@@ -28,7 +28,7 @@ from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 
 POISON = 1000.0
-"""What memory of the cache holds that nobody wrote: finite, as all memory of the engine is, and far off if it is read."""
+"""What cache memory holds before it is written: finite, as all memory of the engine is, but so large that reading it shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,7 @@ class Bench:
         self._pool: KVPool | None = None
         if model.needs_kv_cache:
             spec = model.attention_specs[0]
+            # Twice what the texts need, so that shuffled pages leave unwritten ones between; scratch is one more.
             pages = 2 + 2 * sum(self._pages_for(text) for text in texts)
             self._pool = KVPool(
                 layers=len(model.attention_layers),
@@ -99,7 +100,7 @@ class Bench:
     ) -> list[PackedAnswer]:
         """Each input in shares that end at its `cuts`, the n-th shares of all inputs in one batch.
 
-        `shuffle` seeds an order of pages in which inputs are torn apart; without it they lie end to end.
+        `shuffle` seeds a random order of pages, which separates the pages of an input; without it they lie end to end.
         """
         pages = self.give_pages(texts, shuffle)
         adapters = adapters or [None] * len(texts)
@@ -118,6 +119,7 @@ class Bench:
         """Pages for whole inputs, from page 1 up or in a shuffled order of all pages."""
         if self._pool is None:
             return [() for _ in texts]
+        # Page 0 is the scratch page, which padding writes to.
         order = list(range(1, self._pool.pages))
         if shuffle is not None:
             random.Random(shuffle).shuffle(order)
@@ -139,6 +141,7 @@ class Bench:
         for group, answer in zip(batch.head_rows[1:], answers, strict=True):
             assert group.task is not None
             pooled = self.model.head(group.task).pooled
+            # A pooling head gives one row for each share, others one for each row that they read.
             split = torch.split(answer, [1] * len(group.counts) if pooled else list(group.counts))
             for at, part in zip(group.sequences, split, strict=True):
                 given[at].parts[group.task] = part[0] if pooled else part
@@ -176,6 +179,7 @@ class Bench:
         answers: dict[Task, Tensor] = {}
         for task in self.model.tasks:
             head, found = self.model.head(task), [rows.parts[task] for rows in given if task in rows.parts]
+            # Parts of a pooled head are sums over rows, so that a prompt in chunks can be added up.
             joined = torch.stack(found).sum(0) if head.pooled else torch.cat(found)
             finished = joined if task is Task.GENERATE else head.finish([joined], [len(self.span(task, text))])[0]
             parts[task], answers[task] = joined.float().cpu(), finished.float().cpu()

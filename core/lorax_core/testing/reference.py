@@ -24,6 +24,7 @@ from lorax_core.testing.result import CheckFailed
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 
+# Ten times transformers' usual 0.02, so that attention is far from uniform.
 INITIALIZER_RANGE = 0.2
 _LABELS = {Task.TOKEN_CLASSIFICATION: 5, Task.SEQUENCE_CLASSIFICATION: 3}
 
@@ -73,6 +74,7 @@ def build(cases: ArchitectureCases, task: Task, config: Mapping[str, Any], folde
     if task in _LABELS and "num_labels" not in fields and "id2label" not in fields:
         fields["num_labels"] = _LABELS[task]
     with quiet(), torch.random.fork_rng(devices=[]):
+        # fork_rng: building draws from the global generator, which is the caller's.
         model = oracle(oracle.config_class(**fields))
         randomise(model, seed)
         model.save_pretrained(folder)
@@ -93,6 +95,7 @@ def randomise(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.ndim < 2 and name.rpartition(".")[2] in ("weight", "gamma"):
+                # 0.4 to 1.6: never 0, which would hide what the norm is given.
                 drawn = 0.4 + 1.2 * torch.rand(tensor.shape, generator=generator)
             else:
                 drawn = INITIALIZER_RANGE * torch.randn(tensor.shape, generator=generator)
@@ -111,6 +114,7 @@ def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
         seen.append(output.last_hidden_state)
 
+    # Classes with a head return no last_hidden_state; output_hidden_states may differ from it by the last norm.
     hook = base.register_forward_hook(remember)
     try:
         logits = getattr(model(**given), "logits", None)

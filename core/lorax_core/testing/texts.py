@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 
 LONGEST = 192
+# 1 and 2 are edges, 17 is one past the usual page of 16.
 _LENGTHS = (1, 2, 5, 17, 40)
 
 
@@ -35,6 +36,7 @@ def make_texts(*, vocab: int, types: int, max_tokens: int, pad: int | None, seed
     chosen = random.Random(seed)
     longest = min(max_tokens, LONGEST)
     lengths = [length for length in _LENGTHS if length < longest]
+    # Padding goes in on purpose only, further below: some architectures give it no position.
     ids = [token for token in range(vocab) if token != pad]
     texts = [_make(chosen, ids, types, length) for length in (*lengths, longest)]
     if pad is not None and longest > 9:

@@ -139,6 +139,7 @@ class PeftFiles:
                 f"{self.path} has an update of rank 0 for {module!r}", hint="leave the module out of the adapter"
             )
         patterns = self.config.get("alpha_pattern") or {}
+        # PEFT matches patterns so: the whole name, or its end from a dot on; the first that matches counts.
         matched = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
         alpha = float(patterns[matched] if matched is not None else self.config["lora_alpha"])
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
@@ -156,9 +157,11 @@ class PeftFiles:
     def identity(self, extra: Iterable[object] = ()) -> str:
         """Hash of the tensors and of the settings that change their effect, with `extra` settings given at load."""
         digest = hashlib.sha256()
+        # The rank is not among them: the shapes of the tensors, which are hashed too, hold it.
         names = ("lora_alpha", "use_rslora", "task_type", "alpha_pattern", "trainable_token_indices")
         digest.update(json.dumps([self.config.get(name) for name in names], sort_keys=True).encode())
         digest.update(repr(list(extra)).encode())
+        # Sorted, since the order in which a file lists its tensors must not change the identity.
         for module in sorted(self.modules):
             for role, tensor in self.modules[module].items():
                 digest.update(f"{module} {role} ".encode() + content(tensor))
@@ -270,9 +273,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file} is not valid JSON: {error}") from error
+    # Other kinds (IA3, prompt tuning) use the same two file names.
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{path} is an adapter of kind {kind!r}; supported is 'LORA'")
+    # A setting off or empty is harmless whatever it means: newer versions of PEFT write many such.
     unsupported = [
         name for name, value in config.items() if name not in _HARMLESS and value not in (None, False, "none", {}, [])
     ]
@@ -326,6 +331,7 @@ def _tensor_files(path: Path) -> list[Path]:
     shards = sorted(path.glob("adapter_model-*-of-*.safetensors"))
     if shards:
         count = int(shards[0].stem.rpartition("-of-")[2])
+        # An incomplete download would load as an adapter that silently lacks layers.
         if len(shards) != count:
             raise AdapterError(f"{path} has {len(shards)} of {count} files of its tensors")
         return shards

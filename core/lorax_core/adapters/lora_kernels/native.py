@@ -55,13 +55,15 @@ class NativePlan(LoraPlan):
         # The largest jobs of a site first, so that its threads end together.
         order = np.lexsort((-jobs["rows"] * jobs["rank"] * jobs["width"], sites))
         jobs, sites = jobs[order], sites[order]
-        scratch = jobs["rows"] * jobs["rank"]
+        scratch = jobs["rows"] * jobs["rank"]  # numbers of x A^T that each job keeps
         ends = np.cumsum(scratch)
+        # Sorted by site, so the jobs of one site are one slice; `add` slices nothing.
         found, starts = np.unique(sites, return_index=True)
         stops = [*starts[1:], len(sites)]
         self._at: dict[str, Jobs] = {}
         largest = 0
         for site, start, stop in zip(found, starts, stops, strict=True):
+            # Offsets start anew at each site: sites run one after the other and share one scratch memory.
             before = ends[start] - scratch[start]
             jobs["at"][start:stop] = ends[start:stop] - scratch[start:stop] - before
             largest = max(largest, int(ends[stop - 1] - before))
@@ -129,6 +131,7 @@ class NativeKernel(LoraKernel):
         pairs: list[tuple[Tensor, Tensor, int]] = []
         for path, update in updates.by_site.items():
             number = self._numbers.setdefault(path, len(self._numbers))
+            # One job a block: parts of a fused layer have ranks and columns of their own.
             for block in update.blocks:
                 sites.append(number)
                 pairs.append((update.a[block.ranks], block.b, block.column))

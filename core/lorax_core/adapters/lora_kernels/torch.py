@@ -25,6 +25,7 @@ class TorchPlan(LoraPlan):
 
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
         for rows, update in self._at.get(site, ()):
+            # Slices are views, so this changes y itself.
             update.add(x[rows], y[rows])
 
 

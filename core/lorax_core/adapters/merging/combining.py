@@ -43,6 +43,7 @@ class MergeOptions:
     majority_sign_method: str = "total"
 
     def __post_init__(self) -> None:
+        # An option that a strategy would ignore is an error: it was meant to have an effect.
         known("strategy", self.strategy, STRATEGIES)
         known("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
         if not all(math.isfinite(weight) for weight in self.weights):
@@ -111,6 +112,7 @@ def _decomposed(updates: Sequence[ScaledPair], rank: int) -> Pair:
     a, b = (tensor.double() for tensor in _concatenated(updates))
     left, left_rest = torch.linalg.qr(b)  # [out, n], [n, ranks]
     right, right_rest = torch.linalg.qr(a.t())  # [in, m], [m, ranks]
+    # [n, m], at most the ranks together on each side
     u, values, v = torch.linalg.svd(left_rest @ right_rest.t(), full_matrices=False)
     rank = min(rank, len(values))
     return (v[:rank] @ right.t()).float(), (left @ (u[:, :rank] * values[:rank])).float()
@@ -118,6 +120,7 @@ def _decomposed(updates: Sequence[ScaledPair], rank: int) -> Pair:
 
 def _factorwise(updates: Sequence[ScaledPair], options: MergeOptions, mask: Mask | None) -> Pair:
     """A and B each combined on their own, as PEFT does: each gets the root of the strength, A its sign as well."""
+    # A and B are multiplied with each other, so the roots together give the strength.
     roots = [math.sqrt(abs(update.strength)) for update in updates]
     signed = [math.copysign(root, update.strength) for root, update in zip(roots, updates, strict=True)]
     a = _mixed([update.a for update in updates], signed, options, mask)
@@ -137,6 +140,7 @@ def _mixed(tensors: Sequence[Tensor], factors: Sequence[float], options: MergeOp
     if not options.strategy.endswith("ties"):
         return weighted.sum(0)
     agreeing = _agreeing(stacked, options.majority_sign_method)
+    # A number that no adapter agrees on has a sum of 0; the clamp keeps it from being 0 / 0.
     return (weighted * agreeing).sum(0) / agreeing.sum(0).clamp(min=1.0)
 
 
@@ -149,6 +153,7 @@ def _dropped_by_size(tensor: Tensor, density: float) -> Tensor:
             hint=f"at least 1/{tensor.numel()} keeps one of them",
         )
     kept = torch.zeros(tensor.numel())
+    # By count, not by a threshold: of equal numbers no more than `count` are kept.
     kept[tensor.abs().reshape(-1).topk(count).indices] = 1
     return tensor * kept.view_as(tensor)
 
@@ -163,4 +168,5 @@ def _agreeing(stacked: Tensor, method: str) -> Tensor:
     """Which numbers have the sign of the majority: of the sum, or of most adapters. Weights do not count, as in PEFT."""
     signs = stacked.sign()
     votes = stacked if method == "total" else signs
+    # A tie counts as positive, as in PEFT; a number that is 0 agrees with neither.
     return signs == torch.where(votes.sum(0) >= 0, 1, -1)

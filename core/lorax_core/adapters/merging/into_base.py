@@ -69,6 +69,7 @@ def merge_into_base(
     check_free(final, overwrite)
     checkpoint = Checkpoint(base)
     source = checkpoint.path.resolve()
+    # The base is copied file by file: inside it, the copy would meet itself, and the base be replaced.
     if final.resolve() == source or source in final.resolve().parents:
         raise AdapterError(f"{out} is the base's own folder, or inside it", hint="give a folder of its own")
     files = adapter if isinstance(adapter, PeftFiles) else read_peft(adapter)
@@ -129,6 +130,7 @@ class _Plan:
                 name = stored.get(place)
                 if name is None and place[0] in ties and (ties[place[0]], None) in stored:
                     plan._take(tied, place[0], change)
+                # Nothing is skipped silently: a merge that leaves parts out would be a different model.
                 elif name is None:
                     raise plan._no_place(change, leaf, stored)
                 else:
@@ -153,6 +155,7 @@ class _Plan:
             self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
         if progress is not None:
             progress(len(self.checkpoint.files), len(self.checkpoint.files))
+        # After the shards; `config.json` comes last, over the copy of the base's.
         self._write_index(folder)
         self._copy_others(folder)
         if self.untied:
@@ -228,6 +231,7 @@ class _Plan:
 
     def _note_unsupported(self, vocabulary: int) -> None:
         """Heads that are not supported may be tied to an embedding that changed; only their own class knows."""
+        # Heads are compared by their number of rows only, so tables of another size need no reading.
         if not any(
             change.tensors.tokens is not None or change.embeddings == vocabulary for change in self.changes.values()
         ):
@@ -260,6 +264,7 @@ class _Plan:
     def _new(self, name: str) -> Tensor:
         """The tensor of this name in the files, in the dtype of the old one."""
         new = self.added[name] if name in self.added else self._changed(name)
+        # float16 ends at 65504; a sum in float32 may be past it though base and adapter are not.
         if not torch.isfinite(new).all():
             raise AdapterError(
                 f"{self.files.path} makes {name!r} larger than {new.dtype} can hold",
@@ -272,6 +277,7 @@ class _Plan:
         assert change.weight is not None, f"{name!r} is a bias without a weight"
         weight = self.checkpoint.tensor(change.weight)
         bias = self.checkpoint.tensor(change.bias) if change.bias is not None else None
+        # GPT-2's Conv1D stores [in, out]; deltas know [out, in] only.
         transposed = self.weight_map.resolve(change.weight).transpose
         merged = _merged(self.files, change.module, change.tensors, weight, bias, transposed)
         old, new = (weight, merged[0]) if name == change.weight else (bias, merged[1])

@@ -76,6 +76,7 @@ def merge_adapters(
     Raises AdapterError, leaving `out` as it was, for settings that do not fit, adapters that hold more than low-rank updates
     (named with the module), shapes or ranks that do not go together, and an `out` that holds files.
     """
+    # Before the adapters are read, so that a taken folder costs no wait; `new_folder` checks again.
     check_free(Path(out), overwrite)
     options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
     files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
@@ -170,6 +171,7 @@ def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
 def _stated_rank(files: PeftFiles) -> int:
     """The largest rank of an adapter as PEFT counts it: what the settings say, used or not."""
     said = [files.config.get("r"), *(files.config.get("rank_pattern") or {}).values()]
+    # PEFT sizes the default of svd by r even where no module uses it, so reading tensors alone would differ.
     return max([rank for rank in said if isinstance(rank, int)] or files.ranks)
 
 
@@ -196,6 +198,7 @@ def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) 
         tensors = files.modules.get(module)
         if tensors is None or tensors.pair is None:
             continue
+        # [rank, in] and [out, rank]; of an embedding [rank, vocab] and [dim, rank]
         a, b = tensors.pair
         update = ScaledPair(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
         found.append(_Member(files.path, update, tensors.embedding_a is not None, tensors.weight))
@@ -222,6 +225,7 @@ def _shared_base(module: str, members: Sequence[_Member]) -> Tensor | None:
     first = members[0].beneath
     for member in members:
         weight = member.beneath
+        # torch.equal takes no None, and one that holds a weight where another does not is a difference.
         same = weight is first if weight is None or first is None else torch.equal(weight, first)
         if not same:
             raise AdapterError(
@@ -238,6 +242,7 @@ def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dic
     agreed: dict[str, Any] = {}
     for name in ("base_model_name_or_path", "revision", "task_type"):
         said = list(dict.fromkeys(files.config.get(name) for files in adapters))
+        # A missing name or revision is no contradiction; a missing task type is: it is then not one task.
         known = [value for value in said if value is not None]
         agreed[name] = known[0] if known and (name != "task_type" or len(said) == 1) else None
         if len(known) > 1 or (name == "task_type" and len(said) > 1):
@@ -272,6 +277,7 @@ def _named(files: PeftFiles) -> dict[str, Tensor]:
         "weight": "base_layer.weight",
     }
     return {
+        # A clone each: safetensors refuses tensors that share memory.
         f"base_model.model.{module}.{names[role]}": tensor.contiguous().clone()
         for module, tensors in files.modules.items()
         for role, tensor in tensors.items()

@@ -31,6 +31,7 @@ class Fetcher:
         futures = [self._one(name) for name in dict.fromkeys(names)]
         together: Future[None] = Future()
         left = len(futures)
+        # Not self._lock: `done` may run at once, in the thread that adds it, and in many others.
         lock = threading.Lock()
 
         def done(one: Future[None]) -> None:
@@ -61,6 +62,7 @@ class Fetcher:
             future: Future[None] = Future()
             self._running[name] = future
         timer = threading.Timer(self._seconds, self._end, (name, future, self._late(name)))
+        # Daemons, both: a hung download must not keep the process from ending.
         timer.daemon = True
         timer.start()
         future.add_done_callback(lambda _: timer.cancel())
@@ -73,6 +75,7 @@ class Fetcher:
         # Work that hangs gives its turn back when its time is over.
         future.add_done_callback(lambda _: self._turns.release())
         try:
+            # The time may be over while it waited for its turn; then none awaits the result.
             if not future.done():
                 self._work(name)
         except BaseException as failure:
@@ -81,8 +84,10 @@ class Fetcher:
 
     def _end(self, name: str, future: Future[None], error: BaseException | None) -> None:
         with self._lock:
+            # The name may be fetched anew already, after this one was given up; that entry is not ours.
             if self._running.get(name) is future:
                 del self._running[name]
+        # Outside the lock: callbacks run in this thread, and may ask for another fetch.
         _settle(future, error)
 
 

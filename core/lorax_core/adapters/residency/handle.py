@@ -67,6 +67,7 @@ class AdapterHandle:
             return self.adapter
         assert self.folder is not None, "a handle has an adapter or a folder"
         adapter = read_adapter(self.folder, self.request)
+        # Sequences that are under way were promised the content loaded first, whatever the folder holds now.
         if adapter.identity != self.identity:
             raise AdapterError(
                 f"the files in {self.folder} are not those that were loaded",

@@ -61,6 +61,7 @@ class AdapterSlots:
 
     def acquire(self, key: str) -> bool:
         """One more user of a key that has arrived; False when it has no slot yet or must not take on more."""
+        # A reserved slot takes no new users, or a busy adapter would never empty and the waiting key starve.
         if not self.ready(key) or self._slots[key].reserved_for is not None:
             return False
         self.share(key)

@@ -110,6 +110,7 @@ def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
 def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
     files, path = _filesystem(url, scheme)
     remote = _listing(files, path, url)
+    # Listing alone decides: with tags that mark versions, nothing is downloaded twice.
     version = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
     sure = all(file.tag is not None and file.size is not None for file in remote)
     try:
@@ -122,8 +123,10 @@ def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
             part = Path(scratch) / "files"
             part.mkdir()
             _fetch(files, remote, part, url)
+            # Files may be replaced one by one: a mixture of two versions would pass every other check.
             if _listing(files, path, url) != remote:
                 raise AdapterError(f"{url!r} changed while it was downloaded", hint="try again")
+            # Without tags only the content can tell versions apart.
             key = version if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
             _settle(part, root / key, remote)
             return FoundAdapter(root / key, url, key)
@@ -159,6 +162,7 @@ def _filesystem(url: str, scheme: str) -> tuple[Any, str]:
 def _listing(filesystem: Any, path: str, url: str) -> list[_File]:
     """The adapter's files at a URL, by name; an error when there is no adapter among them."""
     try:
+        # Listed twice, before and after the download: a remembered listing would never differ.
         filesystem.invalidate_cache()
         entries = filesystem.ls(path, detail=True)
     except Exception as error:  # each filesystem has its own
@@ -208,10 +212,12 @@ def _fetch(filesystem: Any, remote: Iterable[_File], folder: Path, url: str) -> 
 def _settle(part: Path, folder: Path, remote: Iterable[_File]) -> None:
     """Moves a finished download to its place, unless another one got there first."""
     if folder.is_dir() and not _whole(folder, remote):
+        # Into the scratch folder, which is deleted: rename does not replace a folder that holds files.
         os.rename(folder, part.with_name("incomplete"))
     try:
         os.rename(part, folder)
     except OSError:
+        # Another process was first; what it left is the same version.
         if not _whole(folder, remote):
             raise
 

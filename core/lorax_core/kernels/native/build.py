@@ -52,8 +52,8 @@ def load_native(source: Path, settings: Settings) -> Native:
 def folder_problem(folder: Path, user: int) -> str | None:
     """Why libraries in a resolved folder must not be loaded by a user id; None when only that user can have put them there.
 
-    The folder must be the user's and not writable by anybody else. Whoever may rename a folder above it could put another in
-    its place, so those must belong to the user or to root, and be writable by nobody else unless they are sticky.
+    The folder must be the user's, and no other user may write to it. A user who may rename a folder above it could put another
+    in its place, so those must belong to the user or to root, and no other user may write to them unless they are sticky.
     """
     found = folder.stat()
     if found.st_uid != user:
@@ -72,6 +72,7 @@ def folder_problem(folder: Path, user: int) -> str | None:
 
 def library_problem(library: Path, user: int) -> str | None:
     """Why a file must not be loaded by a user id; None when it is a regular file that only that user can have written."""
+    # lstat: a link is refused as such, since its target could be exchanged after the check.
     found = library.lstat()
     if not stat.S_ISREG(found.st_mode):
         return f"{library} is no regular file: rm {library}"
@@ -87,8 +88,10 @@ def _built(source: Path, folder: Path) -> Path:
     if not hasattr(os, "geteuid"):
         raise RuntimeError("the owner of files cannot be checked on this system")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Links are followed first: the checks hold for the folder that is opened in the end.
     folder = folder.resolve()
     user = os.geteuid()
+    # Before anything is read from there or written to it.
     problem = folder_problem(folder, user)
     if problem is not None:
         raise RuntimeError(f"native code is not loaded: {problem}")

@@ -37,10 +37,11 @@ def _chunks(case: Case) -> Measured:
 
 
 def _pages(case: Case) -> Measured:
-    """Every page size that the backend takes; pages torn apart, and memory that nobody wrote far off."""
+    """Every page size that the backend takes; pages are shuffled, and memory that was not written holds numbers far off."""
     _needs_cache(case)
     base = case.loaded(case.main)
     sizes = case.page_sizes(base.model)
+    # The longest three: shorter ones fit on one page of most sizes.
     texts, alone = case.texts[-3:], case.alone(case.main)[-3:]
     cuts = [sorted({max(1, len(text) // 2), len(text)}) for text in texts]
     worst = Worst(case.tolerance)
@@ -64,6 +65,7 @@ def _needs_cache(case: Case) -> None:
 
 
 def _steps(text: Text) -> list[int]:
+    # The prompt ends at the first of these, and every further one is a step of one token.
     return list(range(max(1, len(text) - _DECODED), len(text) + 1))
 
 

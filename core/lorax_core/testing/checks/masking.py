@@ -52,6 +52,7 @@ def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured
         mine = _change(bench.whole([changed])[0].hidden, ours)
         right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
         for row, error in enumerate(_errors(mine, right).tolist()):
+            # So, and not error > worst, for NaN to count.
             if not error <= worst:
                 verb = "attends to" if right[row] < _CLEAR else "does not attend to"
                 worst, where = error, f"row {row} {verb} token {probe}, unlike the reference's"

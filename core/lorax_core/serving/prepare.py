@@ -125,7 +125,7 @@ class Preparer:
         # `ignore_eos` does not drop ids that the request names itself.
         ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
         stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(request.stop))
-        # Only token ids: nothing could be searched for the strings.
+        # Without a tokenizer a completion has no text in which a string could be found.
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
         grammar = self.grammars.grammar(request)

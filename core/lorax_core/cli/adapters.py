@@ -154,6 +154,7 @@ def _merge_into_base(
     from lorax_core.adapters.merging.merge import combine, merge_options
     from lorax_core.weights.hub import find_checkpoint
 
+    # Before files are read, so that a wrong option costs no wait.
     options = merge_options(adapters, **settings)
     files, notes = [read_peft(path) for path in adapters], list[str]()
     # One adapter as it is may hold what has no sum.
@@ -183,6 +184,7 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """On a terminal, how far it is; in a pipe nothing."""
+    # A log would get a line for each step.
     if not sys.stderr.isatty():
         yield None
         return
@@ -263,12 +265,14 @@ def _modules(files: PeftFiles) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     root = bool(files.config.get("use_rslora"))
     for module, tensors in files.modules.items():
+        # Only a number that is a whole part of the path: the 1 of `fc1` stays.
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", module)
         row = rows.setdefault(name, {"module": name, "count": 0, "ranks": set(), "alphas": set(), "holds": []})
         row["count"] += 1
         rank = tensors.rank
         if rank is not None:
             row["ranks"].add(rank)
+            # The scale times its divisor is alpha again; rounded, since the root makes 15.999999.
             row["alphas"].add(round(files.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
         holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in tensors.items()]
         row["holds"] += [one for one in dict.fromkeys(holds) if one not in row["holds"]]

@@ -60,6 +60,7 @@ def check_plugin(
     else:
         show_table(_COLUMNS, _rows(results))
         _print_results(results, counts)
+    # A run that tested nothing must not look like a success in CI.
     if counts["failed"] or _all_refused(results):
         raise typer.Exit(1)
 
@@ -113,6 +114,7 @@ def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
         if not found:
             continue
         counts = Counter(str(result.status) for result in found)
+        # The worst first: one failed variant makes the row failed.
         worst = next(status for status in ("failed", "known", "passed", "skipped") if counts[status])
         ran = [result for result in found if result.status != "skipped"]
         most = max((result for result in ran if result.ratio is not None), key=lambda r: r.ratio or 0.0, default=None)

@@ -60,6 +60,7 @@ def generate(
         seed=seed,
         stop=stop or [],
     )
+    # Only loading: the answer itself belongs on stdout.
     with data_only_stdout():
         engine = lorax_core.load(path, adapters=adapters)
     with engine:

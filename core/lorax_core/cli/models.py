@@ -125,6 +125,7 @@ def _entries(host: PluginHost, every: bool) -> Iterator[dict[str, Any]]:
     for model_type, spec in host.architectures.items():
         record = host.owner(model_type)
         yield _entry(spec, record, _usable_status(record))
+    # Contested or broken ones are not in host.architectures: none of them can be loaded.
     for record in host.records if every else ():
         contested = [spec for spec in record.contested if isinstance(spec, ArchitectureSpec)]
         for spec in contested:

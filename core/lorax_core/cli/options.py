@@ -61,6 +61,7 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
             weights[name] = float(weight) if equals else 1.0
         except ValueError as error:
             raise typer.BadParameter(f"{one!r} is not NAME=WEIGHT", param_hint="--use") from error
+    # A bare name stays a name: a sum of one adapter would take a slot of its own.
     return use if use in adapters else weights
 
 

@@ -65,6 +65,7 @@ def _show_rich_table(columns: Sequence[str], rows: list[list[str]]) -> None:
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
+        # Text, not str: rich would read [brackets] in a cell as markup.
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     Console().print(table)
 
@@ -77,6 +78,7 @@ def print_message(message: str, hint: str | None = None, *, label: str = "", sty
     text = Text.assemble((f"{label}: " if label else "", f"bold {style}"), message)
     if hint is not None:
         text.append_text(Text.assemble("\n  ", ("hint: ", "bold"), hint))
+    # Soft: a path or a command must stay whole when it is copied.
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 

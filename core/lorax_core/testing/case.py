@@ -127,8 +127,10 @@ class Case:
 
     def checkpoint(self, task: Task) -> Path:
         """The folder of a checkpoint for `task`, every number in it random."""
+        # Written once and read by both sides, so that ours and theirs start from the same files.
         folder = self.folder / task
         if not folder.exists():
+            # hash() of a text differs from process to process; a failure must come back with the same numbers.
             seed = zlib.crc32(f"{self.variant} {task}".encode())
             reference.build(self.cases, task, self.config, folder, seed)
         return folder
@@ -189,6 +191,7 @@ class Case:
         if self._dtype is not None:
             return self._dtype
         model = self.assemble(self.checkpoint(self.main))[0].model
+        # Float32 comes first: its tolerance is small enough to show a mistake in a single layer.
         for dtype in TOLERANCES:
             if any(self._select(model, size, dtype) is not None for size in PAGE_SIZES):
                 return dtype
@@ -252,6 +255,7 @@ class Case:
 def _mean(base: LoadedModel) -> LoadedModel:
     """The same model, pooling by the mean, in which every row has a part."""
     for head in base.model.heads.values():
+        # CLS or last would leave all other rows unseen.
         if isinstance(head, EmbeddingHead):
             head.pooling = Pooling.MEAN
     return base

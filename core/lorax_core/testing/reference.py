@@ -114,7 +114,7 @@ def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
         seen.append(output.last_hidden_state)
 
-    # Classes with a head return no last_hidden_state; output_hidden_states may differ from it by the last norm.
+    # Classes with a head return logits and no last_hidden_state, so the base inside is listened to.
     hook = base.register_forward_hook(remember)
     try:
         logits = getattr(model(**given), "logits", None)

@@ -57,6 +57,7 @@ class Suite:
         )
         model_type = architecture if isinstance(architecture, str) else architecture.model_type
         self.spec = self.host.architecture(model_type)
+        # A spec given by hand has an owner without a module; its classes are then imported from anywhere.
         owner = self.host.owner(model_type)
         self.cases = load_cases(self.spec, owner if owner.module else None)
         self.device = device
@@ -114,6 +115,7 @@ class Suite:
             return replace(result, status=CheckStatus.SKIPPED, detail=str(reason))
         except CheckFailed as failure:
             return replace(result, detail=str(failure))
+        # A plugin's code runs in here: whatever it raises is a finding, not the end of the run.
         except Exception as error:
             return replace(result, detail=explain(error))
         status = CheckStatus.PASSED if measured.ok else CheckStatus.FAILED
@@ -122,6 +124,7 @@ class Suite:
     def _case(self, variant: str) -> Case:
         if self._remove is None:
             self.folder = Path(tempfile.mkdtemp(prefix="lorax-conformance-"))
+            # Not __del__: this also runs at the end of the interpreter, and holds no reference to the suite.
             self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if variant not in self._cases:
             while len(self._cases) > 1:
@@ -175,11 +178,13 @@ def known_keys(cases: ArchitectureCases) -> set[str]:
 
 def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
     """A result after `known_failures` was taken into account."""
+    # The entry for one variant counts before the one for all.
     name = result.key if result.key in known else result.check
     if name not in known or result.status is CheckStatus.SKIPPED:
         return result
     if result.status is CheckStatus.FAILED:
         return replace(result, status=CheckStatus.KNOWN, detail=f"{known[name]} ({result.detail})")
+    # An entry that outlives its failure would hide the next one.
     detail = f"known_failures says it fails ({known[name]}), and it passes: take {name!r} out, or name the variants that fail"
     return replace(result, status=CheckStatus.FAILED, detail=detail)
 

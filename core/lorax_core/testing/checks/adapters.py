@@ -29,6 +29,7 @@ from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
 _ZERO = LoraOptions(rank=2, alpha=16, zero=True)
+# Ranks differ: they seed the numbers and name the folders; alpha / rank is 2 once, rslora the other time.
 _FULL = LoraOptions(rank=4, alpha=8)
 _SPARSE = LoraOptions(rank=8, alpha=4, rslora=True, every=2)
 
@@ -75,6 +76,7 @@ def _peft(case: Case) -> Measured:
         for options in _options(case):
             ours = _answers(case, case.loaded(task), _bound(case, task, options))
             with reference.quiet():
+                # A copy: PEFT puts its layers into the model that it is given.
                 oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, options))
             _see_oracle(worst, task, ours, case, oracle.eval().base_model.model)
     return worst.measured()
@@ -94,6 +96,7 @@ def _mixed(case: Case) -> Measured:
         base = case.loaded(task)
         kinds = [None, _bound(case, task, _FULL), _bound(case, task, _SPARSE)]
         texts = [text for text in case.texts[:-1] for _ in range(2)]
+        # Neighbours differ, and each text meets two kinds: long runs of one adapter would hide mixed-up rows.
         adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(texts))]
         bench = case.bench(base, texts=texts)
         together = bench.whole(texts, adapters)

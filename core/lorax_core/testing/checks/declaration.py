@@ -35,11 +35,13 @@ def _light(case: Case) -> Measured:
         raise NotApplicable("the spec was given by hand; no module declares it")
     modules = (declaring, case.spec.cases.partition(":")[0])
     for module in modules:
+        # A process of its own: in this one all of them have been imported already.
         command = [sys.executable, "-c", _PROBE, module, *_HEAVY]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=_environment())
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise CheckFailed(f"importing {module} in a process of its own failed: {last}")
+        # The plugin may print while it is imported.
         found = done.stdout.rpartition("imported:")[2].strip()
         if found:
             raise CheckFailed(
@@ -66,6 +68,7 @@ def _round_trip(case: Case) -> Measured:
 
 def _true(case: Case) -> Measured:
     problems = [*_classes(case), *_references(case.spec, case.cases), *_failures(case)]
+    # Variants are built with the classes, which must be sound first.
     problems = problems or _variants(case.spec, case.cases)
     parameters = 0 if problems else sum(tensor.numel() for tensor in case.reference(case.main).parameters())
     if parameters >= _MOST_PARAMETERS:

@@ -33,6 +33,7 @@ def _accuracy(case: Case, dtype: torch.dtype) -> Measured:
             factor = _FACTOR if numbers >= _FEW else _FACTOR_OF_FEW
             tolerance = factor * theirs + _FLOOR * torch.finfo(dtype).eps
             note = f"{what} of {task}: {ours:.2e} of the reference's size; the reference itself loses {theirs:.2e}"
+            # So, and not with >, for NaN to count as the worst.
             if not ours / tolerance <= (found.error or 0.0) / (found.tolerance or 1.0):
                 found = Measured(ours, tolerance, note)
     return found
@@ -41,6 +42,7 @@ def _accuracy(case: Case, dtype: torch.dtype) -> Measured:
 def _errors(case: Case, task: Task, dtype: torch.dtype) -> Iterable[tuple[str, int, float, float]]:
     """What is compared, how many numbers that is, our error in 16 bit and the reference's."""
     texts, exact = case.texts[:-1], case.expected(task)[:-1]  # 16 bit is slow on a CPU: without the longest
+    # A copy: `to` would turn the oracle that other checks use into 16 bit.
     rounded = case.expect(copy.deepcopy(case.reference(task)).to(dtype), texts)
     ours = case.bench(case.loaded(task, dtype)).whole(texts)
     yield _judged(

@@ -78,6 +78,7 @@ def _embeddings(case: Case) -> Measured:
                 where = f"of a text of {len(text)} tokens"
                 worst.see(f"{pooling} vectors", where, ours.answers[Task.EMBED], _pooled(theirs.hidden, pooling))
     finally:
+        # The model is shared with the checks that follow.
         head.pooling = usual
     return worst.measured()
 
@@ -89,6 +90,7 @@ def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
         case Pooling.LAST:
             return hidden[-1]
         case Pooling.MEAN:
+            # The reference's own rounding must not count.
             return hidden.to(torch.float64).mean(0).float()
 
 

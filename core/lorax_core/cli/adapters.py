@@ -64,6 +64,7 @@ def inspect_adapter(
     else:
         show_table(("", ""), [*_summary(about), *(_fit_rows(fit) if fit else [])])
         _show_modules(about["modules"])
+    # After what was found: the listing helps to see why it does not fit.
     if error is not None:
         print_error(error)
         raise typer.Exit(1)
@@ -211,6 +212,7 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
     """The "adapter" of the JSON: what its files say, and what is in them. Of Medusa's heads alone, LoRA's fields are empty."""
     from lorax_core.adapters.formats.medusa import MedusaAdapter
 
+    # A Medusa adapter may bring a LoRA adapter in the same folder.
     medusa = adapter if isinstance(adapter, MedusaAdapter) else None
     lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter
     files = lora.files if lora is not None else None
@@ -333,6 +335,7 @@ def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any
     from lorax_core.weights.hub import find_checkpoint
     from lorax_core.weights.loader import load_model
 
+    # The real base, not its config: a saved weight is compared with the base's numbers.
     loaded = load_model(Checkpoint(find_checkpoint(base)), host)
     facts: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
     try:

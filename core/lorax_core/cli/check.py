@@ -44,6 +44,7 @@ def check_plugin(
         from lorax_core.testing import run_checks
 
         torch.set_num_threads(1)  # for models as tiny as these, more threads only wait for each other
+        # Inside data_only_stdout: the checks run the plugin's code, which may print.
         with _progress() as progress:
             results = run_checks(
                 model_type,
@@ -139,6 +140,7 @@ def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None
             print_message(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
         elif result.status == "known":
             print_message(f"{result.key}: {result.detail}", label="known", style="yellow")
+    # Once a variant: all of its checks were skipped for the same reason.
     refused = {result.variant: result.detail for result in results if result.refused}
     for variant, reason in refused.items():
         print_message(f"variant {variant}: {reason}", label="skipped", style="yellow")

@@ -82,6 +82,7 @@ def _follow(stream: Stream, quiet: bool) -> Completion:
     completion = None
     for event in stream:
         if not quiet:
+            # Flushed: in a pipe stdout is buffered, and nothing would stream.
             print(event.text, end="", flush=True)
         completion = event.completion
     if not quiet:

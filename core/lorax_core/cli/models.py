@@ -84,6 +84,7 @@ def check_model(
     """Check a checkpoint: is its architecture installed, and is every tensor accounted for. Exits with 1 if not."""
     from lorax_core.plugins.resolve import read_config
 
+    # Of config.json alone, so that an unknown type is refused before torch is imported.
     model_type = read_config(path)["model_type"]
     host = _discover()
     host.architecture(model_type)

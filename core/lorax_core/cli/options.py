@@ -67,6 +67,7 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
 
 def read_text(given: str) -> str:
     """The text itself, or for - all of stdin without its last line break."""
+    # One line break only, which echo adds; further ones are part of the prompt.
     return sys.stdin.read().removesuffix("\n") if given == "-" else given
 
 

@@ -90,6 +90,7 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
     from lorax_core.plugins.record import PluginRecord, PluginStatus
 
     package, version = identity(entry)
+    # Broken unless its process reports something else.
     record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.BROKEN)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")

@@ -44,10 +44,12 @@ def show_json(data: dict[str, Any]) -> None:
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout: for people on a terminal; in a pipe plain columns, neither wrapped nor coloured."""
+    # Rows may be a generator, and are read twice.
     lines = [list(row) for row in rows]
     if sys.stdout.isatty():
         _show_rich_table(columns, lines)
         return
+    # Tables of names and values have empty headings, which are left out.
     if any(columns):
         lines.insert(0, [name.upper() for name in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]

@@ -220,10 +220,12 @@ class Case:
     def bench(self, base: LoadedModel, page_size: int | None = None, texts: Sequence[Text] | None = None) -> Bench:
         """A bench for a model, with room for some texts (those of the case unless given)."""
         model = base.model
+        # A backend may take 16-bit caches or large pages only; the first size that it takes will do.
         for size in PAGE_SIZES if page_size is None else (page_size,):
             chosen = self._select(model, size, model.dtype)
             if chosen is not None:
                 return Bench(model, chosen.backend, chosen.layout, self.texts if texts is None else texts)
+        # The backend's limits are not the architecture's mistakes.
         raise NotApplicable(self._refusal(model))
 
     def alone(self, task: Task) -> list[PackedAnswer]:
@@ -231,6 +233,7 @@ class Case:
         key = ("alone", task)
         if key not in self._made:
             bench = self.bench(self.loaded(task))
+            # Kept: nearly every check compares with these.
             self._made[key] = [bench.whole([text])[0] for text in self.texts]
         return cast("list[PackedAnswer]", self._made[key])
 

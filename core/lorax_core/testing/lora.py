@@ -90,6 +90,7 @@ def merged(oracle: nn.Module, adapter: Path, options: LoraOptions) -> nn.Module:
         # In float64: this is the reference, whose own rounding must not count.
         delta = options.scale * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())  # [out, in]
         if not isinstance(layer, nn.Linear):
+            # Conv1D of GPT-2 stores [in, out].
             delta = delta.t()
         # A tied head gets a weight of its own below, and the config must not tie it again.
         if any(other is not layer and getattr(other, "weight", None) is layer.weight for other in modules.values()):

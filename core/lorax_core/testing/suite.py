@@ -108,6 +108,7 @@ class Suite:
         result = CheckResult(check.name, variant, CheckStatus.FAILED)
         try:
             case = self._case(variant or BASE)
+            # A refusal is no failure: the architecture may be right where one backend cannot run it.
             if variant is not None and (refusal := case.refusal) is not None:
                 return replace(result, status=CheckStatus.SKIPPED, detail=refusal, refused=True)
             measured = check.run(case)

@@ -29,7 +29,7 @@ from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
 _ZERO = LoraOptions(rank=2, alpha=16, zero=True)
-# Ranks differ: they seed the numbers and name the folders; alpha / rank is 2 once, rslora the other time.
+# Ranks differ, since they seed the numbers and name the folders; the scales are 2 and, by rslora, about 1.4.
 _FULL = LoraOptions(rank=4, alpha=8)
 _SPARSE = LoraOptions(rank=8, alpha=4, rslora=True, every=2)
 
@@ -115,10 +115,12 @@ def _see(
 
 
 def _options(case: Case) -> tuple[LoraOptions, ...]:
+    # How the scale is made does not depend on the variant, so the others try one.
     return (_FULL, _SPARSE) if case.variant == BASE else (_FULL,)
 
 
 def _texts(case: Case) -> list[Text]:
+    # A single token, a few, and the longest but one: every answer is computed several times here.
     return [case.texts[0], case.texts[2], case.texts[-2]]
 
 

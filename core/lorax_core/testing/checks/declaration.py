@@ -21,6 +21,7 @@ from lorax_core.testing.reference import reference_class
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 
 _HEAVY = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+# Every check builds, saves and loads such models, many times.
 _MOST_PARAMETERS = 1_000_000
 _PROBE = """
 import importlib, sys
@@ -124,6 +125,7 @@ def _variants(spec: ArchitectureSpec, cases: ArchitectureCases) -> list[str]:
     if "tied_embeddings" in spec.features:
         make = reference_class(cases, spec.default_task).config_class
         tied = {bool(make(**config).tie_word_embeddings) for config in configs}
+        # The default of the config class counts, so the class is asked and not the dict.
         if len(tied) < 2:
             problems.append(
                 f"features names 'tied_embeddings', and every variant is {'' if True in tied else 'un'}tied"

@@ -33,7 +33,6 @@ def _accuracy(case: Case, dtype: torch.dtype) -> Measured:
             factor = _FACTOR if numbers >= _FEW else _FACTOR_OF_FEW
             tolerance = factor * theirs + _FLOOR * torch.finfo(dtype).eps
             note = f"{what} of {task}: {ours:.2e} of the reference's size; the reference itself loses {theirs:.2e}"
-            # So, and not with >, for NaN to count as the worst.
             if not ours / tolerance <= (found.error or 0.0) / (found.tolerance or 1.0):
                 found = Measured(ours, tolerance, note)
     return found

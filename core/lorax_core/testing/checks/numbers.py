@@ -42,6 +42,7 @@ def _head(case: Case, task: Task) -> Measured:
     if task is Task.EMBED:
         return _embeddings(case)
     worst = Worst(case.tolerance)
+    # It decides softmax, sigmoid or neither, as transformers' problem_type does for its loss.
     problem = base.model.config.problem
     for text, ours, theirs in zip(case.texts, case.alone(task), case.expected(task), strict=True):
         _see_logits(worst, task, text, ours, theirs, problem)
@@ -56,6 +57,7 @@ def _see_logits(worst: Worst, task: Task, text: Text, ours: PackedAnswer, theirs
     if task is Task.GENERATE:
         worst.see("logits", where, ours.answers[task], theirs.logits)
         return
+    # [tokens, labels] of tokens, [labels] of a whole text
     answer = theirs.logits.softmax(-1)
     if task is Task.SEQUENCE_CLASSIFICATION and problem is not Problem.SINGLE_LABEL:
         answer = theirs.logits.sigmoid() if problem is Problem.MULTI_LABEL else theirs.logits

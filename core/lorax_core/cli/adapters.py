@@ -107,6 +107,7 @@ def merge(
     if revision is not None and len(revision) != len(adapters):
         message = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
         raise typer.BadParameter(message, param_hint="--revision")
+    # A wrong command line comes first, then a taken folder: both are known before anything is downloaded.
     _check_out(out, overwrite)
     about: dict[str, Any] = {"path": str(out), "strategy": strategy}
     folders = [_find_lora(*one) for one in zip(adapters, revision or [""] * len(adapters), strict=True)]
@@ -175,6 +176,7 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
         show_json({"merged": about})
         return
     rows = {name: value for name, value in about.items() if name != "notes"}
+    # JSON lists them all; in a table their number must do.
     if "changed" in rows:
         rows["changed"] = f"{len(rows['changed']):,} tensors"
     show_table(("", ""), [(name, _listed(value)) for name, value in rows.items()])
@@ -276,6 +278,7 @@ def _modules(files: PeftFiles) -> list[dict[str, Any]]:
             row["ranks"].add(rank)
             # The scale times its divisor is alpha again; rounded, since the root makes 15.999999.
             row["alphas"].add(round(files.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
+        # What has no name of its own is A or B.
         holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in tensors.items()]
         row["holds"] += [one for one in dict.fromkeys(holds) if one not in row["holds"]]
     return [{**row, "ranks": sorted(row["ranks"]), "alphas": sorted(row["alphas"])} for _, row in sorted(rows.items())]
@@ -285,6 +288,7 @@ def _features(files: PeftFiles) -> list[str]:
     found = {_FEATURES[role] for tensors in files.modules.values() for role, _ in tensors.items() if role in _FEATURES}
     for tensors in files.modules.values():
         if tensors.weight is not None:
+            # A weight beside a low-rank update is the base's, which PEFT saves beneath it.
             found.add("saved modules" if tensors.rank is None else "base weights")
     if files.config.get("use_rslora"):
         found.add("rslora")

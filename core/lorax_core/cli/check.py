@@ -68,6 +68,7 @@ def check_plugin(
 
 def _all_refused(results: Sequence[CheckResult]) -> bool:
     """Whether the attention backend supports no variant, so that no check of the model ran."""
+    # Checks of the declaration need no backend, and pass whatever it supports.
     of_variants = [result for result in results if result.variant is not None]
     return bool(of_variants) and all(result.refused for result in of_variants)
 

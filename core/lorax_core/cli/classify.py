@@ -145,6 +145,7 @@ def _entities(answer: Classification) -> list[dict[str, Any]]:
 def _show_table(answers: list[Classification]) -> None:
     """A row for each entity where labels make entities, else for each token, else for each label of a text."""
     columns = ["index", "label", "score"]
+    # One answer with entities is enough: all texts were answered by the same head.
     if any(answer.entities is not None for answer in answers):
         found = [_entities(answer) for answer in answers]
         columns += ["text", "start", "end"]

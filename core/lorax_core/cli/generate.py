@@ -84,6 +84,7 @@ def _follow(stream: Stream, quiet: bool) -> Completion:
         if not quiet:
             # Flushed: in a pipe stdout is buffered, and nothing would stream.
             print(event.text, end="", flush=True)
+        # Only the last event has one.
         completion = event.completion
     if not quiet:
         print()

@@ -40,6 +40,7 @@ def list_models(
         show_json({"models": models, "problems": [problem_json(record) for record in host.problems]})
     elif models:
         show_table(_COLUMNS, [_row(entry) for entry in models])
+    # Two reasons for an empty list: none of this task, or none at all, which only an installation mends.
     elif task is not None and host.architectures:
         print_message(f"no installed architecture supports the task '{task}'")
     else:

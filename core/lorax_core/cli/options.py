@@ -55,6 +55,7 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
                 f"no adapter is called {name!r}; given are {listed(adapters)}",
                 hint=f"did you mean {close!r}?" if close else f"--adapter {name}=FOLDER loads it",
             )
+        # A later one would silently win in a dict.
         if name in weights:
             raise typer.BadParameter(f"{name!r} has two weights", param_hint="--use")
         try:

@@ -106,6 +106,7 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
         if report.exists():
             return _from_json(record, json.loads(report.read_text(encoding="utf-8")))
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    # A negative code is the signal that ended it, by the rule of subprocess.
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     return replace(record, cause=f"importing it ended the process with {how}: {last}")
 

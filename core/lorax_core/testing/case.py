@@ -220,7 +220,7 @@ class Case:
     def bench(self, base: LoadedModel, page_size: int | None = None, texts: Sequence[Text] | None = None) -> Bench:
         """A bench for a model, with room for some texts (those of the case unless given)."""
         model = base.model
-        # A backend may take 16-bit caches or large pages only; the first size that it takes will do.
+        # A backend may refuse some sizes; the first that it takes will do.
         for size in PAGE_SIZES if page_size is None else (page_size,):
             chosen = self._select(model, size, model.dtype)
             if chosen is not None:

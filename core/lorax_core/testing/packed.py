@@ -139,6 +139,7 @@ class Bench:
         self._plan(batch)
         # `_chunk` asks for all hidden rows first, so they are the first answer.
         hidden, *answers = self.model(batch).answers
+        # hidden is [tokens of all shares, hidden], one share after the other
         given = [Rows(rows.float().cpu()) for rows in torch.split(hidden, list(batch.lengths))]
         for group, answer in zip(batch.head_rows[1:], answers, strict=True):
             assert group.task is not None

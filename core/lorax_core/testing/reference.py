@@ -105,6 +105,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 @torch.inference_mode()
 def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     """The oracle's answers for one text alone: no padding, nothing shared with other texts."""
+    # [1, tokens] each: the reference takes batches, ours are packed
     given = {"input_ids": torch.tensor([text.ids]), "attention_mask": torch.ones(1, len(text), dtype=torch.int64)}
     if types:
         given["token_type_ids"] = torch.tensor([text.types])

@@ -1,7 +1,7 @@
 """Who has a slot on the device.
 
-Decides which adapter may come in, which one is evicted for it, and which busy one takes on no more sequences so that another can
-come in. Plain bookkeeping, without tensors and without threads: the store sends the messages that follow from it.
+Decides which adapter may come in, which one is evicted for it, and which busy one takes on no more sequences, to make room.
+Plain bookkeeping, without tensors and without threads: the store sends the messages that follow from it.
 """
 
 from __future__ import annotations

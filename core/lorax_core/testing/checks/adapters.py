@@ -96,7 +96,7 @@ def _mixed(case: Case) -> Measured:
         base = case.loaded(task)
         kinds = [None, _bound(case, task, _FULL), _bound(case, task, _SPARSE)]
         texts = [text for text in case.texts[:-1] for _ in range(2)]
-        # Neighbours differ, and each text meets two kinds: long runs of one adapter would hide mixed-up rows.
+        # Mixed, in runs of one and of two: rows of one adapter stand alone, and side by side.
         adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(texts))]
         bench = case.bench(base, texts=texts)
         together = bench.whole(texts, adapters)

@@ -46,6 +46,7 @@ def _window(case: Case) -> Measured:
 
 def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured:
     bench, oracle = case.bench(case.loaded(case.main)), case.reference(case.main)
+    # [tokens, hidden], as is theirs
     ours = bench.whole([text])[0].hidden
     theirs = case.expect(oracle, [text])[0].hidden
     worst, where = 0.0, ""

@@ -88,6 +88,7 @@ def _embeddings(case: Case) -> Measured:
 def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
     match pooling:
         case Pooling.CLS:
+            # hidden is [tokens, hidden], of one text without padding, so the last row is the last token
             return hidden[0]
         case Pooling.LAST:
             return hidden[-1]

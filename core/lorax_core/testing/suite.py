@@ -193,6 +193,7 @@ def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
 def _with(spec: ArchitectureSpec, host: PluginHost | None) -> PluginHost:
     """A host with a spec that no plugin declares; it wins over one of that name."""
     host = host or PluginHost.discover()
+    # Another plugin of this model type gives way, or the two would be in conflict.
     kept = [
         replace(record, architectures=tuple(one for one in record.architectures if one.model_type != spec.model_type))
         for record in host.records

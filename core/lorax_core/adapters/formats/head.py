@@ -65,11 +65,13 @@ def build_head(
     candidates = _head_tensors(files, base)
     if wanted.task is not None and files.task in CLASSIFICATION and files.task is not wanted.task:
         raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
+    # Tensors beyond the backbone could be of any head; a wrong task would give plausible nonsense.
     if task is None and candidates and not any(module in base.model.sites for module in candidates):
         raise AdapterError(
             f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
         )
+    # Generating and embedding use the base's head; what is saved for it is changed like any layer.
     if task not in CLASSIFICATION or not candidates:
         if wanted.id2label is not None or wanted.problem is not None:
             raise AdapterError(f"{files.path} has no head of its own, so id2label and problem_type do not apply")

@@ -176,4 +176,5 @@ def _site_deltas(
                 updates.append(delta.placed(change.part, out, device, dtype))
             else:
                 (shifts if isinstance(delta, Shift) else first).append(placed(delta, change.part, device, dtype))
+    # A replacement writes over what is there, so it comes first; summed, the updates are one job for a kernel.
     return (*first, *([summed(updates)] if updates else ()), *shifts)

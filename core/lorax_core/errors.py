@@ -20,6 +20,7 @@ class LoraxError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
+        # Apart, for servers and commands that show the hint in a place of its own.
         self.message = message
         self.hint = hint
 
@@ -61,6 +62,7 @@ class StepError(LoraxError):
 
 def nearest(value: str, options: Iterable[str]) -> str | None:
     """The option most like `value`, or None when none is close."""
+    # 0.5, below difflib's 0.6: names are short, so that one wrong letter weighs much.
     found = difflib.get_close_matches(value, list(options), n=1, cutoff=0.5)
     return found[0] if found else None
 

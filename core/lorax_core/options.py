@@ -70,11 +70,13 @@ class EngineOptions(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
+            # Callers meet one tree of errors, and no pydantic.
             raise invalid(type(self), error) from error
 
     @field_validator("checkpoint", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
+        # Before validation: strict mode would refuse a Path, and plain text is what pickles and travels.
         return fspath(value) if isinstance(value, PathLike) else value
 
     @field_validator("adapters", mode="before")

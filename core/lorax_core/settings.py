@@ -24,6 +24,7 @@ _FALSE: Final = ("0", "false", "no", "off")
 
 def canonical(name: str) -> str:
     """A distribution's or an entry point's name as names are compared: `Lorax_BERT` and `lorax-bert` are the same."""
+    # The rule of PEP 503, by which package indexes compare names.
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

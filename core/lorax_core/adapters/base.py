@@ -116,6 +116,7 @@ class Adapter(ABC):
 
     def check(self, base: LoadedModel) -> Fit:
         """What `bind` would give; raises what it would raise. Takes no memory on the device."""
+        # The same code as binding, so a check cannot pass what binding would refuse.
         return Fit.of(self.bind(base, meta=True))
 
 

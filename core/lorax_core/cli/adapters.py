@@ -64,6 +64,7 @@ def inspect_adapter(
     else:
         show_table(("", ""), [*_summary(about), *(_fit_rows(fit) if fit else [])])
         _show_modules(about["modules"])
+    # After what was found: the listing helps to see why it does not fit.
     if error is not None:
         print_error(error)
         raise typer.Exit(1)
@@ -106,6 +107,7 @@ def merge(
     if revision is not None and len(revision) != len(adapters):
         message = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
         raise typer.BadParameter(message, param_hint="--revision")
+    # A wrong command line comes first, then a taken folder: both are known before anything is downloaded.
     _check_out(out, overwrite)
     about: dict[str, Any] = {"path": str(out), "strategy": strategy}
     folders = [_find_lora(*one) for one in zip(adapters, revision or [""] * len(adapters), strict=True)]
@@ -154,6 +156,7 @@ def _merge_into_base(
     from lorax_core.adapters.merging.merge import combine, merge_options
     from lorax_core.weights.hub import find_checkpoint
 
+    # Before files are read, so that a wrong option costs no wait.
     options = merge_options(adapters, **settings)
     files, notes = [read_peft(path) for path in adapters], list[str]()
     # One adapter as it is may hold what has no sum.
@@ -173,6 +176,7 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
         show_json({"merged": about})
         return
     rows = {name: value for name, value in about.items() if name != "notes"}
+    # JSON lists them all; in a table their number must do.
     if "changed" in rows:
         rows["changed"] = f"{len(rows['changed']):,} tensors"
     show_table(("", ""), [(name, _listed(value)) for name, value in rows.items()])
@@ -183,6 +187,7 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """On a terminal, how far it is; in a pipe nothing."""
+    # A log would get a line for each step.
     if not sys.stderr.isatty():
         yield None
         return
@@ -209,6 +214,7 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
     """The "adapter" of the JSON: what its files say, and what is in them. Of Medusa's heads alone, LoRA's fields are empty."""
     from lorax_core.adapters.formats.medusa import MedusaAdapter
 
+    # A Medusa adapter may bring a LoRA adapter in the same folder.
     medusa = adapter if isinstance(adapter, MedusaAdapter) else None
     lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter
     files = lora.files if lora is not None else None
@@ -263,13 +269,16 @@ def _modules(files: PeftFiles) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     root = bool(files.config.get("use_rslora"))
     for module, tensors in files.modules.items():
+        # Only a number that is a whole part of the path: the 1 of `fc1` stays.
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", module)
         row = rows.setdefault(name, {"module": name, "count": 0, "ranks": set(), "alphas": set(), "holds": []})
         row["count"] += 1
         rank = tensors.rank
         if rank is not None:
             row["ranks"].add(rank)
+            # The scale times its divisor is alpha again; rounded, since the root makes 15.999999.
             row["alphas"].add(round(files.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
+        # What has no name of its own is A or B.
         holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in tensors.items()]
         row["holds"] += [one for one in dict.fromkeys(holds) if one not in row["holds"]]
     return [{**row, "ranks": sorted(row["ranks"]), "alphas": sorted(row["alphas"])} for _, row in sorted(rows.items())]
@@ -279,6 +288,7 @@ def _features(files: PeftFiles) -> list[str]:
     found = {_FEATURES[role] for tensors in files.modules.values() for role, _ in tensors.items() if role in _FEATURES}
     for tensors in files.modules.values():
         if tensors.weight is not None:
+            # A weight beside a low-rank update is the base's, which PEFT saves beneath it.
             found.add("saved modules" if tensors.rank is None else "base weights")
     if files.config.get("use_rslora"):
         found.add("rslora")
@@ -329,6 +339,7 @@ def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any
     from lorax_core.weights.hub import find_checkpoint
     from lorax_core.weights.loader import load_model
 
+    # The real base, not its config: a saved weight is compared with the base's numbers.
     loaded = load_model(Checkpoint(find_checkpoint(base)), host)
     facts: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
     try:

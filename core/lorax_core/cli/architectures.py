@@ -32,6 +32,7 @@ cases, and a test compares it with them:
 
 def page(packages: Collection[str]) -> str:
     """The page about the architectures of these packages. Raises PluginError when one of them cannot be used."""
+    # Settings() and not from_env: the page must not depend on this machine's variables.
     host = PluginHost.discover(replace(Settings(), plugins=frozenset(packages), strict=True))
     found = [(spec, host.owner(model_type)) for model_type, spec in host.architectures.items()]
     command = " ".join(["python -m lorax_core.cli.architectures", *sorted(packages)])

@@ -44,6 +44,7 @@ def check_plugin(
         from lorax_core.testing import run_checks
 
         torch.set_num_threads(1)  # for models as tiny as these, more threads only wait for each other
+        # Inside data_only_stdout: the checks run the plugin's code, which may print.
         with _progress() as progress:
             results = run_checks(
                 model_type,
@@ -60,12 +61,14 @@ def check_plugin(
     else:
         show_table(_COLUMNS, _rows(results))
         _print_results(results, counts)
+    # A run that tested nothing must not look like a success in CI.
     if counts["failed"] or _all_refused(results):
         raise typer.Exit(1)
 
 
 def _all_refused(results: Sequence[CheckResult]) -> bool:
     """Whether the attention backend supports no variant, so that no check of the model ran."""
+    # Checks of the declaration need no backend, and pass whatever it supports.
     of_variants = [result for result in results if result.variant is not None]
     return bool(of_variants) and all(result.refused for result in of_variants)
 
@@ -113,6 +116,7 @@ def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
         if not found:
             continue
         counts = Counter(str(result.status) for result in found)
+        # The worst first: one failed variant makes the row failed.
         worst = next(status for status in ("failed", "known", "passed", "skipped") if counts[status])
         ran = [result for result in found if result.status != "skipped"]
         most = max((result for result in ran if result.ratio is not None), key=lambda r: r.ratio or 0.0, default=None)
@@ -137,6 +141,7 @@ def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None
             print_message(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
         elif result.status == "known":
             print_message(f"{result.key}: {result.detail}", label="known", style="yellow")
+    # Once a variant: all of its checks were skipped for the same reason.
     refused = {result.variant: result.detail for result in results if result.refused}
     for variant, reason in refused.items():
         print_message(f"variant {variant}: {reason}", label="skipped", style="yellow")

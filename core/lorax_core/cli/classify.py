@@ -63,6 +63,7 @@ def classify(
     cut: Any = truncate.value  # a Literal there
     requests = [lorax_core.ClassifyRequest(input=text, adapter=chosen, truncate=cut) for text in read_texts(texts)]
     with data_only_stdout():
+        # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
         engine = lorax_core.load(
             path, adapters={name: at for name, at in adapters.items() if not about or name != chosen}
         )
@@ -91,6 +92,7 @@ def _head_options(
         named[int(index)] = name
     said = {"id2label": named or None, "task": str(task) if task is not None else None}
     about = {name: value for name, value in said.items() if value is not None}
+    # A weighted sum has no head of its own, and the base's is not to be renamed.
     if about and not isinstance(chosen, str):
         option = "--label" if named else "--task"
         message = "it is about the head of one adapter; --adapter NAME=FOLDER loads one, --use NAME chooses it"
@@ -125,6 +127,7 @@ def _labels(answer: Classification) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"label": label, "score": score} for label, score in zip(answer.labels, answer.scores, strict=True)
     ]
+    # Not strict: of a whole text there are labels and no tokens.
     for row, token in zip(rows, answer.tokens or [], strict=False):
         row["token"] = token
     for row, (start, end) in zip(rows, answer.offsets or [], strict=False):
@@ -142,6 +145,7 @@ def _entities(answer: Classification) -> list[dict[str, Any]]:
 def _show_table(answers: list[Classification]) -> None:
     """A row for each entity where labels make entities, else for each token, else for each label of a text."""
     columns = ["index", "label", "score"]
+    # One answer with entities is enough: all texts were answered by the same head.
     if any(answer.entities is not None for answer in answers):
         found = [_entities(answer) for answer in answers]
         columns += ["text", "start", "end"]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False)
 
+# Optional ones too: a missing one explains a backend, constrained output or s3:// that does not work.
 _PACKAGES = (
     "torch",
     "transformers",
@@ -74,8 +75,10 @@ def _machine() -> dict[str, Any]:
     from lorax_core.settings import Settings
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    # As an engine would: this compiles the kernel if need be, so a missing compiler shows here.
     choice = select_kernel(torch.float32, torch.device("cpu"), Settings.from_env())
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    # What device="auto" takes.
     device = "cuda" if gpus else "cpu"
     return {
         "device": device,

@@ -65,6 +65,7 @@ def _show_lines(embeddings: list[Embedding]) -> None:
             "truncated": embedding.truncated,
             "vector": embedding.vector.tolist(),
         }
+        # Not show_json: that indents, and a line must be one object.
         print(dumps(line))
 
 

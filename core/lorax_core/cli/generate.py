@@ -60,6 +60,7 @@ def generate(
         seed=seed,
         stop=stop or [],
     )
+    # Only loading: the answer itself belongs on stdout.
     with data_only_stdout():
         engine = lorax_core.load(path, adapters=adapters)
     with engine:
@@ -81,7 +82,9 @@ def _follow(stream: Stream, quiet: bool) -> Completion:
     completion = None
     for event in stream:
         if not quiet:
+            # Flushed: in a pipe stdout is buffered, and nothing would stream.
             print(event.text, end="", flush=True)
+        # Only the last event has one.
         completion = event.completion
     if not quiet:
         print()

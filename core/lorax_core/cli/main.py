@@ -31,6 +31,7 @@ class Subcommands(TyperGroup):
         """The command of that name, or None."""
         if cmd_name not in SUBCOMMANDS:
             return None
+        # Late: each subcommand has its imports, and `lorax --version` needs none of them.
         command = typer.main.get_command(importlib.import_module(f"lorax_core.cli.{cmd_name}").app)
         command.name = cmd_name
         return command
@@ -40,6 +41,7 @@ class Subcommands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LoraxError as error:
+            # Before the message, which then stands last, next to the prompt.
             if ctx.params.get("debug"):
                 import traceback
 

@@ -40,6 +40,7 @@ def list_models(
         show_json({"models": models, "problems": [problem_json(record) for record in host.problems]})
     elif models:
         show_table(_COLUMNS, [_row(entry) for entry in models])
+    # Two reasons for an empty list: none of this task, or none at all, which only an installation mends.
     elif task is not None and host.architectures:
         print_message(f"no installed architecture supports the task '{task}'")
     else:
@@ -84,6 +85,7 @@ def check_model(
     """Check a checkpoint: is its architecture installed, and is every tensor accounted for. Exits with 1 if not."""
     from lorax_core.plugins.resolve import read_config
 
+    # Of config.json alone, so that an unknown type is refused before torch is imported.
     model_type = read_config(path)["model_type"]
     host = _discover()
     host.architecture(model_type)
@@ -125,6 +127,7 @@ def _entries(host: PluginHost, every: bool) -> Iterator[dict[str, Any]]:
     for model_type, spec in host.architectures.items():
         record = host.owner(model_type)
         yield _entry(spec, record, _usable_status(record))
+    # Contested or broken ones are not in host.architectures: none of them can be loaded.
     for record in host.records if every else ():
         contested = [spec for spec in record.contested if isinstance(spec, ArchitectureSpec)]
         for spec in contested:

@@ -90,9 +90,11 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
     from lorax_core.plugins.record import PluginRecord, PluginStatus
 
     package, version = identity(entry)
+    # Broken unless its process reports something else.
     record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.BROKEN)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
+        # -P keeps the working directory off sys.path: a module there could stand in for the plugin.
         probing = ("-P", "-m", "lorax_core.cli.main", "plugins", "probe", package, entry.name, entry.value, str(report))
         try:
             done = subprocess.run(
@@ -100,9 +102,11 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
             )
         except subprocess.TimeoutExpired:
             return replace(record, cause=f"importing it took longer than {timeout:g} s")
+        # A file and not stdout, on which the plugin may print; none means that the process died before.
         if report.exists():
             return _from_json(record, json.loads(report.read_text(encoding="utf-8")))
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    # A negative code is the signal that ended it, by the rule of subprocess.
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     return replace(record, cause=f"importing it ended the process with {how}: {last}")
 

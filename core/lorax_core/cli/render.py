@@ -44,10 +44,12 @@ def show_json(data: dict[str, Any]) -> None:
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout: for people on a terminal; in a pipe plain columns, neither wrapped nor coloured."""
+    # Rows may be a generator, and are read twice.
     lines = [list(row) for row in rows]
     if sys.stdout.isatty():
         _show_rich_table(columns, lines)
         return
+    # Tables of names and values have empty headings, which are left out.
     if any(columns):
         lines.insert(0, [name.upper() for name in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
@@ -65,6 +67,7 @@ def _show_rich_table(columns: Sequence[str], rows: list[list[str]]) -> None:
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
+        # Text, not str: rich would read [brackets] in a cell as markup.
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     Console().print(table)
 
@@ -77,6 +80,7 @@ def print_message(message: str, hint: str | None = None, *, label: str = "", sty
     text = Text.assemble((f"{label}: " if label else "", f"bold {style}"), message)
     if hint is not None:
         text.append_text(Text.assemble("\n  ", ("hint: ", "bold"), hint))
+    # Soft: a path or a command must stay whole when it is copied.
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 

@@ -97,6 +97,7 @@ def choose(
     out, width = weight.shape
     passed_over: dict[str, str] = {}
     for method in candidates[:-1]:
+        # Asked first: trying would raise, and the reason would be torch's and not ours.
         reason = method.supports((out, width), weight.dtype, weight.device)
         if reason is None:
             kernel = _tried_kernel(method, weight, rows)

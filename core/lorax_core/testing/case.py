@@ -127,8 +127,10 @@ class Case:
 
     def checkpoint(self, task: Task) -> Path:
         """The folder of a checkpoint for `task`, every number in it random."""
+        # Written once and read by both sides, so that ours and theirs start from the same files.
         folder = self.folder / task
         if not folder.exists():
+            # hash() of a text differs from process to process; a failure must come back with the same numbers.
             seed = zlib.crc32(f"{self.variant} {task}".encode())
             reference.build(self.cases, task, self.config, folder, seed)
         return folder
@@ -189,6 +191,7 @@ class Case:
         if self._dtype is not None:
             return self._dtype
         model = self.assemble(self.checkpoint(self.main))[0].model
+        # Float32 comes first: its tolerance is small enough to show a mistake in a single layer.
         for dtype in TOLERANCES:
             if any(self._select(model, size, dtype) is not None for size in PAGE_SIZES):
                 return dtype
@@ -217,10 +220,12 @@ class Case:
     def bench(self, base: LoadedModel, page_size: int | None = None, texts: Sequence[Text] | None = None) -> Bench:
         """A bench for a model, with room for some texts (those of the case unless given)."""
         model = base.model
+        # A backend may refuse some sizes; the first that it takes will do.
         for size in PAGE_SIZES if page_size is None else (page_size,):
             chosen = self._select(model, size, model.dtype)
             if chosen is not None:
                 return Bench(model, chosen.backend, chosen.layout, self.texts if texts is None else texts)
+        # The backend's limits are not the architecture's mistakes.
         raise NotApplicable(self._refusal(model))
 
     def alone(self, task: Task) -> list[PackedAnswer]:
@@ -228,6 +233,7 @@ class Case:
         key = ("alone", task)
         if key not in self._made:
             bench = self.bench(self.loaded(task))
+            # Kept: nearly every check compares with these.
             self._made[key] = [bench.whole([text])[0] for text in self.texts]
         return cast("list[PackedAnswer]", self._made[key])
 
@@ -252,6 +258,7 @@ class Case:
 def _mean(base: LoadedModel) -> LoadedModel:
     """The same model, pooling by the mean, in which every row has a part."""
     for head in base.model.heads.values():
+        # CLS or last would leave all other rows unseen.
         if isinstance(head, EmbeddingHead):
             head.pooling = Pooling.MEAN
     return base

@@ -41,6 +41,7 @@ class Worst:
         apart = float((ours - theirs).abs().max()) if torch.isfinite(ours).all() else math.inf
         if kind not in self._apart or apart > self._apart[kind][0]:
             self._apart[kind] = apart, f"{kind} {where}"
+        # 1e-30: a reference of zeros must not divide by zero, and any difference from it is then huge.
         self._units[kind] = max(self._units.get(kind, 1e-30), float(theirs.abs().max()))
 
     def measured(self, note: str = "") -> Measured:

@@ -54,8 +54,8 @@ def write_adapter(layers: Mapping[str, nn.Module], options: LoraOptions, folder:
     for name in chosen:
         rows, columns = _shape(layers[name])
         # A of this size keeps x A^T about as large as x; B is large enough that the update is seen.
-        a = torch.randn(options.rank, columns, generator=generator) * columns**-0.5
-        b = torch.randn(rows, options.rank, generator=generator) * 0.1
+        a = torch.randn(options.rank, columns, generator=generator) * columns**-0.5  # [rank, in]
+        b = torch.randn(rows, options.rank, generator=generator) * 0.1  # [out, rank]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.zeros_like(b) if options.zero else b
     config = {
@@ -90,6 +90,7 @@ def merged(oracle: nn.Module, adapter: Path, options: LoraOptions) -> nn.Module:
         # In float64: this is the reference, whose own rounding must not count.
         delta = options.scale * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())  # [out, in]
         if not isinstance(layer, nn.Linear):
+            # Conv1D of GPT-2 stores [in, out].
             delta = delta.t()
         # A tied head gets a weight of its own below, and the config must not tie it again.
         if any(other is not layer and getattr(other, "weight", None) is layer.weight for other in modules.values()):

@@ -128,6 +128,7 @@ class Bench:
 
     def batch(self, shares: Sequence[Share]) -> Batch:
         """The batch of some shares, in their order; valid until the next one is made."""
+        # The batcher looks adapters up by key, as it does in the engine; here the keys are made for one batch.
         self._adapters.clear()
         self._adapters.update({_identity(one.adapter): one.adapter for one in shares if one.adapter is not None})
         chunks = tuple(self._chunk(at, share) for at, share in enumerate(shares))
@@ -136,7 +137,9 @@ class Bench:
     def run(self, batch: Batch) -> list[Rows]:
         """One forward pass; what it gave each share, in float32 on the CPU."""
         self._plan(batch)
+        # `_chunk` asks for all hidden rows first, so they are the first answer.
         hidden, *answers = self.model(batch).answers
+        # hidden is [tokens of all shares, hidden], one share after the other
         given = [Rows(rows.float().cpu()) for rows in torch.split(hidden, list(batch.lengths))]
         for group, answer in zip(batch.head_rows[1:], answers, strict=True):
             assert group.task is not None

@@ -105,6 +105,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 @torch.inference_mode()
 def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     """The oracle's answers for one text alone: no padding, nothing shared with other texts."""
+    # [1, tokens] each: the reference takes batches, ours are packed
     given = {"input_ids": torch.tensor([text.ids]), "attention_mask": torch.ones(1, len(text), dtype=torch.int64)}
     if types:
         given["token_type_ids"] = torch.tensor([text.types])
@@ -114,7 +115,7 @@ def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
         seen.append(output.last_hidden_state)
 
-    # Classes with a head return no last_hidden_state; output_hidden_states may differ from it by the last norm.
+    # Classes with a head return logits and no last_hidden_state, so the base inside is listened to.
     hook = base.register_forward_hook(remember)
     try:
         logits = getattr(model(**given), "logits", None)

@@ -73,6 +73,7 @@ class CheckResult:
         """Error over tolerance: above one is too much. None where nothing was measured."""
         if self.error is None or self.tolerance is None:
             return None
+        # Compared bit for bit; a ratio has no meaning but for equal and not.
         if self.tolerance == 0:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.tolerance

@@ -57,6 +57,7 @@ class Suite:
         )
         model_type = architecture if isinstance(architecture, str) else architecture.model_type
         self.spec = self.host.architecture(model_type)
+        # A spec given by hand has an owner without a module; its classes are then imported from anywhere.
         owner = self.host.owner(model_type)
         self.cases = load_cases(self.spec, owner if owner.module else None)
         self.device = device
@@ -107,6 +108,7 @@ class Suite:
         result = CheckResult(check.name, variant, CheckStatus.FAILED)
         try:
             case = self._case(variant or BASE)
+            # A refusal is no failure: the architecture may be right where one backend cannot run it.
             if variant is not None and (refusal := case.refusal) is not None:
                 return replace(result, status=CheckStatus.SKIPPED, detail=refusal, refused=True)
             measured = check.run(case)
@@ -114,6 +116,7 @@ class Suite:
             return replace(result, status=CheckStatus.SKIPPED, detail=str(reason))
         except CheckFailed as failure:
             return replace(result, detail=str(failure))
+        # A plugin's code runs in here: whatever it raises is a finding, not the end of the run.
         except Exception as error:
             return replace(result, detail=explain(error))
         status = CheckStatus.PASSED if measured.ok else CheckStatus.FAILED
@@ -122,6 +125,7 @@ class Suite:
     def _case(self, variant: str) -> Case:
         if self._remove is None:
             self.folder = Path(tempfile.mkdtemp(prefix="lorax-conformance-"))
+            # Not __del__: this also runs at the end of the interpreter, and holds no reference to the suite.
             self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if variant not in self._cases:
             while len(self._cases) > 1:
@@ -175,11 +179,13 @@ def known_keys(cases: ArchitectureCases) -> set[str]:
 
 def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
     """A result after `known_failures` was taken into account."""
+    # The entry for one variant counts before the one for all.
     name = result.key if result.key in known else result.check
     if name not in known or result.status is CheckStatus.SKIPPED:
         return result
     if result.status is CheckStatus.FAILED:
         return replace(result, status=CheckStatus.KNOWN, detail=f"{known[name]} ({result.detail})")
+    # An entry that outlives its failure would hide the next one.
     detail = f"known_failures says it fails ({known[name]}), and it passes: take {name!r} out, or name the variants that fail"
     return replace(result, status=CheckStatus.FAILED, detail=detail)
 
@@ -187,6 +193,7 @@ def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
 def _with(spec: ArchitectureSpec, host: PluginHost | None) -> PluginHost:
     """A host with a spec that no plugin declares; it wins over one of that name."""
     host = host or PluginHost.discover()
+    # Another plugin of this model type gives way, or the two would be in conflict.
     kept = [
         replace(record, architectures=tuple(one for one in record.architectures if one.model_type != spec.model_type))
         for record in host.records

@@ -37,6 +37,7 @@ def conformance(
     @pytest.mark.parametrize(("variant", "check"), planned)
     def test_conformance(variant: str | None, check: Check, request: pytest.FixtureRequest) -> None:
         module = request.node.getparent(pytest.Module)
+        # The tests of a module share the suite, so its checkpoints go when the module is done.
         if module is not None:
             module.addfinalizer(suite.close)
         result = suite.run(variant, check)
@@ -45,6 +46,7 @@ def conformance(
         if result.status is CheckStatus.KNOWN:
             pytest.xfail(result.detail)
         if result.status is CheckStatus.FAILED:
+            # Without a traceback: it would show the kit, and the mistake is in the plugin.
             pytest.fail(failure_text(check, result), pytrace=False)
 
     return test_conformance

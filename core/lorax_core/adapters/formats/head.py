@@ -65,11 +65,13 @@ def build_head(
     candidates = _head_tensors(files, base)
     if wanted.task is not None and files.task in CLASSIFICATION and files.task is not wanted.task:
         raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
+    # Tensors beyond the backbone could be of any head; a wrong task would give plausible nonsense.
     if task is None and candidates and not any(module in base.model.sites for module in candidates):
         raise AdapterError(
             f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
         )
+    # Generating and embedding use the base's head; what is saved for it is changed like any layer.
     if task not in CLASSIFICATION or not candidates:
         if wanted.id2label is not None or wanted.problem is not None:
             raise AdapterError(f"{files.path} has no head of its own, so id2label and problem_type do not apply")
@@ -104,6 +106,7 @@ def _built(
 ) -> Head | None:
     """A head without numbers, for these labels; the configuration's own when None."""
     changes = {"id2label": dict(labels), "problem_type": problem} if labels is not None else {}
+    # Heads are built for their names and shapes; numbers come from the files.
     with torch.device("meta"):
         return kind.build(config.model_copy(update=changes), names, task)
 
@@ -111,6 +114,7 @@ def _built(
 def _output(kind: type[Head], config: ModelConfig, names: Set[str], task: Task) -> str | None:
     """The head's weight that has a row for each label: the one whose shape follows their number."""
     shapes: list[dict[str, torch.Size]] = []
+    # Two numbers of labels that differ: the weight whose shape differs with them is the one.
     for count in (2, 3):
         head = _built(kind, config, names, task, dict.fromkeys(range(count), ""))
         shapes.append({name: tensor.shape for name, tensor in head.named_parameters()} if head is not None else {})
@@ -177,6 +181,7 @@ def _fill(
                     f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}"
                 )
             setattr(module, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    # Packing reads numbers, which a check has none of.
     if device.type != "meta":
         prepare_linears(head)
     head.eval()

@@ -112,6 +112,7 @@ def _replaced(files: PeftFiles, layer: Layer, leaf: str, tensor: Tensor | None) 
             f"{list(old.shape) if old is not None else 'none'}",
             hint="an adapter whose vocabulary was resized needs a base of the same size",
         )
+    # In the base's dtype: a copy saved in another precision is no change, and would cost a whole layer.
     return None if torch.equal(tensor.to(old.dtype), old.cpu()) else tensor.float()
 
 
@@ -129,7 +130,7 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
     if tensors.b_bias is not None and list(tensors.b_bias.shape) != [out]:
         raise _misfit(files, layer, f"lora_B.bias is {list(tensors.b_bias.shape)}, the base has {out} outputs")
     scale = files.scale(layer.module, a.shape[0])
-    a, b = a.float(), layer.rows(b.float()) * scale
+    a, b = a.float(), layer.rows(b.float()) * scale  # [rank, in], [out, rank]
     if tensors.magnitude is None:
         bias = layer.rows(tensors.b_bias.float()) * scale if tensors.b_bias is not None else None
         return LowRank.whole(a, b, bias)
@@ -137,6 +138,7 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
         raise AdapterError(
             f"{files.path} has both a magnitude and a lora_B bias for {layer.module!r}, which is not supported"
         )
+    # Weights do not change while serving, so DoRA's norm is taken once here and not in every forward as in PEFT.
     norm = (_beneath(layer, weight) + b @ a).norm(dim=1)  # [out]
     return Dora(a, b, layer.rows(_magnitude(files, tensors, layer, out)) / norm)
 
@@ -162,6 +164,7 @@ def _embedding(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: T
 def _beneath(layer: Layer, weight: Tensor | None) -> Tensor:
     """The weight that an update lies on, in float32 on the host."""
     if layer.device.type == "meta":
+        # Shapes are enough for a check, and reading a packed weight would copy it.
         return torch.empty(layer.shape, device="meta")
     whole = weight if weight is not None else layer.base("weight")
     assert whole is not None
@@ -178,12 +181,13 @@ def _magnitude(files: PeftFiles, tensors: ModuleTensors, layer: Layer, size: int
 
 
 def _tokens(files: PeftFiles, rows: Tensor, ids: tuple[int, ...], layer: Layer) -> TokenRows | TokenLogits:
-    vocab, dim = (*layer.shape, 0)[:2]
+    vocab, dim = (*layer.shape, 0)[:2]  # a vector has one size only, and then nothing fits
     if list(rows.shape) != [len(ids), dim] or not all(0 <= index < vocab for index in ids):
         raise AdapterError(
             f"{files.path} trains {list(rows.shape)} rows of {layer.module!r} for {len(ids)} token ids; the base has "
             f"{vocab} rows of {dim}"
         )
+    # Ascending, for searchsorted in `TokenRows`; the files may have any order.
     order = sorted(range(len(ids)), key=ids.__getitem__)
     at, new = torch.tensor([ids[i] for i in order]), rows[order].float()
     return TokenRows(at, new) if layer.embeds else TokenLogits(at, new)

@@ -48,6 +48,7 @@ class LoraAdapter(Adapter):
         head, taken = build_head(self.files, self.head_request, self.task, base, device)
         own = {site.path: site for site in head.modules() if isinstance(site, Site)} if head is not None else {}
         sites = {**base.model.sites, **own}
+        # On the host in float32 first: scales and norms are not rounded to 16 bit before they are used.
         made_on = torch.device("meta" if meta else "cpu")
         changes = _changes(self.files, taken, sites, base, made_on)
         _share_ties(self.files, changes, base, made_on)
@@ -92,6 +93,7 @@ def _change(
 ) -> _Change:
     part, out = None, site.out_features
     if target.part is not None:
+        # Parts of a fused layer (q, k, v) lie one after the other in its output.
         start, out = sum(site.parts[: target.part]), site.parts[target.part]
         part = slice(start, start + out)
     multiplies = isinstance(site, Linear)
@@ -128,6 +130,7 @@ def _is_idle(module: str, tensors: ModuleTensors, sites: Mapping[str, Site], bas
     if weight_map.resolve_module(module).name in sites or not weight_map.ignores(f"{module}.weight"):
         return False
     only_low_rank = {role for role, _ in tensors.items()} == {"a", "b"}
+    # B starts at zero, so any other number in it was trained, and dropping it would change answers.
     if not only_low_rank or tensors.b is None or tensors.b.any():
         return False
     return weight_map.canonical(f"{module}.weight") in {weight_map.canonical(name) for name in base.checkpoint.tensors}
@@ -173,4 +176,5 @@ def _site_deltas(
                 updates.append(delta.placed(change.part, out, device, dtype))
             else:
                 (shifts if isinstance(delta, Shift) else first).append(placed(delta, change.part, device, dtype))
+    # A replacement writes over what is there, so it comes first; summed, the updates are one job for a kernel.
     return (*first, *([summed(updates)] if updates else ()), *shifts)

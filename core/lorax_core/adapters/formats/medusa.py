@@ -63,6 +63,7 @@ class MedusaHeads:
         """Likeliest tokens `[rows, heads]` after the one that follows each row of hidden `[rows, hidden]`."""
         tokens: list[Tensor] = []
         for head in self._heads:
+            # [rows, hidden]; every head starts from the same rows, not from the head before
             x = hidden
             for weight, bias in head.blocks:
                 x = x + F.silu(F.linear(x, weight, bias))
@@ -125,6 +126,7 @@ def is_medusa(folder: Path) -> bool:
     """Whether a folder's `config.json` describes Medusa heads."""
     try:
         config = _read_config(folder)
+    # No config.json, or none that is JSON: PEFT folders have none, and their own reader reports what is bad.
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "medusa_num_heads" in config
@@ -158,6 +160,7 @@ def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
         if key in tensors or key not in {*blocks, *outs}:
             raise AdapterError(f"{folder} holds {name!r}, which {heads} Medusa heads of {layers} blocks do not have")
         tensors[key] = tensor
+    # One output layer saved means that all must be: the rest may not fall back on the base's.
     wanted = [*blocks, *(outs if any(key in tensors for key in outs) else [])]
     missing = [key for key in wanted if key not in tensors]
     if missing:
@@ -175,6 +178,7 @@ def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
 
 
 def _tensor_file(folder: Path) -> Path:
+    # adapter_model is PEFT's, which may lie beside.
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_model")]
     if len(files) != 1:
         pickled = (

@@ -44,7 +44,7 @@ def wrong_numbers(kernel: LoraKernel, dtype: torch.dtype) -> str | None:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    # Uneven sizes, columns that begin inside, row 2 of no adapter: mistakes of indexing show.
+    # Uneven sizes, columns that begin inside, rows 2 and 5 of no adapter: mistakes of indexing show.
     two = LowRank(drawn(5, 13), (RankBlock(slice(0, 5), 1, drawn(5, 7)),))
     parts = LowRank(drawn(6, 13), (RankBlock(slice(0, 2), 0, drawn(2, 3)), RankBlock(slice(2, 6), 4, drawn(4, 5))))
     segments = [Segment(at, at + 2, Updates({"site": update})) for at, update in ((0, two), (3, parts))]

@@ -155,9 +155,9 @@ class _Plan:
             self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
         if progress is not None:
             progress(len(self.checkpoint.files), len(self.checkpoint.files))
-        # After the shards; `config.json` comes last, over the copy of the base's.
         self._write_index(folder)
         self._copy_others(folder)
+        # Last, over the copy of the base's config.json.
         if self.untied:
             config = {**self.checkpoint.config, "tie_word_embeddings": False}
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -206,6 +206,7 @@ class _Plan:
             lower, upper = share_tie(self.files, modules, lower, upper)
         else:  # the head has numbers of its own in the files
             upper = share_tokens(lower, upper)
+        # Each side is made in its own dtype first: that is what decides whether they still are one weight.
         new, new_head = (
             _merged(self.files, module, tensors, side)[0].to(side.dtype) if tensors is not None else side
             for module, tensors, side in zip(modules, (lower, upper), (old, old_head), strict=True)
@@ -231,7 +232,7 @@ class _Plan:
 
     def _note_unsupported(self, vocabulary: int) -> None:
         """Heads that are not supported may be tied to an embedding that changed; only their own class knows."""
-        # Heads are compared by their number of rows only, so tables of another size need no reading.
+        # Only a change of a table as long as the vocabulary can part a tie; without one no head is read for its shape.
         if not any(
             change.tensors.tokens is not None or change.embeddings == vocabulary for change in self.changes.values()
         ):
@@ -255,6 +256,7 @@ class _Plan:
         with opened(file) as found:
             metadata = found.metadata()
             tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118  (not a mapping)
+        # A head that is new goes in the file of its embedding, so that each file is written once.
         for name in [*tensors, *(new for new, beside in self.beside.items() if beside in tensors)]:
             if name in self.added or name in self.changes:
                 tensors[name] = self._new(name)

@@ -1,6 +1,6 @@
 """Who has a slot on the device.
 
-Decides which adapter may come in, which one is evicted for it, and for whom a busy one is kept from taking on more sequences.
+Decides which adapter may come in, which one is evicted for it, and which busy one takes on no more sequences, to make room.
 Plain bookkeeping, without tensors and without threads: the store sends the messages that follow from it.
 """
 
@@ -93,7 +93,7 @@ class AdapterSlots:
         return Grant(evicted)
 
     def offer(self, key: str, holder: object = None) -> bool:
-        """Give a key a slot to load into if one is available, evicting nobody. False when it has to wait, or has one already.
+        """Give a key a slot to load into if one is available, evicting none. False when it has to wait, or has one already.
 
         A key that was retired counts as named again.
         """
@@ -129,6 +129,7 @@ class AdapterSlots:
         if not pinned:
             self._pinned.discard(key)
             return True
+        # One slot must stay free to change hands, or adapters that are not pinned would wait for ever.
         if self.capacity is not None and len(self._pinned | {key}) >= self.capacity:
             return False
         self._pinned.add(key)
@@ -156,6 +157,7 @@ class AdapterSlots:
         return not slot.users and not slot.loading and key not in self._pinned
 
     def _reserve(self, key: str) -> None:
+        # One slot a key and plan: a second would empty two adapters for one.
         if any(slot.reserved_for == key for slot in self._slots.values()):
             return
         busy = [

@@ -135,6 +135,7 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         linked.chmod(0o700)  # whatever the umask
+        # Atomic: processes that start at once each build, and none sees half a library.
         os.replace(linked, library)
 
 

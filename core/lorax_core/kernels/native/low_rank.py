@@ -20,6 +20,7 @@ from lorax_core.kernels.native.build import load_native
 from lorax_core.settings import Settings
 
 SOURCE = Path(__file__).with_name("low_rank.cpp")
+# Eight numbers of 8 bytes in the order of `struct Job`, so the array is handed over as it is.
 _JOB = np.dtype([(name, np.int64) for name in ("a", "b", "row", "rows", "rank", "column", "width", "at")])
 
 Jobs = NDArray[np.void]
@@ -57,6 +58,7 @@ class LowRankProduct:
             self.add(x, whole := torch.empty(y.shape, dtype=y.dtype).copy_(y), jobs, scratch)
             y.copy_(whole)
             return
+        # Rows may lie apart (a slice of a fused output), but the numbers of a row must be neighbours.
         x = x if x.stride(-1) == 1 else x.contiguous()
         self._functions[x.dtype](
             *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), x.shape[1]),

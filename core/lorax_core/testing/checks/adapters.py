@@ -29,6 +29,7 @@ from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
 _ZERO = LoraOptions(rank=2, alpha=16, zero=True)
+# Ranks differ, since they seed the numbers and name the folders; the scales are 2 and, by rslora, about 1.4.
 _FULL = LoraOptions(rank=4, alpha=8)
 _SPARSE = LoraOptions(rank=8, alpha=4, rslora=True, every=2)
 
@@ -75,6 +76,7 @@ def _peft(case: Case) -> Measured:
         for options in _options(case):
             ours = _answers(case, case.loaded(task), _bound(case, task, options))
             with reference.quiet():
+                # A copy: PEFT puts its layers into the model that it is given.
                 oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, options))
             _see_oracle(worst, task, ours, case, oracle.eval().base_model.model)
     return worst.measured()
@@ -94,6 +96,7 @@ def _mixed(case: Case) -> Measured:
         base = case.loaded(task)
         kinds = [None, _bound(case, task, _FULL), _bound(case, task, _SPARSE)]
         texts = [text for text in case.texts[:-1] for _ in range(2)]
+        # Mixed, in runs of one and of two: rows of one adapter stand alone, and side by side.
         adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(texts))]
         bench = case.bench(base, texts=texts)
         together = bench.whole(texts, adapters)
@@ -112,10 +115,12 @@ def _see(
 
 
 def _options(case: Case) -> tuple[LoraOptions, ...]:
+    # How the scale is made does not depend on the variant, so the others try one.
     return (_FULL, _SPARSE) if case.variant == BASE else (_FULL,)
 
 
 def _texts(case: Case) -> list[Text]:
+    # A single token, a few, and the longest but one: every answer is computed several times here.
     return [case.texts[0], case.texts[2], case.texts[-2]]
 
 

@@ -21,6 +21,7 @@ from lorax_core.testing.reference import reference_class
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 
 _HEAVY = ("numpy", "safetensors", "tokenizers", "torch", "transformers")
+# Every check builds, saves and loads such models, many times.
 _MOST_PARAMETERS = 1_000_000
 _PROBE = """
 import importlib, sys
@@ -35,11 +36,13 @@ def _light(case: Case) -> Measured:
         raise NotApplicable("the spec was given by hand; no module declares it")
     modules = (declaring, case.spec.cases.partition(":")[0])
     for module in modules:
+        # A process of its own: in this one all of them have been imported already.
         command = [sys.executable, "-c", _PROBE, module, *_HEAVY]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=_environment())
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no output"])[-1]
             raise CheckFailed(f"importing {module} in a process of its own failed: {last}")
+        # The plugin may print while it is imported.
         found = done.stdout.rpartition("imported:")[2].strip()
         if found:
             raise CheckFailed(
@@ -66,6 +69,7 @@ def _round_trip(case: Case) -> Measured:
 
 def _true(case: Case) -> Measured:
     problems = [*_classes(case), *_references(case.spec, case.cases), *_failures(case)]
+    # Variants are built with the classes, which must be sound first.
     problems = problems or _variants(case.spec, case.cases)
     parameters = 0 if problems else sum(tensor.numel() for tensor in case.reference(case.main).parameters())
     if parameters >= _MOST_PARAMETERS:
@@ -121,6 +125,7 @@ def _variants(spec: ArchitectureSpec, cases: ArchitectureCases) -> list[str]:
     if "tied_embeddings" in spec.features:
         make = reference_class(cases, spec.default_task).config_class
         tied = {bool(make(**config).tie_word_embeddings) for config in configs}
+        # The default of the config class counts, so the class is asked and not the dict.
         if len(tied) < 2:
             problems.append(
                 f"features names 'tied_embeddings', and every variant is {'' if True in tied else 'un'}tied"

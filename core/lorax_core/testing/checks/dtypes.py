@@ -41,6 +41,7 @@ def _accuracy(case: Case, dtype: torch.dtype) -> Measured:
 def _errors(case: Case, task: Task, dtype: torch.dtype) -> Iterable[tuple[str, int, float, float]]:
     """What is compared, how many numbers that is, our error in 16 bit and the reference's."""
     texts, exact = case.texts[:-1], case.expected(task)[:-1]  # 16 bit is slow on a CPU: without the longest
+    # A copy: `to` would turn the oracle that other checks use into 16 bit.
     rounded = case.expect(copy.deepcopy(case.reference(task)).to(dtype), texts)
     ours = case.bench(case.loaded(task, dtype)).whole(texts)
     yield _judged(

@@ -23,6 +23,7 @@ _CLEAR, _LEAST = 1e-2, 1e-3
 
 def _rows(case: Case) -> Measured:
     text = next(text for text in reversed(case.texts) if len(text) <= 40)
+    # First, middle and last: a causal row must not see the last, and every row the first.
     probes = sorted({0, len(text) // 2, len(text) - 1})
     causal = case.loaded(case.main).model.needs_kv_cache
     return _probe(case, text, probes, "backwards only" if causal else "both ways")
@@ -30,6 +31,7 @@ def _rows(case: Case) -> Measured:
 
 def _window(case: Case) -> Measured:
     windows = {spec.window for spec in case.loaded(case.main).model.attention_specs}
+    # The reference's own too: ours may have forgotten the window altogether.
     stated = getattr(case.reference(case.main).config, "sliding_window", None)
     widest = max(filter(None, (*windows, stated)), default=None)
     if widest is None:
@@ -44,6 +46,7 @@ def _window(case: Case) -> Measured:
 
 def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured:
     bench, oracle = case.bench(case.loaded(case.main)), case.reference(case.main)
+    # [tokens, hidden], as is theirs
     ours = bench.whole([text])[0].hidden
     theirs = case.expect(oracle, [text])[0].hidden
     worst, where = 0.0, ""
@@ -52,8 +55,8 @@ def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured
         mine = _change(bench.whole([changed])[0].hidden, ours)
         right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
         for row, error in enumerate(_errors(mine, right).tolist()):
-            # So, and not error > worst, for NaN to count.
             if not error <= worst:
+                # Below _CLEAR only rows that the reference left alone can be in error.
                 verb = "attends to" if right[row] < _CLEAR else "does not attend to"
                 worst, where = error, f"row {row} {verb} token {probe}, unlike the reference's"
     return Measured(worst, case.tolerance, "; ".join(filter(None, (where if worst > case.tolerance else "", note))))

@@ -42,6 +42,7 @@ def _head(case: Case, task: Task) -> Measured:
     if task is Task.EMBED:
         return _embeddings(case)
     worst = Worst(case.tolerance)
+    # It decides softmax, sigmoid or neither, as transformers' problem_type does for its loss.
     problem = base.model.config.problem
     for text, ours, theirs in zip(case.texts, case.alone(task), case.expected(task), strict=True):
         _see_logits(worst, task, text, ours, theirs, problem)
@@ -56,6 +57,7 @@ def _see_logits(worst: Worst, task: Task, text: Text, ours: PackedAnswer, theirs
     if task is Task.GENERATE:
         worst.see("logits", where, ours.answers[task], theirs.logits)
         return
+    # [tokens, labels] of tokens, [labels] of a whole text
     answer = theirs.logits.softmax(-1)
     if task is Task.SEQUENCE_CLASSIFICATION and problem is not Problem.SINGLE_LABEL:
         answer = theirs.logits.sigmoid() if problem is Problem.MULTI_LABEL else theirs.logits
@@ -78,6 +80,7 @@ def _embeddings(case: Case) -> Measured:
                 where = f"of a text of {len(text)} tokens"
                 worst.see(f"{pooling} vectors", where, ours.answers[Task.EMBED], _pooled(theirs.hidden, pooling))
     finally:
+        # The model is shared with the checks that follow.
         head.pooling = usual
     return worst.measured()
 
@@ -85,10 +88,12 @@ def _embeddings(case: Case) -> Measured:
 def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
     match pooling:
         case Pooling.CLS:
+            # hidden is [tokens, hidden], of one text without padding, so the last row is the last token
             return hidden[0]
         case Pooling.LAST:
             return hidden[-1]
         case Pooling.MEAN:
+            # The reference's own rounding must not count.
             return hidden.to(torch.float64).mean(0).float()
 
 

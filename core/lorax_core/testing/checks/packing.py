@@ -37,6 +37,7 @@ def _together(case: Case) -> Measured:
 def _order(case: Case) -> Measured:
     worst = Worst(case.tolerance)
     bench = case.bench(case.loaded(case.main))
+    # Seeded: an order that fails must fail again.
     for seed in range(2):
         order = random.Random(seed).sample(range(len(case.texts)), len(case.texts))
         texts = [case.texts[at] for at in order]
@@ -60,8 +61,10 @@ def _repeat(case: Case) -> Measured:
     shares = [Share(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
     batch = bench.batch(shares)
     fields = ("input_ids", "position_ids", "token_type_ids", "slots")
+    # A model that writes into its inputs may still give the right numbers the first time.
     before = {name: value.clone() for name in fields if (value := getattr(batch, name)) is not None}
     first = bench.run(batch)
+    # The same batch: its keys and values are written to the same slots once more.
     second = bench.run(batch)
     for text, one, other in zip(case.texts, second, first, strict=True):
         worst.see("hidden rows", f"of a text of {len(text)} tokens, the second time", one.hidden, other.hidden)

@@ -70,6 +70,14 @@ def test_a_broken_backbone(model_type, broken, key, make_spec, fails_by_far):
     fails_by_far(model_type, make_spec(model_type, backbone=f"broken:{broken}"), key)
 
 
+@pytest.mark.parametrize("key", ["masking", "dtype-bfloat16", "numbers-hidden"])
+def test_a_number_that_is_none_is_never_outdone_by_a_finite_one(key, make_spec, run):
+    wrong = run(make_spec("qwen2", backbone="broken:LosesAllRowsButTheLast"), key)
+
+    assert wrong.status is CheckStatus.FAILED
+    assert wrong.error == math.inf
+
+
 @pytest.mark.parametrize(("model_type", "broken", "key"), CONFIGS)
 def test_a_broken_config(model_type, broken, key, make_spec, fails_by_far):
     fails_by_far(model_type, make_spec(model_type, config=f"broken:{broken}"), key)

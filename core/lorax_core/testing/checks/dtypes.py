@@ -30,6 +30,8 @@ def _accuracy(case: Case, dtype: torch.dtype) -> Measured:
     found = Measured(0.0, 1.0)
     for task in case.chosen:
         for what, numbers, ours, theirs in _errors(case, task, dtype):
+            if math.isnan(ours):  # no comparison with NaN holds, so the next finite error would replace it
+                ours = math.inf
             factor = _FACTOR if numbers >= _FEW else _FACTOR_OF_FEW
             tolerance = factor * theirs + _FLOOR * torch.finfo(dtype).eps
             note = f"{what} of {task}: {ours:.2e} of the reference's size; the reference itself loses {theirs:.2e}"

@@ -6,6 +6,7 @@ change it. Only whether a row changes counts; `numbers` compares by how much.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,7 +72,8 @@ def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
     """`[rows]`: our change where the reference's row did not change at all, its change where ours should and did not."""
     blind = torch.where(theirs == 0, ours, 0.0)
     unmoved = torch.where((theirs > _CLEAR) & (ours < _LEAST), theirs, 0.0)
-    return torch.maximum(blind, unmoved)
+    # NaN compares as neither larger nor smaller, so the next finite error would replace it.
+    return torch.maximum(blind, unmoved).nan_to_num(nan=math.inf)
 
 
 def _other(token: int, case: Case) -> int:

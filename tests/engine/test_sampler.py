@@ -330,3 +330,14 @@ def test_scores_ask_for_no_more_than_there_is():
 
     assert len(found[0].top) == VOCAB
     assert found[1].top == {}
+
+
+def test_a_token_drawn_from_the_whole_vocabulary_has_its_own_logprob():
+    logits = torch.linspace(0, 1, 5000).expand(4, -1).contiguous()
+
+    found = sample(logits, [make_draw(at, temperature=1.0, top_p=0.99, logprobs=1) for at in range(4)])
+
+    own = logits[0].log_softmax(-1)
+    for one in found:
+        assert one.logprobs.logprob == pytest.approx(own[one.token_id].item(), abs=1e-5)
+    assert len({one.token_id for one in found}) > 1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,3 +108,17 @@ def test_steps_alike_share_their_rows_until_an_adapter_comes_back_with_other_num
     again = make_bound(1, rank=2)  # it was evicted and bound again
     assert maker.rows([2, 1], [again, other]) is not first
     assert maker.rows([2, 1], [again, other]).apply(make_site(), torch.ones(3, 5), torch.zeros(3, 3)).isfinite().all()
+
+
+def test_an_adapter_that_was_unbound_is_freed_after_a_step_without_it():
+    maker, bound = AdapterRowsMaker(), make_bound(5, rank=2)
+    maker.rows([2], [bound])
+    gone = weakref.ref(bound)
+
+    del bound
+    for _ in range(2):
+        maker.start_step()
+        maker.rows([2], [ADAPTERS[1]])
+    gc.collect()
+
+    assert gone() is None

@@ -230,3 +230,19 @@ def test_a_single_column_of_any_strides_is_added_to(product):
     plan.add("here", torch.ones(3, 8), y)
 
     assert y.tolist() == [[16.0]] * 3
+
+
+def test_the_scratch_of_a_plan_has_room_for_its_largest_site(product):
+    generator = torch.Generator().manual_seed(4)
+    ranks = {"wide": 16, "narrow": 1}
+    updates = {site: make_update(generator, 8, 6, (rank,), torch.float32) for site, rank in ranks.items()}
+    segments = [Segment(0, 4, Updates(updates))]
+    x, y = torch.randn(4, 8, generator=generator), torch.zeros(4, 6)
+
+    plan = NativeKernel(product).plan(segments)
+
+    assert plan._scratch.numel() == 4 * 16
+    for site in ranks:
+        wanted = expected(x, y, segments, site)
+        plan.add(site, x, y)
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)

@@ -216,6 +216,37 @@ def test_an_adapter_that_overflows_and_is_cancelled_spoils_nothing_either(base, 
     assert found == [written(base, [at, 9], 20) for at in (20, 21)]
 
 
+def test_an_adapter_that_overflows_and_is_turned_back_spoils_nothing_either(base, tmp_path):
+    store = make_overflowing(tmp_path, base)
+    loop = make_loop(base, pages=4, max_tokens=20, adapters=store)
+    older = make_sequence(range(30, 44), 12)
+    rotten = make_sequence(range(20, 70), 8, adapter=store.get("huge"))
+    for sequence in (older, rotten):
+        loop.add(sequence)
+
+    finish(loop)
+
+    assert rotten.preemptions > 0
+    assert older.output == written(base, range(30, 44), 12)
+
+
+def test_an_answer_that_turns_bad_with_the_last_row_of_a_page_spoils_nothing_for_who_gets_the_page(base):
+    backend = FlakyBackend(silent=True)
+    loop = make_loop(base, pages=1, page_size=16, backend=backend)
+    rotten = make_sequence(range(20, 34), 8)
+    loop.add(rotten)
+    while len(rotten) < 16:
+        loop.step()
+    backend.blows = lambda ids: True
+    loop.step()
+    backend.blows = lambda ids: False
+    assert isinstance(rotten.sink.error, StepError)
+
+    found = finish(loop, make_sequence([20, 9], 8))
+
+    assert found == [written(base, [20, 9], 8)]
+
+
 class FaultyOnce(PagedEcho):
     """The fake cache, whose first answer is a fault."""
 

@@ -342,3 +342,14 @@ def test_a_token_that_the_model_rules_out_stays_so_under_penalties(setting):
     found = sample(logits, [replace(row, counts=make_counts({3: 1, 5: 1}))])
 
     assert found[0].token_id == int(logits[0].argmax())
+
+
+def test_a_token_drawn_from_the_whole_vocabulary_has_its_own_logprob():
+    logits = torch.linspace(0, 1, 5000).expand(4, -1).contiguous()
+
+    found = sample(logits, [make_draw(at, temperature=1.0, top_p=0.99, logprobs=1) for at in range(4)])
+
+    own = logits[0].log_softmax(-1)
+    for one in found:
+        assert one.logprobs.logprob == pytest.approx(own[one.token_id].item(), abs=1e-5)
+    assert len({one.token_id for one in found}) > 1

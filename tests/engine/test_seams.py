@@ -358,3 +358,23 @@ def test_a_transfer_gives_every_tensor_back(dtypes, size):
 def test_a_transfer_refuses_what_it_cannot_carry():
     with pytest.raises(TypeError, match=r"not torch\.bfloat16"):
         Transfer().add(torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_fetching_twice_gives_the_same_arrays():
+    transfer = Transfer()
+    number = transfer.add(torch.arange(3))
+    transfer.fetch()
+    first = transfer[number]
+
+    transfer.fetch()
+
+    assert transfer[number] is first
+    assert first.tolist() == [0, 1, 2]
+
+
+def test_warming_up_leaves_the_scratch_page_empty(base):
+    runner = make_runner(base)
+
+    runner.warmup(40, 3)
+
+    assert not runner._pool.data.any()

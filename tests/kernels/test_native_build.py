@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from lorax_core.kernels.native import build
 from lorax_core.kernels.native.build import folder_problem, library_problem, load_native
 from lorax_core.settings import Settings
 
@@ -168,3 +169,28 @@ def test_a_library_that_was_cut_short_is_compiled_again(source, tmp_path, kept):
 
     assert found.library.answer() == 42
     assert library.stat().st_size == len(whole)
+
+
+def test_nothing_is_loaded_below_a_folder_that_a_foreign_group_can_write_to(source, tmp_path):
+    cache = tmp_path / "cache"
+    made(source, cache)
+    try:
+        os.chown(cache, -1, os.getegid() + 1)
+    except PermissionError:
+        pytest.skip("only root may give a folder to a foreign group")
+    cache.chmod(0o770)
+
+    found = load_native(source, Settings(cache=cache))
+
+    assert found.library is None
+    assert f"chmod go-w {cache}" in found.reason
+
+
+def test_another_processor_has_another_library(source, tmp_path, monkeypatch):
+    first = made(source, tmp_path / "cache")
+    monkeypatch.setattr(build, "_processor", lambda: b"another")
+
+    found = load_native(source, Settings(cache=tmp_path / "cache"))
+
+    assert found.library.answer() == 42
+    assert found.reason != str(first)

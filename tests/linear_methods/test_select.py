@@ -171,3 +171,63 @@ def test_a_weight_that_is_not_finite_does_not_speak_against_a_method():
 
     assert methods[0] == methods[1]
     assert choose(make_weight(), METHODS)[0].method == methods[0]
+
+
+class WrongAlone(Doubled):
+    """Gives wrong numbers for exactly one row."""
+
+    name = "wrong-alone"
+
+    def prepare(self, weight, bias, *, rows=False):
+        return WrongAloneKernel(weight, bias)
+
+
+class WrongAloneKernel(PlainKernel):
+    def __call__(self, x):
+        return super().__call__(x) * (2 if len(x) == 1 else 1)
+
+
+def test_a_method_that_is_wrong_for_exactly_one_row_is_passed_over():
+    kernel, passed_over = choose(make_weight(), (WrongAlone(), Plain()))
+
+    assert kernel.method == "plain"
+    assert "gives other numbers" in passed_over["wrong-alone"]
+
+
+class Counted(Doubled):
+    """Counts how often it is prepared."""
+
+    name = "counted"
+    prepared = 0
+
+    def prepare(self, weight, bias, *, rows=False):
+        self.prepared += 1
+        return super().prepare(weight, bias, rows=rows)
+
+
+def test_a_method_that_was_refused_is_not_prepared_again_for_the_same_shape():
+    method, weight = Counted(), make_weight()
+
+    for _ in range(3):
+        choose(weight, (method, Plain()))
+
+    assert method.prepared == 1
+
+
+class Rounded(Doubled):
+    """Rounds its weight, and says how far that may take it."""
+
+    name = "rounded"
+
+    def prepare(self, weight, bias, *, rows=False):
+        return PlainKernel((weight * 16).round() / 16, bias)
+
+    def tolerance(self, dtype):
+        return 0.1
+
+
+def test_a_method_that_rounds_weights_is_measured_by_its_own_tolerance():
+    kernel, passed_over = choose(make_weight(), (Rounded(), Plain()))
+
+    assert passed_over == {}
+    assert not torch.equal(kernel.dense(), make_weight(len(kernel.dense())))

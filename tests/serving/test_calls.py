@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from builders import make_lora, make_qwen2, make_qwen2_model
 from fsspec.implementations.memory import MemoryFileSystem
-from rigs import within
+from rigs import make_sequence, within
 
 import lorax_core as lorax
+from lorax_core.engine.sequence import SequenceUpdate, discard
+from lorax_core.serving.call import Call
+from lorax_core.serving.prepare import Prepared
 
 LIMIT = 60  # seconds: for a call that hangs, not for one that is slow
 
@@ -472,3 +475,68 @@ def test_a_process_ends_well_while_a_step_is_running(qwen2):
     )
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_call_that_ended_lets_go_of_its_sequences(engine):
+    call = engine.submit(MIXED)
+
+    call.wait()
+
+    assert [answer.sequence.sink for answer in call._answers] == [discard] * 3
+
+
+def test_a_call_that_was_cancelled_lets_go_of_its_sequences(endless):
+    call = endless.submit([lorax.GenerateRequest(prompt=[at], ignore_eos=True) for at in (5, 6)])
+
+    call.cancel()
+
+    assert [answer.sequence.sink for answer in call._answers] == [discard] * 2
+
+
+class ToldOfWaits(threading.Condition):
+    """A condition that tells how often somebody began to wait for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = threading.Semaphore(0)
+
+    def wait(self, timeout=None):
+        self.waits.release()  # the lock is still held: whoever takes it next finds the waiter waiting
+        return super().wait(timeout)
+
+
+def test_who_waits_while_another_thread_takes_the_last_answer_is_woken():
+    call = Call(1, abort=lambda sequences: None)
+    call._changed = ToldOfWaits()
+    sequence = make_sequence([5])
+    call.start([Prepared(sequence, lambda values: values)], submit=lambda sequences: None)
+    found = []
+    waiting = threading.Thread(target=lambda: found.extend(call.wait()), daemon=True)
+    waiting.start()
+    assert call._changed.waits.acquire(timeout=LIMIT)
+
+    with call._changed:  # the other thread wakes, and finds that this one has taken the answer
+        sequence.sink(SequenceUpdate(answer="it"))
+        taken = call._pop()
+    assert call._changed.waits.acquire(timeout=LIMIT)
+    call._take(*taken)
+
+    waiting.join(LIMIT)
+    assert found == call.wait() == ["it"]
+
+
+def test_cancelled_sequences_leave_the_numbers_of_the_last_step(qwen2):
+    with lorax.load(qwen2, kv_cache_tokens=512) as engine:
+        stream = engine.stream([1, 2, 3], max_tokens=400, ignore_eos=True)
+        next(stream)
+
+        stream.close()
+        engine._worker.call(lambda loop: None)  # what was asked for before has been done
+        engine._worker.call(lambda loop: None)
+
+        assert (engine.info().last_step.running, engine.info().last_step.pages_used) == (0, 0)
+
+
+def test_one_request_in_place_of_a_list_is_refused_by_what_it_is(engine):
+    with pytest.raises(lorax.RequestError, match="one GenerateRequest where a list belongs"):
+        engine.submit(lorax.GenerateRequest(prompt=[1]))

@@ -68,7 +68,7 @@ tokens or a head is refused by name. A sum has its own identity, from those of i
 
 A folder with `config.json` (`medusa_num_heads`, `medusa_num_layers`) and one safetensors file of heads is loaded like any
 other, alone or with PEFT's files beside it. Its heads draft the tokens that follow the next one, the model verifies them in
-the next step, and the answer is the one without them, token for token, sampled or greedy; `usage.accepted_tokens` tells how
+the next step, and the answer is the one without them, token for token, sampled or greedy; `usage.accepted_tokens` says how
 many drafts were right. Heads have an output layer of their own, or use the base's.
 
 ## Merging
@@ -87,10 +87,10 @@ Where PEFT loses something silently we do not: rslora, `layers_to_transform`, ra
 adapters have come out exact. DoRA, biases, saved modules, heads and trained tokens have no sum and are refused by name.
 
 `lorax adapters merge A --base CHECKPOINT --out DIR` (`merge_into_base`) writes the base with the adapter in its weights: same
-files, names and dtypes, computed in float32, a shard at a time. DoRA, biases, saved modules and trained tokens are served; a
+files, names and dtypes, computed in float32, a shard at a time. DoRA, biases, saved modules and trained tokens are supported; a
 tensor without a place, such as a head that the base lacks, is an error and leaves no folder. A change of one side of a tied
 weight writes both and sets `tie_word_embeddings: false`; trained tokens change both sides. `lorax adapters inspect A --base
-CHECKPOINT` tells whether it fits.
+CHECKPOINT` says whether it fits.
 
 ## What is refused
 

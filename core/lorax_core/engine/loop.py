@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import numpy as np
 
@@ -59,6 +60,8 @@ class EngineLoop:
         if not sequence.finished:
             self.scheduler.invalidate(sequence)
             self._leave(sequence)
+            if self.last_step is not None:  # no step may follow that would count what is left
+                self.last_step = replace(self.last_step, **self._load())
 
     def warmup(self, longest: int) -> None:
         """Compute the largest step that can come, once; `longest` is the longest sequence in tokens.
@@ -207,18 +210,23 @@ class EngineLoop:
     def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
         decoding = [chunk for chunk in plan.chunks if chunk.start >= len(chunk.sequence.prompt)]
         drafted = sum(chunk.drafted for chunk in plan.chunks)
-        allocator = self.scheduler.allocator
         return StepStats(
             prompt_tokens=plan.tokens - len(decoding) - drafted,
             decode_tokens=len(decoding),
             draft_tokens=drafted,
             rows=len(plan.chunks),
-            running=len(self.scheduler) - self.scheduler.waiting,
-            waiting=self.scheduler.waiting,
-            pages_used=allocator.capacity - allocator.available if allocator is not None else 0,
-            pages=allocator.capacity if allocator is not None else 0,
             seconds=seconds,
+            **self._load(),
         )
+
+    def _load(self) -> dict[str, int]:
+        allocator = self.scheduler.allocator
+        return {
+            "running": len(self.scheduler) - self.scheduler.waiting,
+            "waiting": self.scheduler.waiting,
+            "pages_used": allocator.capacity - allocator.available if allocator is not None else 0,
+            "pages": allocator.capacity if allocator is not None else 0,
+        }
 
 
 def _broken(error: Exception) -> SequenceUpdate:

@@ -13,8 +13,8 @@ class StepStats:
     """One step.
 
     Tokens by kind: `prompt_tokens` were computed of inputs, `decode_tokens` are newest tokens of answers, `draft_tokens` were
-    verified. `rows` is the number of sequences in the step; `running` and `waiting` count sequences after it; `pages_used` and
-    `pages` are those of the KV cache (0 without one). `seconds` is the step's own time.
+    verified. `rows` is the number of sequences in the step; `running` and `waiting` count sequences after it, and after
+    cancellations since; so do `pages_used` and `pages` of the KV cache (0 without one). `seconds` is the step's own time.
     """
 
     prompt_tokens: int

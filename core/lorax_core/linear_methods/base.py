@@ -12,6 +12,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+# Sums of rows in another order stay far below.
+_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
 
 class LinearKernel(ABC):
     """A prepared weight `[out, in]` and a bias `[out]`, ready to compute."""
@@ -25,7 +28,7 @@ class LinearKernel(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """The weight `[out, in]` as it was given, in its dtype; may be a copy."""
+        """The weight `[out, in]` that the kernel computes with, in the dtype of the given one; may be a copy."""
 
     @property
     @abstractmethod
@@ -54,6 +57,10 @@ class LinearMethod(ABC):
     @abstractmethod
     def supports(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
         """None when it computes weights `[out, in]` of such a kind, else the reason why not."""
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far a product may be from the plain one, as a share of `|x| |w|`; methods that round weights state their own."""
+        return _TOLERANCES.get(dtype, 1e-2)
 
     @abstractmethod
     def prepare(self, weight: Tensor, bias: Tensor | None, *, rows: bool = False) -> LinearKernel:

@@ -23,9 +23,6 @@ from lorax_core.linear_methods.plain import Plain, PlainKernel
 METHODS: tuple[LinearMethod, ...] = (OneDnn(), Plain())
 """What core offers, the first choice first. The last one supports everything."""
 
-# How far a product may be from the plain one, as a share of |x| |w|: sums of such rows in another order stay far below.
-_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
 _tried: dict[tuple[str, tuple[int, ...], torch.dtype], str | None] = {}
 
 
@@ -117,14 +114,14 @@ def _tried_kernel(method: LinearMethod, weight: Tensor, rows: bool) -> LinearKer
         kernel = method.prepare(weight, None, rows=rows)
         if key not in _tried:
             # Compared once a key: a model has many layers of one shape.
-            _tried[key] = _difference(kernel, weight)
+            _tried[key] = _difference(kernel, weight, method.tolerance(weight.dtype))
     except (RuntimeError, NotImplementedError) as error:
         _tried[key] = f"failed when it was tried: {error}"
         return f"failed when it was tried: {error}"
     return _tried[key] or kernel
 
 
-def _difference(kernel: LinearKernel, weight: Tensor) -> str | None:
+def _difference(kernel: LinearKernel, weight: Tensor, tolerance: float) -> str | None:
     """How a kernel differs from the plain product on a few rows; None when it does not."""
     width = weight.shape[1]
     x = torch.linspace(-1, 1, 3 * width, device=weight.device).view(3, width).cos().to(weight.dtype)  # [3, in]
@@ -133,7 +130,7 @@ def _difference(kernel: LinearKernel, weight: Tensor) -> str | None:
     # [3, out]; |x| |w| bounds each sum, which may itself cancel to nearly 0.
     scale = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)[:, None] * lengths
     for count in (1, 3):  # one row and several are often computed by different code
-        off = (kernel(x[:count]).float() - expected[:count]).abs() - _TOLERANCES.get(weight.dtype, 1e-2) * scale[:count]
+        off = (kernel(x[:count]).float() - expected[:count]).abs() - tolerance * scale[:count]
         # A weight that is not finite says nothing about the method.
         if not bool(((off <= 0) | ~expected[:count].isfinite()).all()):
             return f"gives other numbers than the plain product for a weight of {list(weight.shape)}"

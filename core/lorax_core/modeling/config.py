@@ -96,6 +96,17 @@ class ModelConfig(BaseModel):
         spelt = {common: key for key, common in own.items() if raw.get(key) is not None or common not in raw}
         try:
             return cls.model_validate(dict(cls.normalise(named)), context={"spelt": spelt})
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:  # the plugin's normalise read what is not there
+            raise CheckpointError(
+                f"config.json does not describe a {raw.get('model_type')}: {cls.__name__}.normalise failed with "
+                f"{type(error).__name__}: {error}",
+                hint="compare it with the config.json that transformers writes for this architecture",
+            ) from error
         except ValidationError as error:
             raise CheckpointError(
                 f"config.json does not describe a {raw.get('model_type')} that {cls.__module__.split('.')[0]} supports: "

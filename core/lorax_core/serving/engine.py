@@ -124,10 +124,12 @@ class Engine:
         first (`adapter="org/name"`) is fetched beside the running engine, and the call starts when it is there; what goes wrong
         on the way ends the call with an AdapterError.
         """
+        if isinstance(requests, Request):
+            raise RequestError(f"one {type(requests).__name__} where a list belongs", hint="give [request]")
         for request in requests:
             if not isinstance(request, Request):
                 raise RequestError(
-                    f"run() takes GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
+                    f"requests are GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
                 )
         call = Call(len(requests), self._worker.abort)
         missing = [() if one.adapter is None else self.adapters.missing(one.adapter) for one in requests]

@@ -88,3 +88,13 @@ def test_errors_name_a_key_as_the_file_spells_it(kind, raw, told):
 
 def test_heads_with_a_size_of_their_own_need_not_share_the_width():
     assert Wide.parse({**SOUND, "num_attention_heads": 3}).num_attention_heads == 3
+
+
+def test_a_plugin_that_reads_what_the_file_lacks_is_named():
+    class Eager(ModelConfig):
+        @classmethod
+        def normalise(cls, raw):
+            return {**raw, "head_dim": raw["hidden_size"] // raw["num_attention_heads"]}
+
+    with pytest.raises(CheckpointError, match=r"Eager\.normalise failed with KeyError: 'hidden_size'"):
+        Eager.parse({"model_type": "eager"})

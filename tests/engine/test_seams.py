@@ -13,6 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rigs import finish, make_adapters, make_loaded, make_loop, make_pool, make_sequence
 
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.deltas import (
+    Dora,
+    EmbeddingLowRank,
+    LowRank,
+    Replacement,
+    Shift,
+    TokenLogits,
+    TokenRows,
+)
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.plan import Chunk, StepPlan
 from lorax_core.engine.runner import Runner
@@ -20,6 +30,7 @@ from lorax_core.engine.sampler import Sampled, uniform
 from lorax_core.engine.sequence import Sampling, Sequence, TokenCounts
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput, step_input
 from lorax_core.engine.transfer import Transfer
+from lorax_core.modeling import Embedding, Linear
 from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.lora import LoraOptions, linear_layers, write_adapter
@@ -61,9 +72,54 @@ def make_mixed_batch(case, task):
         for text, pages, adapter in zip(texts, bench.give_pages(texts), adapters, strict=True)
     ]
     bench.run(bench.batch(shares))  # what is made once, at a site's first use, is made here
+    return loaded.model, planned(bench, shares)
+
+
+def make_decoding_batch(case):
+    """A model that generates, and a batch of one token of each sequence, under adapters of every kind of delta."""
+    loaded = case.loaded(Task.GENERATE)
+    bounds = [None, *(Bound({path: (delta,)}) for path, delta in make_deltas(loaded.model))]
+    texts = [case.texts[1 + at % 3] for at in range(len(bounds))]
+    bench = case.bench(loaded, texts=texts)
+    pages = bench.give_pages(texts)
+    whole = list(zip(texts, pages, bounds, strict=True))
+    bench.run(bench.batch([Share(text, 0, len(text), held, bound) for text, held, bound in whole]))
+    return loaded.model, planned(
+        bench, [Share(text, len(text) - 1, len(text), held, bound) for text, held, bound in whole]
+    )
+
+
+def make_deltas(model):
+    """Every kind of delta at a site of its kind."""
+    sites = model.sites
+    tables = [path for path, site in sites.items() if isinstance(site, Embedding) and "position" not in path]
+    path = next(path for path, site in sites.items() if isinstance(site, Linear) and site.bias is not None)
+    table, layer = sites[tables[0]], sites[path]
+    a, b = torch.ones(2, layer.in_features), torch.ones(layer.out_features, 2)
+    ids = torch.tensor([0, 3])
+    yield path, LowRank.whole(a, b, torch.ones(layer.out_features))
+    yield path, Dora(a, b, torch.ones(layer.out_features))
+    yield path, Shift(torch.ones(layer.out_features))
+    yield path, Replacement(layer.dense_weight() + 1, None)
+    yield tables[0], EmbeddingLowRank(torch.ones(table.in_features, 2), torch.ones(table.out_features, 2))
+    yield tables[0], TokenRows(ids, torch.ones(2, table.out_features))
+    yield "lm_head", TokenLogits(ids, torch.ones(2, table.out_features))
+
+
+def planned(bench, shares):
     batch = bench.batch(shares)
     bench._plan(batch)
-    return loaded.model, batch
+    return batch
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "qwen2"])
+def test_a_decoding_pass_under_every_kind_of_adapter_does_neither(model_type, host, tmp_path):
+    model, batch = make_decoding_batch(make_case(host, model_type, tmp_path))
+
+    with no_host_traffic():
+        output = model(batch)
+
+    assert all(answers.isfinite().all() for answers in output.answers)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -88,6 +144,10 @@ PLANTED = {
     "a truth value": lambda x: x if x.sum() > 0 else -x,
     "float": lambda x: x * float(x[0, 0]),
     "a mask as index": lambda x: x[x[:, 0] == x[:, 0]],
+    "another device": lambda x: x + x.to("cpu"),
+    "repeats from a tensor": lambda x: x + x[:, 0].repeat_interleave(torch.ones_like(x[:, 0]).long())[:, None],
+    "bincount": lambda x: x + (x[:, 0] > 0).long().bincount().sum(),
+    "unique_consecutive": lambda x: x + x[:, 0].unique_consecutive().sum(),
     "nonzero": lambda x: x + x.nonzero().shape[1],
     "an address": lambda x: x + (x.data_ptr() and 0),
 }
@@ -165,14 +225,22 @@ def test_a_step_is_read_back_in_one_transfer(base, rows):
     assert answers[8].values.shape == (base.model.config.hidden_size,)
 
 
-def test_the_count_of_transfers_finds_one_that_is_planted(base):
+@pytest.mark.parametrize(
+    ("planted", "named"),
+    [
+        (lambda tokens: tokens.tolist(), "tolist"),
+        (lambda tokens: tokens.int().tolist(), "tolist"),
+        (lambda tokens: tokens.numpy(), "numpy"),
+    ],
+)
+def test_the_count_of_transfers_finds_one_that_is_planted(base, planted, named):
     pending = make_runner(base).launch(StepInput((make_chunk_input(1, GREEDY),)))
 
     with counted_transfers() as read:
-        assert pending._generated[0].sampled.tokens.tolist()
+        assert len(planted(pending._generated[0].sampled.tokens)) == 1
         pending.result()
 
-    assert read == ["tolist", "cpu"]
+    assert read == [named, "cpu"]
 
 
 def test_filters_that_keep_more_than_was_looked_at_are_applied_to_the_whole_vocabulary():

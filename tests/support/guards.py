@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorax_core
 
-KERNELS = Path(lorax_core.__file__).parent / "kernels"
+CORE = Path(lorax_core.__file__).parent
+KERNELS = CORE / "kernels"
 READS = ("tolist", "numpy", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
 MAKES = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, torch.scalar_tensor)
 # Operators that wait for the device: their results, or the shapes of these, depend on numbers in it.
@@ -27,6 +28,9 @@ WAITS = (
     "aten::equal",
     "aten::_unique2",
     "aten::lift_fresh",
+    "aten::bincount",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
 )
 
 
@@ -40,13 +44,20 @@ def _has_mask(args) -> bool:
     return any(index is not None and index.dtype is torch.bool for index in indices)
 
 
+def _names_a_device(args, kwargs) -> bool:
+    """Whether `Tensor.to` was given a device, or another tensor to follow."""
+    given = [*args, *(kwargs or {}).values()]
+    return any(isinstance(one, str | torch.device | torch.Tensor) for one in given)
+
+
 class _Functions(TorchFunctionMode):
     """Calls of torch's Python functions."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in MAKES:
             raise HostTraffic(f"a tensor is made of host values: torch.{func.__name__}")
-        if getattr(func, "__name__", "") in READS:
+        name = getattr(func, "__name__", "")
+        if name in READS or (name == "to" and _names_a_device(args[1:], kwargs)):
             raise HostTraffic(f"a tensor is read: {func.__name__}")
         return func(*args, **(kwargs or {}))
 
@@ -56,7 +67,10 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().partition(".")[0]
-        if name in WAITS or (name.startswith("aten::index") and _has_mask(args)):
+        counted = (
+            name == "aten::repeat_interleave" and isinstance(args[-1], torch.Tensor) and not kwargs.get("output_size")
+        )
+        if name in WAITS or counted or (name.startswith("aten::index") and _has_mask(args)):
             raise HostTraffic(f"an operator waits for the device: {name}")
         return func(*args, **(kwargs or {}))
 
@@ -104,13 +118,18 @@ def no_host_traffic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def counted_transfers() -> Iterator[list[str]]:
-    """The reads of tensors while some code runs, by method. Tensors of int32 are tables that the host has anyway."""
+    """The reads of tensors while some code runs, by method; not those of page tables, which the host has anyway."""
     seen: list[str] = []
 
     def count(tensor, name, file) -> None:
-        if tensor.dtype is not torch.int32:
+        if not Path(file).is_relative_to(CORE / "attention") and Path(file) != CORE / "engine/batcher.py":
             seen.append(name)
 
-    # `cpu().numpy()` is one transfer: what is on the host already costs nothing to look at.
-    with _patched(**dict.fromkeys((name for name in READS if name not in ("numpy", "__array__")), count)):
+    def count_numpy(tensor, name, file) -> None:
+        # `cpu().numpy()` is one transfer: what is on the host already costs nothing to look at.
+        if Path(file) not in (CORE / "engine/transfer.py", CORE / "engine/batcher.py"):
+            seen.append(name)
+
+    counts = dict.fromkeys((name for name in READS if name not in ("numpy", "__array__")), count)
+    with _patched(**counts, numpy=count_numpy):
         yield seen

@@ -165,6 +165,13 @@ def taken_from(tree: ast.Module, module: str) -> list[str]:
     return sorted({node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == module})
 
 
+def by_name(call: ast.Call) -> str | None:
+    """The module that `import_module("...")` or `__import__("...")` imports, where it is written there."""
+    called = ast.unparse(call.func).split(".")[-1]
+    named = call.args[0] if called in {"import_module", "__import__"} and call.args else None
+    return named.value if isinstance(named, ast.Constant) and isinstance(named.value, str) else None
+
+
 def imports(source: Source) -> Iterator[Import]:
     """All imports of a module, those in functions and under TYPE_CHECKING too."""
     pending: list[tuple[ast.AST, bool, bool]] = [(source.tree, False, False)]
@@ -177,6 +184,8 @@ def imports(source: Source) -> Iterator[Import]:
         elif isinstance(node, ast.ImportFrom):
             module = resolve_name("." * node.level + (node.module or ""), source.parent)
             yield from (Import(module, alias.name, node.lineno, late, typing) for alias in node.names)
+        elif isinstance(node, ast.Call) and (named := by_name(node)) is not None:
+            yield Import(named, None, node.lineno, late, typing)
         late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for_types = node.body if isinstance(node, ast.If) and ast.unparse(node.test) in FOR_TYPES else []
         pending.extend((child, late, typing or child in for_types) for child in ast.iter_child_nodes(node))
@@ -321,6 +330,27 @@ def environment_reads(source: Source) -> list[str]:
         f"{source.name}:{node.lineno}: {text} is for settings.py to read"
         for node, text in found
         if ENVIRONMENT_READ.match(text) and source.path != "settings.py"
+    ]
+
+
+def environment_names(source: Source) -> list[str]:
+    """Names of `os` that read the environment, taken where they could be renamed."""
+    return [
+        f"{source.name}:{found.line}: os.{found.of} is for settings.py to read"
+        for found in imports(source)
+        if found.module == "os" and found.of in {"environ", "environb", "getenv"} and source.path != "settings.py"
+    ]
+
+
+def own_init_imports(source: Source) -> list[str]:
+    """Names that a module takes from the `__init__` of its own package, which may import the module itself."""
+    if source.path.endswith("__init__.py"):
+        return []
+    known = {one.module for one in CORE}
+    return [
+        f"{source.name}:{found.line}: import {found.of} from its own module, not from {found.module}"
+        for found in imports(source)
+        if found.module == source.parent and found.of is not None and f"{found.module}.{found.of}" not in known
     ]
 
 
@@ -515,6 +545,12 @@ def test_an_import_that_goes_down_is_admitted(path, text):
         *((old_names, Source("docs", "x.md", f"It {words}.")) for words in OLD_EXAMPLES),
         (environment_reads, core_source("engine/engine.py", "import os\nos.environ['LORAX_STRICT']")),
         (environment_reads, core_source("engine/engine.py", "import os\nos.environ.get(name)")),
+        (environment_names, core_source("engine/engine.py", "from os import environ as env\nenv.get('LORAX_NATIVE')")),
+        (own_init_imports, core_source("modeling/embedding.py", "from lorax_core.modeling import Linear")),
+        (
+            violations,
+            core_source("modeling/blocks.py", "import importlib\nimportlib.import_module('lorax_core.engine.loop')"),
+        ),
         (environment_reads, core_source("engine/engine.py", "import os\nos.getenv(f'LORAX_{name}')")),
         (machine_paths, Source(".", "README.md", "see " + "/".join(["", "home", "ada", "notes"]))),
         (machine_paths, Source(".", "README.md", "see " + "/".join(["", "tmp", "w"]))),
@@ -655,6 +691,11 @@ def test_core_knows_no_model_type_by_name():
 
 def test_only_settings_reads_the_environment():
     assert not all_offences(environment_reads, [*CORE, *PLUGINS])
+    assert not all_offences(environment_names, [*CORE, *PLUGINS])
+
+
+def test_no_module_imports_from_the_init_of_its_own_package():
+    assert not all_offences(own_init_imports, CORE)
 
 
 def test_no_file_names_a_path_of_one_machine():

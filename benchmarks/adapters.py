@@ -181,7 +181,7 @@ def peft_shares(model: Any, folders: dict[str, str], names: list[str], clock: Cl
     return {"peft_share_of_its_base": statistics.median(keeps), "times_peft": statistics.median(ahead)}
 
 
-def many(folder: str, root: Path, size: str, count: int, places: int, options: dict[str, Any]) -> dict[str, float]:
+def many(folder: str, root: Path, size: str, count: int, slots: int, options: dict[str, Any]) -> dict[str, float]:
     """Requests over many adapters of which few are on the device."""
     targets = ("self_attn.q_proj", "self_attn.v_proj")
     folders = {
@@ -190,7 +190,7 @@ def many(folder: str, root: Path, size: str, count: int, places: int, options: d
     }
     vocab = int(SIZES[size]["vocab_size"])
     source = random.Random(3)
-    with lorax.load(folder, max_adapters=places, max_cpu_adapters=4 * places, **options) as engine:
+    with lorax.load(folder, max_adapters=slots, max_cpu_adapters=4 * slots, **options) as engine:
         started = time.perf_counter()
         for name, where in track(folders.items(), "registering", console=talk):
             engine.adapters.load(name, where)
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=64, help="Distinct ones of rank 16 at most.")
     parser.add_argument("--many", type=int, default=1000, help="Small adapters; 0 leaves that part out.")
-    parser.add_argument("--places", type=int, default=32, help="Of those, how many on the device.")
+    parser.add_argument("--slots", type=int, default=32, help="Of those, how many on the device.")
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
@@ -278,7 +278,7 @@ def main() -> None:
                 names = [f"a{row % 16}" for row in range(given.batch)]
                 results["PEFT, 16 adapters"] = peft_shares(model, few, names, clock, given.rounds)
         if given.many:
-            results["many adapters"] = many(folder, root, given.size, given.many, given.places, options)
+            results["many adapters"] = many(folder, root, given.size, given.many, given.slots, options)
     if given.json:
         facts = {
             "size": given.size,

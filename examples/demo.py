@@ -65,7 +65,7 @@ class Passage:
 
 
 def main() -> int:
-    """Runs the three parts; 1 when one of them failed for a reason that can be told."""
+    """Runs the three parts; 1 when one of them failed for a known reason."""
     parser = argparse.ArgumentParser(description="See real models answer: a semantic search, and three voices at once.")
     parser.add_argument("--tokens", type=int, default=12_000, help="tokens to search (default: %(default)s)")
     arguments = parser.parse_args()

@@ -1,53 +1,30 @@
-"""BERT's encoder, post-norm transformer blocks that see in both directions, and the one head that is BERT's own.
+"""BERT: an encoder that normalises after its residuals.
 
-Computes hidden rows of packed texts. Knows nothing of files, batching or adapters.
+Decides what sets BERT apart from core's encoder. Knows nothing of files, batching or adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
-
-from lorax_core.modeling import (
-    HasAdapters,
-    Linear,
-    Model,
-    ModelConfig,
-    PostNormEncoder,
-    SequenceClassificationHead,
-    Task,
-)
+from lorax_core.modeling import FirstTokenClassificationHead, Model, ModelConfig, PostNormEncoder, Task
 from lorax_core.weights import WeightMap, post_norm_map
 
 
 class FlashBertModel(PostNormEncoder):
-    """BERT's encoder: a batch to hidden rows `[tokens, hidden]`."""
+    """A batch to hidden rows `[tokens, hidden]`."""
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004
-        """Names as BertModel and its task models save them."""
+        """Names as BertModel and its task models save them, with or without `bert.`."""
+        # The heads of masked-language, next-sentence and question-answering checkpoints, which no task here reads.
         return post_norm_map("bert", "cls.**", "qa_outputs.**")
 
 
-class BertSequenceClassificationHead(SequenceClassificationHead):
-    """Labels of a text from its first row: the pooler that BERT was trained with, then the classifier."""
+class BertSequenceClassificationHead(FirstTokenClassificationHead):
+    """Labels of a sequence: the pooler that BERT was trained with, then the classifier."""
 
-    needed = ("pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias")
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
-        self.classifier = Linear(config.hidden_size, len(self.labels))
-
-    def span(self, ids: Sequence[int], pool_from: int) -> range:
-        return range(1)
-
-    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
-        pooled = torch.tanh(self.pooler["dense"](hidden, rows))  # [sequences, hidden]
-        logits: Tensor = self.classifier(pooled, rows)
-        return logits
+    # The pooler is a module of BertModel in transformers, beside and not inside the classifier; tanh is its activation.
+    dense = "pooler.dense"
+    output = "classifier"
 
 
 class FlashBert(Model):
@@ -63,6 +40,10 @@ class FlashBertForTokenClassification(Model):
 
 
 class FlashBertForSequenceClassification(Model):
-    """BERT that labels texts."""
+    """BERT that labels sequences."""
 
     task = Task.SEQUENCE_CLASSIFICATION
+
+
+class FlashBertModelForClassification(FlashBertForTokenClassification):
+    """LoRAX's name for BERT that labels tokens."""

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import PositiveInt, field_validator
 
 from lorax_core.modeling import ModelConfig
-
-# GPT-2's own names, and those of other architectures, which transformers takes as well.
-_NAMES = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-}
 
 
 class GPT2Config(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    num_attention_heads: PositiveInt
+    aliases: ClassVar[Mapping[str, str]] = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+    }
+
     max_position_embeddings: PositiveInt = 1024
     n_inner: PositiveInt | None = None
     activation_function: str = "gelu_new"
@@ -29,27 +27,18 @@ class GPT2Config(ModelConfig):
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     reorder_and_upcast_attn: bool = False
+    # `reorder_and_upcast_attn` is accepted and not read: see FlashGPT2Model.
     add_cross_attention: bool = False
+    # transformers' default for GPT-2; files from before the key do not state it.
     tie_word_embeddings: bool = True
-
-    @classmethod
-    def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Bring GPT-2's own names to the common ones, which win where a file has both."""
-        own = {common: raw[name] for name, common in _NAMES.items() if name in raw}
-        return {**own, **raw}
 
     @field_validator("add_cross_attention")
     @classmethod
     def _self_attention(cls, value: bool) -> bool:
+        # Of an encoder-decoder: its second attention needs an encoder's rows, which no request brings.
         if value:
-            raise ValueError("cross attention is not served")
+            raise ValueError("cross attention is not supported")
         return value
-
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> GPT2Config:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"n_embd {self.hidden_size} is no multiple of n_head {self.num_attention_heads}")
-        return self
 
     @property
     def intermediate_size(self) -> int:
@@ -59,6 +48,7 @@ class GPT2Config(ModelConfig):
     def scale(self, layer: int) -> float:
         """What the scores of this layer are multiplied with."""
         scale = (self.hidden_size // self.num_attention_heads) ** -0.5 if self.scale_attn_weights else 1.0
+        # `layer` counts from 0, as transformers' layer_idx does. Stanford's Mistral runs of GPT-2 were trained so.
         return scale / (layer + 1) if self.scale_attn_by_inverse_layer_idx else scale
 
     @property

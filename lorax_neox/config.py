@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import PositiveInt, model_validator
+from pydantic import PositiveInt
 
 from lorax_core.modeling import ModelConfig, Rope, read_rope
 
@@ -13,7 +13,9 @@ from lorax_core.modeling import ModelConfig, Rope, read_rope
 class GPTNeoXConfig(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    num_attention_heads: PositiveInt
+    # The names of transformers 4; 5 writes the common ones, inside `rope_parameters`.
+    aliases: ClassVar[Mapping[str, str]] = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+
     intermediate_size: PositiveInt
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
@@ -24,20 +26,12 @@ class GPTNeoXConfig(ModelConfig):
 
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Read the rotary parameters, in NeoX's old names (`rotary_pct`, `rotary_emb_base`) too; by default a quarter turns."""
+        """Read the rotary parameters; by default a quarter of each head rotates."""
+        # Before read_rope, which takes the length from it.
         config = {"max_position_embeddings": 2048, **raw}
-        old = {"partial_rotary_factor": raw.get("rotary_pct"), "rope_theta": raw.get("rotary_emb_base")}
-        old = {name: value for name, value in old.items() if value is not None}
-        return {**config, "rope": read_rope({**config, **old}, partial=0.25)}
-
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> GPTNeoXConfig:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
-            )
-        return self
+        return {**config, "rope": read_rope(config, partial=0.25)}
 
     @property
     def max_tokens(self) -> int:
+        # `dynamic` ends at the length it was trained for: past it, keys in the cache would have other frequencies.
         return self.rope.max_tokens or self.max_position_embeddings

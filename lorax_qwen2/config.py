@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt, model_validator
 
@@ -15,7 +15,8 @@ LayerType = Literal["full_attention", "sliding_attention"]
 class Qwen2Config(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    num_attention_heads: PositiveInt
+    own_head_dim: ClassVar[bool] = True
+
     num_key_value_heads: PositiveInt
     intermediate_size: PositiveInt
     head_dim: PositiveInt
@@ -44,7 +45,7 @@ class Qwen2Config(ModelConfig):
     def _shapes_fit(self) -> Qwen2Config:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
@@ -52,11 +53,11 @@ class Qwen2Config(ModelConfig):
         return self
 
     def window(self, layer: int) -> int | None:
-        """Keys that a query of this layer sees on either side, itself included; None is all."""
+        """Keys that a query of this layer sees in either direction, itself included; None is all."""
         if not self.use_sliding_window or self.sliding_window is None:
             return None
         slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer >= self.max_window_layers
-        # transformers counts the query among `sliding_window` keys, but not where it sees both sides.
+        # transformers counts the query among `sliding_window` keys, but not where it attends in both directions.
         return self.sliding_window + (not self.is_causal) if slides else None
 
     @property

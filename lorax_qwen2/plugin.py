@@ -3,40 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from lorax_core.plugins import ArchitectureSpec, Task, hookimpl
-
-_WINDOWS: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "tied": {"tie_word_embeddings": True},
-    "every_head_its_keys": {"num_key_value_heads": 2},
-    "grouped_queries": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
-    "wide_heads": {"head_dim": 128},
-    "other_base": {"rope_theta": 1000000.0},
-    "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "dynamic_rope": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 48},
-    "yarn_rope": {"rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}},
-    "llama3_rope": {
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 32,
-        }
-    },
-    "windows": {**_WINDOWS, "max_window_layers": 0},
-    "window_in_the_last_layer": {**_WINDOWS, "max_window_layers": 1},
-    "window_by_layer_type": {**_WINDOWS, "layer_types": ["sliding_attention", "full_attention"]},
-    "window_switched_off": {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0},
-    "bidirectional": {"is_causal": False},
-    "bidirectional_windows": {**_WINDOWS, "max_window_layers": 0, "is_causal": False},
-    "wide_epsilon": {"rms_norm_eps": 0.1},
-    "gelu": {"hidden_act": "gelu"},
-    "padding": {"pad_token_id": 0},
-    "odd_vocabulary": {"vocab_size": 131},
-}
 
 
 @hookimpl
@@ -49,12 +17,8 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         api=1,
         config="lorax_qwen2.config:Qwen2Config",
         backbone="lorax_qwen2.modeling:FlashQwen2Model",
-        heads={
-            Task.GENERATE: "lorax_core.modeling.heads:LanguageModelHead",
-            Task.EMBED: "lorax_core.modeling.heads:EmbeddingHead",
-            Task.TOKEN_CLASSIFICATION: "lorax_qwen2.modeling:Qwen2TokenClassificationHead",
-            Task.SEQUENCE_CLASSIFICATION: "lorax_core.modeling.heads:LastTokenClassificationHead",
-        },
+        tasks=(Task.GENERATE, Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
+        heads={Task.TOKEN_CLASSIFICATION: "lorax_qwen2.modeling:Qwen2TokenClassificationHead"},
         hf_architectures={
             "Qwen2ForCausalLM": Task.GENERATE,
             "Qwen2Model": Task.EMBED,
@@ -64,20 +28,5 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         default_task=Task.GENERATE,
         causal=True,
         features=("tied_embeddings", "sliding_window"),
-        tiny_config={
-            "vocab_size": 128,
-            "hidden_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 256,
-            "max_position_embeddings": 256,
-        },
-        tiny_variants=_VARIANTS,
-        references={
-            Task.GENERATE: "transformers:Qwen2ForCausalLM",
-            Task.EMBED: "transformers:Qwen2Model",
-            Task.TOKEN_CLASSIFICATION: "transformers:Qwen2ForTokenClassification",
-            Task.SEQUENCE_CLASSIFICATION: "transformers:Qwen2ForSequenceClassification",
-        },
+        cases="lorax_qwen2.cases:QWEN2",
     )

@@ -23,8 +23,10 @@ class RobertaConfig(PostNormConfig):
     @property
     def padding(self) -> int:
         """`pad_token_id`, which positions are counted from; RoBERTa's own is 1."""
+        # transformers' default, for files that leave the key out.
         return 1 if self.pad_token_id is None else self.pad_token_id
 
     @property
     def max_tokens(self) -> int:
+        # Rows 0 to `padding` of the table are never a real token's: of 514 rows, 512 are left.
         return self.max_position_embeddings - self.padding - 1

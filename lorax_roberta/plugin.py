@@ -32,6 +32,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
 
 def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -> ArchitectureSpec:
     """The architecture as `model_type`, whose classes in transformers begin with `name`."""
+    # One model_type each, since `config.json` names them apart although the arithmetic is the same.
     return ArchitectureSpec(
         model_type=model_type,
         summary=summary,
@@ -39,11 +40,8 @@ def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -
         api=1,
         config="lorax_roberta.config:RobertaConfig",
         backbone="lorax_roberta.modeling:FlashRobertaModel",
-        heads={
-            Task.EMBED: "lorax_core.modeling.heads:EmbeddingHead",
-            Task.TOKEN_CLASSIFICATION: "lorax_core.modeling.heads:TokenClassificationHead",
-            Task.SEQUENCE_CLASSIFICATION: "lorax_roberta.modeling:RobertaSequenceClassificationHead",
-        },
+        tasks=(Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
+        heads={Task.SEQUENCE_CLASSIFICATION: "lorax_roberta.modeling:RobertaSequenceClassificationHead"},
         hf_architectures={
             f"{name}Model": Task.EMBED,
             f"{name}ForMaskedLM": Task.EMBED,
@@ -54,27 +52,5 @@ def _spec(model_type: str, name: str, summary: str, examples: tuple[str, ...]) -
         default_task=Task.EMBED,
         causal=False,
         features=("token_types",),
-        tiny_config={
-            "vocab_size": 128,
-            "hidden_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 256,
-            "max_position_embeddings": 66,
-            "type_vocab_size": 1,
-            "pad_token_id": 1,
-        },
-        tiny_variants={
-            "padding_at_zero": {"pad_token_id": 0},
-            "late_padding": {"pad_token_id": 5, "max_position_embeddings": 70},
-            "two_token_types": {"type_vocab_size": 2},
-            "tanh_gelu": {"hidden_act": "gelu_new"},
-            "wide_epsilon": {"layer_norm_eps": 0.1},
-            "odd_vocabulary": {"vocab_size": 131},
-        },
-        references={
-            Task.EMBED: f"transformers:{name}Model",
-            Task.TOKEN_CLASSIFICATION: f"transformers:{name}ForTokenClassification",
-            Task.SEQUENCE_CLASSIFICATION: f"transformers:{name}ForSequenceClassification",
-        },
+        cases=f"lorax_roberta.cases:{name.upper()}",
     )

@@ -40,7 +40,7 @@ CASES = {
         "tests/serving/test_text.py::test_a_cut_keeps_specials_and_the_right_end_of_every_text"
     ),
     "a text is cut and nobody is told": (
-        "tests/serving/test_engine.py::test_a_text_that_is_too_long_is_cut_as_asked_and_told"
+        "tests/serving/test_engine.py::test_a_text_that_is_too_long_is_cut_as_asked_and_reported"
     ),
     "token types always 0": "lorax_bert/tests/test_bert.py::test_a_pair_is_embedded_with_the_types_of_its_texts",
     "prefixes known by two literal ids": (
@@ -78,7 +78,7 @@ CASES = {
     "labels that hang on batch mates": f"{HERE}::test_tokens_have_the_labels_scores_and_places_of_transformers",
     "entities of O, or without their first token": f"{HERE}::test_entities_are_those_of_transformers",
     "places counted in bytes, text in lower case": f"{HERE}::test_entities_are_those_of_transformers",
-    "labels that are not B- or I- dropped": f"{HERE}::test_labels_of_any_name_are_told",
+    "labels that are not B- or I- dropped": f"{HERE}::test_labels_of_any_name_are_reported",
     "a classifying adapter without its head": "tests/adapters/test_matrix.py::test_a_head_travels_with_its_adapter",
     # what checkpoints say
     "configuration or tokenizer of another revision": (
@@ -147,7 +147,7 @@ CASES = {
     "scales left out, A and B merged apart": f"{MERGE}::test_an_exact_sum_is_exact_whatever_the_settings",
     "a density of nothing by default": f"{MERGE}::test_settings_that_do_not_fit_are_refused",
     "pruning without a seed": f"{MERGE}::test_seeds_decide_and_torch_s_own_numbers_are_not_touched",
-    "the first adapter's settings taken for all": f"{MERGE}::test_settings_on_which_the_adapters_differ_are_told",
+    "the first adapter's settings taken for all": f"{MERGE}::test_settings_on_which_the_adapters_differ_are_reported",
     "a merged adapter applied twice": (
         "tests/adapters/test_into_base.py::test_the_merged_checkpoint_computes_what_peft_computes"
     ),
@@ -182,7 +182,7 @@ CASES = {
     "more candidates than there are tokens": (
         "tests/engine/test_sampler.py::test_whatever_the_request_may_ask_a_token_of_the_vocabulary_is_drawn"
     ),
-    "guesses that change the text": "tests/engine/test_loop.py::test_guessing_ahead_writes_the_same",
+    "drafts that change the text": "tests/engine/test_loop.py::test_drafting_writes_the_same",
     "unknown options ignored": "tests/serving/test_requests.py::test_an_unknown_option_is_refused_with_the_nearest",
     "one engine's settings in another": "tests/serving/test_engine.py::test_two_engines_live_in_one_process",
 }
@@ -249,7 +249,7 @@ def test_entities_are_those_of_transformers(tagger):
         assert [one.text for one in answer.entities] == [text[start:end] for _, start, end in places]
 
 
-def test_labels_of_any_name_are_told(tagger, tmp_path):
+def test_labels_of_any_name_are_reported(tagger, tmp_path):
     _, model = tagger
     model.save_pretrained(tmp_path)
     make_letter_tokenizer().save_pretrained(tmp_path)

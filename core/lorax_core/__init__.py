@@ -28,6 +28,7 @@ _HOMES = {
     "Pooling": "types",
     "Task": "types",
     "Usage": "types",
+    "ArchitectureCases": "plugins.cases",
     "ArchitectureSpec": "plugins.spec",
     "BackendSpec": "plugins.spec",
     "PluginHost": "plugins.host",
@@ -37,7 +38,10 @@ _HOMES = {
     "merge_adapters": "adapters.merging.merge",
     "merge_into_base": "adapters.merging.into_base",
     "Engine": "serving.engine",
-    "load": "serving.loading",
+    "load": "serving.engine",
+    "EngineOptions": "options",
+    "load_model": "serving.model",
+    "make_batch": "serving.model",
     "ClassifyRequest": "serving.requests",
     "EmbedRequest": "serving.requests",
     "GenerateRequest": "serving.requests",
@@ -58,11 +62,15 @@ if TYPE_CHECKING:
     from lorax_core.errors import StepError as StepError
     from lorax_core.modeling.batch import Batch as Batch
     from lorax_core.modeling.model import Model as Model
+    from lorax_core.options import EngineOptions as EngineOptions
+    from lorax_core.plugins.cases import ArchitectureCases as ArchitectureCases
     from lorax_core.plugins.host import PluginHost as PluginHost
     from lorax_core.plugins.spec import ArchitectureSpec as ArchitectureSpec
     from lorax_core.plugins.spec import BackendSpec as BackendSpec
     from lorax_core.serving.engine import Engine as Engine
-    from lorax_core.serving.loading import load as load
+    from lorax_core.serving.engine import load as load
+    from lorax_core.serving.model import load_model as load_model
+    from lorax_core.serving.model import make_batch as make_batch
     from lorax_core.serving.requests import ClassifyRequest as ClassifyRequest
     from lorax_core.serving.requests import EmbedRequest as EmbedRequest
     from lorax_core.serving.requests import GenerateRequest as GenerateRequest

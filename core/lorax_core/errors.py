@@ -1,7 +1,7 @@
 """The one tree of errors.
 
-Decides how a failure is told: what failed, the value that caused it, and the next thing to do. Knows nothing of what can
-fail. Everything raised on purpose by lorax-core is a `LoraxError`; anything else that escapes is a bug of ours.
+Decides what an error says: what failed, the value that caused it, and what to do next. Knows nothing of what can fail.
+Everything raised on purpose by lorax-core is a `LoraxError`; anything else that escapes is an internal error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ class LoraxError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
+        # Apart, for servers and commands that show the hint in a place of its own.
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
+        # The hint on a line of its own: logs and tracebacks show str(), and none of it may be lost.
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
 
 
@@ -60,6 +62,7 @@ class StepError(LoraxError):
 
 def nearest(value: str, options: Iterable[str]) -> str | None:
     """The option most like `value`, or None when none is close."""
+    # 0.5, below difflib's 0.6: names are short, so that one wrong letter weighs much.
     found = difflib.get_close_matches(value, list(options), n=1, cutoff=0.5)
     return found[0] if found else None
 

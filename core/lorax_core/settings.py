@@ -15,6 +15,7 @@ from typing import Final
 
 from lorax_core.errors import PluginError, nearest
 
+# The form of a distribution's name by PEP 508.
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _CACHE: Final = Path("~/.cache/lorax")
 _TRUE: Final = ("1", "true", "yes", "on")
@@ -23,12 +24,13 @@ _FALSE: Final = ("0", "false", "no", "off")
 
 def canonical(name: str) -> str:
     """A distribution's or an entry point's name as names are compared: `Lorax_BERT` and `lorax-bert` are the same."""
+    # The rule of PEP 503, by which package indexes compare names.
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What steers this process, read once and handed around.
+    """The settings of this process, read once and passed to those who need them.
 
     - `plugins` (`LORAX_PLUGINS`): only these plugins are loaded; empty means all. Names, separated by commas, of
       distributions (`lorax-bert`) or of their entry points (`bert`).
@@ -37,7 +39,7 @@ class Settings:
     - `cache` (`LORAX_CACHE`): the folder for downloads that no library of their own keeps. It need not exist, and a
       leading `~` is still to be expanded. Unset: `lorax` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
 
-    - `native` (`LORAX_NATIVE`, on by default): products of adapters may be compiled for this machine.
+    - `native` (`LORAX_NATIVE`, on by default): native kernels may be compiled for this machine.
 
     Names are kept in canonical form.
     """
@@ -64,6 +66,7 @@ class Settings:
 
 
 def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
+    # A comma too many gives an empty name, which is passed over.
     names = [name.strip() for name in environ.get(variable, "").split(",")]
     for name in filter(None, names):
         if not _NAME.fullmatch(name):
@@ -75,11 +78,11 @@ def _names(environ: Mapping[str, str], variable: str) -> frozenset[str]:
 
 
 def _cache(environ: Mapping[str, str]) -> Path:
-    told = environ.get("LORAX_CACHE", "").strip()
-    if told:
-        return Path(told)
+    given = environ.get("LORAX_CACHE", "").strip()
+    if given:
+        return Path(given)
     shared = environ.get("XDG_CACHE_HOME", "")
-    return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # relative ones are void, as XDG has it
+    return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # XDG ignores relative ones
 
 
 def _switch(environ: Mapping[str, str], variable: str, default: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The words that every floor shares: tasks, results and events.
+"""Tasks, results and events that every floor shares.
 
 Decides what callers get back. Knows nothing of tensors, models or plugins; numpy is named for type checkers only, so that
 importing this module stays cheap.
@@ -25,7 +25,7 @@ class Task(StrEnum):
 
 
 class Pooling(StrEnum):
-    """How the rows of one text become one vector."""
+    """How the rows of one input become one vector."""
 
     CLS = "cls"
     MEAN = "mean"
@@ -43,7 +43,8 @@ class FinishReason(StrEnum):
 class Usage:
     """Tokens that a request cost.
 
-    `cached_tokens` of the prompt were found in the cache; `accepted_tokens` of the completion were guessed right.
+    `cached_tokens` of the prompt were found in the cache; `accepted_tokens` of the completion were draft tokens that the
+    model confirmed.
     """
 
     prompt_tokens: int
@@ -58,7 +59,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Natural logarithms of the model's own probabilities, before penalties and temperature, at one place of a text.
+    """Natural logarithms of the model's own probabilities, before penalties and temperature, at one position of a sequence.
 
     `top` has the most likely tokens, as many as were asked for, likeliest first.
     """
@@ -88,7 +89,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the text lost tokens."""
+    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the input lost tokens."""
 
     vector: NDArray[np.float32]
     usage: Usage
@@ -110,9 +111,9 @@ class Entity:
 class Classification:
     """The answer to a classifying request; `labels` and `scores` run parallel.
 
-    Of tokens: the best label of each token of the text (special tokens left out), with `tokens`, character `offsets` and,
-    for B-/I- labels, `entities`. Offsets need a tokenizer and a text: token ids have none. Of a whole text: every label by
-    falling score, and no tokens. Scores are probabilities (independent ones when multi-label; the raw value of a
+    Of tokens: the best label of each token (special tokens left out), with `tokens`, character `offsets` and, for B-/I-
+    labels, `entities`. Offsets need a tokenizer and a string: token ids have none. Of a whole input: every label by falling
+    score, and no tokens. Scores are probabilities (independent ones when multi-label; the raw value of a
     regression).
     """
 

@@ -154,7 +154,7 @@ def test_cross_attention_is_refused_by_name(tmp_path):
 
     folder = saved(model, tmp_path, add_cross_attention=True)
 
-    with pytest.raises(CheckpointError, match=r"add_cross_attention.*cross attention is not served"):
+    with pytest.raises(CheckpointError, match=r"add_cross_attention.*cross attention is not supported"):
         ours(folder)
 
 
@@ -163,7 +163,7 @@ def test_heads_that_do_not_share_the_width_are_refused(tmp_path):
 
     folder = saved(model, tmp_path, n_head=5)
 
-    with pytest.raises(CheckpointError, match="n_embd 48 is no multiple of n_head 5"):
+    with pytest.raises(CheckpointError, match="n_embd 48 is not a multiple of n_head 5"):
         ours(folder)
 
 

@@ -132,8 +132,8 @@ def test_old_files_call_norms_gamma_and_beta_and_hold_position_numbers(tmp_path)
     ("raw", "told"),
     [
         ({"position_embedding_type": "relative_key"}, "position_embedding_type.*'relative_key'"),
-        ({"is_decoder": True}, "is_decoder.*sees only backwards"),
-        ({"num_attention_heads": 5}, "hidden_size 48 is no multiple of num_attention_heads 5"),
+        ({"is_decoder": True}, "is_decoder.*attends to earlier tokens only"),
+        ({"num_attention_heads": 5}, "hidden_size 48 is not a multiple of num_attention_heads 5"),
         ({"pad_token_id": 63}, "max_position_embeddings 64 leaves no position after pad_token_id 63"),
         ({"pad_token_id": -1}, "pad_token_id -1"),
     ],

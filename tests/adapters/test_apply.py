@@ -1,59 +1,31 @@
 from __future__ import annotations
 
-from types import MappingProxyType
+import gc
+import weakref
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax_core.adapters.apply import AdapterRowsMaker
-from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.base import Bound
 from lorax_core.adapters.deltas import LowRank, TokenLogits
 from lorax_core.modeling import Linear
-from lorax_core.modeling.batch import NoAdapters
+from lorax_core.modeling.site import NoAdapters
 
 
-class Whole(Adapter):
-    """An adapter made of numbers instead of files; it changes the layers called `here`."""
-
-    kind = "whole"
-
-    def __init__(self, seed, rank, paths=("here",)):
-        generator = torch.Generator().manual_seed(seed)
-        made = {
+def make_bound(seed, rank, paths=("here",)):
+    """An adapter of random numbers that changes the layers called so."""
+    generator = torch.Generator().manual_seed(seed)
+    return Bound(
+        {
             path: (LowRank.whole(torch.randn(rank, 5, generator=generator), torch.randn(3, rank, generator=generator)),)
             for path in paths
         }
-        self._deltas = MappingProxyType(made)
-
-    @property
-    def identity(self):
-        return str(id(self))
-
-    @property
-    def is_bound(self):
-        return True
-
-    @property
-    def targets(self):
-        return tuple(self._deltas)
-
-    @property
-    def nbytes(self):
-        return 0
-
-    @property
-    def deltas(self):
-        return self._deltas
-
-    def bind(self, base):
-        raise AssertionError("bound from the start")
-
-    def unbind(self):
-        raise AssertionError("bound for ever")
+    )
 
 
-ADAPTERS = [None, Whole(1, rank=2), Whole(2, rank=1), Whole(3, rank=4, paths=("elsewhere",))]
+ADAPTERS = [None, make_bound(1, rank=2), make_bound(2, rank=1), make_bound(3, rank=4, paths=("elsewhere",))]
 
 
 def make_site(path="here"):
@@ -92,7 +64,7 @@ def test_runs_of_one_adapter_are_one_product():
 
     rows = AdapterRowsMaker().rows([2, 3, 1, 0, 4], [one, one, other, None, other])
 
-    assert [(segment.start, segment.stop, segment.adapter) for segment in rows.segments] == [
+    assert [(run.start, run.stop, run.bound) for run in rows.runs] == [
         (0, 5, one),
         (5, 10, other),
     ]
@@ -132,10 +104,21 @@ def test_steps_alike_share_their_rows_until_an_adapter_comes_back_with_other_num
     assert maker.rows([2, 1], [one, other]) is first
     assert maker.rows([1, 2], [one, other]) is not first
 
-    again = Whole(1, rank=2)
-    one_before, one._deltas = one._deltas, again._deltas
     maker.start_step()
-    changed = maker.rows([2, 1], [one, other])
-    one._deltas = one_before
+    again = make_bound(1, rank=2)  # it was evicted and bound again
+    assert maker.rows([2, 1], [again, other]) is not first
+    assert maker.rows([2, 1], [again, other]).apply(make_site(), torch.ones(3, 5), torch.zeros(3, 3)).isfinite().all()
 
-    assert changed is not first
+
+def test_an_adapter_that_was_unbound_is_freed_after_a_step_without_it():
+    maker, bound = AdapterRowsMaker(), make_bound(5, rank=2)
+    maker.rows([2], [bound])
+    gone = weakref.ref(bound)
+
+    del bound
+    for _ in range(2):
+        maker.start_step()
+        maker.rows([2], [ADAPTERS[1]])
+    gc.collect()
+
+    assert gone() is None

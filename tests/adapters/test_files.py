@@ -59,6 +59,8 @@ SETTINGS = {
     "olora": ({"init_lora_weights": "olora"}, "'olora'"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha"),
     "alpha in words": ({"lora_alpha": "eight"}, "'eight'"),
+    "alphas of modules in a list": ({"alpha_pattern": ["q_proj"]}, "['q_proj']"),
+    "a module's alpha in words": ({"alpha_pattern": {"q_proj": "eight"}}, "'eight'"),
     "alpha that is no number": ({"lora_alpha": float("nan")}, "nan"),
 }
 

@@ -330,7 +330,7 @@ SPOILT = {
     "another width": (
         {},
         lambda found: {name: t[:, :32] if "lora_A" in name else t for name, t in found.items()},
-        rf"does not fit '{Q}': its low-rank update has shape \[64, 32\], the base asks for \[64, 64\]",
+        rf"does not fit '{Q}': lora_A is \[4, 32\] and lora_B \[64, 4\], the base maps 64 to 64",
     ),
     "another magnitude": (
         {"use_dora": True},
@@ -355,7 +355,7 @@ SPOILT = {
     "a head of its own": (
         {},
         extra("score.weight", lambda found: torch.ones(3, 64)),
-        "brings 'score' whole, which .* does not have: a head of the adapter's own cannot be merged",
+        "holds 'score' whole, which .* does not have: a head of the adapter's own cannot be merged",
     ),
     "a module twice": (
         {},
@@ -390,7 +390,7 @@ def test_numbers_beyond_the_base_s_dtype_are_refused(plain, tmp_path, host):
     copy.deepcopy(model).half().save_pretrained(tmp_path / "base")
     folder, _ = make_adapter(model, tmp_path / "lora", lora_alpha=10**7)
 
-    with pytest.raises(AdapterError, match=rf"(?s)'{Q}.weight' beyond what torch.float16 holds.*bfloat16"):
+    with pytest.raises(AdapterError, match=rf"(?s)'{Q}.weight' larger than torch.float16 can hold.*bfloat16"):
         merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
 
     assert not (tmp_path / "out").exists()
@@ -419,7 +419,7 @@ def test_what_somebody_else_writes_meanwhile_is_left_alone(plain, tmp_path, host
         (tmp_path / "out/mine.txt").write_text("mine")
 
     with pytest.raises(AdapterError, match="holds files already"):
-        merge_into_base(plain[1], folder, tmp_path / "out", host, told=write)
+        merge_into_base(plain[1], folder, tmp_path / "out", host, progress=write)
 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "out"]
@@ -441,7 +441,7 @@ def test_progress_is_told_shard_by_shard(plain, tmp_path, host):
     folder, _ = make_adapter(plain[0], tmp_path / "lora")
     heard = []
 
-    merge_into_base(plain[1], folder, tmp_path / "out", host, told=lambda *at: heard.append(at))
+    merge_into_base(plain[1], folder, tmp_path / "out", host, progress=lambda *at: heard.append(at))
 
     assert heard == [(0, 1), (1, 1)]
 

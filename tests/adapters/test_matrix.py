@@ -149,7 +149,7 @@ def test_the_task_may_be_told_at_loading(bench, tmp_path, task):
     change_json(made[0] / "adapter_config.json", task_type=None)
     head = bench.arch.last if kind == "SEQ_CLS" or bench.arch.name.startswith("qwen2") else "classifier"
 
-    with pytest.raises(AdapterError, match=rf"brings a head \('{head}.*does not say for which task") as caught:
+    with pytest.raises(AdapterError, match=rf"has a head \('{head}.*does not say for which task") as caught:
         bench.engine.adapters.load("it", made[0])
 
     assert task in caught.value.hint
@@ -182,7 +182,7 @@ def test_what_is_wrongly_said_of_a_head_is_refused(bench, tmp_path, options, tol
 def test_labels_for_an_adapter_without_a_head_are_refused(bench, tmp_path):
     folder, _ = make_cell(bench.arch, bench.model, ROWS["rank 1"], tmp_path)
 
-    with pytest.raises(AdapterError, match="brings no head of its own for id2label"):
+    with pytest.raises(AdapterError, match="has no head of its own, so id2label"):
         bench.engine.adapters.load("it", folder, id2label={0: "A"})
 
 

@@ -11,11 +11,12 @@ import torch
 from builders import change_json, change_tensors, make_lora, make_qwen2_model
 from matrix import ARCHS, TEXTS, answers, saved, trained
 from peft import PeftModel
+from peft.utils import merge_utils
 
 import lorax_core as lorax
 from lorax_core.adapters.formats.peft import read_peft
-from lorax_core.adapters.merging.combining import STRATEGIES
-from lorax_core.adapters.merging.merge import merge_adapters
+from lorax_core.adapters.merging.combining import STRATEGIES, seeded_mask
+from lorax_core.adapters.merging.merge import combine, merge_adapters, merge_options
 from lorax_core.errors import AdapterError
 
 TOLERANCE = 1e-5
@@ -51,13 +52,32 @@ def on_peft(model, folders):
 def by_peft(model, folders, strategy, weights, *, seed=0, rank=None, **settings):
     """PEFT's own merged adapter, active on a copy of the model."""
     lora = on_peft(model, folders)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
+        if strategy.startswith("dare"):
+            chosen = merge_options(folders, strategy, weights, seed=seed, **settings)
+            patch.setattr(merge_utils, "random_pruning", with_our_masks(folders, chosen))
         names = [str(at) for at in range(len(folders))]
         lora.add_weighted_adapter(names, weights, "merged", combination_type=strategy, svd_rank=rank, **settings)
     lora.set_adapter("merged")
     return lora
+
+
+def with_our_masks(folders, options):
+    """PEFT's random pruning with the masks that our seed draws for the same tensors: streams of random numbers are our own."""
+    draw, masks = seeded_mask(options.seed), {}
+
+    def recorded(tensor, density):
+        masks[tensor.contiguous().numpy().tobytes()] = mask = draw(tensor, density)
+        return mask
+
+    combine([read_peft(folder) for folder in folders], options, mask=recorded)
+
+    def pruned(tensor, density, rescale):
+        mask = masks[tensor.detach().contiguous().numpy().tobytes()]
+        return tensor * mask / density if rescale else tensor * mask
+
+    return pruned
 
 
 def from_files(model, folder):
@@ -69,8 +89,8 @@ def deltas(folder):
     """What a folder's adapter adds to the weight of each module."""
     files = read_peft(folder)
     found = {}
-    for module, piece in files.pieces.items():
-        a, b = (piece.a, piece.b) if piece.a is not None else (piece.embedding_a, piece.embedding_b)
+    for module, tensors in files.modules.items():
+        a, b = (tensors.a, tensors.b) if tensors.a is not None else (tensors.embedding_a, tensors.embedding_b)
         found[module] = files.scale(module, a.shape[0]) * b.float() @ a.float()
     return found
 
@@ -120,11 +140,8 @@ def test_the_numbers_are_peft_s(trio, tmp_path, host, strategy):
     adapters = adapters if strategy in PRECISE else adapters[:2]
     weights = [0.7, -0.4, 1.3][: len(adapters)]
     expected = by_peft(model, adapters, strategy, weights, **SETTINGS[strategy])
-    order = [name for name, _ in model.named_modules()]
 
-    done = merge_adapters(
-        adapters, tmp_path / "out", strategy=strategy, weights=weights, order=order, **SETTINGS[strategy]
-    )
+    done = merge_adapters(adapters, tmp_path / "out", strategy=strategy, weights=weights, **SETTINGS[strategy])
 
     assert_same(deltas(done.path), peft_deltas(expected))
     reloaded = [vector for _, vector in answers(from_files(model, done.path))["embed"]]
@@ -208,8 +225,8 @@ def test_svd_keeps_as_many_ranks_as_are_asked_for(model, pair, tmp_path, rank):
 def test_one_adapter_alone_is_pruned_as_asked_for(pair, tmp_path):
     done = merge_adapters(pair[:1], tmp_path / "out", strategy="ties", density=0.25)  # PEFT silently takes 'linear'
 
-    for piece in read_peft(done.path).pieces.values():
-        assert int((piece.a != 0).sum()) == piece.a.numel() // 4
+    for tensors in read_peft(done.path).modules.values():
+        assert int((tensors.a != 0).sum()) == tensors.a.numel() // 4
 
 
 @pytest.mark.parametrize("method", ["total", "frequency"])
@@ -259,7 +276,7 @@ def test_a_base_weight_that_all_save_is_carried_along(tmp_path):
 
     done = merge_adapters(adapters, tmp_path / "out")
 
-    assert torch.equal(read_peft(done.path).pieces["model.embed_tokens"].weight, weight)
+    assert torch.equal(read_peft(done.path).modules["model.embed_tokens"].weight, weight)
     change_tensors(adapters[1] / "adapter_model.safetensors", lambda found: {**found, name: weight + 1})
     with pytest.raises(AdapterError, match=r"same base weight beneath 'model\.embed_tokens'"):
         merge_adapters(adapters, tmp_path / "other")
@@ -304,10 +321,6 @@ REFUSED = {
     "a seed for others": ({"strategy": "ties", "density": 0.5, "seed": 1}, "'ties' takes no seed"),
     "a rank for others": ({"strategy": "cat", "rank": 3}, "'cat' takes no rank"),
     "no rank": ({"strategy": "svd", "rank": 0}, "rank is at least 1"),
-    "an order that lacks a module": (
-        {"strategy": "dare_linear", "density": 0.5, "order": ["model.layers.0.mlp.down_proj"]},
-        "order does not name the module 'model.layers.0.self_attn.q_proj'",
-    ),
 }
 
 
@@ -358,7 +371,7 @@ def test_two_towers_of_one_model_are_not_taken_for_two_spellings(model, pair, tm
     assert_same(deltas(done.path), {module: delta + other.get(module, 0) for module, delta in one.items()})
 
 
-def test_settings_on_which_the_adapters_differ_are_told(pair, tmp_path):
+def test_settings_on_which_the_adapters_differ_are_reported(pair, tmp_path):
     adapters = [tmp_path / "a", tmp_path / "b"]
     for folder, source in zip(adapters, pair, strict=True):
         merge_adapters([source], folder)
@@ -399,6 +412,6 @@ def test_a_folder_that_holds_files_is_left_alone_unless_it_may_be_overwritten(mo
 def test_progress_is_told_module_by_module(pair, tmp_path):
     heard = []
 
-    merge_adapters(pair, tmp_path / "out", told=lambda done, total: heard.append((done, total)))
+    merge_adapters(pair, tmp_path / "out", progress=lambda done, total: heard.append((done, total)))
 
     assert heard == [(0, 4), (1, 4), (2, 4), (3, 4)]

@@ -12,13 +12,14 @@ from lorax_core.errors import AdapterError
 
 FIND = """
 import json, sys
+from pathlib import Path
 from lorax_core.adapters.residency.source import find_adapter
 from lorax_core.errors import AdapterError
 
 answers = []
 for source, options in json.loads(sys.argv[1]):
     try:
-        found = find_adapter(source, **options)
+        found = find_adapter(source, cache=Path("cache"), **options)
         answers.append({"folder": str(found.folder), "origin": found.origin, "revision": found.revision})
     except AdapterError as error:
         answers.append({"message": error.message, "hint": error.hint})
@@ -37,7 +38,7 @@ def client(hub, tmp_path) -> Client:
 
 def refused(source, **options):
     with pytest.raises(AdapterError) as caught:
-        find_adapter(source, **options)
+        find_adapter(source, cache=Path("never made"), **options)
     return caught.value
 
 
@@ -45,8 +46,8 @@ def refused(source, **options):
 
 
 def test_a_folder_is_itself_and_has_no_revision(tmp_path):
-    assert find_adapter(tmp_path) == FoundAdapter(tmp_path, str(tmp_path), None)
-    assert find_adapter(str(tmp_path)) == FoundAdapter(tmp_path, str(tmp_path), None)
+    assert find_adapter(tmp_path, cache=tmp_path / "cache") == FoundAdapter(tmp_path, str(tmp_path), None)
+    assert find_adapter(str(tmp_path), cache=tmp_path / "cache") == FoundAdapter(tmp_path, str(tmp_path), None)
 
 
 def test_a_revision_of_a_folder_is_refused(tmp_path):
@@ -87,7 +88,7 @@ def test_a_url_that_became_a_path_is_refused_with_the_text_to_give():
 # --- the hub ---
 
 
-def test_only_the_files_of_an_adapter_are_downloaded_and_the_commit_is_told(hub, client, tmp_path):
+def test_only_the_files_of_an_adapter_are_downloaded_and_the_commit_is_reported(hub, client, tmp_path):
     wanted = {**FILES, "adapter_model-00001-of-00002.safetensors": "half", "config.json": "{}"}
     commit = hub.add("acme/lora", write(tmp_path / "repo", {**wanted, **BESIDE}))
 
@@ -110,7 +111,7 @@ def test_a_revision_is_fetched_by_its_name_and_one_that_is_not_there_is_refused(
     assert "at revision 'v9'" in unknown["message"]
 
 
-def test_a_token_opens_a_private_adapter_and_its_lack_is_told(hub, client, tmp_path):
+def test_a_token_opens_a_private_adapter_and_its_lack_is_reported(hub, client, tmp_path):
     hub.add("acme/private", write(tmp_path / "repo", FILES), token="hf_right")
 
     without, wrong, right = client.run(

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import pickle
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from builders import change_json, make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
+from lorax_core.adapters.bound import BindAdapter
 from lorax_core.adapters.formats.lora import LoraAdapter
+from lorax_core.adapters.residency.store import AdapterStore, _drop
 from lorax_core.errors import AdapterError
+from lorax_core.settings import Settings
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -142,16 +147,36 @@ def test_a_request_in_flight_finishes_on_the_content_that_its_name_had(base, fol
     assert newer.output != expected
 
 
-def test_an_adapter_that_is_unbound_gives_its_memory_back(base, folders):
+def test_checking_gives_the_facts_without_numbers(base, folders):
     adapter = LoraAdapter(folders["first"])
-    assert adapter.nbytes == 0
-    adapter.bind(base)
-    assert adapter.nbytes > 0
 
-    adapter.unbind()
+    fit = adapter.check(base)
 
-    assert adapter.nbytes == 0
-    assert not adapter.is_bound
+    bound = adapter.bind(base)
+    assert fit.targets == bound.targets
+    assert fit.nbytes == bound.nbytes > 0
+    meta = adapter.bind(base, meta=True)
+    assert all(delta.a.is_meta for deltas in meta.deltas.values() for delta in deltas)
+
+
+def test_an_adapter_is_a_value_that_pickles(base, folders):
+    adapter = pickle.loads(pickle.dumps(BindAdapter("it", LoraAdapter(folders["first"])))).adapter
+
+    assert adapter.identity == LoraAdapter(folders["first"]).identity
+    assert adapter.bind(base).nbytes == LoraAdapter(folders["first"]).bind(base).nbytes
+
+
+def test_what_nobody_can_name_or_holds_leaves_the_device(base, folders):
+    store = make_adapters(base, **folders)
+    held = store.get("first")
+
+    store.unload("first")
+    store.unload("second")
+
+    assert list(store.bound) == [held.identity]
+    del held
+    assert list(store.bound) == []
+    store.check()
 
 
 def test_many_threads_may_load_and_unload(base, folders):
@@ -170,3 +195,37 @@ def test_many_threads_may_load_and_unload(base, folders):
 
     assert all(seen)
     assert sorted(store) == sorted(f"adapter-{number % 5}-{number}" for number in range(0, 40, 3))
+
+
+def test_a_pinned_adapter_stays_pinned_when_another_of_its_names_goes(base, folders):
+    store = AdapterStore(base, Settings.from_env(), max_adapters=2)
+    store.load("pinned", folders["first"], pin=True)
+    store.load("other", folders["first"])
+
+    store.unload("other")
+
+    with pytest.raises(AdapterError, match="'second' cannot be pinned"):
+        store.load("second", folders["second"], pin=True)
+
+
+def test_an_adapter_retired_while_a_sequence_waits_is_not_bound_again(base, folders):
+    store = make_adapters(base, it=folders["first"])
+    waiting = store.get("it")
+    bound = store.bound[waiting.identity]
+    store.unload("it")
+
+    entered = store.acquire(waiting)
+
+    assert entered
+    assert store.bound[waiting.identity] is bound
+    store.check()
+
+
+def test_what_is_freed_late_leaves_content_that_was_loaded_again(base, folders):
+    store = make_adapters(base, it=folders["first"])
+    identity = store.get("it").identity
+
+    _drop(weakref.ref(store), identity)  # as of a handle before this one, whose end comes late
+
+    assert identity in store.bound
+    store.check()

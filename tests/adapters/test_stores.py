@@ -17,10 +17,13 @@ from buckets import Bucket
 from builders import make_lora, make_qwen2_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hubs import held, write
+from rigs import make_loaded
 
 from lorax_core.adapters.formats.peft import read_peft
 from lorax_core.adapters.residency.source import find_adapter
+from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.errors import AdapterError
+from lorax_core.settings import Settings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = {CONFIG: '{"r": 4}', WEIGHTS: "weights"}
@@ -85,9 +88,9 @@ def put(store, files, folder="/lora"):
         store.pipe_file(f"{folder}/{name}", text.encode())
 
 
-def refused(source, **options):
+def refused(source, cache=Path("never made"), **options):
     with pytest.raises(AdapterError) as caught:
-        find_adapter(source, **options)
+        find_adapter(source, cache=cache, **options)
     return caught.value
 
 
@@ -205,13 +208,14 @@ def test_what_somebody_spoilt_in_the_cache_is_fetched_again(store, tmp_path):
     assert held(found.folder) == FILES
 
 
-def test_the_cache_is_the_one_of_the_settings_unless_told(store, tmp_path, monkeypatch):
+def test_the_store_of_an_engine_uses_the_cache_of_its_settings(store, tmp_path, qwen2, host):
     put(store, FILES)
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "ours"))
+    adapters = AdapterStore(make_loaded(qwen2, host), Settings(cache=tmp_path / "ours"))
 
-    found = find_adapter("store://lora")
+    with pytest.raises(AdapterError):  # these files are no adapter, but they were fetched
+        adapters.load("it", "store://lora")
 
-    assert found.folder.is_relative_to(tmp_path / "ours")
+    assert [folder.name for folder in (tmp_path / "ours").iterdir()] == ["adapters"]
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_the_variable(store, tmp_path):
@@ -296,12 +300,13 @@ def test_a_folder_that_a_bucket_does_not_have_is_refused_by_its_url(bucket, tmp_
 
 UNINSTALLED = """
 import sys
+from pathlib import Path
 sys.modules["s3fs"] = None  # as good as not installed
 from lorax_core.adapters.residency.source import find_adapter
 from lorax_core.errors import AdapterError
 
 try:
-    find_adapter("s3://bucket/lora")
+    find_adapter("s3://bucket/lora", cache=Path("cache"))
 except AdapterError as error:
     print(error.hint)
 """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers.masking_utils import sliding_window_causal_mask_function
 
+from lorax_core.attention.base import HostAndDevice
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling import Attention, Batch
@@ -42,6 +44,14 @@ def dense(q, k, v, past, *, causal=True, window=None, soft_cap=None, scale=DIM**
     return out.float()
 
 
+def make_batch(lengths, totals):
+    """A batch of sequences with so many rows each, that end after so many tokens."""
+    nothing = torch.zeros(sum(lengths), dtype=torch.int64)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    ends = torch.tensor(totals, dtype=torch.int32)
+    return Batch(nothing, nothing, nothing, HostAndDevice(starts, starts), HostAndDevice(ends, ends))
+
+
 class Step:
     """A step over sequences of random rows, their pages strewn over a cache that is full of others' numbers."""
 
@@ -75,15 +85,23 @@ class Step:
         ]
         for past, where, k, v in zip(self.past, slots, self.keys, self.values, strict=True):
             pool.write(1, k[:past], v[:past], where[:past])
-        nothing = torch.zeros(sum(new for _, new in sizes), dtype=torch.int64)
-        self.batch = Batch(nothing, nothing, nothing, lengths=tuple(new for _, new in sizes), head_rows=())
-        self.batch.cached, self.batch.pages, self.batch.kv = tuple(self.past), pages, pool
+        self.batch = make_batch([new for _, new in sizes], totals)
+        table = torch.zeros(len(pages), max(needed), dtype=torch.int32)
+        for row, held in zip(table, pages, strict=True):
+            row[: len(held)] = torch.tensor(held)
+        self.batch.page_table = HostAndDevice(table, table)
         self.batch.slots = torch.cat([where[past:] for past, where in zip(self.past, slots, strict=True)])
-        self.batch.attention = TorchBackend()
+        self.pool = pool
+        self.plan(self.layer.spec)
+
+    def plan(self, *specs):
+        """Plan the step for layers of these kinds."""
+        backend = TorchBackend()
+        backend.bind(specs, self.queries[0].dtype, self.pool)
+        self.batch.attention = backend.plan(self.batch)
 
     def attended(self):
         """What the layer gives each sequence, `[rows, heads, dim]`."""
-        self.batch.attention.plan(self.batch, [self.layer.spec])
         new_keys, new_values = (
             torch.cat([t[past:] for past, t in zip(self.past, stored, strict=True)])
             for stored in (self.keys, self.values)
@@ -153,9 +171,9 @@ def make_texts(lengths, heads, kv_heads):
 def test_an_encoder_row_attends_to_its_whole_text_and_to_no_other(lengths, heads, window, soft_cap):
     q, k, v = make_texts(lengths, *heads)
     layer = Attention(*heads, DIM, causal=False, window=window, soft_cap=soft_cap)
-    nothing = torch.zeros(sum(lengths), dtype=torch.int64)
-    batch = Batch(nothing, nothing, nothing, lengths=lengths, head_rows=(), attention=TorchBackend())
-    batch.attention.plan(batch, [layer.spec])
+    batch, backend = make_batch(lengths, lengths), TorchBackend()
+    backend.bind([layer.spec], q.dtype, None)
+    batch.attention = backend.plan(batch)
 
     rows = layer(q, k, v, batch).view(q.shape)
 
@@ -168,7 +186,8 @@ def test_16_bit_rows_come_out_in_16_bit_close_to_the_exact_ones():
     step = Step(STEPS["all kinds"], 4, 2)
     exact = step.attended()
     step.queries = [q.bfloat16() for q in step.queries]
-    step.batch.kv.data = step.batch.kv.data.bfloat16()
+    step.pool.data = step.pool.data.bfloat16()
+    step.plan(step.layer.spec)
 
     rows = step.attended()
 
@@ -181,7 +200,7 @@ def test_layers_of_two_windows_share_one_plan():
     step = Step(STEPS["all kinds"], 4, 2)
     narrow = Attention(4, 2, DIM, causal=True, window=3)
     narrow.index = 1
-    step.batch.attention.plan(step.batch, [step.layer.spec, narrow.spec])
+    step.plan(step.layer.spec, narrow.spec)
     q, k, v = (
         torch.cat(step.queries),
         *(

@@ -151,7 +151,7 @@ def test_inspect_tells_of_heads_and_lora_in_one_folder(main, qwen2, tmp_path):
     said = json.loads(out)
     assert code == 0
     assert (said["adapter"]["kind"], said["adapter"]["ranks"], said["adapter"]["medusa"]["heads"]) == ("medusa", [4], 2)
-    assert said["adapter"]["tensors"] == len(load_file(folder / "medusa_lm_head.safetensors")) + 2 * len(alone.pieces)
+    assert said["adapter"]["tensors"] == len(load_file(folder / "medusa_lm_head.safetensors")) + 2 * len(alone.modules)
     assert said["base"]["sites"] == ["layers.0.self_attn.o_proj", "layers.1.self_attn.o_proj"]
     assert "medusa, lora" in table
 

@@ -67,7 +67,7 @@ def test_an_error_is_told_on_stderr_with_its_hint_and_exits_with_1(main):
     code, out, err = main("models", "show", "qwen3")
 
     assert (code, out) == (1, "")
-    assert err.startswith("error: no plugin brings model type 'qwen3'")
+    assert err.startswith("error: no plugin provides model type 'qwen3'")
     assert "hint: did you mean 'qwen2'?" in err
     assert "Traceback" not in err
 
@@ -78,7 +78,7 @@ def test_the_traceback_is_there_for_those_who_ask(main, option):
 
     assert code == 1
     assert "Traceback" in err
-    assert "error: no plugin brings model type 'qwen3'" in err
+    assert "error: no plugin provides model type 'qwen3'" in err
 
 
 def test_a_bad_setting_is_an_error_like_any_other(main, monkeypatch):

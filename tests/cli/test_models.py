@@ -53,13 +53,13 @@ def test_a_task_narrows_the_list(main):
     assert "bert" not in out
 
 
-def test_a_task_that_nobody_serves_is_told(main, monkeypatch):
+def test_a_task_that_nobody_serves_is_reported(main, monkeypatch):
     monkeypatch.setenv("LORAX_PLUGINS", "lorax-bert")
 
     code, out, err = main("models", "list", "--task", "generate")
 
     assert (code, out) == (0, "")
-    assert "no installed architecture serves the task 'generate'" in err
+    assert "no installed architecture supports the task 'generate'" in err
 
 
 def test_an_empty_house_says_how_to_fill_it(main, monkeypatch):
@@ -184,8 +184,8 @@ def test_show_has_the_whole_declaration_as_json(main):
     [
         (None, "has no config.json", "is this its folder?"),
         ('{"model_type": "qwen2",}', "is not JSON: ", "download the checkpoint again"),
-        ('{"model_type": "gpt3"}', "no plugin brings model type 'gpt3'; installed: ", "did you mean 'gpt2'?"),
-        ('{"model_type": "qwen22"}', "no plugin brings model type 'qwen22'", "did you mean 'qwen2'?"),
+        ('{"model_type": "gpt3"}', "no plugin provides model type 'gpt3'; installed: ", "did you mean 'gpt2'?"),
+        ('{"model_type": "qwen22"}', "no plugin provides model type 'qwen22'", "did you mean 'qwen2'?"),
     ],
 )
 def test_check_refuses_a_checkpoint_whose_config_nobody_can_serve(main, tmp_path, config, message, hint):
@@ -207,3 +207,14 @@ def test_check_of_a_broken_plugin_s_checkpoint_says_what_is_broken(lorax, strang
 
     assert done.returncode == 1
     assert "model type 'gpt2' is unavailable: plugin lorax-gpt2 1.0 is broken: ModuleNotFoundError" in done.stderr
+
+
+def test_listing_and_showing_import_no_cases_of_a_plugin(lorax, strangers):
+    """The installed packages are really there; only a plugin whose `cases` cannot be imported tells whether they are read."""
+    strangers.install("lorax-caseless", model_type="caseless", cases="lorax_caseless.nowhere:CASES")
+
+    listed, shown = lorax("models", "list", "--json"), lorax("models", "show", "caseless", "--json")
+
+    assert "caseless" in listed.stdout
+    assert (listed.returncode, shown.returncode) == (0, 0)
+    assert '"cases": "lorax_caseless.nowhere:CASES"' in shown.stdout

@@ -19,11 +19,11 @@ def lorax_architectures():
         api=1,
         config="lorax_slow.config:SlowConfig",
         backbone="lorax_slow.modeling:SlowModel",
-        heads={Task.EMBED: "lorax_core.modeling.heads:EmbeddingHead"},
+        tasks=(Task.EMBED,),
         hf_architectures={},
         default_task=Task.EMBED,
         causal=False,
-        tiny_config={},
+        cases="lorax_slow.cases:SLOW",
     )
 """
 

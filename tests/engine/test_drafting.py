@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lorax_core.engine.drafting import PromptLookup
 
 
-def guessed(text, limit, most, ngram):
+def drafted(text, limit, most, ngram):
     """The oracle: the latest earlier place where the text ended as it does now; what followed repeats from there."""
     tail = text[-ngram:]
     if len(text) < ngram:
@@ -27,18 +27,18 @@ def guessed(text, limit, most, ngram):
     st.integers(1, 5),
     st.integers(1, 3),
 )
-def test_what_followed_the_last_time_is_guessed(pieces, limit, most, ngram):
+def test_what_followed_the_last_time_is_drafted(pieces, limit, most, ngram):
     drafter, text = PromptLookup(most, ngram), []
 
     for piece in pieces:
         drafter.extend(piece)
         text += piece
 
-        assert drafter.guess(limit) == guessed(text, limit, most, ngram)
+        assert drafter.draft(limit) == drafted(text, limit, most, ngram)
         assert len(drafter) == len(text)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
-def test_a_guess_of_nothing_is_refused(sizes):
+def test_a_draft_of_nothing_is_refused(sizes):
     with pytest.raises(ValueError, match="at least one token"):
         PromptLookup(*sizes)

@@ -7,6 +7,7 @@ import torch
 from builders import make_lora, make_qwen2_model
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
+from lorax_core.adapters.bound import UnbindAdapter
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.errors import AdapterError, StepError
 
@@ -15,12 +16,13 @@ class SmallMemory(TorchBackend):
     """A device that holds so many rows of a step and no more."""
 
     def __init__(self, rows):
+        super().__init__()
         self.rows = rows
 
-    def attend(self, q, layer, batch):
-        if q.shape[0] > self.rows:
-            raise torch.OutOfMemoryError(f"{q.shape[0]} rows do not fit")
-        return super().attend(q, layer, batch)
+    def plan(self, rows):
+        if len(rows.input_ids) > self.rows:
+            raise torch.OutOfMemoryError(f"{len(rows.input_ids)} rows do not fit")
+        return super().plan(rows)
 
 
 @pytest.fixture(scope="module")
@@ -50,23 +52,24 @@ def test_a_request_that_does_not_fit_alone_ends_and_the_others_go_on(base):
     assert isinstance(huge.sink.error, StepError)
     assert "20 rows do not fit" in huge.sink.error.message
     assert small.output == alone(base, [30, 31], 5)
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
 def test_an_adapter_that_vanished_ends_its_requests_and_never_answers_as_the_base(base, tmp_path):
     folder = make_lora(make_qwen2_model(), tmp_path, target_modules="all-linear")
-    adapter = make_adapters(base, one=folder).get("one")
-    loop = make_loop(base)
+    store = make_adapters(base, one=folder)
+    adapter = store.get("one")
+    loop = make_loop(base, adapters=store)
     adapted, plain = make_sequence([20, 21, 22], 6, adapter=adapter), make_sequence([20, 21, 22], 6)
     loop.add(adapted)
     loop.add(plain)
     loop.step()
 
-    adapter.unbind()
+    store.bound.handle(UnbindAdapter(adapter.identity))
     finish(loop)
 
     assert isinstance(adapted.sink.error, AdapterError)
     assert "is not bound" in adapted.sink.error.message
     assert len(adapted.output) == 1
     assert plain.output == alone(base, [20, 21, 22], 6)
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity

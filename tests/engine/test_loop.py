@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 from builders import make_byte_tokenizer, make_lora, make_qwen2_model
-from fakes import FlakyBackend, PagedEcho, echoed
+from fakes import EchoedStep, FlakyBackend, PagedEcho, echoed
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
 from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Answer
-from lorax_core.engine.sampler import Picked
+from lorax_core.engine.sampler import SampledToken
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import Sampling
 from lorax_core.errors import StepError
@@ -88,7 +88,7 @@ def test_a_prompt_whose_beginning_is_cached_is_continued_in_the_same_way(base):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.4, seed=3)])
-def test_guessing_ahead_writes_the_same(base, sampling):
+def test_drafting_writes_the_same(base, sampling):
     prompt = [9, 8, 7, 6] * 4
     sequence = make_sequence(prompt, 40, sampling=sampling)
     sequence.drafter = PromptLookup(most=4, ngram=1)
@@ -169,7 +169,7 @@ def test_a_step_that_breaks_ends_the_request_that_broke_it_and_no_other(base):
     expected = [written(base, other.prompt, 6) for other in others]
     assert [other.output[:1] for other in others] == [tokens[:1] for tokens in expected]
     assert all(BAD in tokens or other.output == tokens for other, tokens in zip(others, expected, strict=True))
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
     assert finish(loop, make_sequence([30, 31], 4)) == [written(base, [30, 31], 4)]
 
 
@@ -187,12 +187,13 @@ def test_nan_in_one_row_ends_that_request_and_no_other(base):
 def make_overflowing(tmp_path, base):
     """An adapter whose files are sound and with which nothing stays finite."""
     folder = make_lora(make_qwen2_model(), tmp_path / "huge", target_modules=["v_proj", "k_proj"], lora_alpha=10**40)
-    return make_adapters(base, huge=folder).get("huge")
+    return make_adapters(base, huge=folder)
 
 
 def test_an_adapter_that_overflows_spoils_nothing_for_those_who_get_its_pages(base, tmp_path):
-    loop = make_loop(base, pages=4)
-    rotten = make_sequence(range(20, 60), 8, adapter=make_overflowing(tmp_path, base))
+    store = make_overflowing(tmp_path, base)
+    loop = make_loop(base, pages=4, adapters=store)
+    rotten = make_sequence(range(20, 60), 8, adapter=store.get("huge"))
     finish(loop, rotten)
     assert isinstance(rotten.sink.error, StepError)
 
@@ -202,8 +203,9 @@ def test_an_adapter_that_overflows_spoils_nothing_for_those_who_get_its_pages(ba
 
 
 def test_an_adapter_that_overflows_and_is_cancelled_spoils_nothing_either(base, tmp_path):
-    loop = make_loop(base, pages=4, max_tokens=30)
-    rotten = make_sequence(range(20, 60), 8, adapter=make_overflowing(tmp_path, base))
+    store = make_overflowing(tmp_path, base)
+    loop = make_loop(base, pages=4, max_tokens=30, adapters=store)
+    rotten = make_sequence(range(20, 60), 8, adapter=store.get("huge"))
     loop.add(rotten)
     loop.step()
     assert 0 < rotten.computed < 40
@@ -214,20 +216,51 @@ def test_an_adapter_that_overflows_and_is_cancelled_spoils_nothing_either(base, 
     assert found == [written(base, [at, 9], 20) for at in (20, 21)]
 
 
+def test_an_adapter_that_overflows_and_is_turned_back_spoils_nothing_either(base, tmp_path):
+    store = make_overflowing(tmp_path, base)
+    loop = make_loop(base, pages=4, max_tokens=20, adapters=store)
+    older = make_sequence(range(30, 44), 12)
+    rotten = make_sequence(range(20, 70), 8, adapter=store.get("huge"))
+    for sequence in (older, rotten):
+        loop.add(sequence)
+
+    finish(loop)
+
+    assert rotten.preemptions > 0
+    assert older.output == written(base, range(30, 44), 12)
+
+
+def test_an_answer_that_turns_bad_with_the_last_row_of_a_page_spoils_nothing_for_who_gets_the_page(base):
+    backend = FlakyBackend(silent=True)
+    loop = make_loop(base, pages=1, page_size=16, backend=backend)
+    rotten = make_sequence(range(20, 34), 8)
+    loop.add(rotten)
+    while len(rotten) < 16:
+        loop.step()
+    backend.blows = lambda ids: True
+    loop.step()
+    backend.blows = lambda ids: False
+    assert isinstance(rotten.sink.error, StepError)
+
+    found = finish(loop, make_sequence([20, 9], 8))
+
+    assert found == [written(base, [20, 9], 8)]
+
+
 class FaultyOnce(PagedEcho):
     """The fake cache, whose first answer is a fault."""
 
     faults = 1
 
-    def run(self, plan):
-        answers = super().run(plan)
+    def launch(self, step):
+        answers = super().launch(step).result()
         if answers and self.faults:
             self.faults -= 1
-            return dict.fromkeys(answers, Answer(picked=(Picked(None, fault="the model gave NaN"),)))
-        return answers
+            answers = dict.fromkeys(answers, Answer(sampled=(SampledToken(None, fault="the model gave NaN"),)))
+        return EchoedStep(answers)
 
 
-def test_pages_that_were_cleared_are_not_found_again():
+def test_pages_that_were_zeroed_are_not_found_again():
     scheduler = Scheduler(max_tokens=8, max_rows=4, allocator=PageAllocator(9, 4))
     loop = EngineLoop(scheduler, FaultyOnce(page_size=4))
     first, second = make_sequence(range(20), 4), make_sequence(range(20), 4)
@@ -262,7 +295,7 @@ def test_a_decoder_that_fails_ends_that_request_and_no_other(base):
     assert isinstance(broken.sink.error, StepError)
     assert "cannot be read" in broken.sink.error.message
     assert sound.output == other
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
 def test_a_request_that_leaves_frees_its_pages_and_hears_no_more(base):
@@ -279,4 +312,4 @@ def test_a_request_that_leaves_frees_its_pages_and_hears_no_more(base):
     assert len(leaving.sink.updates) == heard
     assert leaving.finished
     assert staying.output == written(base, [21], 5)
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity

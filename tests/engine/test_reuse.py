@@ -37,9 +37,9 @@ def finished(loop, sequence):
     return sequence
 
 
-def warm(base):
+def warm(base, adapters=None):
     """A loop whose cache knows the prompt."""
-    loop = make_loop(base)
+    loop = make_loop(base, adapters=adapters)
     finished(loop, make_sequence(PROMPT, 1))
     return loop
 
@@ -106,8 +106,9 @@ def test_labels_of_the_last_token_reuse_and_labels_of_tokens_do_not(tmp_path, ho
 
 def test_what_an_adapter_computed_serves_that_adapter_alone(base, tmp_path):
     folder = make_lora(make_qwen2_model(), tmp_path, target_modules="all-linear")
-    adapter = make_adapters(base, one=folder).get("one")
-    loop = warm(base)
+    store = make_adapters(base, one=folder)
+    adapter = store.get("one")
+    loop = warm(base, store)
 
     first = finished(loop, make_sequence(PROMPT, 1, adapter=adapter))
     second = finished(loop, make_sequence(PROMPT, 1, adapter=adapter))

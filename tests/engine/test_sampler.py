@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,8 +18,10 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from lorax_core.engine.sampler import Draw, sample, score, uniform
-from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.sampler import Sampled, Scores, uniform
+from lorax_core.engine.sequence import Sampling, TokenCounts
+from lorax_core.engine.step_input import SamplingRow
+from lorax_core.engine.transfer import Transfer
 
 VOCAB = 12
 LOGITS = st.lists(st.floats(-6, 6, width=32), min_size=VOCAB, max_size=VOCAB)
@@ -27,12 +31,40 @@ def make_logits(rows=1, vocab=VOCAB, seed=0):
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def make_draw(position=5, seen=None, **sampling):
-    return Draw(Sampling(**sampling), position, seen)
+def make_draw(position=5, **sampling):
+    return SamplingRow(Sampling(**sampling), position)
+
+
+def make_counts(counts):
+    """Counts of tokens: 0 for one of the prompt alone."""
+    made = TokenCounts(counts)
+    for token, count in counts.items():
+        for _ in range(count):
+            made.add(token)
+    return made
+
+
+def make_bits(allowed):
+    """Which of the vocabulary may come next, packed as grammars give it."""
+    return np.packbits(np.isin(np.arange(VOCAB), allowed), bitorder="little").tobytes()
+
+
+def sample(logits, rows):
+    transfer = Transfer()
+    sampled = Sampled(logits, rows, transfer)
+    transfer.fetch()
+    return sampled.read()
+
+
+def score(logits, tokens, tops):
+    transfer = Transfer()
+    scores = Scores(logits, torch.tensor(tokens), tops, transfer)
+    transfer.fetch()
+    return scores.read(tokens)
 
 
 def drawn(logits, draws):
-    return [picked.token_id for picked in sample(logits, draws)]
+    return [token.token_id for token in sample(logits, draws)]
 
 
 def frequencies(row, count=4000, **sampling):
@@ -216,12 +248,12 @@ def test_the_repetition_penalty_is_transformers():
     expected = RepetitionPenaltyLogitsProcessor(1.7)(history, logits.clone())[0]
 
     # Greedy over what is left each time gives the whole order.
-    draw = Draw(Sampling(repetition_penalty=1.7), 4, seen={1: 0, 4: 2, 7: 1})
-    order, banned = [], frozenset()
+    counts = make_counts({1: 0, 4: 2, 7: 1})
+    order, banned = [], ()
     for _ in range(VOCAB):
-        [token] = drawn(logits, [Draw(draw.sampling, 4, draw.seen, banned)])
+        [token] = drawn(logits, [SamplingRow(Sampling(repetition_penalty=1.7), 4, counts, banned)])
         order.append(token)
-        banned |= {token}
+        banned = (*banned, token)
 
     assert order == expected.argsort(descending=True).tolist()
 
@@ -229,8 +261,8 @@ def test_the_repetition_penalty_is_transformers():
 def test_presence_and_frequency_count_generated_tokens_only():
     logits = torch.tensor([[3.0, 2.9, 2.8, 0.0]])
 
-    def token(seen, **penalties):
-        return drawn(logits, [Draw(Sampling(**penalties), 0, seen)])[0]
+    def token(counts, **penalties):
+        return drawn(logits, [SamplingRow(Sampling(**penalties), 0, make_counts(counts))])[0]
 
     assert token({0: 0}, presence_penalty=2.0) == 0  # it is of the prompt alone
     assert token({0: 1}, presence_penalty=0.15) == 1
@@ -243,15 +275,14 @@ def test_a_bias_lifts_or_bans_tokens():
 
     assert drawn(logits, [make_draw(logit_bias=((2, 5.0),))]) == [2]
     assert drawn(logits, [make_draw(logit_bias=((0, -100.0),))]) == [1]
-    assert drawn(logits, [Draw(Sampling(), 0, banned=frozenset({0, 1}))]) == [2]
+    assert drawn(logits, [SamplingRow(Sampling(), 0, banned=(0, 1))]) == [2]
 
 
 def test_what_a_grammar_forbids_is_not_drawn():
-    allowed = torch.zeros(VOCAB, dtype=torch.bool)
-    allowed[[3, 8]] = True
+    allowed = make_bits([3, 8])
 
     tokens = drawn(
-        make_logits().expand(50, -1), [Draw(Sampling(temperature=5.0), at, allowed=allowed.numpy()) for at in range(50)]
+        make_logits().expand(50, -1), [SamplingRow(Sampling(temperature=5.0), at, allowed=allowed) for at in range(50)]
     )
 
     assert set(tokens) == {3, 8}
@@ -270,8 +301,8 @@ def test_a_row_of_rubbish_is_told_and_its_neighbours_are_served(value):
     assert picked[2].token_id is not None
 
 
-def test_a_row_with_nothing_allowed_is_told():
-    picked = sample(make_logits(), [Draw(Sampling(), 0, allowed=torch.zeros(VOCAB, dtype=torch.bool).numpy())])
+def test_a_row_with_nothing_allowed_is_reported():
+    picked = sample(make_logits(), [SamplingRow(Sampling(), 0, allowed=make_bits([]))])
 
     assert picked[0].token_id is None
     assert picked[0].fault == "no token is allowed here"
@@ -282,7 +313,7 @@ def test_logprobs_are_the_models_own_whatever_the_sampling():
     expected = logits.log_softmax(-1)
     one = Sampling(temperature=3.0, top_k=2, logit_bias=((0, 50.0),), logprobs=3)
 
-    picked = sample(logits, [Draw(one, 0), make_draw()])
+    picked = sample(logits, [SamplingRow(one, 0), make_draw()])
 
     told = picked[0].logprobs
     assert told.token_id == picked[0].token_id == 0
@@ -300,3 +331,25 @@ def test_scores_ask_for_no_more_than_there_is():
 
     assert len(found[0].top) == VOCAB
     assert found[1].top == {}
+
+
+@pytest.mark.parametrize("setting", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_a_token_that_the_model_rules_out_stays_so_under_penalties(setting):
+    logits = make_logits()
+    logits[0, 3] = float("-inf")
+    row = make_draw(temperature=0.0, **{setting: 1.3})
+
+    found = sample(logits, [replace(row, counts=make_counts({3: 1, 5: 1}))])
+
+    assert found[0].token_id == int(logits[0].argmax())
+
+
+def test_a_token_drawn_from_the_whole_vocabulary_has_its_own_logprob():
+    logits = torch.linspace(0, 1, 5000).expand(4, -1).contiguous()
+
+    found = sample(logits, [make_draw(at, temperature=1.0, top_p=0.99, logprobs=1) for at in range(4)])
+
+    own = logits[0].log_softmax(-1)
+    for one in found:
+        assert one.logprobs.logprob == pytest.approx(own[one.token_id].item(), abs=1e-5)
+    assert len({one.token_id for one in found}) > 1

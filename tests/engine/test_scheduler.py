@@ -16,28 +16,39 @@ from lorax_core.types import Task
 PAGE = 4
 
 
+class RecordingScheduler(Scheduler):
+    """A scheduler that remembers its plans."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.plans = []
+
+    def plan(self):
+        self.plans.append(super().plan())
+        return self.plans[-1]
+
+
 def make_loop(*, pages=8, max_tokens=16, max_rows=4, vocab=50):
     """A step loop over a fake cache that notices every page that goes wrong."""
     allocator = PageAllocator(pages + 1, PAGE)
-    scheduler = Scheduler(max_tokens=max_tokens, max_rows=max_rows, allocator=allocator)
+    scheduler = RecordingScheduler(max_tokens=max_tokens, max_rows=max_rows, allocator=allocator)
     return EngineLoop(scheduler, PagedEcho(PAGE, vocab))
 
 
 def steps(loop, limit=2000):
     """Step by step until nothing is alive, the books proven after each; gives each plan as it was made."""
-    runner = loop._runner
     for _ in range(limit):
         if not loop.busy:
             return
         loop.step()
         loop.scheduler.check()
-        yield runner.plans[-1]
+        yield loop.scheduler.plans[-1]
     raise AssertionError("sequences are still alive")
 
 
 def all_pages_are_free(loop):
     loop.scheduler.allocator.check([])
-    return loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    return loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
 @st.composite
@@ -74,7 +85,7 @@ def test_every_request_gets_the_tokens_that_it_would_get_alone(workload):
         loop.step()
         loop.scheduler.check()
         if before:
-            plan = loop._runner.plans[-1]
+            plan = loop.scheduler.plans[-1]
             assert 1 <= plan.tokens <= max_tokens
             assert len(plan.chunks) <= max_rows
             assert len({chunk.sequence for chunk in plan.chunks}) == len(plan.chunks)
@@ -100,7 +111,7 @@ def test_the_oldest_is_never_turned_back(pages, max_tokens, lengths):
 
     for plan in steps(loop):
         oldest = plan.chunks[0].sequence
-        assert oldest.arrival == min(sequence.arrival for sequence in [*loop.scheduler, oldest])
+        assert oldest.id == min(sequence.id for sequence in [*loop.scheduler, oldest])
 
     assert [sequence.finished for sequence in sequences] == [True] * len(sequences)
 
@@ -160,7 +171,7 @@ def test_a_cancelled_request_gives_its_pages_back_before_the_next_plan():
     assert waiting.computed == 0
 
     loop.abort(greedy)
-    assert loop.scheduler.allocator.free == 4
+    assert loop.scheduler.allocator.available == 4
     loop.step()
 
     assert waiting.computed == 12
@@ -229,8 +240,8 @@ def test_forks_share_their_prompt_and_go_their_own_ways(prompt, answers, pages, 
 
 @settings(max_examples=60)
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 12), st.integers(1, 9))
-def test_guesses_change_no_answer(prompt, ngram, count, max_tokens):
-    loop = make_loop(pages=6, max_tokens=max_tokens, vocab=2)  # two tokens: guesses are often right and often wrong
+def test_drafts_change_no_answer(prompt, ngram, count, max_tokens):
+    loop = make_loop(pages=6, max_tokens=max_tokens, vocab=2)  # two tokens: drafts are often right and often wrong
     sequence = make_sequence(prompt, count)
     sequence.drafter = PromptLookup(most=4, ngram=ngram)
     loop.add(sequence)
@@ -242,7 +253,7 @@ def test_guesses_change_no_answer(prompt, ngram, count, max_tokens):
     assert all_pages_are_free(loop)
 
 
-def test_right_guesses_save_steps():
+def test_right_drafts_save_steps():
     loop = make_loop(pages=20, max_tokens=32, vocab=1)  # the same token over and over
     sequence = make_sequence([0] * 4, 30)
     sequence.drafter = PromptLookup(most=8, ngram=2)

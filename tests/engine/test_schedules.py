@@ -39,7 +39,7 @@ class Subject:
 
 
 def make_prompts():
-    """Prompts of many lengths: repetitive ones, which can be guessed, and some that begin alike."""
+    """Prompts of many lengths: repetitive ones, which can be drafted, and some that begin alike."""
     prompts = []
     for seed in range(10):
         source = random.Random(seed)
@@ -92,7 +92,7 @@ def make_engine(subject, source):
 
 
 def make_request(subject, source, heard):
-    """A prompt with perhaps a guesser, a priority, and further answers; `heard` gets `(sequence, expected, tokens)`."""
+    """A prompt with perhaps a drafter, a priority, and further answers; `heard` gets `(sequence, expected, tokens)`."""
     which = source.randrange(len(subject.prompts))
     count = source.randint(1, MOST_TOKENS)
 
@@ -142,15 +142,15 @@ def test_greedy_answers_are_transformers_under_any_schedule(subject, first):
 
         for _, expected, tokens in heard:
             assert tokens == expected, f"schedule {seed}"
-        assert engine.scheduler.allocator.free == engine.scheduler.allocator.capacity
+        assert engine.scheduler.allocator.available == engine.scheduler.allocator.capacity
 
 
 def test_the_schedules_meet_what_they_are_meant_to(subject):
-    reused = guessed = recomputed = 0
+    reused = drafted = recomputed = 0
     for seed in range(20):
         _, heard = run(subject, seed)
         reused += sum(sequence.reused > 0 for sequence, _, _ in heard)
-        guessed += sum(sequence.accepted_drafts for sequence, _, _ in heard)
+        drafted += sum(sequence.accepted_drafts for sequence, _, _ in heard)
         recomputed += sum(sequence.preemptions for sequence, _, _ in heard)
 
-    assert min(reused, guessed, recomputed) > 0
+    assert min(reused, drafted, recomputed) > 0

@@ -71,7 +71,7 @@ def test_many_threads_may_call_one_engine(base, make_worker):
         found = list(pool.map(lambda prompt: answered(worker, make_sequence(prompt, 6))[0], prompts))
 
     assert found == [expected[tuple(prompt)] for prompt in prompts]
-    assert loop.scheduler.allocator.free == loop.scheduler.allocator.capacity
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
 def test_requests_handed_in_together_share_their_first_step(make_worker):
@@ -242,3 +242,53 @@ def test_the_error_of_a_job_is_its_callers(base, make_worker):
         worker.call(fail)
 
     assert answered(worker, make_sequence([20], 2)) == [written(base, [20], 2)]
+
+
+class Panic(BaseException):
+    """What a Rust library raises when it breaks: no Exception."""
+
+
+def test_a_panic_ends_every_request_and_closes_the_engine(make_worker):
+    def blow(ids):
+        raise Panic("the tokenizer broke")
+
+    worker, _ = make_worker(backend=FlakyBackend(blow))
+    sequence = make_sequence([1, 2, 3], 4)
+
+    worker.submit([sequence])
+
+    assert sequence.sink.finished.wait(LIMIT)
+    assert isinstance(sequence.sink.error, LoraxError)
+    within(LIMIT, worker.close)
+    with pytest.raises(RequestError, match="closed"):
+        worker.submit([make_sequence([1], 1)])
+
+
+def test_others_may_abort_while_an_adapter_that_failed_is_reported(make_worker):
+    worker, loop = make_worker()
+    aborted = []
+
+    class Sink(Inbox):
+        def __call__(self, update):
+            within(LIMIT, lambda: worker.abort([]))
+            aborted.append(update.error)
+            super().__call__(update)
+
+    class Never:
+        identity = "never"
+
+    class Closed:
+        def start_plan(self): ...
+        def acquire(self, handle):
+            return False
+
+        def release(self, handle): ...
+
+    loop.scheduler.gate = Closed()
+    sequence = make_sequence([1, 2, 3], 4, adapter=Never())
+    sequence.sink = Sink()
+    worker.submit([sequence])
+    worker.adapter_came(sequence.adapter, LoraxError("it is bad"))
+
+    assert sequence.sink.finished.wait(LIMIT)
+    assert str(aborted[0]) == "it is bad"

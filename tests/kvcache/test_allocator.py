@@ -35,14 +35,14 @@ class Books(RuleBasedStateMachine):
 
     @rule(target=tables, count=st.integers(0, PAGES + 1))
     def allocate(self, count):
-        free = self.allocator.free
+        free = self.allocator.available
         unused = free - len(self.kept)
 
         pages = self.allocator.allocate(count)
 
         assert (pages is None) is (count > free)
         if pages is None:
-            assert self.allocator.free == free
+            assert self.allocator.available == free
             return []
         assert len(set(pages)) == count
         assert not any(self.holders(page) for page in pages)
@@ -104,7 +104,7 @@ class Books(RuleBasedStateMachine):
         self.allocator.check(self.living)
         held = {page for table in self.living for page in table}
         assert SCRATCH_PAGE not in held
-        assert self.allocator.free == self.allocator.capacity - len(held)
+        assert self.allocator.available == self.allocator.capacity - len(held)
         assert all(self.allocator.holders(page) == self.holders(page) for page in range(1, PAGES))
         assert len(self.allocator.prefixes) == len(self.keys)
 

@@ -73,7 +73,7 @@ def test_a_page_that_is_cleared_holds_nothing_and_others_hold_on():
     pool = make_pool()
     pool.data.fill_(torch.nan)
 
-    pool.clear([1, 4])
+    pool.zero([1, 4])
 
     assert pool.data[:, :, [1, 4]].count_nonzero() == 0
     assert pool.data[:, :, [0, 2, 3]].isnan().all()

@@ -11,7 +11,13 @@ HIDDEN = 8
 
 
 def make_config(**changes):
-    fields = {"model_type": "x", "hidden_size": HIDDEN, "vocab_size": 5, "num_hidden_layers": 1}
+    fields = {
+        "model_type": "x",
+        "hidden_size": HIDDEN,
+        "vocab_size": 5,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return ModelConfig(**{**fields, **changes})
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lorax_core.kernels import onednn
+from lorax_core.kernels.elementwise import gated_act
 from lorax_core.modeling import GateUpLinear, Linear, QKVLinear
 from lorax_core.modeling.batch import NoAdapters
-from lorax_core.modeling.linear import packing_works
+from lorax_core.modeling.linear import prepare_linears
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -60,9 +62,9 @@ def test_packing_changes_no_result(dtype, bias, rows):
     x = make_x(rows, dtype=dtype)
     plain = layer(x, Rows())
 
-    layer.pack()
+    prepare_linears(layer)
 
-    assert (layer.weight is None) is packing_works(dtype)  # not every processor packs bfloat16
+    assert (layer.kernel.method == "onednn") is onednn.works(dtype)  # not every processor packs bfloat16
     torch.testing.assert_close(layer(x, Rows()), plain, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
@@ -72,8 +74,8 @@ def test_the_dense_weight_survives_packing(dtype, shape):
     layer = make_filled(Linear(*shape), dtype)
     before = layer.weight.detach().clone()
 
-    layer.pack()
-    layer.pack()  # once more does no harm
+    prepare_linears(layer)
+    prepare_linears(layer)  # once more does no harm
 
     assert layer.dense_weight().dtype is dtype
     assert torch.equal(layer.dense_weight(), before)
@@ -82,19 +84,18 @@ def test_the_dense_weight_survives_packing(dtype, shape):
 def test_a_dtype_that_cannot_be_packed_stays_plain():
     layer = make_filled(Linear(24, 10), torch.float64)
 
-    layer.pack()
+    prepare_linears(layer)
 
-    assert layer.weight is not None
-    assert torch.equal(
-        layer(make_x(dtype=torch.float64), Rows()), F.linear(make_x(dtype=torch.float64), layer.weight, layer.bias)
-    )
+    x = make_x(dtype=torch.float64)
+    assert layer.kernel.method == "plain"
+    assert torch.equal(layer(x, Rows()), F.linear(x, layer.dense_weight(), layer.bias))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_adapters_see_the_input_and_change_the_result(packed):
+@pytest.mark.parametrize("prepared", [False, True])
+def test_adapters_see_the_input_and_change_the_result(prepared):
     layer = make_filled(Linear(24, 10))
-    if packed:
-        layer.pack()
+    if prepared:
+        prepare_linears(layer)
     x, adapters = make_x(), AddOne()
 
     y = layer(x, Rows(adapters))
@@ -120,13 +121,12 @@ def test_a_gated_projection_gives_the_gate_first():
     layer = make_filled(GateUpLinear(24, intermediate=7))
     x = make_x()
 
-    gate, up = layer.project(x, Rows())
+    gate_up = layer(x, Rows())
 
     assert layer.parts == (7, 7)
     assert layer.bias is None
     rows = F.linear(x, layer.weight)
-    assert torch.equal(gate, rows[:, :7])
-    assert torch.equal(up, rows[:, 7:])
+    assert torch.equal(gated_act(gate_up, F.silu), F.silu(rows[:, :7]) * rows[:, 7:])
 
 
 def test_a_plain_layer_is_one_part():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from rigs import make_loaded
 
+from lorax_core.attention.base import HostAndDevice
 from lorax_core.errors import RequestError
 from lorax_core.modeling import Batch, Linear
 from lorax_core.types import Task
@@ -52,9 +53,10 @@ def test_a_task_without_a_head_is_refused_with_those_that_have_one(bert, host):
     assert "lorax models check" in caught.value.hint
 
 
-def test_starts_count_rows_of_a_packed_batch():
+def test_lengths_count_the_rows_of_each_sequence():
     nothing = torch.zeros(0, dtype=torch.int64)
+    starts = torch.tensor([0, 3, 4, 8], dtype=torch.int32)
 
-    batch = Batch(nothing, nothing, nothing, lengths=(3, 1, 4), head_rows=())
+    batch = Batch(nothing, nothing, nothing, HostAndDevice(starts, starts), HostAndDevice(starts[1:], starts[1:]))
 
-    assert batch.starts == (0, 3, 4, 8)
+    assert batch.lengths == (3, 1, 4)

@@ -19,11 +19,11 @@ SPEC = {
     "api": 1,
     "config": "lorax_stranger.config:StrangerConfig",
     "backbone": "lorax_stranger.modeling:StrangerModel",
-    "heads": {"embed": "lorax_core.modeling.heads:EmbeddingHead"},
+    "tasks": ("embed",),
     "hf_architectures": {"StrangerModel": "embed"},
     "default_task": "embed",
     "causal": False,
-    "tiny_config": {"hidden_size": 128},
+    "cases": "lorax_stranger.cases:STRANGER",
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lorax_core.errors import PluginError
-from lorax_core.plugins.host import PluginHost, Status
+from lorax_core.plugins.host import PluginHost, PluginStatus
 from lorax_core.settings import Settings
 
 HOOK = "from lorax_core.plugins import ArchitectureSpec, BackendSpec, hookimpl\n@hookimpl\ndef lorax_architectures():\n"
@@ -39,7 +39,7 @@ def test_a_sound_stranger_is_ready(importable_strangers):
     host = discover(importable_strangers)
 
     record = record_of(host, "lorax-stranger")
-    assert (record.status, record.version, record.cause) == (Status.READY, "2.3", None)
+    assert (record.status, record.version, record.cause) == (PluginStatus.READY, "2.3", None)
     assert host.architecture("stranger") is host.architectures["stranger"]
     assert host.owner("stranger") is record
     assert host.problems == ()
@@ -53,7 +53,7 @@ def test_core_declares_its_backend_through_the_same_hook_and_others_line_up_by_p
     host = discover(importable_strangers)
 
     assert [spec.name for spec in host.backends] == ["fast", "torch", "slow"]
-    assert record_of(host, "lorax-core").status is Status.READY
+    assert record_of(host, "lorax-core").status is PluginStatus.READY
 
 
 BROKEN = {
@@ -69,8 +69,11 @@ BROKEN = {
     "returns nothing": (HOOK + "    pass", "lorax_architectures returned None; it returns an iterable of Archi"),
     "returns a string": (HOOK + "    return 'bert'", "lorax_architectures returned 'bert'"),
     "returns a number": (HOOK + "    return 3", "lorax_architectures returned 3"),
-    "returns rubbish": (HOOK + "    return [object()]", "which is not an ArchitectureSpec"),
-    "returns a dict": (HOOK + "    return {'model_type': 'x'}", "gave 'model_type', which is not an ArchitectureSpec"),
+    "returns rubbish": (HOOK + "    return [object()]", "which is not an instance of ArchitectureSpec"),
+    "returns a dict": (
+        HOOK + "    return {'model_type': 'x'}",
+        "yielded 'model_type', which is not an instance of ArchitectureSpec",
+    ),
     "misses fields": (
         HOOK + "    return [ArchitectureSpec(model_type='x', api=1)]",
         "ArchitectureSpec: summary: Field",
@@ -98,7 +101,7 @@ def test_a_broken_stranger_is_told_and_harms_nobody(importable_strangers, code, 
     host = discover(importable_strangers)
 
     record = record_of(host, "lorax-bad")
-    assert record.status is Status.BROKEN
+    assert record.status is PluginStatus.BROKEN
     assert cause in record.cause
     assert "\n" not in record.cause
     assert record.exception is not None
@@ -131,7 +134,7 @@ def test_half_of_a_plugin_is_not_kept(importable_strangers, declaration, spec_fi
     host = discover(importable_strangers)
 
     record = record_of(host, "lorax-stranger")
-    assert record.status is Status.BROKEN
+    assert record.status is PluginStatus.BROKEN
     assert record.specs == ()
     assert "stranger" not in host.architectures
 
@@ -163,14 +166,14 @@ def test_ctrl_c_goes_through(importable_strangers):
 @pytest.mark.parametrize(
     ("requires", "status"),
     [
-        ("lorax-core>=99", Status.INCOMPATIBLE),
-        ("Lorax_Core (<0.0.1)", Status.INCOMPATIBLE),
-        ('lorax-core<0.0.1; python_version >= "3"', Status.INCOMPATIBLE),
-        ('lorax-core>=99; extra == "next"', Status.READY),
-        ('lorax-core>=99; python_version < "3"', Status.READY),
-        ("lorax-core-extras>=99", Status.READY),
-        ("lorax-core", Status.READY),
-        ("lorax-core ~> 1", Status.BROKEN),
+        ("lorax-core>=99", PluginStatus.INCOMPATIBLE),
+        ("Lorax_Core (<0.0.1)", PluginStatus.INCOMPATIBLE),
+        ('lorax-core<0.0.1; python_version >= "3"', PluginStatus.INCOMPATIBLE),
+        ('lorax-core>=99; extra == "next"', PluginStatus.READY),
+        ('lorax-core>=99; python_version < "3"', PluginStatus.READY),
+        ("lorax-core-extras>=99", PluginStatus.READY),
+        ("lorax-core", PluginStatus.READY),
+        ("lorax-core ~> 1", PluginStatus.BROKEN),
     ],
 )
 def test_the_plugin_s_own_requirement_decides_before_it_is_imported(
@@ -182,7 +185,7 @@ def test_the_plugin_s_own_requirement_decides_before_it_is_imported(
     host = discover(importable_strangers)
 
     assert record_of(host, "lorax-stranger").status is status
-    assert sys.__dict__.pop("stranger_was_imported", False) is (status is Status.READY)
+    assert sys.__dict__.pop("stranger_was_imported", False) is (status is PluginStatus.READY)
 
 
 def test_incompatible_strangers_are_told_with_both_versions(importable_strangers):
@@ -193,8 +196,8 @@ def test_incompatible_strangers_are_told_with_both_versions(importable_strangers
 
     assert "requires lorax-core>=99; this is lorax-core" in record_of(host, "lorax-new").cause
     assert record_of(host, "lorax-new").hint == "pip install --upgrade lorax-core lorax-new"
-    assert record_of(host, "lorax-newer").status is Status.INCOMPATIBLE
-    assert "plugin API 2; this core speaks 1" in record_of(host, "lorax-newer").cause
+    assert record_of(host, "lorax-newer").status is PluginStatus.INCOMPATIBLE
+    assert "plugin API 2; this core implements 1" in record_of(host, "lorax-newer").cause
 
 
 def make_conflict(strangers):
@@ -207,7 +210,7 @@ def test_two_that_claim_one_model_type_both_lose_it(importable_strangers):
 
     host = discover(importable_strangers)
 
-    assert [record.status for record in host.problems] == [Status.CONFLICT, Status.CONFLICT]
+    assert [record.status for record in host.problems] == [PluginStatus.CONFLICT, PluginStatus.CONFLICT]
     assert "contested" not in host.architectures
     with pytest.raises(PluginError, match=r"claimed by lorax-two 1\.0 too, and neither gets it") as caught:
         host.architecture("contested")
@@ -228,7 +231,7 @@ def test_the_user_settles_a_conflict_by_name(importable_strangers, settings):
     host = discover(importable_strangers, settings)
 
     assert host.owner("contested").package == "lorax-one"
-    assert record_of(host, "lorax-two").status is Status.BLOCKED
+    assert record_of(host, "lorax-two").status is PluginStatus.BLOCKED
     assert "lorax_two" not in sys.modules
 
 
@@ -250,7 +253,7 @@ def test_core_s_own_backend_cannot_be_taken(importable_strangers):
 
     assert [spec.backend for spec in host.backends] == ["lorax_core.attention.torch:TorchBackend"]
     assert record_of(host, "lorax-thief").cause == "attention backend 'torch' is core's own"
-    assert record_of(host, "lorax-core").status is Status.READY
+    assert record_of(host, "lorax-core").status is PluginStatus.READY
 
 
 def test_one_entry_point_name_in_two_packages_hides_neither(importable_strangers):
@@ -262,7 +265,7 @@ def test_one_entry_point_name_in_two_packages_hides_neither(importable_strangers
     assert list(host.architectures) == ["first", "second"]
 
 
-def test_a_module_that_two_packages_name_is_told(importable_strangers):
+def test_a_module_that_two_packages_name_is_reported(importable_strangers):
     importable_strangers.install("lorax-one")
     entry = importable_strangers.entry_points()[0]
 
@@ -289,10 +292,10 @@ def test_torch_that_was_there_before_is_nobody_s_slow_import(
 
     host = discover(importable_strangers)
 
-    assert host.owner("stranger").status is Status.READY
+    assert host.owner("stranger").status is PluginStatus.READY
 
 
-def test_a_misspelt_name_in_lorax_plugins_is_told(importable_strangers):
+def test_a_misspelt_name_in_lorax_plugins_is_reported(importable_strangers):
     importable_strangers.install()
 
     host = discover(importable_strangers, Settings(plugins=frozenset({"lorax-strangr", "gpt2"})))
@@ -302,7 +305,7 @@ def test_a_misspelt_name_in_lorax_plugins_is_told(importable_strangers):
         "LORAX_PLUGINS names 'lorax-strangr', which is not installed",
     ]
     assert [record.hint for record in host.problems] == ["pip install lorax-gpt2", "did you mean 'lorax-stranger'?"]
-    assert record_of(host, "lorax-stranger").status is Status.BLOCKED
+    assert record_of(host, "lorax-stranger").status is PluginStatus.BLOCKED
 
 
 def test_the_environment_steers_discovery(importable_strangers, monkeypatch):
@@ -311,10 +314,10 @@ def test_the_environment_steers_discovery(importable_strangers, monkeypatch):
 
     host = PluginHost.discover(entry_points=importable_strangers.entry_points())
 
-    assert record_of(host, "lorax-stranger").status is Status.BLOCKED
+    assert record_of(host, "lorax-stranger").status is PluginStatus.BLOCKED
     with pytest.raises(PluginError, match=r"'stranger' is unavailable: .* is blocked: LORAX_BLOCK_PLUGINS") as caught:
         host.architecture("stranger")
-    assert caught.value.hint == "take it out of LORAX_BLOCK_PLUGINS"
+    assert caught.value.hint == "remove it from LORAX_BLOCK_PLUGINS"
 
 
 def test_core_s_own_plugin_cannot_be_blocked(importable_strangers):
@@ -352,7 +355,7 @@ def test_strict_discovery_raises_on_a_conflict_but_not_on_what_the_user_blocked(
         ("STRANGER", "did you mean 'stranger'?"),
         ("gpt_neox", "pip install lorax-neox"),
         ("xlm_roberta", "did you mean 'xlm-roberta'? pip install lorax-roberta"),
-        ("zzz", "install the plugin that brings it; `lorax models list` shows what is there"),
+        ("zzz", "install the plugin that provides it; `lorax models list` shows what is there"),
     ],
 )
 def test_an_unknown_model_type_gets_the_installed_ones_and_the_next_step(importable_strangers, model_type, hint):
@@ -360,7 +363,7 @@ def test_an_unknown_model_type_gets_the_installed_ones_and_the_next_step(importa
     host = discover(importable_strangers)
 
     with pytest.raises(
-        PluginError, match=f"no plugin brings model type '{model_type}'; installed: 'stranger'"
+        PluginError, match=f"no plugin provides model type '{model_type}'; installed: 'stranger'"
     ) as caught:
         host.architecture(model_type)
 
@@ -373,7 +376,7 @@ def test_an_installed_package_that_does_not_bring_the_type_is_to_be_upgraded(imp
     with pytest.raises(PluginError) as caught:
         discover(importable_strangers).owner("gpt_neox")
 
-    assert caught.value.hint == "pip install --upgrade lorax-neox (1.0 does not bring it)"
+    assert caught.value.hint == "pip install --upgrade lorax-neox (1.0 does not provide it)"
 
 
 @pytest.mark.parametrize(("package", "name"), [("lorax-neox", "neox"), ("other-package", "gpt-neox")])

@@ -7,10 +7,10 @@ import json
 import pytest
 
 from lorax_core.errors import CheckpointError, PluginError
-from lorax_core.plugins.record import PluginRecord, Status
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 from lorax_core.plugins.resolve import load_class, read_config
 
-RECORD = PluginRecord("stranger", "lorax-stranger", "1.0", "lorax_stranger.plugin", Status.READY)
+RECORD = PluginRecord("stranger", "lorax-stranger", "1.0", "lorax_stranger.plugin", PluginStatus.READY)
 
 
 def make_module(strangers, code):
@@ -93,7 +93,7 @@ def test_a_bad_config_is_told_with_its_file(tmp_path, text, message):
     assert str(tmp_path / "config.json") in caught.value.message
 
 
-def test_a_missing_folder_or_config_is_told(tmp_path):
+def test_a_missing_folder_or_config_is_reported(tmp_path):
     (tmp_path / "model.safetensors").touch()
 
     with pytest.raises(CheckpointError, match="does not exist"):

@@ -130,7 +130,7 @@ def test_a_text_gives_a_vector_and_a_list_a_matrix(encoder):
     assert encoder.embed([("ab", "c"), "ab", [2, 9, 3]]).shape == (3, 64)
 
 
-def test_a_text_that_is_too_long_is_cut_as_asked_and_told(encoder):
+def test_a_text_that_is_too_long_is_cut_as_asked_and_reported(encoder):
     long = "y " + "x " * 200  # 203 tokens with the specials, of which the model takes 96
 
     end, start, only_x, with_y = encoder.run(
@@ -284,7 +284,7 @@ def test_many_threads_may_call_one_engine(engine, encoder):
         assert all(pool.map(turn, range(32)))
 
 
-def test_of_a_call_that_fails_in_part_every_result_is_told(qwen2, host):
+def test_of_a_call_that_fails_in_part_every_result_is_reported(qwen2, host):
     host = with_backends(host, make_backend_spec("stumbling", "StumblingBackend"))
     with lorax.load(qwen2, host=host, attention="stumbling", kv_cache_tokens=512) as engine:
         sound = engine.generate([5, 6], max_tokens=2).token_ids
@@ -328,7 +328,7 @@ def test_closing_ends_a_call_that_is_waiting(tmp_path):
         within(60, lambda: list(stream))
 
 
-def test_an_engine_tells_what_it_is_made_of(engine, encoder):
+def test_an_engine_shows_what_it_is_made_of(engine, encoder):
     info = engine.info()
 
     assert (info.model_type, info.dtype, info.device, info.attention) == ("qwen2", "float32", "cpu", "torch")
@@ -337,6 +337,7 @@ def test_an_engine_tells_what_it_is_made_of(engine, encoder):
     assert info.kv_cache_bytes == (2048 + 16) * 2 * 2 * 2 * 16 * 4  # with the scratch page
     assert encoder.info().kv_cache_tokens is None
     assert encoder.info().max_tokens == 96
+    assert sum(info.linear_methods.values()) == 2 * 4 + 1  # four a layer, and the head that is tied to the embedding
 
 
 def test_an_engine_may_be_warmed_up(tmp_path):
@@ -344,3 +345,4 @@ def test_an_engine_may_be_warmed_up(tmp_path):
         with lorax.load(make(tmp_path / make.__name__), kv_cache_tokens=256 if make is make_qwen2 else None) as engine:
             assert engine.warmup() == tokens
             assert engine.info().step_bytes is not None
+            assert engine.info().lora_kernel == ("none", "no adapter has been loaded yet")

@@ -18,21 +18,21 @@ def refusal(folder, **options):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"dtype": "int8"}, "dtype 'int8' is not served; served are 'auto' and 'float32', 'bfloat16', 'float16'"),
+        ({"dtype": "int8"}, "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16' (found 'int8')"),
         ({"device": "tpu7"}, "'tpu7' is no device"),
         ({"attention": "flashy"}, "no attention backend is called 'flashy'"),
-        ({"pooling": "max"}, "pooling 'max' is not served; served are 'cls', 'mean', 'last'"),
-        ({"kv_cache_tokens": 0}, "kv_cache_tokens=0 is out of range"),
-        ({"kv_cache_tokens": -16}, "kv_cache_tokens=-16 is out of range"),
-        ({"kv_cache_fraction": 1.5}, "kv_cache_fraction=1.5 is out of range"),
+        ({"pooling": "max"}, "pooling: Input should be 'cls', 'mean' or 'last' (found 'max')"),
+        ({"kv_cache_tokens": 0}, "kv_cache_tokens: Input should be greater than or equal to 1 (found 0)"),
+        ({"kv_cache_tokens": -16}, "kv_cache_tokens: Input should be greater than or equal to 1 (found -16)"),
+        ({"kv_cache_fraction": 1.5}, "kv_cache_fraction: Input should be less than or equal to 1 (found 1.5)"),
         ({"kv_cache_tokens": 32, "kv_cache_pages": 2}, "exclude each other"),
         ({"kv_cache_bytes": 1}, "less than one page"),
         ({"kv_cache_tokens": 10**13}, "a KV cache of 10000000000000 tokens takes"),
-        ({"kv_dtype": "int4"}, "kv_dtype 'int4' is not served"),
-        ({"max_batch_tokens": 0}, "max_batch_tokens must be at least 1, not 0"),
-        ({"max_batch_rows": -1}, "max_batch_rows must be at least 1, not -1"),
-        ({"threads": 0}, "threads must be at least 1, not 0"),
-        ({"speculate": -1}, "speculate must be at least 0, not -1"),
+        ({"kv_dtype": "int4"}, "kv_dtype: Input should be 'auto' or 'fp8_e4m3' (found 'int4')"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: Input should be greater than or equal to 1 (found 0)"),
+        ({"max_batch_rows": -1}, "max_batch_rows: Input should be greater than or equal to 1 (found -1)"),
+        ({"threads": 0}, "threads: Input should be greater than or equal to 1 (found 0)"),
+        ({"speculate": -1}, "speculate: Input should be greater than or equal to 0 (found -1)"),
         ({"embedding_dim": 256}, "2_Dense_256"),
     ],
 )
@@ -98,7 +98,7 @@ def test_sixteen_bits_become_thirty_two_where_the_processor_has_no_fast_ones(tmp
         assert len(asked.generate([5], max_tokens=3, ignore_eos=True).token_ids) == 3
 
 
-def test_the_backend_asked_for_is_used_and_those_passed_over_are_told(qwen2, host):
+def test_the_backend_asked_for_is_used_and_those_passed_over_are_reported(qwen2, host):
     host = with_backends(
         host,
         make_backend_spec("absent", "AbsentBackend", priority=9),
@@ -149,15 +149,15 @@ def test_a_pooling_of_the_files_that_is_not_served_may_be_overridden(tmp_path):
         assert engine.embed("ab").shape == (64,)
 
 
-def test_an_8_bit_cache_and_guessing_ahead_still_write(qwen2):
+def test_an_8_bit_cache_and_drafting_still_write(qwen2):
     with (
         lorax.load(qwen2, kv_cache_tokens=256) as plain,
         lorax.load(qwen2, kv_cache_tokens=256, kv_dtype="fp8_e4m3") as small,
-        lorax.load(qwen2, kv_cache_tokens=256, speculate=6) as guessing,
+        lorax.load(qwen2, kv_cache_tokens=256, speculate=6) as drafting,
     ):
         expected = plain.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True)
 
-        assert guessing.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids == expected.token_ids
+        assert drafting.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids == expected.token_ids
         assert small.generate([9, 8, 9, 8, 9], max_tokens=40, ignore_eos=True).token_ids[:1] == expected.token_ids[:1]
         assert small.info().kv_cache_bytes * 4 == plain.info().kv_cache_bytes
 

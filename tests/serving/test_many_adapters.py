@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from builders import make_bert, make_bert_model, make_lora, make_qwen2_model
 from oracles import make_model
-from rigs import Inbox, make_loaded, make_sequence, within
+from rigs import Inbox, make_sequence, within
 from transformers import BertForTokenClassification
 
 import lorax_core as lorax
-from lorax_core.adapters.base import Adapter
-from lorax_core.adapters.residency.store import AdapterStore
+from lorax_core.adapters.base import Adapter, Bound, Fit
+from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.errors import AdapterError, StepError
 from lorax_core.serving.requests import GenerateRequest
 
@@ -60,37 +60,28 @@ def where(engine):
 
 
 class SlowAdapter(Adapter):
-    """An adapter that changes nothing and arrives when it is told to, or fails when it is told how."""
+    """An adapter that changes nothing and is bound when the test lets it, or fails with an error."""
 
     kind = "slow"
-    targets = ()
-    nbytes = 0
-    is_bound = False
+    task = None
+    ranks = ()
 
     def __init__(self, identity, error=None):
-        self._identity = identity
+        self.identity = identity
         self._error = error
         self.asked = threading.Event()
         self.may_come = threading.Event()
 
     @property
-    def identity(self):
-        return self._identity
+    def handle(self):
+        return AdapterHandle.of(self, Fit((), 0, None, None))
 
-    @property
-    def deltas(self):
-        assert self.is_bound
-        return {}
-
-    def bind(self, base):
+    def bind(self, base, *, meta=False):
         self.asked.set()
         self.may_come.wait()
         if self._error is not None:
             raise self._error
-        self.is_bound = True
-
-    def unbind(self):
-        self.is_bound = False
+        return Bound()
 
 
 @pytest.mark.parametrize(("places", "copies"), [(1, 0), (2, 3), (4, None), (None, None)])
@@ -206,7 +197,7 @@ def test_a_request_may_name_a_source(qwen2, folders, expected):
 def test_an_adapter_on_its_way_stalls_no_step(qwen2, folders, expected):
     slow = SlowAdapter("slow")
     with lorax.load(qwen2, adapters=folders) as engine:
-        waiting = make_sequence(PROMPTS[0], 4, adapter=slow)
+        waiting = make_sequence(PROMPTS[0], 4, adapter=slow.handle)
         engine._worker.submit([waiting])
         within(60, slow.asked.wait)
 
@@ -222,7 +213,8 @@ def test_an_adapter_on_its_way_stalls_no_step(qwen2, folders, expected):
 def test_those_who_wait_for_an_adapter_that_cannot_come_hear_why(qwen2):
     slow = SlowAdapter("slow", error=AdapterError("it broke on the way"))
     with lorax.load(qwen2) as engine:
-        waiting = [make_sequence(PROMPTS[0], 4, adapter=slow) for _ in range(3)]
+        handle = slow.handle
+        waiting = [make_sequence(PROMPTS[0], 4, adapter=handle) for _ in range(3)]
         engine._worker.submit(waiting)
         slow.may_come.set()
 
@@ -236,7 +228,7 @@ def test_those_who_wait_for_an_adapter_that_cannot_come_hear_why(qwen2):
 def test_closing_does_not_wait_for_requests_without_their_adapter(qwen2):
     slow = SlowAdapter("slow")
     engine = lorax.load(qwen2)
-    waiting = make_sequence(PROMPTS[0], 4, adapter=slow)
+    waiting = make_sequence(PROMPTS[0], 4, adapter=slow.handle)
     engine._worker.submit([waiting])
     within(60, slow.asked.wait)
     slow.may_come.set()
@@ -245,18 +237,6 @@ def test_closing_does_not_wait_for_requests_without_their_adapter(qwen2):
 
     assert isinstance(waiting.sink, Inbox)
     assert waiting.sink.finished.is_set()
-
-
-def test_limits_must_make_sense(qwen2, host):
-    base = make_loaded(qwen2, host)
-
-    for options, told in (
-        ({"max_adapters": 0}, "max_adapters must be at least 1"),
-        ({"max_adapters": 2, "max_cpu_adapters": -1}, "max_cpu_adapters must be at least 0"),
-        ({"max_cpu_adapters": 2}, "max_cpu_adapters needs max_adapters"),
-    ):
-        with pytest.raises(AdapterError, match=told):
-            AdapterStore(base, **options)
 
 
 def test_a_changed_adapter_never_meets_the_pages_of_its_old_self(qwen2, folders):

@@ -1,4 +1,4 @@
-"""Medusa heads: whatever they guess, answers are those of the model without them."""
+"""Medusa heads: whatever they draft, answers are those of the model without them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(10, 31))]
 
 
 def make_heads(folder, *, heads=3, layers=1, own_output=True, seed=0, prefix="", **changes):
-    """Random heads; a `favourite` is guessed by all of them, always."""
+    """Random heads; a `favourite` is drafted by all of them, always."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for head in range(heads):
@@ -37,7 +37,7 @@ def make_heads(folder, *, heads=3, layers=1, own_output=True, seed=0, prefix="",
 
 
 def make_sure_heads(folder, token, heads=3):
-    """Heads that guess one token, whatever they read: a large bias before an output layer that looks for it."""
+    """Heads that draft one token, whatever they read: a large bias before an output layer that looks for it."""
     make_heads(folder, heads=heads)
     tensors = load_file(folder / "medusa_lm_head.safetensors")
     for name, tensor in tensors.items():
@@ -82,14 +82,14 @@ def test_answers_are_those_without_the_heads(engine, name, without, temperature)
         assert scores[0] == pytest.approx(scores[1], abs=1e-4)
 
 
-def test_right_guesses_are_taken(engine):
+def test_right_drafts_are_taken(engine):
     options = {"max_tokens": 20, "ignore_eos": True, "logit_bias": {FAVOURITE: 100.0}}
 
     found = engine.generate(PROMPTS, adapter="sure", **options)
 
     for one in found:
         assert one.token_ids == [FAVOURITE] * 20
-        # A step gives a token and three guesses; the first one comes from the prompt.
+        # A step gives a token and three drafts; the first one comes from the prompt.
         assert one.usage.accepted_tokens == 14
     assert engine.generate(PROMPTS[0], **options).usage.accepted_tokens == 0
 
@@ -151,7 +151,7 @@ def test_content_that_moved_is_read_where_it_was_last_found(qwen2, folders, tmp_
     assert found.token_ids == expected
 
 
-def test_what_they_are_is_told(engine):
+def test_what_they_are_is_reported(engine):
     told = {info.name: info for info in engine.adapters.list()}
 
     assert told["own"].kind == "medusa"

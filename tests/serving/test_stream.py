@@ -11,9 +11,10 @@ from fakes import make_backend_spec, with_backends
 from rigs import make_sequence, within
 
 import lorax_core as lorax
-from lorax_core.engine.sequence import Update
+from lorax_core.engine.sequence import SequenceUpdate
+from lorax_core.serving.call import Call
 from lorax_core.serving.prepare import Prepared
-from lorax_core.serving.stream import Call, Stream
+from lorax_core.serving.stream import Stream
 from lorax_core.types import FinishReason
 
 LIMIT = 60  # seconds: for a call that hangs, not for one that is slow
@@ -178,9 +179,11 @@ def test_further_answers_leave_with_the_stream_although_the_first_has_ended():
     first, second = make_sequence([5]), make_sequence([5])
     first.forks = [second]
     left = []
-    stream = Stream(Call([Prepared(first)]), left.extend)
+    call = Call(1, left.extend)
+    call.start([Prepared(first)], lambda sequences: None)
+    stream = Stream(call)
     first.finished = True
-    first.sink(Update(token_ids=(7,), finish_reason=FinishReason.STOP))
+    first.sink(SequenceUpdate(token_ids=(7,), finish_reason=FinishReason.STOP))
     assert next(stream).choice == 0
 
     stream.close()

@@ -74,7 +74,7 @@ def test_messages_without_a_template_are_refused_with_the_way_out():
     with pytest.raises(RequestError, match="no chat template") as caught:
         TextFront(make_byte_tokenizer(chat_template=None)).encode(CHAT, Task.GENERATE)
 
-    assert "one text" in caught.value.hint
+    assert "one string" in caught.value.hint
 
 
 @pytest.mark.parametrize("prompt", ["a long text that is quoted", ("a", "b"), CHAT])

@@ -133,5 +133,21 @@ def test_many_sums_do_not_pile_up(qwen2, pair):
         for number in range(20):
             engine.generate(PROMPTS[0], adapter={"first": number / 10 + 0.05}, max_tokens=1)
 
-        assert len(engine.adapters._bound) <= 2 + 8
+        assert len(engine.adapters.bound) <= 2 + 8
         engine.adapters.check()
+
+
+def test_a_sum_leaves_the_device_with_the_name_of_a_member(qwen2, pair):
+    with lorax.load(qwen2, adapters=pair) as engine:
+        engine.generate(PROMPTS[0], adapter={"first": 0.4, "second": 0.3}, max_tokens=1)
+
+        engine.adapters.unload("first")
+
+        within(60, lambda: settled(engine, {engine.adapters.get("second").identity}))
+        engine.adapters.check()
+
+
+def settled(engine, wanted):
+    """Waits until the engine holds these adapters alone: a step in progress may still hold others."""
+    while set(engine.adapters.bound) != wanted:
+        engine.generate(PROMPTS[0], max_tokens=1)

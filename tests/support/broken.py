@@ -6,19 +6,21 @@ be imported by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from types import MethodType
+from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorax_bert.modeling import FlashBertModel
-from lorax_core.attention.base import AttentionSpec
+from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
-from lorax_core.modeling import EmbeddingHead, LastTokenClassificationHead, Linear
-from lorax_core.modeling.batch import Batch, NoAdapters
+from lorax_core.kernels.elementwise import gated_act
+from lorax_core.modeling import EmbeddingHead, GatedMLP, LastTokenClassificationHead, LayerNorm
+from lorax_core.modeling.batch import Batch
+from lorax_core.modeling.site import NoAdapters
 from lorax_core.types import Pooling
 from lorax_qwen2.config import Qwen2Config
 from lorax_qwen2.modeling import FlashQwen2Model
@@ -26,15 +28,39 @@ from lorax_qwen2.modeling import FlashQwen2Model
 # --- attention backends ---
 
 
+class BrokenStep(StepAttention):
+    """A step of the torch backend, to be changed in one place."""
+
+    def __init__(self, backend, rows) -> None:
+        self.backend, self.rows, self.step = backend, rows, TorchBackend.plan(backend, rows)
+
+    def write(self, layer, k, v) -> None:
+        self.step.write(layer, k, v)
+
+    def attend(self, layer, q) -> Tensor:
+        return self.step.attend(layer, q)
+
+    def encode(self, layer, q, k, v) -> Tensor:
+        return self.step.encode(layer, q, k, v)
+
+
 class AttendsPads(TorchBackend):
     """Fills every text of a batch up to the longest with zeros, and attends to them."""
 
     name = "attends-pads"
 
-    def encode(self, q, k, v, layer, batch):
-        longest = max(batch.lengths)
+    def plan(self, rows):
+        return PaddedStep(self, rows)
+
+
+class PaddedStep(BrokenStep):
+    """A step of `AttendsPads`."""
+
+    def encode(self, layer, q, k, v):
+        runs = list(pairwise(self.rows.query_starts.host.tolist()))
+        longest = max(stop - start for start, stop in runs)
         out = torch.empty_like(q)
-        for start, stop in zip(batch.starts, batch.starts[1:], strict=False):
+        for start, stop in runs:
             pads = (0, 0, 0, 0, 0, longest - (stop - start))
             rows = [F.pad(t[start:stop], pads).transpose(0, 1)[None] for t in (k, v)]
             attended = F.scaled_dot_product_attention(q[start:stop].transpose(0, 1)[None], *rows)
@@ -47,7 +73,14 @@ class SeesNeighbours(TorchBackend):
 
     name = "sees-neighbours"
 
-    def encode(self, q, k, v, layer, batch):
+    def plan(self, rows):
+        return NeighbourStep(self, rows)
+
+
+class NeighbourStep(BrokenStep):
+    """A step of `SeesNeighbours`."""
+
+    def encode(self, layer, q, k, v):
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
@@ -57,23 +90,11 @@ class ReadsPagesInARow(TorchBackend):
 
     name = "reads-pages-in-a-row"
 
-    def plan(self, batch: Batch, specs: Sequence[AttentionSpec]) -> None:
-        last = len(batch.kv.data[0, 0]) - 1
-        straight = [tuple(min(pages[0] + at, last) for at in range(len(pages))) for pages in batch.pages]
-        super().plan(replace_pages(batch, tuple(straight)), specs)
-
-
-def replace_pages(batch, pages):
-    """The same batch with other pages; what is planned for it is planned for the given one."""
-
-    class View:
-        def __getattr__(self, name):
-            return pages if name == "pages" else getattr(batch, name)
-
-        def __setattr__(self, name, value):
-            setattr(batch, name, value)
-
-    return View()
+    def plan(self, rows):
+        last = len(self._cache.data[0, 0]) - 1
+        table = rows.page_table.host
+        straight = (table[:, :1] + torch.arange(table.shape[1], dtype=torch.int32)).clamp(max=last)
+        return super().plan(replace(rows, page_table=HostAndDevice(straight, straight)))
 
 
 class ForgetsLongPasts(TorchBackend):
@@ -81,14 +102,24 @@ class ForgetsLongPasts(TorchBackend):
 
     name = "forgets-long-pasts"
 
-    def attend(self, q, layer, batch):
-        usual = layer.spec
-        if any(batch.cached):
-            layer.spec = replace(usual, window=min(24, usual.window or 24))
-        try:
-            return super().attend(q, layer, batch)
-        finally:
-            layer.spec = usual
+    def bind(self, specs, dtype, cache):
+        narrow = [replace(spec, window=min(24, spec.window or 24)) for spec in specs]
+        super().bind([*specs, *narrow], dtype, cache)
+
+    def plan(self, rows):
+        return ForgetfulStep(self, rows)
+
+
+class ForgetfulStep(BrokenStep):
+    """A step of `ForgetsLongPasts`."""
+
+    def attend(self, layer, q):
+        new = self.rows.query_starts.host.diff()
+        if bool((self.rows.kv_lengths.host > new).any()):
+            layer = SimpleNamespace(
+                index=layer.index, spec=replace(layer.spec, window=min(24, layer.spec.window or 24))
+            )
+        return self.step.attend(layer, q)
 
 
 # --- BERT ---
@@ -108,7 +139,9 @@ class SwapsQueryAndKey(FlashBertModel):
 
     @staticmethod
     def weight_map(config):
-        return replace(FlashBertModel.weight_map(config), fuse={"layers.*.attention.qkv": ("key", "query", "value")})
+        return replace(
+            FlashBertModel.weight_map(config), fuse={"layers.*.self_attn.qkv_proj": ("key", "query", "value")}
+        )
 
 
 class DropsABias(FlashBertModel):
@@ -116,12 +149,12 @@ class DropsABias(FlashBertModel):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.layers[-1].intermediate.bias = None
+        self.layers[-1].mlp.up_proj.bias = None
 
     @staticmethod
     def weight_map(config):
         usual = FlashBertModel.weight_map(config)
-        return replace(usual, ignore=(*usual.ignore, "layers.*.intermediate.bias"))
+        return replace(usual, ignore=(*usual.ignore, "layers.*.mlp.up_proj.bias"))
 
 
 class DropsANormWeight(FlashBertModel):
@@ -129,11 +162,12 @@ class DropsANormWeight(FlashBertModel):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.embeddings.LayerNorm.forward = MethodType(_without_weight, self.embeddings.LayerNorm)
+        self.embeddings.LayerNorm = WithoutWeight(config.hidden_size, config.layer_norm_eps)
 
 
-def _without_weight(self, x, batch):
-    return F.layer_norm(x, (self.out_features,), None, self.bias, self.eps)
+class WithoutWeight(LayerNorm):
+    def compute(self, x, weight, bias):
+        return super().compute(x, None, bias)
 
 
 class LooksBackOnly(FlashBertModel):
@@ -142,7 +176,7 @@ class LooksBackOnly(FlashBertModel):
     def __init__(self, config) -> None:
         super().__init__(config)
         for layer in self.layers:
-            layer.attention.attention.spec = replace(layer.attention.attention.spec, causal=True)
+            layer.self_attn.attention.spec = replace(layer.self_attn.attention.spec, causal=True)
 
 
 class RoundsToEightBit(FlashBertModel):
@@ -160,7 +194,7 @@ class UsesForeignLinear(FlashBertModel):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.layers[0].output = ForeignLinear(config.intermediate_size, config.hidden_size)
+        self.layers[0].mlp.down_proj = ForeignLinear(config.intermediate_size, config.hidden_size)
 
 
 class ForeignLinear(nn.Linear):
@@ -183,7 +217,8 @@ class MakesUpAMissingNorm(FlashBertModel):
     @staticmethod
     def weight_map(config):
         return replace(
-            FlashBertModel.weight_map(config), tie={"layers.1.LayerNorm.weight": "layers.0.LayerNorm.weight"}
+            FlashBertModel.weight_map(config),
+            tie={"layers.1.post_mlp_layernorm.weight": "layers.0.post_mlp_layernorm.weight"},
         )
 
 
@@ -249,6 +284,15 @@ class PeeksAhead(FlashQwen2Model):
         return out + 0.01 * out.roll(-1, 0)
 
 
+class LosesAllRowsButTheLast(FlashQwen2Model):
+    """Gives NaN for all rows but the last."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        out = super().forward(batch)
+        out[:-1] = float("nan")
+        return out
+
+
 class CountsFromTheChunk(FlashQwen2Model):
     """Counts positions from the start of each chunk, not of its text."""
 
@@ -263,13 +307,12 @@ class AdaptsAllButOne(FlashQwen2Model):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        usual = self.layers[0].mlp.down_proj
-        self.layers[0].mlp.down_proj = Unadapted(usual.in_features, usual.out_features, bias=False)
+        self.layers[0].mlp = PassesAdaptersBy(config.hidden_size, config.intermediate_size, config.hidden_act)
 
 
-class Unadapted(Linear):
+class PassesAdaptersBy(GatedMLP):
     def forward(self, x, batch):
-        return super().forward(x, Nobody())
+        return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), Nobody())
 
 
 class Nobody:

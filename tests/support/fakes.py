@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from lorax_core.attention.base import CacheLayout, StepAttention
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.runner import Answer
-from lorax_core.engine.sampler import Picked
-from lorax_core.engine.scheduler import Chunk, StepPlan
-from lorax_core.engine.sequence import Sequence
-from lorax_core.modeling import Attention, Batch
+from lorax_core.engine.sampler import SampledToken
+from lorax_core.engine.step_input import ChunkInput, StepInput
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord, Status
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 from lorax_core.plugins.spec import BackendSpec
 
 
@@ -35,8 +35,33 @@ class WindowlessBackend(TorchBackend):
 
     name = "windowless"
 
-    def supports(self, spec, page_size, dtype, device):
-        return None if spec.window is None else f"no window of {spec.window}"
+    def layout(self, specs, dtype, kv_dtype, device, page_size=None):
+        windows = [spec.window for spec in specs if spec.window is not None]
+        return f"no window of {windows[0]}" if windows else super().layout(specs, dtype, kv_dtype, device, page_size)
+
+
+class LargePages(TorchBackend):
+    """A backend with pages of 256 tokens, that computes in 16 bit and cannot store 8."""
+
+    name = "large-pages"
+
+    def layout(self, specs, dtype, kv_dtype, device, page_size=None):
+        if dtype is torch.float32:
+            return "computes in 16 bit, not in torch.float32"
+        if kv_dtype.itemsize == 1:
+            return f"stores 16 bit, not {kv_dtype}"
+        if page_size not in (None, 256):
+            return f"pages of 256 tokens, not {page_size}"
+        return CacheLayout(256, kv_dtype)
+
+
+class WidePages(TorchBackend):
+    """A backend with pages of 64 tokens."""
+
+    name = "wide"
+
+    def layout(self, specs, dtype, kv_dtype, device, page_size=None):
+        return CacheLayout(64, kv_dtype)
 
 
 class NoBackend:
@@ -51,14 +76,33 @@ class FlakyBackend(TorchBackend):
     name = "flaky"
 
     def __init__(self, blows: Callable[[list[int]], bool] = lambda ids: False, *, silent: bool = False) -> None:
+        super().__init__()
         self.blows = blows
         self.silent = silent
 
-    def attend(self, q: Tensor, layer: Attention, batch: Batch) -> Tensor:
-        out = super().attend(q, layer, batch)
-        for rows, ids in zip(out.split(batch.lengths), batch.input_ids.split(batch.lengths), strict=True):
-            if self.blows(ids.tolist()):
-                if not self.silent:
+    def plan(self, rows):
+        return FlakyStep(self, super().plan(rows), rows)
+
+
+class FlakyStep(StepAttention):
+    """A step of `FlakyBackend`."""
+
+    def __init__(self, backend, step, batch) -> None:
+        self.backend, self.step, self.batch = backend, step, batch
+
+    def write(self, layer, k, v) -> None:
+        self.step.write(layer, k, v)
+
+    def encode(self, layer, q, k, v) -> Tensor:
+        return self.step.encode(layer, q, k, v)
+
+    def attend(self, layer, q) -> Tensor:
+        out = self.step.attend(layer, q)
+        for rows, ids in zip(
+            out.split(self.batch.lengths), self.batch.input_ids.split(self.batch.lengths), strict=True
+        ):
+            if self.backend.blows(ids.tolist()):
+                if not self.backend.silent:
                     raise RuntimeError(f"a kernel broke over {ids.tolist()}")
                 rows.fill_(float("nan"))
         return out
@@ -82,37 +126,44 @@ class PagedEcho:
         self.page_size = page_size
         self.vocab = vocab
         self.slots: dict[tuple[int, int], int] = {}
-        self.plans: list[StepPlan] = []
+        self.steps: list[StepInput] = []
 
-    def run(self, plan: StepPlan) -> dict[Sequence, Answer]:
-        self.plans.append(plan)
-        self.clear(list(plan.clears))
-        for old, new in plan.copies:
+    def launch(self, step: StepInput) -> EchoedStep:
+        self.steps.append(step)
+        self.slots = {slot: token for slot, token in self.slots.items() if slot[0] not in step.zeros}
+        for old, new in step.copies:
             for offset in range(self.page_size):
                 self.slots[new, offset] = self.slots.get((old, offset), -1)
-        for chunk in plan.chunks:
-            tokens = chunk.sequence.tokens(chunk.start, chunk.stop)
-            for at, token in zip(range(chunk.start, chunk.stop), tokens, strict=True):
-                self.slots[self._slot(chunk.sequence, at)] = token
-        return {chunk.sequence: Answer(picked=self._picked(chunk)) for chunk in plan.chunks if chunk.final}
+        for chunk in step.chunks:
+            for at, token in enumerate(chunk.tokens, start=chunk.start):
+                self.slots[self._slot(chunk, at)] = token
+        return EchoedStep({c.sequence: Answer(sampled=self._sampled(c)) for c in step.chunks if c.sampled})
 
-    def clear(self, pages: list[int]) -> None:
-        self.slots = {slot: token for slot, token in self.slots.items() if slot[0] not in pages}
+    def _sampled(self, chunk: ChunkInput) -> tuple[SampledToken, ...]:
+        """The token after the newest row and, as long as draft tokens are right, after each of them."""
+        newest = chunk.start + len(chunk.tokens) - chunk.drafts
+        draft = chunk.tokens[len(chunk.tokens) - chunk.drafts :]
+        sampled = [self._next(chunk, newest)]
+        while len(sampled) <= chunk.drafts and draft[len(sampled) - 1] == sampled[-1]:
+            sampled.append(self._next(chunk, newest + len(sampled)))
+        return tuple(SampledToken(token) for token in sampled)
 
-    def _picked(self, chunk: Chunk) -> tuple[Picked, ...]:
-        """The token after the newest row and, as long as guesses are right, after each of them."""
-        sequence, newest = chunk.sequence, chunk.stop - chunk.drafted
-        picked = [self._next(sequence, newest)]
-        while len(picked) <= chunk.drafted and sequence.draft[len(picked) - 1] == picked[-1]:
-            picked.append(self._next(sequence, newest + len(picked)))
-        return tuple(Picked(token) for token in picked)
+    def _slot(self, chunk: ChunkInput, at: int) -> tuple[int, int]:
+        return chunk.pages[at // self.page_size], at % self.page_size
 
-    def _slot(self, sequence: Sequence, at: int) -> tuple[int, int]:
-        return sequence.pages[at // self.page_size], at % self.page_size
+    def _next(self, chunk: ChunkInput, count: int) -> int:
+        read = [self.slots[self._slot(chunk, at)] for at in range(count)]
+        return digest(read, self.vocab, chunk.sampled[0].sampling.choice)
 
-    def _next(self, sequence: Sequence, count: int) -> int:
-        read = [self.slots[self._slot(sequence, at)] for at in range(count)]
-        return digest(read, self.vocab, sequence.sampling.choice)
+
+class EchoedStep:
+    """A step of `PagedEcho`, whose answers are there already."""
+
+    def __init__(self, answers: dict[int, Answer]) -> None:
+        self._answers = answers
+
+    def result(self) -> dict[int, Answer]:
+        return self._answers
 
 
 def digest(tokens: list[int], vocab: int = 50, choice: int = 0) -> int:
@@ -139,5 +190,5 @@ def make_backend_spec(name: str, cls: str, **changes: object) -> BackendSpec:
 
 def with_backends(host: PluginHost, *specs: BackendSpec) -> PluginHost:
     """The installed plugins and one more, which brings these backends."""
-    record = PluginRecord("fakes", "lorax-fakes", "1.0", "fakes", Status.READY, backends=specs)
+    record = PluginRecord("fakes", "lorax-fakes", "1.0", "fakes", PluginStatus.READY, backends=specs)
     return PluginHost([*host.records, record])

@@ -17,7 +17,7 @@ from rigs import Bench, make_loaded
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.plugins.host import PluginHost
 from lorax_core.settings import Settings
 from lorax_core.weights.loader import LoadedModel
@@ -68,7 +68,7 @@ def ours(folder: Path, **options: Any) -> LoadedModel:
 
 
 def our_hidden(
-    base: LoadedModel, texts: Sequence[list[int]] = TEXTS, *, adapter: Adapter | None = None
+    base: LoadedModel, texts: Sequence[list[int]] = TEXTS, *, adapter: AdapterHandle | None = None
 ) -> list[Tensor]:
     """Hidden rows of each text, all texts in one batch."""
     bench = Bench(base)

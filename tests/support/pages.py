@@ -8,7 +8,7 @@ from oracles import TOLERANCE
 _ADAPTERS = """\
 # Adapters
 
-What of PEFT's LoRA is served on which architecture. A dot is a cell that `tests/adapters/test_matrix.py` proves on small
+What of PEFT's LoRA is supported on which architecture. A dot is a cell that `tests/adapters/test_matrix.py` proves on small
 random models in float32, against PEFT with that adapter alone and unmerged, to {tolerance:.0e} of the largest number: alone, in
 one batch with another adapter and the base, and after it was unloaded and loaded again. Architectures that generate are
 compared by prompt log-probabilities and by embeddings, the others by embeddings; rows with labels by their classes and by
@@ -67,9 +67,9 @@ tokens or a head is refused by name. A sum has its own identity, from those of i
 ## Medusa
 
 A folder with `config.json` (`medusa_num_heads`, `medusa_num_layers`) and one safetensors file of heads is loaded like any
-other, alone or with PEFT's files beside it. Its heads guess the tokens that follow the next one, the model verifies them in
-the next step, and the answer is the one without them, token for token, sampled or greedy; `usage.accepted_tokens` tells how
-many guesses were right. Heads have an output layer of their own, or use the base's.
+other, alone or with PEFT's files beside it. Its heads draft the tokens that follow the next one, the model verifies them in
+the next step, and the answer is the one without them, token for token, sampled or greedy; `usage.accepted_tokens` says how
+many drafts were right. Heads have an output layer of their own, or use the base's.
 
 ## Merging
 
@@ -80,16 +80,17 @@ many guesses were right. Heads have an output layer of their own, or use the bas
   ranks;
 - `linear`, `ties`, `dare_linear`, `dare_ties` combine A and B each on their own, and need equal ranks module by module;
 - `--weight` once for each adapter, negative ones subtract; `--density` for ties and dare; `--seed` for dare, torch's own
-  state is untouched.
+  state is untouched. A seed gives the same result each time; it is our own stream of random numbers, not PEFT's, whose order
+  depends on the model: given the same masks, the numbers are PEFT's.
 
 Where PEFT loses something silently we do not: rslora, `layers_to_transform`, rank patterns and modules that only some
 adapters have come out exact. DoRA, biases, saved modules, heads and trained tokens have no sum and are refused by name.
 
 `lorax adapters merge A --base CHECKPOINT --out DIR` (`merge_into_base`) writes the base with the adapter in its weights: same
-files, names and dtypes, computed in float32, a shard at a time. DoRA, biases, saved modules and trained tokens are served; a
+files, names and dtypes, computed in float32, a shard at a time. DoRA, biases, saved modules and trained tokens are supported; a
 tensor without a place, such as a head that the base lacks, is an error and leaves no folder. A change of one side of a tied
 weight writes both and sets `tie_word_embeddings: false`; trained tokens change both sides. `lorax adapters inspect A --base
-CHECKPOINT` tells whether it fits.
+CHECKPOINT` says whether it fits.
 
 ## What is refused
 

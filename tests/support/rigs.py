@@ -5,29 +5,40 @@ Decides nothing that the runtime decides; it only spares tests the wiring.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
-from collections.abc import Callable, Iterable
+from array import array
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.bound import BoundAdapters
+from lorax_core.adapters.lora_kernels.select import AutoKernel
+from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.detokenizer import TextDecoder
 from lorax_core.engine.loop import EngineLoop
+from lorax_core.engine.plan import Chunk, StepPlan
 from lorax_core.engine.runner import Runner
-from lorax_core.engine.scheduler import Chunk, Scheduler, StepPlan
-from lorax_core.engine.sequence import Sampling, Sequence, Update
+from lorax_core.engine.scheduler import Scheduler
+from lorax_core.engine.sequence import Sampling, Sequence, SequenceUpdate
+from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopRule
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
+from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
+from lorax_core.settings import Settings
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model
@@ -43,10 +54,26 @@ def make_loaded(folder: Path, host: PluginHost, **options: object) -> LoadedMode
 
 def make_adapters(base: LoadedModel, **folders: Path) -> AdapterStore:
     """A store with the adapters of these folders, by name."""
-    store = AdapterStore(base)
+    store = AdapterStore(base, Settings.from_env())
+    _bound.setdefault(base.model, []).append(store.bound)
     for name, folder in folders.items():
         store.load(name, folder)
     return store
+
+
+_bound: WeakKeyDictionary[Model, list[BoundAdapters]] = WeakKeyDictionary()
+
+
+def bound_to(base: LoadedModel) -> Mapping[str, Bound]:
+    """What all stores of `make_adapters` have bound to a base, now and later."""
+    found: ChainMap[str, Bound] = ChainMap()
+    found.maps = _bound.setdefault(base.model, [])  # type: ignore[assignment]
+    return found
+
+
+def kernel_for(base: LoadedModel) -> AutoKernel:
+    """The kernel of low-rank products that an engine of this base would have."""
+    return AutoKernel(base.model.dtype, base.model.device, Settings.from_env())
 
 
 def make_pool(base: LoadedModel, pages: int, page_size: int = PAGE) -> KVPool | None:
@@ -76,10 +103,14 @@ class Bench:
         self.pool = make_pool(base, pages, page_size)
         self.page_size = page_size
         self._free = random.Random(5).sample(range(1, pages + 1), pages)
-        self._batcher = Batcher(base.model, self.pool)
+        self._batcher = Batcher(base.model, page_size if self.pool else None, bound_to(base), kernel_for(base))
         self._backend = backend or TorchBackend()
+        self._backend.bind(base.model.attention_specs, base.model.dtype, self.pool)
+        self._ids = itertools.count(1)
 
-    def sequence(self, ids: list[int], adapter: Adapter | None = None, types: list[int] | None = None) -> Sequence:
+    def sequence(
+        self, ids: list[int], adapter: AdapterHandle | None = None, types: list[int] | None = None
+    ) -> Sequence:
         """A sequence that holds pages for all of its tokens."""
         generates = Task.GENERATE in self.model.tasks
         made = Sequence(
@@ -89,8 +120,9 @@ class Bench:
             adapter=adapter,
             stop=StopRule(max_tokens=1) if generates else None,
             span=None if generates else range(len(ids)),
+            id=next(self._ids),
         )
-        made.pages = [self._free.pop() for _ in range(-(-len(ids) // self.page_size))] if self.pool else []
+        made.pages = array("i", [self._free.pop() for _ in range(-(-len(ids) // self.page_size))] if self.pool else [])
         return made
 
     @torch.inference_mode()
@@ -105,16 +137,16 @@ class Bench:
 
     def _rows(self, parts: Iterable[tuple[Sequence, int, int]], answer: Callable[..., Tensor]) -> list[Tensor]:
         chunks = tuple(Chunk(sequence, start, stop - start) for sequence, start, stop in parts)
-        packed = self._batcher.pack(StepPlan(chunks))
-        packed.batch.attention = self._backend
-        self._backend.plan(packed.batch, self.model.attention_specs)
-        rows = answer(self.model.backbone(packed.batch), packed.batch).float()
-        found = dict(zip((id(chunk) for chunk in packed.chunks), rows.split(packed.batch.lengths), strict=True))
-        return [found[id(chunk)] for chunk in chunks]
+        step = step_input(StepPlan(chunks))
+        batch = self._batcher.pack(step)
+        batch.attention = self._backend.plan(batch)
+        rows = answer(self.model.backbone(batch), batch).float()
+        found = dict(zip((chunk.sequence for chunk in step.chunks), rows.split(batch.lengths), strict=True))
+        return [found[chunk.sequence.id] for chunk in chunks]
 
 
 def all_logits(
-    base: LoadedModel, prompts: list[list[int]], adapters: list[Adapter | None] | None = None
+    base: LoadedModel, prompts: list[list[int]], adapters: list[AdapterHandle | None] | None = None
 ) -> list[Tensor]:
     """Logits of every token of every prompt, in one batch."""
     bench = Bench(base, pages=sum(-(-len(ids) // PAGE) for ids in prompts))
@@ -133,6 +165,7 @@ def make_loop(
     max_rows: int = 16,
     backend: AttentionBackend | None = None,
     decoder: TextDecoder | None = None,
+    adapters: AdapterStore | None = None,
 ) -> EngineLoop:
     """The step loop of a model."""
     pool = make_pool(base, pages, page_size)
@@ -140,17 +173,19 @@ def make_loop(
     scheduler = Scheduler(
         max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=base.model.widest_window
     )
-    return EngineLoop(scheduler, Runner(base.model, backend or TorchBackend(), pool), decoder)
+    bound = adapters.bound if adapters is not None else bound_to(base)
+    runner = Runner(base.model, backend or TorchBackend(), pool, bound, kernel_for(base))
+    return EngineLoop(scheduler, runner, decoder)
 
 
 class Inbox:
     """What a sequence told its caller."""
 
     def __init__(self) -> None:
-        self.updates: list[Update] = []
+        self.updates: list[SequenceUpdate] = []
         self.finished = threading.Event()
 
-    def __call__(self, update: Update) -> None:
+    def __call__(self, update: SequenceUpdate) -> None:
         self.updates.append(update)
         if update.last:
             self.finished.set()
@@ -172,7 +207,7 @@ def make_sequence(
     prompt: Iterable[int],
     max_tokens: int = 8,
     *,
-    adapter: Adapter | None = None,
+    adapter: AdapterHandle | None = None,
     sampling: Sampling | None = None,
     stop: Iterable[str] = (),
     eos: Iterable[int] = (),

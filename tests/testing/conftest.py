@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from lorax_core.plugins import ArchitectureSpec, BackendSpec
+from lorax_core.plugins import ArchitectureCases, ArchitectureSpec, BackendSpec
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord
-from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.plugins.record import PluginRecord, PluginStatus
+from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing import CheckResult, Suite
 from lorax_core.testing.checks import CHECKS
 
@@ -26,17 +28,30 @@ VARIANTS = {
 """Few and of our own, so that these tests do not lean on what the plugins try of themselves."""
 
 
+_ADDED = ("heads", "references", "hf_architectures")
+
+
 @pytest.fixture(scope="session")
-def make_spec(host: PluginHost) -> Callable[..., ArchitectureSpec]:
-    """A spec of an installed architecture with changes; `heads` and `references` add to what there is."""
+def make_spec(host: PluginHost) -> Iterator[Callable[..., ArchitectureSpec]]:
+    """Makes a spec of an installed architecture with changes to it or to its cases, which lie in a module `kit_cases`.
+
+    `heads`, `references` and `hf_architectures` add to what there is, other fields replace it.
+    """
+    module = types.ModuleType("kit_cases")
+    sys.modules["kit_cases"] = module
 
     def make(model_type: str, **changes: Any) -> ArchitectureSpec:
-        fields = {**dict(host.architecture(model_type)), "tiny_variants": VARIANTS[model_type]}
+        spec = host.architecture(model_type)
+        fields, of_cases = dict(spec), {**dict(load_cases(spec, None)), "variants": VARIANTS[model_type]}
         for name, value in changes.items():
-            fields[name] = {**fields[name], **value} if name in ("heads", "references", "hf_architectures") else value
-        return ArchitectureSpec.model_validate(fields)
+            place = of_cases if name in of_cases else fields
+            place[name] = {**place[name], **value} if name in _ADDED else value
+        name = f"CASES{len(vars(module))}"
+        setattr(module, name, ArchitectureCases.model_validate(of_cases))
+        return ArchitectureSpec.model_validate({**fields, "cases": f"kit_cases:{name}"})
 
-    return make
+    yield make
+    del sys.modules["kit_cases"]
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 
 from lorax_core.adapters.apply import SegmentedAdapters
 from lorax_core.adapters.formats.peft import PeftFiles
-from lorax_core.testing import Status
+from lorax_core.testing import CheckStatus
 
 BY_FAR = 100
 
@@ -21,17 +21,17 @@ MODELS = [
     ("bert", "SwapsQueryAndKey", "numbers-hidden"),
     ("bert", "DropsABias", "numbers-hidden"),
     ("bert", "DropsANormWeight", "numbers-hidden"),
-    ("bert", "LooksBackOnly", "sight"),
+    ("bert", "LooksBackOnly", "masking"),
     ("qwen2", "MissesATranspose", "numbers-hidden"),
-    ("qwen2", "PeeksAhead", "sight"),
+    ("qwen2", "PeeksAhead", "masking"),
     ("qwen2", "CountsFromTheChunk", "cache-decode"),
     ("qwen2", "CountsFromTheChunk", "cache-chunks"),
     ("qwen2", "AdaptsAllButOne", "adapter-merged"),
     ("qwen2", "AdaptsAllButOne", "adapter-peft"),
 ]
 CONFIGS = [
-    ("qwen2", "WidensWindows", "sight-window[windows]"),
-    ("qwen2", "NarrowsWindows", "sight-window[windows]"),
+    ("qwen2", "WidensWindows", "masking-window[windows]"),
+    ("qwen2", "NarrowsWindows", "masking-window[windows]"),
     ("qwen2", "WidensWindows", "numbers-hidden[windows]"),
     ("qwen2", "ForgetsTheBase", "numbers-hidden[other_base]"),
 ]
@@ -56,8 +56,8 @@ def fails_by_far(run, twins):
     def judge(model_type, spec, key, backend=None):
         right = run(twins[model_type], key)
         wrong = run(spec, key, backend)
-        assert right.status is Status.PASSED, right.detail
-        assert wrong.status is Status.FAILED, wrong.detail
+        assert right.status is CheckStatus.PASSED, right.detail
+        assert wrong.status is CheckStatus.FAILED, wrong.detail
         assert wrong.ratio is not None, wrong.detail
         assert wrong.ratio >= BY_FAR, wrong.detail
         assert math.isfinite(wrong.ratio), wrong.detail
@@ -68,6 +68,14 @@ def fails_by_far(run, twins):
 @pytest.mark.parametrize(("model_type", "broken", "key"), MODELS)
 def test_a_broken_backbone(model_type, broken, key, make_spec, fails_by_far):
     fails_by_far(model_type, make_spec(model_type, backbone=f"broken:{broken}"), key)
+
+
+@pytest.mark.parametrize("key", ["masking", "dtype-bfloat16", "numbers-hidden"])
+def test_a_number_that_is_none_is_never_outdone_by_a_finite_one(key, make_spec, run):
+    wrong = run(make_spec("qwen2", backbone="broken:LosesAllRowsButTheLast"), key)
+
+    assert wrong.status is CheckStatus.FAILED
+    assert wrong.error == math.inf
 
 
 @pytest.mark.parametrize(("model_type", "broken", "key"), CONFIGS)
@@ -87,18 +95,18 @@ def test_a_broken_attention_backend(model_type, backend, key, make_spec, fails_b
 
 @pytest.mark.parametrize("key", ["adapter-merged", "adapter-peft"])
 def test_a_wrong_scale_of_lora(key, make_spec, fails_by_far, monkeypatch, run, twins):
-    assert run(twins["qwen2"], key).status is Status.PASSED
+    assert run(twins["qwen2"], key).status is CheckStatus.PASSED
     monkeypatch.setattr(PeftFiles, "scale", lambda self, module, rank: 1.05 * self.config["lora_alpha"] / rank)
 
     wrong = run(make_spec("qwen2"), key)
 
-    assert wrong.status is Status.FAILED
+    assert wrong.status is CheckStatus.FAILED
     assert wrong.ratio >= BY_FAR
 
 
 def test_one_adapter_for_the_whole_batch(make_spec, monkeypatch, run, twins):
     def for_all(self, site, x, y):
-        for delta in self.segments[0].adapter.deltas.get(site.path, ()):
+        for delta in self.runs[0].bound.deltas.get(site.path, ()):
             delta.apply(site, x, y)
         return y
 
@@ -107,8 +115,8 @@ def test_one_adapter_for_the_whole_batch(make_spec, monkeypatch, run, twins):
 
     wrong = run(make_spec("bert"), "adapter-mixed")
 
-    assert right.status is Status.PASSED
-    assert wrong.status is Status.FAILED
+    assert right.status is CheckStatus.PASSED
+    assert wrong.status is CheckStatus.FAILED
     assert wrong.ratio >= BY_FAR
 
 
@@ -117,8 +125,8 @@ def test_too_few_bits(dtype, make_spec, run, twins):
     right = run(twins["bert"], f"dtype-{dtype}")
     wrong = run(make_spec("bert", backbone="broken:RoundsToEightBit"), f"dtype-{dtype}")
 
-    assert right.status is Status.PASSED
-    assert wrong.status is Status.FAILED
+    assert right.status is CheckStatus.PASSED
+    assert wrong.status is CheckStatus.FAILED
     assert wrong.ratio > right.ratio
 
 
@@ -135,16 +143,16 @@ def test_what_is_wrong_is_named(broken, key, told, make_spec, run, twins):
     right = run(twins["bert"], key)
     wrong = run(make_spec("bert", backbone=f"broken:{broken}"), key)
 
-    assert right.status is Status.PASSED
-    assert wrong.status is Status.FAILED
+    assert right.status is CheckStatus.PASSED
+    assert wrong.status is CheckStatus.FAILED
     assert told in wrong.detail
 
 
 def test_a_loader_that_takes_nan(make_spec, run, twins, monkeypatch):
-    assert run(twins["bert"], "weights-corrupt").status is Status.PASSED
+    assert run(twins["bert"], "weights-corrupt").status is CheckStatus.PASSED
     monkeypatch.setattr(torch, "isfinite", torch.ones_like)
 
     wrong = run(make_spec("bert"), "weights-corrupt")
 
-    assert wrong.status is Status.FAILED
+    assert wrong.status is CheckStatus.FAILED
     assert "loading does not say so" in wrong.detail

@@ -6,11 +6,11 @@ import json
 import sys
 
 import pytest
+from fakes import make_backend_spec, with_backends
 
 from lorax_core.cli.main import main
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord
-from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 
 
 @pytest.fixture
@@ -64,20 +64,20 @@ def test_a_terminal_gets_colours(lorax, monkeypatch):
 
 
 def test_what_failed_is_told_and_what_is_known_too(lorax, broken_bert):
-    code, out, err = lorax("bert", "--variant", "base", "--check", "sight", "--check", "numbers-hidden")
+    code, out, err = lorax("bert", "--variant", "base", "--check", "masking", "--check", "numbers-hidden")
 
     statuses = {row.split()[0]: row.split()[-1] for row in out.splitlines()}
     assert code == 1
-    assert statuses["sight"] == "failed"
+    assert statuses["masking"] == "failed"
     assert statuses["numbers-hidden"] == "known"
-    assert "failed: sight[base]: row " in err
+    assert "failed: masking[base]: row " in err
     assert "times the tolerance" in err
     assert "known: numbers-hidden[base]: being mended" in err
     assert "1 failed, 1 known" in err
 
 
 def test_json(lorax, broken_bert):
-    code, out, err = lorax("bert", "--json", "--variant", "base", "--check", "sight", "--check", "numbers-hidden")
+    code, out, err = lorax("bert", "--json", "--variant", "base", "--check", "masking", "--check", "numbers-hidden")
 
     said = json.loads(out)
     results = said.pop("results")
@@ -96,7 +96,7 @@ def test_json(lorax, broken_bert):
     }
     assert [(result["check"], result["variant"], result["status"]) for result in results] == [
         ("numbers-hidden", "base", "known"),
-        ("sight", "base", "failed"),
+        ("masking", "base", "failed"),
     ]
     assert set(results[0]) == {"check", "variant", "status", "error", "tolerance", "ratio", "detail", "seconds"}
     assert results[1]["ratio"] > 100
@@ -116,3 +116,34 @@ def test_what_there_is_not_is_an_error_with_a_hint(lorax, arguments, told):
 
     assert (code, out) == (1, "")
     assert told in err
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_backend_that_supports_no_variant_is_told_and_nothing_counts_as_passed(options, lorax, host, monkeypatch):
+    spec = make_backend_spec("refusing", "RefusesAll", backend="refusing:RefusesAll")
+    refusing = with_backends(host, spec)
+    monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: refusing))
+
+    code, out, err = lorax("bert", "--backend", "refusing", "--check", "packing-order", *options)
+
+    assert code == 1
+    if options:
+        assert json.loads(out)["ok"] is False
+        assert json.loads(out)["counts"]["failed"] == 0
+    else:
+        assert "skipped: variant relu: " in err
+        assert "heads of 64 are not supported" in err
+        assert "nothing was tested: the attention backend supports none of the variants" in err
+
+
+def test_a_backend_that_supports_some_variants_is_no_failure(lorax, host, monkeypatch):
+    spec = make_backend_spec("refusing", "RefusesWindows", backend="refusing:RefusesWindows")
+    refusing = with_backends(host, spec)
+    monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: refusing))
+    only = ("--variant", "base", "--variant", "windows", "--check", "packing-order")
+
+    code, _, err = lorax("qwen2", "--backend", "refusing", *only)
+
+    assert code == 0
+    assert "1 passed, 1 skipped" in err
+    assert "skipped: variant windows: " in err

@@ -8,19 +8,24 @@ import sys
 import pytest
 
 PLUGIN_TEST = """
+import sys
+
 import torch
 
+from lorax_core.plugins import ArchitectureCases, ArchitectureSpec
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing import conformance
 
 torch.set_num_threads(1)
 host = PluginHost.discover()
-fields = {**dict(host.architecture("bert")), "tiny_variants": {"relu": {"hidden_act": "relu"}}}
-spec = ArchitectureSpec(**{**fields, "known_failures": {"packing-order[relu]": "says so, and passes"}})
-late = ArchitectureSpec(
-    **{**fields, "backbone": "broken:ShiftsPositions", "known_failures": {"packing-repeat": "it shifts"}}
-)
+bert = host.architecture("bert")
+few = {**dict(load_cases(bert, None)), "variants": {"relu": {"hidden_act": "relu"}}}
+CASES = ArchitectureCases(**{**few, "known_failures": {"packing-order[relu]": "says so, and passes"}})
+SHIFTED = ArchitectureCases(**{**few, "known_failures": {"packing-repeat": "it shifts"}})
+sys.modules["these_cases"] = sys.modules[__name__]
+spec = ArchitectureSpec(**{**dict(bert), "cases": "these_cases:CASES"})
+late = ArchitectureSpec(**{**dict(bert), "backbone": "broken:ShiftsPositions", "cases": "these_cases:SHIFTED"})
 
 test_conformance = conformance(spec, host=host)
 test_late = conformance(late, host=host)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 
-from lorax_core.plugins import ArchitectureSpec
+from lorax_core.plugins import ArchitectureCases, ArchitectureSpec
 from lorax_core.plugins.host import PluginHost
-from lorax_core.testing import Status, Suite
+from lorax_core.plugins.resolve import load_cases
+from lorax_core.testing import CheckStatus, Suite
 from lorax_core.testing.checks import CHECKS
 from lorax_core.types import Task
 
@@ -22,7 +24,7 @@ def declared_in(host, make_spec, tmp_path, monkeypatch):
     def judge(code):
         (tmp_path / "somebodys_plugin.py").write_text(code, encoding="utf-8")
         monkeypatch.syspath_prepend(tmp_path)
-        record = replace(host.owner("bert"), module="somebodys_plugin", architectures=(make_spec("bert"),))
+        record = replace(host.owner("bert"), module="somebodys_plugin", architectures=(host.architecture("bert"),))
         with Suite("bert", host=PluginHost([host.records[0], record])) as suite:
             return suite.run(None, LIGHT)
 
@@ -30,14 +32,14 @@ def declared_in(host, make_spec, tmp_path, monkeypatch):
 
 
 def test_a_declaration_that_names_classes_by_strings_is_light(declared_in):
-    assert declared_in("from lorax_core.plugins import ArchitectureSpec").status is Status.PASSED
+    assert declared_in("from lorax_core.plugins import ArchitectureSpec").status is CheckStatus.PASSED
 
 
 @pytest.mark.parametrize("heavy", ["torch", "transformers", "numpy"])
 def test_a_heavy_import_is_named(declared_in, heavy):
     result = declared_in(f"import {heavy}")
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert "importing somebodys_plugin imports " in result.detail
     assert heavy in result.detail
 
@@ -45,33 +47,36 @@ def test_a_heavy_import_is_named(declared_in, heavy):
 def test_a_declaration_that_cannot_be_imported_tells_why(declared_in):
     result = declared_in("import nowhere_to_be_found")
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert "No module named 'nowhere_to_be_found'" in result.detail
 
 
 def test_what_a_declaration_prints_is_no_finding(declared_in):
-    assert declared_in("print('torch')").status is Status.PASSED
+    assert declared_in("print('torch')").status is CheckStatus.PASSED
 
 
 def test_a_spec_by_hand_has_no_module_to_import(make_spec, run):
     result = run(make_spec("bert"), "light-import")
 
-    assert result.status is Status.SKIPPED
+    assert result.status is CheckStatus.SKIPPED
 
 
-def test_a_spec_that_changes_on_the_way_is_not_plain_data(make_spec, run):
+def test_cases_that_change_on_the_way_are_not_plain_data(make_spec, run, monkeypatch):
     spec = make_spec("bert")
-    odd = ArchitectureSpec.model_construct(**{**dict(spec), "tiny_config": {**spec.tiny_config, "pad": (1, 2)}})
+    cases = load_cases(spec, None)
+    odd = ArchitectureCases.model_construct(**{**dict(cases), "tiny_config": {**cases.tiny_config, "pad": (1, 2)}})
+    right = run(spec, "round-trip")
+    monkeypatch.setattr(sys.modules["kit_cases"], spec.cases.partition(":")[2], odd)
 
-    result = run(odd, "round-trip")
+    result = run(spec, "round-trip")
 
-    assert run(spec, "round-trip").status is Status.PASSED
-    assert result.status is Status.FAILED
+    assert right.status is CheckStatus.PASSED
+    assert result.status is CheckStatus.FAILED
     assert "written as JSON" in result.detail
 
 
 def test_a_true_declaration_passes(make_spec, run):
-    assert run(make_spec("bert"), "declaration").status is Status.PASSED
+    assert run(make_spec("bert"), "declaration").status is CheckStatus.PASSED
 
 
 @pytest.mark.parametrize(
@@ -85,33 +90,39 @@ def test_a_true_declaration_passes(make_spec, run):
         ({"references": {Task.EMBED: "transformers:BertTokenizer"}}, "has no config_class"),
         ({"references": {Task.EMBED: "nowhere:Bert"}}, "importing nowhere failed"),
         ({"hf_architectures": {"BertModel": Task.TOKEN_CLASSIFICATION}}, "has 'token-classification' for 'BertModel'"),
-        ({"features": ("token_types", "sliding_window")}, "no tiny variant has one"),
-        ({"features": ("token_types", "tied_embeddings")}, "every tiny variant is tied"),
+        ({"features": ("token_types", "sliding_window")}, "no variant has one"),
+        ({"features": ("token_types", "tied_embeddings")}, "every variant is tied"),
         ({"known_failures": {"numbers-hiden": "a typo"}}, "is 'numbers-hidden' meant?"),
-        ({"known_failures": {"sight[nowhere]": "no such variant"}}, "names 'sight[nowhere]', which is no check"),
+        ({"known_failures": {"masking[nowhere]": "no such variant"}}, "names 'masking[nowhere]', which is no check"),
         ({"known_failures": {"light-import[base]": "it is of no variant"}}, "which is no check"),
     ],
 )
-def test_what_is_not_true_of_a_declaration_is_told(changes, told, make_spec, run):
+def test_what_is_not_true_of_a_declaration_is_reported(changes, told, make_spec, run):
     result = run(make_spec("bert", **changes), "declaration")
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert told in result.detail
 
 
-def test_a_head_without_a_reference_is_told(make_spec, run):
-    spec = make_spec("bert")
-    fewer = {task: path for task, path in spec.references.items() if task != Task.EMBED}
+def test_a_task_without_a_reference_is_reported(make_spec, run):
+    spec = make_spec("bert", default_task=Task.TOKEN_CLASSIFICATION, tasks=tuple(Task)[1:])
+    more = ArchitectureSpec.model_validate({**dict(spec), "causal": True, "tasks": tuple(Task)})
 
-    result = run(ArchitectureSpec.model_validate({**dict(spec), "references": fewer}), "declaration")
+    result = run(more, "declaration")
 
-    assert "references names no class for 'embed'" in result.detail
+    assert "references names no class for 'generate'" in result.detail
 
 
-def test_a_tiny_model_that_is_not_tiny_is_told(make_spec, run):
-    spec = make_spec("bert")
+def test_a_reference_for_a_task_that_the_architecture_lacks_is_reported(make_spec, run):
+    result = run(make_spec("bert", references={Task.GENERATE: "transformers:BertLMHeadModel"}), "declaration")
 
-    result = run(make_spec("bert", tiny_config={**spec.tiny_config, "vocab_size": 9000}), "declaration")
+    assert "references names 'generate', which is not one of the tasks" in result.detail
 
-    assert result.status is Status.FAILED
+
+def test_a_tiny_model_that_is_not_tiny_is_reported(make_spec, run):
+    tiny = load_cases(make_spec("bert"), None).tiny_config
+
+    result = run(make_spec("bert", tiny_config={**tiny, "vocab_size": 9000}), "declaration")
+
+    assert result.status is CheckStatus.FAILED
     assert "should stay under 1,000,000" in result.detail

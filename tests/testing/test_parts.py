@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing import CheckFailed
 from lorax_core.testing.case import Case
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.lora import Recipe, linear_layers, merged, write_adapter
+from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
 from lorax_core.testing.reference import build, quiet, randomise, reload
 from lorax_core.testing.texts import make_texts
 from lorax_core.types import Task
@@ -18,7 +19,8 @@ from lorax_core.types import Task
 
 @pytest.fixture
 def case(make_spec, host, tmp_path):
-    return Case(make_spec("qwen2"), host, "base", tmp_path)
+    spec = make_spec("qwen2")
+    return Case(spec, load_cases(spec, None), host, "base", tmp_path)
 
 
 # --- the measure ---
@@ -101,7 +103,8 @@ def test_every_tensor_of_a_checkpoint_is_random(case):
 
 
 def test_tied_weights_stay_tied(make_spec, host, tmp_path):
-    tied = Case(make_spec("qwen2"), host, "tied", tmp_path)
+    spec = make_spec("qwen2")
+    tied = Case(spec, load_cases(spec, None), host, "tied", tmp_path)
 
     oracle = tied.reference(Task.GENERATE)
 
@@ -113,8 +116,8 @@ def test_making_checkpoints_leaves_the_process_as_it_was(case, tmp_path):
 
     before = torch.get_rng_state(), logging.get_verbosity(), logging.is_progress_bar_enabled()
 
-    build(case.spec, Task.EMBED, case.config, tmp_path / "one", seed=1)
-    reload(case.spec, Task.EMBED, tmp_path / "one")
+    build(case.cases, Task.EMBED, case.config, tmp_path / "one", seed=1)
+    reload(case.cases, Task.EMBED, tmp_path / "one")
 
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before[1:]
@@ -137,13 +140,13 @@ def test_our_merge_is_that_of_peft(case, tmp_path):
     from peft import PeftModel
 
     oracle = case.reference(Task.GENERATE)
-    recipe = Recipe(rank=3, alpha=5, rslora=True)
+    recipe = LoraOptions(rank=3, alpha=5, rslora=True)
     folder = write_adapter(linear_layers(oracle, ()), recipe, tmp_path / "adapter", seed=0)
 
     ours = merged(oracle, folder, recipe).state_dict()
     with quiet():
         theirs = PeftModel.from_pretrained(
-            reload(case.spec, Task.GENERATE, case.checkpoint(Task.GENERATE)), str(folder)
+            reload(case.cases, Task.GENERATE, case.checkpoint(Task.GENERATE)), str(folder)
         )
         theirs = theirs.merge_and_unload().state_dict()
 

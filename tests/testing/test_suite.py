@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from fakes import make_backend_spec, with_backends
 
 from lorax_core.errors import PluginError, RequestError
-from lorax_core.testing import Check, CheckFailed, Measured, NotApplicable, Status, Suite, run_checks
+from lorax_core.testing import Check, CheckFailed, CheckStatus, Measured, NotApplicable, Suite, run_checks
 from lorax_core.testing.checks import CHECKS
 
 
@@ -15,7 +16,7 @@ from lorax_core.testing.checks import CHECKS
 def outcome(make_spec, host):
     """What becomes of a check that does this, under these known failures."""
 
-    def judge(run, known_failures=None, name="sight"):
+    def judge(run, known_failures=None, name="masking"):
         with Suite(make_spec("bert", known_failures=known_failures or {}), host=host) as suite:
             return suite.run("base", Check(name, "nothing", run))
 
@@ -36,13 +37,13 @@ def raises(error):
 @pytest.mark.parametrize(
     ("run", "status", "detail"),
     [
-        (gives(0.5), Status.PASSED, "here"),
-        (gives(1.5), Status.FAILED, "here"),
-        (gives(float("nan")), Status.FAILED, "here"),
-        (gives(float("inf")), Status.FAILED, "here"),
-        (lambda case: Measured(note="yes"), Status.PASSED, "yes"),
-        (raises(CheckFailed("not so")), Status.FAILED, "not so"),
-        (raises(NotApplicable("not here")), Status.SKIPPED, "not here"),
+        (gives(0.5), CheckStatus.PASSED, "here"),
+        (gives(1.5), CheckStatus.FAILED, "here"),
+        (gives(float("nan")), CheckStatus.FAILED, "here"),
+        (gives(float("inf")), CheckStatus.FAILED, "here"),
+        (lambda case: Measured(note="yes"), CheckStatus.PASSED, "yes"),
+        (raises(CheckFailed("not so")), CheckStatus.FAILED, "not so"),
+        (raises(NotApplicable("not here")), CheckStatus.SKIPPED, "not here"),
     ],
 )
 def test_an_outcome(outcome, run, status, detail):
@@ -54,7 +55,7 @@ def test_an_outcome(outcome, run, status, detail):
 def test_whatever_a_plugin_raises_is_a_finding_with_its_place(outcome):
     result = outcome(raises(ZeroDivisionError("by nothing")))
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert "ZeroDivisionError: by nothing (at " in result.detail
 
 
@@ -63,29 +64,29 @@ def test_ctrl_c_is_not_a_finding(outcome):
         outcome(raises(KeyboardInterrupt()))
 
 
-@pytest.mark.parametrize("key", ["sight", "sight[base]"])
-def test_a_known_failure_is_expected_and_told(outcome, key):
+@pytest.mark.parametrize("key", ["masking", "masking[base]"])
+def test_a_known_failure_is_expected_and_reported(outcome, key):
     result = outcome(gives(1.5), {key: "the edge is being mended"})
 
-    assert result.status is Status.KNOWN
+    assert result.status is CheckStatus.KNOWN
     assert result.detail == "the edge is being mended (here)"
 
 
-@pytest.mark.parametrize("key", ["sight", "sight[base]"])
+@pytest.mark.parametrize("key", ["masking", "masking[base]"])
 def test_a_known_failure_that_passes_is_a_failure(outcome, key):
     result = outcome(gives(0.5), {key: "the edge is being mended"})
 
-    assert result.status is Status.FAILED
+    assert result.status is CheckStatus.FAILED
     assert "known_failures says it fails" in result.detail
 
 
-@pytest.mark.parametrize("key", ["sight[relu]", "packing-order"])
+@pytest.mark.parametrize("key", ["masking[relu]", "packing-order"])
 def test_a_known_failure_elsewhere_is_no_excuse(outcome, key):
-    assert outcome(gives(1.5), {key: "the edge is being mended"}).status is Status.FAILED
+    assert outcome(gives(1.5), {key: "the edge is being mended"}).status is CheckStatus.FAILED
 
 
 def test_what_does_not_apply_is_neither_known_nor_unexpected(outcome):
-    assert outcome(raises(NotApplicable("not here")), {"sight": "a reason"}).status is Status.SKIPPED
+    assert outcome(raises(NotApplicable("not here")), {"masking": "a reason"}).status is CheckStatus.SKIPPED
 
 
 def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, host):
@@ -95,16 +96,16 @@ def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, 
     assert len(planned) == len(set(planned))
     assert planned[:2] == [(None, "light-import"), (None, "round-trip")]
     assert {variant for variant, _ in planned} == {None, "base", "relu"}
-    assert ("relu", "sight") in planned
+    assert ("relu", "masking") in planned
     assert not any(name.startswith("cache") or "window" in name or "generate" in name for _, name in planned)
 
 
 def test_names_limit_the_plan(make_spec, host):
     with Suite(make_spec("qwen2"), host=host) as suite:
-        planned = suite.plan(checks=["sight", "round-trip"], variants=["windows"])
+        planned = suite.plan(checks=["masking", "round-trip"], variants=["windows"])
         only = suite.plan(checks=["round-trip"])
 
-    assert [(variant, check.name) for variant, check in planned] == [("windows", "sight")]
+    assert [(variant, check.name) for variant, check in planned] == [("windows", "masking")]
     assert [(variant, check.name) for variant, check in only] == [(None, "round-trip")]
 
 
@@ -125,7 +126,7 @@ def test_what_there_is_not_is_refused(arguments, told, make_spec, host):
 
 
 def test_a_plugin_that_nobody_brings_is_refused(host):
-    with pytest.raises(PluginError, match="no plugin brings model type 'bertt'"):
+    with pytest.raises(PluginError, match="no plugin provides model type 'bertt'"):
         run_checks("bertt", host=host)
 
 
@@ -133,7 +134,7 @@ def test_results_are_told_as_they_come_and_are_plain_data(make_spec, host):
     heard = []
 
     results = run_checks(
-        make_spec("bert"), host=host, checks=["round-trip", "packing-order"], variants=["base"], told=heard.append
+        make_spec("bert"), host=host, checks=["round-trip", "packing-order"], variants=["base"], progress=heard.append
     )
 
     assert results == heard
@@ -172,7 +173,7 @@ def test_a_closed_suite_begins_anew(make_spec, host):
     result = suite.run("base", order)
     suite.close()
 
-    assert result.status is Status.PASSED
+    assert result.status is CheckStatus.PASSED
 
 
 def test_every_check_has_a_name_of_its_own_and_says_what_it_proves():
@@ -180,3 +181,18 @@ def test_every_check_has_a_name_of_its_own_and_says_what_it_proves():
 
     assert len(names) == len(set(names))
     assert all(check.proves for check in CHECKS)
+
+
+def test_a_variant_that_the_named_backend_refuses_is_skipped_with_its_reason(make_spec, host):
+    refusing = with_backends(host, make_backend_spec("refusing", "RefusesWindows", backend="refusing:RefusesWindows"))
+    with Suite(make_spec("qwen2"), host=refusing, backend="refusing") as suite:
+        planned = [(variant, check) for variant, check in suite.plan() if variant in (None, "windows")]
+        refused = [suite.run(variant, check) for variant, check in planned if variant is not None]
+        declared = [suite.run(variant, check) for variant, check in planned if variant is None]
+        base = suite.run("base", next(check for check in CHECKS if check.name == "packing-order"))
+
+    assert len(refused) > 15
+    assert {result.status for result in refused} == {CheckStatus.SKIPPED}
+    assert all(result.refused and "windows are not supported" in result.detail for result in refused)
+    assert not any(result.refused for result in declared)
+    assert (base.status, base.refused) == (CheckStatus.PASSED, False)

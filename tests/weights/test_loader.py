@@ -251,3 +251,13 @@ def test_a_configuration_of_another_size_names_the_tensors_that_do_not_fit(tmp_p
     assert (
         "'embeddings.word_embeddings.weight' has shape [200, 64] where the configuration asks for [200, 128]" in message
     )
+
+
+def test_a_block_that_cannot_be_made_is_told_of_the_configuration(tmp_path, host):
+    changes = {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0, "layer_types": None}
+    change_json(make_qwen2(tmp_path) / "config.json", **changes)
+
+    with pytest.raises(CheckpointError, match=r"no model can be built from: a window of 0") as caught:
+        make_loaded(tmp_path, host)
+
+    assert "config.json" in caught.value.hint

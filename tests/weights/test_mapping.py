@@ -147,3 +147,13 @@ def test_what_is_ignored_under_a_prefix_is_ignored_without_it(pattern, name):
     weights = WeightMap(prefixes=("model",), ignore=(".".join(pattern),))
 
     assert weights.ignores(".".join(name)) == weights.ignores(".".join(["model", *name]))
+
+
+def test_a_canonical_name_is_spelt_as_checkpoints_spell_it_now():
+    weights = WeightMap(
+        rename={"h.*.ln.gamma": "layers.*.norm.weight", "h.*.ln.**": "layers.*.norm.**", "wte.**": "embed_tokens.**"}
+    )
+
+    assert weights.stored_name("layers.3.norm.weight") == "h.3.ln.weight"
+    assert weights.stored_name("embed_tokens.weight") == "wte.weight"
+    assert weights.stored_name("lm_head.weight") == "lm_head.weight"

@@ -1,7 +1,7 @@
 """Several adapters as one, each with a weight.
 
 Decides how their sum is formed: the ranks of all members stand side by side, each member's B times its weight, so the result is
-exactly the weighted sum of what they add. Whatever is no sum (magnitudes, replacements, token rows, heads) is refused by name.
+exactly the weighted sum of what they add. Magnitudes, replacements, token rows and heads cannot be summed: an error names them.
 """
 
 from __future__ import annotations
@@ -10,99 +10,61 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
-from lorax_core.adapters.base import Adapter, Delta, FileAdapter
-from lorax_core.adapters.deltas import Block, EmbeddingLowRank, LowRank
+from lorax_core.adapters.base import Adapter, Bound, Delta
+from lorax_core.adapters.deltas import EmbeddingLowRank, LowRank, summed
 from lorax_core.errors import AdapterError
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
 
-class StackedAdapter(Adapter):
-    """The weighted sum of adapters. Members are `(adapter, weight)`; equal ones add up.
+def stack_identity(weights: Mapping[str, float]) -> str:
+    """The identity of a weighted sum: of its members' identities, each with the sum of its weights."""
+    # Sorted: the same members named in another order are the same sum, and share a slot on the device.
+    return hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()
 
-    Raises AdapterError for a member that has been bound once and does more than add.
+
+class StackedAdapter(Adapter):
+    """The weighted sum of adapters: a weight for each identity, and those `members` that are in host memory.
+
+    A member that is not must be bound where the sum is.
     """
 
     kind = "stack"
 
-    def __init__(self, members: Sequence[tuple[FileAdapter, float]]) -> None:
-        summed: dict[str, float] = {}
-        self._members: dict[str, FileAdapter] = {}
-        for adapter, weight in members:
-            if adapter.not_a_sum is not None:
-                raise AdapterError(
-                    f"{adapter.path} cannot be part of a weighted sum: it has {adapter.not_a_sum}",
-                    hint="name it alone; only plain low-rank updates can be added up",
-                )
-            self._members[adapter.identity] = adapter
-            summed[adapter.identity] = summed.get(adapter.identity, 0.0) + weight
-        self._weights = dict(sorted(summed.items()))
-        self._identity = hashlib.sha256(repr(list(self._weights.items())).encode()).hexdigest()
-        self._deltas: dict[str, list[Delta]] | None = None
+    def __init__(self, weights: Mapping[str, float], members: Mapping[str, Adapter], task: Task | None = None) -> None:
+        self.weights = dict(sorted(weights.items()))
+        self.members = dict(members)
+        self.identity = stack_identity(self.weights)
+        self.task = task
+        self.ranks = ()
 
-    @property
-    def members(self) -> tuple[FileAdapter, ...]:
-        """The adapters that are added up."""
-        return tuple(self._members.values())
+    def bind(self, base: LoadedModel, *, meta: bool = False, others: Mapping[str, Bound] | None = None) -> Bound:
+        """The sum of the members and of `others`, which are bound already.
 
-    @property
-    def identity(self) -> str:
-        return self._identity
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(path for adapter in self._members.values() for path in adapter.targets))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(delta.nbytes for deltas in (self._deltas or {}).values() for delta in deltas)
-
-    @property
-    def is_bound(self) -> bool:
-        return self._deltas is not None
-
-    @property
-    def deltas(self) -> Mapping[str, Sequence[Delta]]:
-        if self._deltas is None:
-            raise AdapterError("a weighted sum of adapters is not bound to a model any more", hint="send it again")
-        return self._deltas
-
-    @property
-    def task(self) -> Task | None:
-        """The task that all of them were trained for, None when they differ."""
-        tasks = {adapter.task for adapter in self._members.values()}
-        return tasks.pop() if len(tasks) == 1 else None
-
-    def bind(self, base: LoadedModel) -> None:
+        Raises AdapterError for one that is missing or does more than add.
+        """
+        bounds = {identity: adapter.bind(base, meta=meta) for identity, adapter in self.members.items()}
         found: dict[str, list[tuple[Delta, float]]] = {}
-        for identity, weight in self._weights.items():
-            for path, deltas in self._members[identity].deltas_for(base).items():
+        for identity, weight in self.weights.items():
+            # A Bound has no __bool__ or __len__, so `or` passes over a missing one only.
+            bound = bounds.get(identity) or (others or {}).get(identity)
+            if bound is None:
+                raise AdapterError(f"the adapter {identity[:12]} of a weighted sum is not on the device any more")
+            if bound.not_a_sum is not None:
+                raise AdapterError(
+                    f"the adapter {identity[:12]} cannot be part of a weighted sum: it has {bound.not_a_sum}"
+                )
+            for path, deltas in bound.deltas.items():
                 found.setdefault(path, []).extend((delta, weight) for delta in deltas)
-        self._deltas = {path: [_summed(deltas)] for path, deltas in found.items()}
-
-    def unbind(self) -> None:
-        self._deltas = None
+        return Bound({path: (_summed(deltas),) for path, deltas in found.items()})
 
 
 def _summed(deltas: Sequence[tuple[Delta, float]]) -> LowRank | EmbeddingLowRank:
     """`sum of weight * B A` as one product: A's ranks side by side, B's times their weights."""
+    # A site is a layer or an embedding, so one embedding delta means that all are.
     embedding = [(delta, weight) for delta, weight in deltas if isinstance(delta, EmbeddingLowRank)]
     if embedding:
         a = torch.cat([delta.a for delta, _ in embedding], dim=1)  # [vocab, sum of ranks]
         return EmbeddingLowRank(a, torch.cat([delta.b * weight for delta, weight in embedding], dim=1))
-    plain = [(delta, weight) for delta, weight in deltas if isinstance(delta, LowRank)]
-    members: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # A and weighted B of each range of columns
-    for delta, weight in plain:
-        for block in delta.blocks:
-            where = members.setdefault((block.column, block.b.shape[1]), [])
-            where.append((delta.a[block.ranks], block.b * weight))
-    blocks: list[Block] = []
-    ranks: list[Tensor] = []
-    for (column, _), updates in members.items():
-        start = sum(map(len, ranks))
-        ranks += [a for a, _ in updates]
-        blocks.append(Block(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in updates])))
-    biases = [delta.bias * weight for delta, weight in plain if delta.bias is not None]
-    return LowRank(torch.cat(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
+    return summed(delta.times(weight) for delta, weight in deltas if isinstance(delta, LowRank))

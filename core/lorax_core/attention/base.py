@@ -1,7 +1,7 @@
 """What an attention backend is.
 
-Decides the interface between layers, engine and kernels. Knows nothing of models or schedules. Backends only read the
-cache; the pool writes it, so all of them share its bytes.
+Decides the interface between layers, engine and kernels: which cache a backend needs, how it prepares a step, and what a
+layer calls. Knows nothing of models, schedules or the memory of the cache.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lorax_core.modeling.attention import Attention
-    from lorax_core.modeling.batch import Batch
+from lorax_core.kernels.elementwise import Angles, rotate
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What a backend must know of a layer.
+    """The shape and masking of one attention layer.
 
     `window` counts the keys that a query sees, itself included; None is all. Scores are `q k^T head_dim^-0.5`, then
-    `soft_cap * tanh(scores / soft_cap)` when a cap is given.
+    `soft_cap * tanh(scores / soft_cap)` when a cap is given. Raises ValueError for sizes that no layer can have.
     """
 
     heads: int
@@ -34,34 +32,151 @@ class AttentionSpec:
     window: int | None = None
     soft_cap: float | None = None
 
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
+            raise ValueError(
+                f"{self.heads} query heads over {self.kv_heads} key heads of {self.head_dim}: query heads are a multiple of "
+                "key heads, all at least 1"
+            )
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a window of {self.window} keys; the least is 1, the query's own, and None is all")
+        if self.soft_cap is not None and not self.soft_cap > 0:
+            raise ValueError(f"a soft cap of {self.soft_cap}; it is above 0, or None for no cap")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """How a backend wants keys and values stored.
+
+    Pages of `page_size` tokens in `dtype`, all in one tensor `[layers, 2, pages, page, kv_heads, dim]`; page 0 is scratch.
+    """
+
+    page_size: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.page_size < 1 or not self.dtype.is_floating_point:
+            raise ValueError(
+                f"a cache of pages of {self.page_size} tokens in {self.dtype}; pages hold tokens in a float dtype"
+            )
+
+
+class HostAndDevice(NamedTuple):
+    """The same int32 numbers in host memory and on the device; on a CPU both are one tensor."""
+
+    host: Tensor
+    device: Tensor
+
+
+class AttentionLayer(Protocol):
+    """What a backend reads off a layer."""
+
+    @property
+    def index(self) -> int:
+        """The layer's place in the cache."""
+
+    @property
+    def spec(self) -> AttentionSpec: ...
+
+
+class KVCache(Protocol):
+    """What backends ask of the cache. A slot is `page * page_size + offset`."""
+
+    @property
+    def page_size(self) -> int: ...
+
+    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
+        """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]`."""
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of one layer as they are stored, each `[pages, page, kv_heads, dim]`, to read."""
+
+    def gather(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """K and V of some pages in `dtype`: each `[*pages.shape, page, kv_heads, dim]`."""
+
+
+class AttentionRows(Protocol):
+    """What a backend must know of the rows of a step. Models without a cache have no `page_table` and no `slots`."""
+
+    @property
+    def query_starts(self) -> HostAndDevice:
+        """First row of each sequence and, last, the number of rows: `[seqs + 1]`."""
+
+    @property
+    def kv_lengths(self) -> HostAndDevice:
+        """Keys of each sequence once this step is written: `[seqs]`."""
+
+    @property
+    def page_table(self) -> HostAndDevice | None:
+        """Pages of each sequence in order, filled up with page 0: `[seqs, most pages]`."""
+
+    @property
+    def slots(self) -> Tensor | None:
+        """Where the new keys and values go: `[tokens]` int64."""
+
+
+class StepAttention(ABC):
+    """Attention of one step: made by `AttentionBackend.plan`, carried on the batch, called by every attention layer.
+
+    The base class rotates, writes to the cache and attends one after the other; a backend with a kernel that does several of
+    these at once overrides `forward`.
+    """
+
+    def forward(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, angles: Angles | None = None) -> Tensor:
+        """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to q's shape; rotated first where there are angles."""
+        if angles is not None:
+            q, k = rotate(q, k, angles)
+        if not layer.spec.causal:
+            return self.encode(layer, q, k, v)
+        # Written first: attend() reads the step's own keys from the cache.
+        self.write(layer, k, v)
+        return self.attend(layer, q)
+
+    @abstractmethod
+    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
+        """Store the step's keys and values in the cache."""
+
+    @abstractmethod
+    def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
+        """Causal attention over the cache, which holds the step's own keys already."""
+
+    @abstractmethod
+    def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Bidirectional attention inside each sequence, without a cache."""
+
 
 class AttentionBackend(ABC):
-    """One implementation of attention over packed batches.
+    """One implementation of attention over packed batches; one object serves one engine.
 
-    The engine calls `plan` once a step; layers then call `attend` (causal, over the paged cache) or `encode`
-    (bidirectional, inside the batch). One backend object serves one engine.
+    In this order: `layout` says which cache the backend needs, or why it cannot serve the model; `bind` gives it that cache;
+    `plan` is called once a step.
     """
 
     name: ClassVar[str]
-    page_multiple: ClassVar[int] = 1
 
     @classmethod
     @abstractmethod
     def is_available(cls) -> tuple[bool, str]:
-        """Whether this process can use the backend, and why not. An import probe; nothing is compiled."""
+        """Whether this process can use the backend, and why not. Imports are probed, nothing is compiled."""
 
     @abstractmethod
-    def supports(self, spec: AttentionSpec, page_size: int, dtype: torch.dtype, device: str) -> str | None:
-        """None when the backend computes such a layer, else the reason why not."""
+    def layout(
+        self,
+        specs: Sequence[AttentionSpec],
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        device: str,
+        page_size: int | None = None,
+    ) -> CacheLayout | str:
+        """The cache for layers of these kinds, computed in `dtype` and stored in `kv_dtype`; else the reason why not.
+
+        `page_size` is the caller's wish; a backend that cannot have it says so.
+        """
 
     @abstractmethod
-    def plan(self, batch: Batch, specs: Sequence[AttentionSpec]) -> None:
-        """Prepare `batch.plan` for all layers of a step; `specs` are the distinct kinds of attention in the model."""
+    def bind(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, cache: KVCache | None) -> None:
+        """Serve a model with these kinds of layers, computed in `dtype`; bidirectional models have no cache."""
 
     @abstractmethod
-    def attend(self, q: Tensor, layer: Attention, batch: Batch) -> Tensor:
-        """Causal attention over the cache: q `[tokens, heads, dim]` to the same shape. K and V are already written."""
-
-    @abstractmethod
-    def encode(self, q: Tensor, k: Tensor, v: Tensor, layer: Attention, batch: Batch) -> Tensor:
-        """Bidirectional attention inside each sequence: `[tokens, heads | kv_heads, dim]` to q's shape."""
+    def plan(self, rows: AttentionRows) -> StepAttention:
+        """Prepare a step for all layers. Everything that needs numbers on the host happens here, nothing in the layers."""

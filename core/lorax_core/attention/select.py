@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorax_core.attention.base import AttentionBackend, AttentionSpec
+from lorax_core.attention.base import AttentionBackend, AttentionSpec, CacheLayout
 from lorax_core.errors import RequestError, listed, nearest
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import BackendSpec
@@ -18,9 +18,10 @@ from lorax_core.plugins.spec import BackendSpec
 
 @dataclass(frozen=True)
 class Selection:
-    """The chosen backend, and for each one passed over its name and the reason."""
+    """The chosen backend, the cache that it needs, and for each one passed over its name and the reason."""
 
     backend: AttentionBackend
+    layout: CacheLayout
     passed_over: tuple[tuple[str, str], ...]
 
 
@@ -28,50 +29,60 @@ def select_backend(
     declared: Sequence[BackendSpec],
     specs: Sequence[AttentionSpec],
     *,
-    page_size: int,
     dtype: torch.dtype,
     device: str,
+    kv_dtype: torch.dtype | None = None,
+    page_size: int | None = None,
     name: str | None = None,
 ) -> Selection:
-    """The first declared backend that serves every layer, or the one called `name`.
+    """The first declared backend that supports every layer, or the one called `name`.
 
-    Raises RequestError when `name` is unknown or cannot serve the model, with the reason.
+    `kv_dtype` None stores keys and values in `dtype`; `page_size` None leaves it to the backend. Raises RequestError when
+    `name` is unknown or cannot serve the model, with the reason.
     """
-    if name is not None and name not in {spec.name for spec in declared}:
-        close = nearest(name, [spec.name for spec in declared])
-        raise RequestError(
-            f"no attention backend is called {name!r}; there are {listed(spec.name for spec in declared)}",
-            hint=f"did you mean {close!r}?" if close else None,
-        )
+    check_backend_name(declared, name)
     passed: list[tuple[str, str]] = []
     for spec in declared:
         if name is not None and spec.name != name:
             continue
-        backend, reason = _try(spec, specs, page_size, dtype, device)
-        if backend is not None:
-            return Selection(backend, tuple(passed))
-        passed.append((spec.name, reason))
-    told = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in passed)
-    raise RequestError(f"no attention backend serves this model on {device!r}: {told}")
+        backend_class, reason = _available(spec, torch.device(device).type)
+        if backend_class is None:
+            passed.append((spec.name, reason))
+            continue
+        try:
+            backend = backend_class()
+            layout = backend.layout(specs, dtype, kv_dtype or dtype, torch.device(device).type, page_size)
+        except Exception as error:  # a backend that is broken must not keep the others from being used
+            layout = f"its layout() failed: {type(error).__name__}: {error}"
+        if isinstance(layout, CacheLayout):
+            return Selection(backend, layout, tuple(passed))
+        passed.append((spec.name, layout or "it gives no reason"))
+    reasons = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in passed)
+    raise RequestError(f"no attention backend supports this model on {device!r}: {reasons}")
 
 
-def _try(
-    spec: BackendSpec, specs: Sequence[AttentionSpec], page_size: int, dtype: torch.dtype, device: str
-) -> tuple[AttentionBackend | None, str]:
-    kind = torch.device(device).type
-    backend_class, reason = _available(spec, kind)
-    if backend_class is None:
-        return None, reason
-    backend = backend_class()
-    for layer in specs:
-        unserved = backend.supports(layer, page_size, dtype, kind)
-        if unserved is not None:
-            return None, unserved
-    return backend, ""
+def check_backend_name(declared: Sequence[BackendSpec], name: str | None) -> None:
+    """Raise RequestError, with the nearest name, when the named backend is not registered."""
+    if name is None or name in {spec.name for spec in declared}:
+        return
+    close = nearest(name, [spec.name for spec in declared])
+    raise RequestError(
+        f"no attention backend is called {name!r}; there are {listed(spec.name for spec in declared)}",
+        hint=f"did you mean {close!r}?" if close else None,
+    )
+
+
+def check_usable(declared: Sequence[BackendSpec], name: str | None, device: str) -> None:
+    """Raise RequestError when the backend called `name` is unknown, or can be used for no model at all on a device."""
+    check_backend_name(declared, name)
+    for spec in declared:
+        reason = why_not(spec, device) if spec.name == name else None
+        if reason is not None:
+            raise RequestError(f"attention backend {name!r} cannot be used on {device!r}: {reason}")
 
 
 def why_not(spec: BackendSpec, device: str) -> str | None:
-    """Why a declared backend serves no model at all on a device; None when it serves some."""
+    """Why a declared backend can be used for no model at all on a device; None when it can for some."""
     found, reason = _available(spec, torch.device(device).type)
     return reason if found is None else None
 
@@ -82,5 +93,8 @@ def _available(spec: BackendSpec, kind: str) -> tuple[type[AttentionBackend] | N
     backend_class = load_class(spec.backend, None)
     if not issubclass(backend_class, AttentionBackend):
         return None, f"{spec.backend} is not an AttentionBackend"
-    available, why = backend_class.is_available()
+    try:
+        available, why = backend_class.is_available()
+    except Exception as error:
+        return None, f"its is_available() failed: {type(error).__name__}: {error}"
     return (backend_class, "") if available else (None, why)

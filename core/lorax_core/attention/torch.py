@@ -8,147 +8,208 @@ into rows of one key head, because torch's own grouped-query path is slow for a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorax_core.attention.base import AttentionBackend, AttentionSpec
+from lorax_core.attention.base import (
+    AttentionBackend,
+    AttentionLayer,
+    AttentionRows,
+    AttentionSpec,
+    CacheLayout,
+    KVCache,
+    StepAttention,
+)
 
-if TYPE_CHECKING:
-    from lorax_core.modeling.attention import Attention
-    from lorax_core.modeling.batch import Batch
-
+PAGE_SIZE = 16
 # Up to this many keys, decoding rows are gathered into one padded call; beyond it padding costs more than calls do.
 _GATHER_KEYS = 512
 
 
-@dataclass(slots=True)
-class _Piece:
-    """One sequence's share of the step: rows `start:stop` see `past + (stop - start)` keys on `pages`."""
+@dataclass(frozen=True, slots=True)
+class _Extend:
+    """Rows of one sequence that follow `past` cached keys, as layers of one window see it.
 
-    start: int
-    stop: int
-    past: int
-    pages: Tensor  # [pages of the sequence] int64
+    Pages wholly behind the window are left out: they may hold another sequence by now. `keys` are those on `pages`.
+    """
+
+    rows: slice
+    pages: Tensor  # [pages] int32
+    keys: int
+    mask: Tensor | None  # [rows, keys] bool; None where a causal or no mask does
+    causal: bool
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Decode:
-    """Rows that decode one token each, gathered into one call."""
+    """Rows of sequences that decode one token each, gathered into one padded call."""
 
-    rows: Tensor  # [n] int64
-    pages: Tensor  # [n, most pages] int64, filled up with page 0
-    lengths: Tensor  # [n] int64: keys of each row
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # window -> [n, 1, 1, keys] bool
+    rows: Tensor | slice  # [n] int64, or all rows in a run
+    pages: Tensor  # [n, most pages] int32, filled up with page 0
+    masks: dict[int | None, Tensor]  # window -> [n, 1, 1, keys] bool
 
 
-@dataclass(slots=True)
-class _Plan:
-    pieces: list[_Piece]
-    decode: _Decode | None
-    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)  # (rows, past, window) -> bool
+class TorchStep(StepAttention):
+    """One step of `TorchBackend`: decoding rows in one call, every other sequence in a call of its own."""
+
+    def __init__(
+        self,
+        cache: KVCache | None,
+        slots: Tensor | None,
+        decode: _Decode | None,
+        extends: dict[int | None, list[_Extend]],
+        inputs: dict[int | None, list[tuple[slice, Tensor | None]]],
+    ) -> None:
+        self._cache = cache
+        self._slots = slots
+        self._decode = decode
+        self._extends = extends  # by window
+        self._inputs = inputs  # bidirectional: rows and mask of each sequence, by window
+
+    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
+        assert self._cache is not None, "a causal layer was planned without a cache"
+        assert self._slots is not None, "a causal layer's rows have no slots"
+        self._cache.write(layer.index, k, v, self._slots)
+
+    def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
+        assert self._cache is not None, "a causal layer was planned without a cache"
+        spec, decode = layer.spec, self._decode
+        out = torch.empty_like(q)  # [tokens, heads, dim]
+        if decode is not None:
+            k, v = self._cache.gather(layer.index, decode.pages, q.dtype)  # [n, most pages, page, kv_heads, dim]
+            out[decode.rows] = _decode_rows(q[decode.rows], k, v, decode.masks[spec.window], spec)
+        for part in self._extends[spec.window]:
+            k, v = self._cache.gather(layer.index, part.pages, q.dtype)
+            k, v = k.flatten(0, 1)[: part.keys], v.flatten(0, 1)[: part.keys]  # [keys, kv_heads, dim]
+            out[part.rows] = _extend(q[part.rows], k, v, part, spec)
+        return out
+
+    def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)  # [tokens, heads, dim]
+        for rows, mask in self._inputs[layer.spec.window]:
+            out[rows] = _attention(q[rows], k[rows], v[rows], mask, False, layer.spec)
+        return out
 
 
 class TorchBackend(AttentionBackend):
-    """Scaled dot-product attention of torch, one call a sequence."""
+    """Scaled dot-product attention of torch. Takes every layer, dtype, device and page size."""
 
     name = "torch"
+
+    def __init__(self) -> None:
+        self._cache: KVCache | None = None
+        self._causal: tuple[int | None, ...] = ()  # the distinct windows of causal layers
+        self._bidirectional: tuple[int | None, ...] = ()
 
     @classmethod
     def is_available(cls) -> tuple[bool, str]:
         return True, "part of torch"
 
-    def supports(self, spec: AttentionSpec, page_size: int, dtype: torch.dtype, device: str) -> str | None:
-        return None
+    def layout(
+        self,
+        specs: Sequence[AttentionSpec],
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        device: str,
+        page_size: int | None = None,
+    ) -> CacheLayout | str:
+        return CacheLayout(page_size or PAGE_SIZE, kv_dtype)
 
-    def plan(self, batch: Batch, specs: Sequence[AttentionSpec]) -> None:
-        if not any(spec.causal for spec in specs):
-            return
-        device = batch.input_ids.device
-        starts = batch.starts
-        pieces, single = [], []
-        for i, length in enumerate(batch.lengths):
-            short = batch.cached[i] + length <= _GATHER_KEYS
-            if length == 1 and short:
-                single.append(i)
-            else:
-                pages = torch.tensor(batch.pages[i], dtype=torch.int64, device=device)
-                pieces.append(_Piece(starts[i], starts[i + 1], batch.cached[i], pages))
-        batch.plan = _Plan(pieces, _gather_plan(batch, single, starts, device) if single else None)
+    def bind(self, specs: Sequence[AttentionSpec], dtype: torch.dtype, cache: KVCache | None) -> None:
+        self._cache = cache
+        self._causal = tuple(dict.fromkeys(spec.window for spec in specs if spec.causal))
+        self._bidirectional = tuple(dict.fromkeys(spec.window for spec in specs if not spec.causal))
 
-    def attend(self, q: Tensor, layer: Attention, batch: Batch) -> Tensor:
-        assert batch.kv is not None
-        plan: _Plan = batch.plan
-        out = torch.empty_like(q)  # [tokens, heads, dim]
-        if plan.decode is not None:
-            k, v = batch.kv.gather(layer.index, plan.decode.pages, q.dtype)  # [n, most pages, page, kv_heads, dim]
-            out[plan.decode.rows] = _decode_rows(q[plan.decode.rows], k, v, plan.decode, layer.spec)
-        for piece in plan.pieces:
-            rows = slice(piece.start, piece.stop)
-            total = piece.past + piece.stop - piece.start
-            # Pages that lie wholly behind the window may have been given back: they are not even read.
-            page_size = batch.kv.page_size
-            first = 0 if layer.spec.window is None else max(0, piece.past + 1 - layer.spec.window) // page_size
-            k, v = batch.kv.gather(layer.index, piece.pages[first:], q.dtype)
-            seen = total - first * page_size
-            k, v = k.flatten(0, 1)[:seen], v.flatten(0, 1)[:seen]  # [keys, kv_heads, dim]
-            out[rows] = _extend(q[rows], k, v, piece.past - first * page_size, layer.spec, plan)
-        return out
-
-    def encode(self, q: Tensor, k: Tensor, v: Tensor, layer: Attention, batch: Batch) -> Tensor:
-        starts = batch.starts
-        out = torch.empty_like(q)  # [tokens, heads, dim]
-        for start, stop in pairwise(starts):
-            rows = slice(start, stop)
-            mask = _band(stop - start, 0, layer.spec.window, False, q.device) if layer.spec.window else None
-            out[rows] = _attention(q[rows], k[rows], v[rows], mask, False, layer.spec)
-        return out
+    def plan(self, rows: AttentionRows) -> StepAttention:
+        starts: list[int] = rows.query_starts.host.tolist()
+        runs = list(pairwise(starts))
+        device = rows.query_starts.device.device
+        inputs = {window: _inputs(runs, window, device) for window in self._bidirectional}
+        if not self._causal:
+            return TorchStep(None, None, None, {}, inputs)
+        assert self._cache is not None, "bind() comes before plan()"
+        assert rows.page_table is not None, "a causal model's rows have no page table"
+        lengths: list[int] = rows.kv_lengths.host.tolist()
+        single = [i for i, (start, stop) in enumerate(runs) if stop - start == 1 and lengths[i] <= _GATHER_KEYS]
+        others = [i for i in range(len(runs)) if i not in set(single)]
+        table, size = rows.page_table.device, self._cache.page_size
+        decode = _decode_plan(rows, table, single, starts, lengths, size, self._causal) if single else None
+        extends = {
+            window: [_extend_plan(table[i], runs[i], lengths[i], size, window) for i in others]
+            for window in self._causal
+        }
+        return TorchStep(self._cache, rows.slots, decode, extends, inputs)
 
 
-def _gather_plan(batch: Batch, single: list[int], starts: tuple[int, ...], device: torch.device) -> _Decode:
-    most = max(len(batch.pages[i]) for i in single)
-    pages = [list(batch.pages[i]) + [0] * (most - len(batch.pages[i])) for i in single]
-    return _Decode(
-        rows=torch.tensor([starts[i] for i in single], dtype=torch.int64, device=device),
-        pages=torch.tensor(pages, dtype=torch.int64, device=device),
-        lengths=torch.tensor([batch.cached[i] + 1 for i in single], dtype=torch.int64, device=device),
-    )
+def _inputs(
+    runs: Sequence[tuple[int, int]], window: int | None, device: torch.device
+) -> list[tuple[slice, Tensor | None]]:
+    return [
+        (slice(start, stop), None if window is None else _band(stop - start, 0, window, False, device))
+        for start, stop in runs
+    ]
 
 
-def _decode_rows(q: Tensor, keys: Tensor, values: Tensor, decode: _Decode, spec: AttentionSpec) -> Tensor:
+def _decode_plan(
+    rows: AttentionRows,
+    table: Tensor,
+    single: list[int],
+    starts: list[int],
+    lengths: list[int],
+    page_size: int,
+    windows: Sequence[int | None],
+) -> _Decode:
+    most = -(-max(lengths[i] for i in single) // page_size)
+    keys = torch.arange(most * page_size, device=table.device)
+    first, count = starts[single[0]], len(single)
+    # A run of rows, the usual case, is a view; anything else is gathered.
+    together = single[-1] - single[0] == count - 1
+    at = slice(single[0], single[0] + count) if together else torch.tensor(single, device=table.device)
+    chosen = slice(first, first + count) if together else rows.query_starts.device[:-1][at].long()
+    ends = rows.kv_lengths.device[at, None]  # [n, 1]
+    masks: dict[int | None, Tensor] = {}
+    for window in windows:
+        visible = keys < ends  # [n, keys]
+        if window is not None:
+            visible &= keys >= ends - window
+        masks[window] = visible[:, None, None]
+    return _Decode(chosen, table[at, :most], masks)
+
+
+def _extend_plan(pages: Tensor, run: tuple[int, int], length: int, page_size: int, window: int | None) -> _Extend:
+    start, stop = run
+    rows = stop - start
+    past = length - rows
+    # Window of the first row: its oldest visible key is at past + 1 - window.
+    behind = 0 if window is None else max(0, past + 1 - window) // page_size
+    past, keys = past - behind * page_size, length - behind * page_size
+    # SDPA's is_causal aligns the mask at the top left, which is right only without past keys.
+    causal = past == 0 and (window is None or window >= rows)
+    mask = None if causal or rows == 1 else _band(rows, past, window, True, pages.device)
+    return _Extend(slice(start, stop), pages[behind : -(-length // page_size)], keys, mask, causal)
+
+
+def _decode_rows(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, spec: AttentionSpec) -> Tensor:
     """One row for each sequence: q `[n, heads, dim]` over its own pages."""
     n, heads, dim = q.shape
     k = keys.flatten(1, 2).transpose(1, 2)  # [n, kv_heads, keys, dim]
     v = values.flatten(1, 2).transpose(1, 2)
-    mask = decode.masks.get(spec.window)
-    if mask is None:
-        at = torch.arange(k.shape[2], device=q.device)
-        visible = at < decode.lengths[:, None]  # [n, keys]
-        if spec.window is not None:
-            visible &= at >= decode.lengths[:, None] - spec.window
-        mask = decode.masks[spec.window] = visible[:, None, None]
-    grouped = q.view(n, spec.kv_heads, heads // spec.kv_heads, dim)  # query heads of one key head are rows of it
+    grouped = q.reshape(n, spec.kv_heads, heads // spec.kv_heads, dim)  # query heads of one key head are rows of it
     return _sdpa(grouped, k, v, mask, False, spec, gqa=False).reshape(n, heads, dim)
 
 
-def _extend(q: Tensor, k: Tensor, v: Tensor, past: int, spec: AttentionSpec, plan: _Plan) -> Tensor:
-    """Rows that follow `past` cached tokens of the same sequence."""
-    rows = q.shape[0]
-    if rows == 1:
+def _extend(q: Tensor, k: Tensor, v: Tensor, part: _Extend, spec: AttentionSpec) -> Tensor:
+    """Rows that follow cached keys of the same sequence."""
+    if q.shape[0] == 1:
         first = 0 if spec.window is None else max(0, k.shape[0] - spec.window)
-        grouped = q.view(1, spec.kv_heads, -1, spec.head_dim)  # [1, kv_heads, heads / kv_heads, dim]
+        grouped = q.reshape(1, spec.kv_heads, -1, spec.head_dim)  # [1, kv_heads, heads / kv_heads, dim]
         k, v = (t[first:].transpose(0, 1)[None] for t in (k, v))  # [1, kv_heads, keys, dim]
         return _sdpa(grouped, k, v, None, False, spec, gqa=False).reshape(q.shape)
-    if past == 0 and (spec.window is None or spec.window >= rows):
-        return _attention(q, k, v, None, True, spec)
-    key = (rows, past, spec.window)
-    if key not in plan.masks:
-        plan.masks[key] = _band(rows, past, spec.window, True, q.device)
-    return _attention(q, k, v, plan.masks[key], False, spec)
+    return _attention(q, k, v, part.mask, part.causal, spec)
 
 
 def _band(rows: int, past: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
@@ -174,8 +235,10 @@ def _sdpa(
 ) -> Tensor:
     if spec.soft_cap is None:
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=gqa)
+    # matmul does not broadcast over groups of heads, so key heads are repeated.
     if gqa:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    # float32, as scores and softmax are inside fused kernels.
     scores = (q.float() @ k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5  # [.., rows, keys]
     scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     if causal:

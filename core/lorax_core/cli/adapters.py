@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorax_core.cli.render import data_only_stdout, show_json, show_table, tell, tell_error
+from lorax_core.cli.render import data_only_stdout, print_error, print_message, show_json, show_table
 from lorax_core.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lorax_core.adapters.formats.lora import LoraAdapter
     from lorax_core.adapters.formats.medusa import MedusaAdapter
-    from lorax_core.adapters.formats.peft import PeftFiles, Piece
+    from lorax_core.adapters.formats.peft import PeftFiles
     from lorax_core.plugins.host import PluginHost
 
 app = typer.Typer(help="Adapters: look into them, combine them, merge them into their base.", no_args_is_help=True)
@@ -55,7 +55,7 @@ def inspect_adapter(
     from lorax_core.adapters.formats.medusa import read_adapter
     from lorax_core.adapters.residency.source import find_adapter
 
-    found = find_adapter(source, revision=revision)
+    found = find_adapter(source, revision=revision, cache=_cache())
     adapter = read_adapter(found.folder)
     about = {"path": found.origin, "revision": found.revision, **_about(adapter)}
     fit, error = _fit(adapter, base) if base is not None else (None, None)
@@ -64,8 +64,9 @@ def inspect_adapter(
     else:
         show_table(("", ""), [*_summary(about), *(_fit_rows(fit) if fit else [])])
         _show_modules(about["modules"])
+    # After what was found: the listing helps to see why it does not fit.
     if error is not None:
-        tell_error(error)
+        print_error(error)
         raise typer.Exit(1)
 
 
@@ -104,8 +105,9 @@ def merge(
     settings: dict[str, Any] = {"strategy": strategy, "weights": weight, "density": density, "seed": seed, "rank": rank}
     settings["majority_sign_method"] = majority_sign
     if revision is not None and len(revision) != len(adapters):
-        told = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
-        raise typer.BadParameter(told, param_hint="--revision")
+        message = f"there are {len(adapters)} adapters, but {len(revision)} revisions"
+        raise typer.BadParameter(message, param_hint="--revision")
+    # A wrong command line comes first, then a taken folder: both are known before anything is downloaded.
     _check_out(out, overwrite)
     about: dict[str, Any] = {"path": str(out), "strategy": strategy}
     folders = [_find_lora(*one) for one in zip(adapters, revision or [""] * len(adapters), strict=True)]
@@ -115,8 +117,8 @@ def merge(
         return
     from lorax_core.adapters.merging.merge import merge_adapters
 
-    with _progress("combining modules") as told_of:
-        merged = merge_adapters(folders, out, **settings, overwrite=overwrite, told=told_of)
+    with _progress("combining modules") as progress:
+        merged = merge_adapters(folders, out, **settings, overwrite=overwrite, progress=progress)
     about |= {"modules": merged.modules, "ranks": list(merged.ranks), "notes": list(merged.notes)}
     _show_merged(about, json)
 
@@ -133,14 +135,14 @@ def _find_lora(source: str, revision: str) -> Path:
     from lorax_core.adapters.formats.medusa import is_medusa
     from lorax_core.adapters.residency.source import find_adapter
 
-    found = find_adapter(source, revision=revision or None)
+    found = find_adapter(source, revision=revision or None, cache=_cache())
     if is_medusa(found.folder):
         beside = (found.folder / "adapter_config.json").is_file()
         hint = (
             "give a folder of PEFT's files alone: adapter_config.json and adapter_model.safetensors" if beside else None
         )
         raise AdapterError(
-            f"{source} holds Medusa heads, which guess tokens; they have no sum and no place in a base", hint=hint
+            f"{source} holds Medusa heads, which draft tokens; they have no sum and no place in a base", hint=hint
         )
     return found.folder
 
@@ -151,20 +153,21 @@ def _merge_into_base(
     """What of the JSON is known only afterwards."""
     from lorax_core.adapters.formats.peft import read_peft
     from lorax_core.adapters.merging.into_base import merge_into_base
-    from lorax_core.adapters.merging.merge import combine, make_recipe
+    from lorax_core.adapters.merging.merge import combine, merge_options
     from lorax_core.weights.hub import find_checkpoint
 
-    recipe = make_recipe(adapters, **settings)
+    # Before files are read, so that a wrong option costs no wait.
+    options = merge_options(adapters, **settings)
     files, notes = [read_peft(path) for path in adapters], list[str]()
     # One adapter as it is may hold what has no sum.
-    if len(files) > 1 or recipe.weights != (1.0,) or recipe.strategy not in ("linear", "cat"):
-        with _progress("combining modules") as told:
-            together, notes = combine(files, recipe, told=told)
+    if len(files) > 1 or options.weights != (1.0,) or options.strategy not in ("linear", "cat"):
+        with _progress("combining modules") as progress:
+            together, notes = combine(files, options, progress=progress)
     else:
         together = files[0]
     host = _discover()
-    with _progress("writing files") as told:
-        done = merge_into_base(find_checkpoint(base), together, out, host, overwrite=overwrite, told=told)
+    with _progress("writing files") as progress:
+        done = merge_into_base(find_checkpoint(base), together, out, host, overwrite=overwrite, progress=progress)
     return {"changed": list(done.changed), "notes": [*notes, *done.notes]}
 
 
@@ -172,17 +175,19 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
     if json:
         show_json({"merged": about})
         return
-    told = {name: value for name, value in about.items() if name != "notes"}
-    if "changed" in told:
-        told["changed"] = f"{len(told['changed']):,} tensors"
-    show_table(("", ""), [(name, _listed(value)) for name, value in told.items()])
+    rows = {name: value for name, value in about.items() if name != "notes"}
+    # JSON lists them all; in a table their number must do.
+    if "changed" in rows:
+        rows["changed"] = f"{len(rows['changed']):,} tensors"
+    show_table(("", ""), [(name, _listed(value)) for name, value in rows.items()])
     for note in about["notes"]:
-        tell(note, label="note", style="yellow")
+        print_message(note, label="note", style="yellow")
 
 
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
     """On a terminal, how far it is; in a pipe nothing."""
+    # A log would get a line for each step.
     if not sys.stderr.isatty():
         yield None
         return
@@ -190,6 +195,12 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
     with Console(stderr=True).status(what) as status:
         yield lambda done, total: status.update(f"{what}: {done} of {total}")
+
+
+def _cache() -> Path:
+    from lorax_core.settings import Settings
+
+    return Settings.from_env().cache
 
 
 def _discover() -> PluginHost:
@@ -203,14 +214,15 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
     """The "adapter" of the JSON: what its files say, and what is in them. Of Medusa's heads alone, LoRA's fields are empty."""
     from lorax_core.adapters.formats.medusa import MedusaAdapter
 
+    # A Medusa adapter may bring a LoRA adapter in the same folder.
     medusa = adapter if isinstance(adapter, MedusaAdapter) else None
     lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter
     files = lora.files if lora is not None else None
-    pieces = files.pieces if files is not None else {}
+    held = files.modules if files is not None else {}
     config = files.config if files is not None else {}
     modules = _modules(files) if files is not None else []
-    tensors = [tensor for piece in pieces.values() for _, tensor in piece.items()]
-    tensors += [tensor for head in (medusa.files if medusa is not None else ()) for tensor in head.tensors]
+    tensors = [tensor for one in held.values() for _, tensor in one.items()]
+    tensors += [tensor for head in (medusa.heads if medusa is not None else ()) for tensor in head.tensors]
     return {
         "kind": adapter.kind,
         "task_type": config.get("task_type"),
@@ -220,11 +232,11 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
         "features": _features(files) if files is not None else [],
         "modules": modules,
         "saved": [
-            {"module": module, "shape": list(piece.weight.shape)}
-            for module, piece in pieces.items()
-            if piece.weight is not None and _rank(piece) is None
+            {"module": module, "shape": list(one.weight.shape)}
+            for module, one in held.items()
+            if one.weight is not None and one.rank is None
         ],
-        "tokens": sum(len(piece.tokens) for piece in pieces.values() if piece.tokens is not None),
+        "tokens": sum(len(one.tokens) for one in held.values() if one.tokens is not None),
         "medusa": _heads(medusa) if medusa is not None else None,
         **_sizes(tensors),
         "identity": adapter.identity,
@@ -232,10 +244,10 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
 
 
 def _heads(adapter: MedusaAdapter) -> dict[str, Any]:
-    first = adapter.files[0]
+    first = adapter.heads[0]
     weight, _ = first.blocks[0]
     return {
-        "heads": len(adapter.files),
+        "heads": len(adapter.heads),
         "blocks": len(first.blocks),
         "width": weight.shape[0],
         "own_output": first.out is not None,  # all heads have one, or none
@@ -252,33 +264,32 @@ def _sizes(tensors: list[Tensor]) -> dict[str, Any]:
     }
 
 
-def _rank(piece: Piece) -> int | None:
-    a = piece.a if piece.a is not None else piece.embedding_a
-    return a.shape[0] if a is not None else None
-
-
 def _modules(files: PeftFiles) -> list[dict[str, Any]]:
     """Modules that differ only in the number of their layer, together."""
     rows: dict[str, dict[str, Any]] = {}
     root = bool(files.config.get("use_rslora"))
-    for module, piece in files.pieces.items():
+    for module, tensors in files.modules.items():
+        # Only a number that is a whole part of the path: the 1 of `fc1` stays.
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", module)
         row = rows.setdefault(name, {"module": name, "count": 0, "ranks": set(), "alphas": set(), "holds": []})
         row["count"] += 1
-        rank = _rank(piece)
+        rank = tensors.rank
         if rank is not None:
             row["ranks"].add(rank)
+            # The scale times its divisor is alpha again; rounded, since the root makes 15.999999.
             row["alphas"].add(round(files.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
-        holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in piece.items()]
+        # What has no name of its own is A or B.
+        holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in tensors.items()]
         row["holds"] += [one for one in dict.fromkeys(holds) if one not in row["holds"]]
     return [{**row, "ranks": sorted(row["ranks"]), "alphas": sorted(row["alphas"])} for _, row in sorted(rows.items())]
 
 
 def _features(files: PeftFiles) -> list[str]:
-    found = {_FEATURES[role] for piece in files.pieces.values() for role, _ in piece.items() if role in _FEATURES}
-    for piece in files.pieces.values():
-        if piece.weight is not None:
-            found.add("saved modules" if _rank(piece) is None else "base weights")
+    found = {_FEATURES[role] for tensors in files.modules.values() for role, _ in tensors.items() if role in _FEATURES}
+    for tensors in files.modules.values():
+        if tensors.weight is not None:
+            # A weight beside a low-rank update is the base's, which PEFT saves beneath it.
+            found.add("saved modules" if tensors.rank is None else "base weights")
     if files.config.get("use_rslora"):
         found.add("rslora")
     return sorted(found, key=str.lower)
@@ -296,7 +307,7 @@ def _summary(about: dict[str, Any]) -> list[tuple[str, str]]:
         ("features", _listed(about["features"])),
         *((f"saved {one['module']}", " x ".join(map(str, one["shape"]))) for one in about["saved"]),
         *([("trained tokens", f"{about['tokens']:,}")] if about["tokens"] else []),
-        *([("medusa heads", _told_heads(about["medusa"]))] if about["medusa"] else []),
+        *([("medusa heads", _describe_heads(about["medusa"]))] if about["medusa"] else []),
         ("tensors", f"{about['tensors']:,}"),
         ("parameters", f"{about['parameters']:,}"),
         ("bytes", f"{about['bytes']:,}"),
@@ -305,7 +316,7 @@ def _summary(about: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _told_heads(heads: dict[str, Any]) -> str:
+def _describe_heads(heads: dict[str, Any]) -> str:
     blocks = "1 block" if heads["blocks"] == 1 else f"{heads['blocks']} blocks"
     out = (
         f"with output layers for {heads['vocabulary']:,} tokens"
@@ -328,16 +339,17 @@ def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any
     from lorax_core.weights.hub import find_checkpoint
     from lorax_core.weights.loader import load_model
 
+    # The real base, not its config: a saved weight is compared with the base's numbers.
     loaded = load_model(Checkpoint(find_checkpoint(base)), host)
-    told: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
+    facts: dict[str, Any] = {"path": base, "model_type": loaded.spec.model_type, "fits": True, "problem": None}
     try:
-        adapter.bind(loaded)
+        found = adapter.check(loaded)
     except AdapterError as error:
-        return {**told, "fits": False, "problem": error.message, "sites": [], "head": None}, error
-    head = adapter.head
+        return {**facts, "fits": False, "problem": error.message, "sites": [], "head": None}, error
+    head = found.head
     labels = list(getattr(head, "labels", ()))
     about = {"task": str(head.task), "labels": labels} if head is not None else None
-    return {**told, "sites": sorted(adapter.targets), "head": about}, None
+    return {**facts, "sites": sorted(found.targets), "head": about}, None
 
 
 def _fit_rows(fit: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorax_core.cli.render import data_only_stdout, show_json, show_table, tell
+from lorax_core.cli.render import data_only_stdout, print_message, show_json, show_table
 
 if TYPE_CHECKING:
     from lorax_core.plugins.record import PluginRecord
     from lorax_core.testing import CheckResult
 
-    Told = Callable[[CheckResult], None]
+    Progress = Callable[[CheckResult], None]
 
 _COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
 
@@ -28,23 +28,24 @@ _COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
 def check_plugin(
     model_type: Annotated[str, typer.Argument(metavar="TYPE", help="As `lorax models list` shows it.")],
     device: Annotated[str, typer.Option(help="Where our model runs; the reference stays on the CPU.")] = "cpu",
-    backend: Annotated[str | None, typer.Option(help="Attention backend, instead of the first that serves.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Attention backend, instead of the first that fits.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Only this check; may be repeated.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Only this tiny variant; may be repeated.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Prove an architecture right against its reference, check by check. Exits with 1 when a check fails."""
+    """Test an architecture against its reference, check by check. Exits with 1 when a check fails or none could run."""
     from lorax_core.plugins.host import PluginHost
 
     with data_only_stdout():
         host = PluginHost.discover()
         owner = host.owner(model_type)
-        import torch  # late: a type that nobody brings needs none of it
+        import torch  # late: not needed to reject an unknown model type
 
         from lorax_core.testing import run_checks
 
         torch.set_num_threads(1)  # for models as tiny as these, more threads only wait for each other
-        with _progress() as told:
+        # Inside data_only_stdout: the checks run the plugin's code, which may print.
+        with _progress() as progress:
             results = run_checks(
                 model_type,
                 host=host,
@@ -52,21 +53,29 @@ def check_plugin(
                 backend=backend,
                 checks=check or (),
                 variants=variant or (),
-                told=told,
+                progress=progress,
             )
     counts = Counter(str(result.status) for result in results)
     if json:
         show_json(_report(model_type, owner, device, backend, results, counts))
     else:
         show_table(_COLUMNS, _rows(results))
-        _tell_results(results, counts)
-    if counts["failed"]:
+        _print_results(results, counts)
+    # A run that tested nothing must not look like a success in CI.
+    if counts["failed"] or _all_refused(results):
         raise typer.Exit(1)
 
 
+def _all_refused(results: Sequence[CheckResult]) -> bool:
+    """Whether the attention backend supports no variant, so that no check of the model ran."""
+    # Checks of the declaration need no backend, and pass whatever it supports.
+    of_variants = [result for result in results if result.variant is not None]
+    return bool(of_variants) and all(result.refused for result in of_variants)
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Told | None]:
-    """On a terminal, what is being checked; in a pipe nothing."""
+def _progress() -> Iterator[Progress | None]:
+    """On a terminal, the check that ran last; in a pipe nothing."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -92,14 +101,14 @@ def _report(
         "version": owner.version,
         "device": device,
         "backend": backend,
-        "ok": not counts["failed"],
+        "ok": not counts["failed"] and not _all_refused(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "known", "skipped")},
         "results": [result.to_json() for result in results],
     }
 
 
 def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
-    """One row a check, over all its variants: how many passed, and the worst that was measured."""
+    """One row a check, over all its variants: how many passed, and the largest error."""
     from lorax_core.testing.checks import CHECKS
 
     for check in CHECKS:
@@ -107,6 +116,7 @@ def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
         if not found:
             continue
         counts = Counter(str(result.status) for result in found)
+        # The worst first: one failed variant makes the row failed.
         worst = next(status for status in ("failed", "known", "passed", "skipped") if counts[status])
         ran = [result for result in found if result.status != "skipped"]
         most = max((result for result in ran if result.ratio is not None), key=lambda r: r.ratio or 0.0, default=None)
@@ -124,14 +134,25 @@ def _number(value: float | None) -> str:
     return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
-def _tell_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
+def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None:
     for result in results:
         if result.status == "failed":
             excess = f" ({result.excess})" if result.excess else ""
-            tell(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
+            print_message(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
         elif result.status == "known":
-            tell(f"{result.key}: {result.detail}", label="known", style="yellow")
-    told = ", ".join(
+            print_message(f"{result.key}: {result.detail}", label="known", style="yellow")
+    # Once a variant: all of its checks were skipped for the same reason.
+    refused = {result.variant: result.detail for result in results if result.refused}
+    for variant, reason in refused.items():
+        print_message(f"variant {variant}: {reason}", label="skipped", style="yellow")
+    if _all_refused(results):
+        print_message(
+            "nothing was tested: the attention backend supports none of the variants",
+            "`lorax doctor` lists the backends of this machine",
+            label="failed",
+            style="red",
+        )
+    summary = ", ".join(
         f"{counts[status]} {status}" for status in ("passed", "failed", "known", "skipped") if counts[status]
     )
-    tell(f"{told}, in {sum(result.seconds for result in results):.1f} s")
+    print_message(f"{summary}, in {sum(result.seconds for result in results):.1f} s")

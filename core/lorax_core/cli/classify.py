@@ -1,7 +1,7 @@
-"""`lorax classify`: labels of texts, or of their tokens, on stdout.
+"""`lorax classify`: labels of inputs, or of their tokens, on stdout.
 
 Decides how a command line says which head answers, and what is shown of its labels. Knows nothing of models: loading and
-answering are those of the Python face, imported when the command runs.
+answering are those of the Python interface, imported when the command runs.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lorax_core
-from lorax_core.cli.options import Truncate, chosen_adapter, named_sources, read_texts, tell_truncated
-from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table, tell
+from lorax_core.cli.options import Truncate, chosen_adapter, named_sources, print_truncated, read_texts
+from lorax_core.cli.render import SCHEMA, data_only_stdout, print_message, show_table
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -63,6 +63,7 @@ def classify(
     cut: Any = truncate.value  # a Literal there
     requests = [lorax_core.ClassifyRequest(input=text, adapter=chosen, truncate=cut) for text in read_texts(texts)]
     with data_only_stdout():
+        # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
         engine = lorax_core.load(
             path, adapters={name: at for name, at in adapters.items() if not about or name != chosen}
         )
@@ -74,7 +75,7 @@ def classify(
         _show_lines(answers)
     else:
         _show_table(answers)
-    tell_truncated(answers)
+    print_truncated(answers)
 
 
 def _head_options(
@@ -91,10 +92,11 @@ def _head_options(
         named[int(index)] = name
     said = {"id2label": named or None, "task": str(task) if task is not None else None}
     about = {name: value for name, value in said.items() if value is not None}
+    # A weighted sum has no head of its own, and the base's is not to be renamed.
     if about and not isinstance(chosen, str):
         option = "--label" if named else "--task"
-        told = "it speaks of the head of one adapter; --adapter NAME=FOLDER loads one, --use NAME chooses it"
-        raise typer.BadParameter(told, param_hint=option)
+        message = "it is about the head of one adapter; --adapter NAME=FOLDER loads one, --use NAME chooses it"
+        raise typer.BadParameter(message, param_hint=option)
     return about
 
 
@@ -125,6 +127,7 @@ def _labels(answer: Classification) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {"label": label, "score": score} for label, score in zip(answer.labels, answer.scores, strict=True)
     ]
+    # Not strict: of a whole text there are labels and no tokens.
     for row, token in zip(rows, answer.tokens or [], strict=False):
         row["token"] = token
     for row, (start, end) in zip(rows, answer.offsets or [], strict=False):
@@ -142,6 +145,7 @@ def _entities(answer: Classification) -> list[dict[str, Any]]:
 def _show_table(answers: list[Classification]) -> None:
     """A row for each entity where labels make entities, else for each token, else for each label of a text."""
     columns = ["index", "label", "score"]
+    # One answer with entities is enough: all texts were answered by the same head.
     if any(answer.entities is not None for answer in answers):
         found = [_entities(answer) for answer in answers]
         columns += ["text", "start", "end"]
@@ -156,7 +160,7 @@ def _show_table(answers: list[Classification]) -> None:
     show_table(columns, lines)
     for index, rows in enumerate(found):
         if not rows:
-            tell(f"text {index}: nothing was found", style="dim")
+            print_message(f"text {index}: nothing was found", style="dim")
 
 
 def _cell(value: object) -> str:

@@ -1,25 +1,27 @@
 """`lorax doctor`: what this machine offers, and what of it is used.
 
-Decides which facts help somebody who asks why something is slow or missing. Knows nothing of how backends and products are
-chosen; asks those who choose.
+Decides which facts help to find out why something is slow or missing. Knows nothing of how backends and kernels are chosen;
+asks the modules that choose.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import lorax_core
-from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell_problems
+from lorax_core.cli.render import data_only_stdout, print_problems, problem_json, show_json, show_table
 
 if TYPE_CHECKING:
     from lorax_core.plugins.host import PluginHost
 
 app = typer.Typer(add_completion=False)
 
+# Optional ones too: a missing one explains a backend, constrained output or s3:// that does not work.
 _PACKAGES = (
     "torch",
     "transformers",
@@ -35,7 +37,7 @@ _PACKAGES = (
 
 @app.command()
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Tell versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin has failed."""
+    """Show versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin has failed."""
     from lorax_core.plugins.host import PluginHost
 
     with data_only_stdout():
@@ -46,11 +48,11 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         facts = {"versions": versions, "machine": machine, "attention": attention, "plugins": plugins}
         show_json({**facts, "problems": problems})
     else:
-        backends = {one["name"]: one["reason"] or "serves" for one in attention}
+        backends = {one["name"]: one["reason"] or "usable" for one in attention}
         groups = {"versions": versions, "machine": machine, "attention": backends, "plugins": plugins}
         lines = [(group, name, str(value)) for group, found in groups.items() for name, value in found.items()]
         show_table(("", "", ""), lines)
-    tell_problems(host.records)
+    print_problems(host.records)
     if host.problems:
         raise typer.Exit(1)
 
@@ -68,23 +70,32 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from lorax_core.kernels.native.low_rank import native_status
-    from lorax_core.modeling.linear import packing_works
+    from lorax_core.adapters.lora_kernels.select import select_kernel
+    from lorax_core.linear_methods.select import available
+    from lorax_core.settings import Settings
 
-    packed = [str(dtype).removeprefix("torch.") for dtype in (torch.float32, torch.bfloat16) if packing_works(dtype)]
-    product, told = native_status()
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    # As an engine would: this compiles the kernel if need be, so a missing compiler shows here.
+    choice = select_kernel(torch.float32, torch.device("cpu"), Settings.from_env())
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    # What device="auto" takes.
+    device = "cuda" if gpus else "cpu"
     return {
-        "device": "cuda" if gpus else "cpu",
+        "device": device,
         "gpus": ", ".join(gpus) or "none that torch sees",
         "threads": torch.get_num_threads(),
-        "packed products": ", ".join(packed) or "none",
-        "compiled adapter product": told if product is not None else f"none: {told}",
+        **{f"linear methods in {name}": _methods(available(dtype, device)) for name, dtype in dtypes.items()},
+        "low-rank kernel": f"{choice.kernel.name}: {choice.reason}",
     }
 
 
+def _methods(available: Mapping[str, str | None]) -> str:
+    """Linear methods in the order that they are asked, with reasons for those that do not compute here."""
+    return "; ".join(name if reason is None else f"not {name}: {reason}" for name, reason in available.items())
+
+
 def _attention(host: PluginHost) -> list[dict[str, Any]]:
-    """Each declared backend, the first choice first, and why it serves nothing here."""
+    """Each declared backend, the first choice first, and why it is not usable here."""
     import torch
 
     from lorax_core.attention.select import why_not

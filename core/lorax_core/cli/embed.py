@@ -1,6 +1,6 @@
 """`lorax embed`: texts to vectors, on stdout.
 
-Decides what is shown of a vector. Knows nothing of models: loading and answering are those of the Python face, imported
+Decides what is shown of a vector. Knows nothing of models: loading and answering are those of the Python interface, imported
 when the command runs.
 """
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lorax_core
-from lorax_core.cli.options import Truncate, read_texts, tell_truncated
+from lorax_core.cli.options import Truncate, print_truncated, read_texts
 from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table
 from lorax_core.types import Pooling
 
@@ -49,7 +49,7 @@ def embed(
         _show_lines(embeddings)
     else:
         show_table(("index", "tokens", "dim", "first values"), [_row(*at) for at in enumerate(embeddings)])
-    tell_truncated(embeddings)
+    print_truncated(embeddings)
 
 
 def _show_lines(embeddings: list[Embedding]) -> None:
@@ -65,6 +65,7 @@ def _show_lines(embeddings: list[Embedding]) -> None:
             "truncated": embedding.truncated,
             "vector": embedding.vector.tolist(),
         }
+        # Not show_json: that indents, and a line must be one object.
         print(dumps(line))
 
 

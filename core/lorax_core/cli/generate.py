@@ -1,7 +1,7 @@
 """`lorax generate`: continue one prompt, the text on stdout as it is made.
 
 Decides how a command line becomes a request, and what is shown of the answer. Knows nothing of models: loading and
-answering are those of the Python face, imported when the command runs.
+answering are those of the Python interface, imported when the command runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import typer
 
 import lorax_core
 from lorax_core.cli.options import chosen_adapter, named_sources, read_text
-from lorax_core.cli.render import data_only_stdout, show_json, tell
+from lorax_core.cli.render import data_only_stdout, print_message, show_json
 
 if TYPE_CHECKING:
     from lorax_core.serving.stream import Stream
@@ -60,6 +60,7 @@ def generate(
         seed=seed,
         stop=stop or [],
     )
+    # Only loading: the answer itself belongs on stdout.
     with data_only_stdout():
         engine = lorax_core.load(path, adapters=adapters)
     with engine:
@@ -73,7 +74,7 @@ def generate(
         _show_json(path, request.adapter, completion)
     else:
         tokens = completion.usage.completion_tokens
-        tell(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
+        print_message(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
 
 
 def _follow(stream: Stream, quiet: bool) -> Completion:
@@ -81,7 +82,9 @@ def _follow(stream: Stream, quiet: bool) -> Completion:
     completion = None
     for event in stream:
         if not quiet:
+            # Flushed: in a pipe stdout is buffered, and nothing would stream.
             print(event.text, end="", flush=True)
+        # Only the last event has one.
         completion = event.completion
     if not quiet:
         print()

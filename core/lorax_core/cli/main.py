@@ -1,6 +1,6 @@
 """The entry of the `lorax` command: which subcommands there are, and how an error ends the process.
 
-Decides exit codes: 0 done, 1 a `LoraxError` (told on stderr with its hint), 2 a wrong command line. Knows nothing of
+Decides exit codes: 0 done, 1 a `LoraxError` (printed to stderr with its hint), 2 a wrong command line. Knows nothing of
 what a subcommand does; each is a module of this package with a typer `app`, imported when it is asked for.
 """
 
@@ -31,6 +31,7 @@ class Subcommands(TyperGroup):
         """The command of that name, or None."""
         if cmd_name not in SUBCOMMANDS:
             return None
+        # Late: each subcommand has its imports, and `lorax --version` needs none of them.
         command = typer.main.get_command(importlib.import_module(f"lorax_core.cli.{cmd_name}").app)
         command.name = cmd_name
         return command
@@ -40,13 +41,14 @@ class Subcommands(TyperGroup):
         try:
             return super().invoke(ctx)
         except LoraxError as error:
+            # Before the message, which then stands last, next to the prompt.
             if ctx.params.get("debug"):
                 import traceback
 
                 traceback.print_exception(error)
-            from lorax_core.cli.render import tell_error
+            from lorax_core.cli.render import print_error
 
-            tell_error(error)
+            print_error(error)
             raise typer.Exit(1) from error
 
 

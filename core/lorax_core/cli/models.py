@@ -1,4 +1,4 @@
-"""`lorax models`: which architectures are installed, what one of them is, and whether a checkpoint can be served.
+"""`lorax models`: which architectures are installed, what one of them is, and whether a checkpoint can be loaded.
 
 Decides what is shown of an architecture. Knows nothing of discovery or of weights; imports them when a command runs.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell, tell_problems
+from lorax_core.cli.render import data_only_stdout, print_message, print_problems, problem_json, show_json, show_table
 from lorax_core.types import Task
 
 if TYPE_CHECKING:
@@ -28,23 +28,26 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command("list")
 def list_models(
-    task: Annotated[Task | None, typer.Option(help="Only architectures that serve this task.")] = None,
+    task: Annotated[Task | None, typer.Option(help="Only architectures that support this task.")] = None,
     json: _Json = False,
     every: Annotated[bool, typer.Option("--all", help="Also those that cannot be used.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a plugin has failed.")] = False,
 ) -> None:
-    """List the architectures that installed plugins bring. Never imports torch."""
+    """List the architectures of installed plugins. Never imports torch."""
     host = _discover()
     models = [entry for entry in _entries(host, every) if task is None or task in entry["tasks"]]
     if json:
         show_json({"models": models, "problems": [problem_json(record) for record in host.problems]})
     elif models:
         show_table(_COLUMNS, [_row(entry) for entry in models])
+    # Two reasons for an empty list: none of this task, or none at all, which only an installation mends.
     elif task is not None and host.architectures:
-        tell(f"no installed architecture serves the task '{task}'")
+        print_message(f"no installed architecture supports the task '{task}'")
     else:
-        tell("no architecture can be used", "pip install lorax-qwen2; `lorax plugins list --all` shows what is there")
-    tell_problems(host.records)
+        print_message(
+            "no architecture can be used", "pip install lorax-qwen2; `lorax plugins list --all` shows what is there"
+        )
+    print_problems(host.records)
     if strict and host.problems:
         raise typer.Exit(1)
 
@@ -54,7 +57,7 @@ def show_model(
     model_type: Annotated[str, typer.Argument(metavar="TYPE", help="As in a checkpoint's config.json.")],
     json: _Json = False,
 ) -> None:
-    """Show one architecture: what it serves, and who brings it."""
+    """Show one architecture: its tasks, and the plugin that provides it."""
     host = _discover()
     spec, record = host.architecture(model_type), host.owner(model_type)
     entry = _entry(spec, record, _usable_status(record))
@@ -66,11 +69,11 @@ def show_model(
     details = {
         "summary": spec.summary,
         "examples": ", ".join(spec.examples) or "-",
-        "served as": ", ".join(f"{name}: {task}" for name, task in spec.hf_architectures.items()) or "-",
+        "checkpoints": ", ".join(f"{name}: {task}" for name, task in spec.hf_architectures.items()) or "-",
         "features": ", ".join(spec.features) or "-",
         "config": spec.config,
         "backbone": spec.backbone,
-        "heads": ", ".join(spec.heads.values()),
+        "heads": ", ".join(spec.head(task) for task in spec.tasks),
     }
     show_table(("", ""), [*row.items(), *details.items()])
 
@@ -82,10 +85,11 @@ def check_model(
     """Check a checkpoint: is its architecture installed, and is every tensor accounted for. Exits with 1 if not."""
     from lorax_core.plugins.resolve import read_config
 
+    # Of config.json alone, so that an unknown type is refused before torch is imported.
     model_type = read_config(path)["model_type"]
     host = _discover()
     host.architecture(model_type)
-    from lorax_core.weights.check import check_checkpoint  # late: a config that nobody can serve needs no torch
+    from lorax_core.weights.check import check_checkpoint  # late: not needed to reject an unknown model type
 
     report = check_checkpoint(path, host)
     if json:
@@ -100,11 +104,11 @@ def check_model(
                 ("tensors", f"{report.tensors:,} ({len(report.ignored):,} ignored)"),
                 ("parameters", f"{report.parameters:,}"),
                 ("dtype", report.dtype),
-                ("verdict", "ok" if report.ok else "cannot be served"),
+                ("verdict", "ok" if report.ok else "cannot be loaded"),
             ],
         )
     for problem in report.problems:
-        tell(problem, label="problem", style="red")
+        print_message(problem, label="problem", style="red")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -117,34 +121,35 @@ def _discover() -> PluginHost:
 
 
 def _entries(host: PluginHost, every: bool) -> Iterator[dict[str, Any]]:
-    from lorax_core.plugins.record import Status
+    from lorax_core.plugins.record import PluginStatus
     from lorax_core.plugins.spec import ArchitectureSpec
 
     for model_type, spec in host.architectures.items():
         record = host.owner(model_type)
         yield _entry(spec, record, _usable_status(record))
+    # Contested or broken ones are not in host.architectures: none of them can be loaded.
     for record in host.records if every else ():
         contested = [spec for spec in record.contested if isinstance(spec, ArchitectureSpec)]
         for spec in contested:
             yield _entry(spec, record, record.status)
-        if record.status in (Status.BROKEN, Status.INCOMPATIBLE, Status.BLOCKED):
+        if record.status in (PluginStatus.BROKEN, PluginStatus.INCOMPATIBLE, PluginStatus.BLOCKED):
             yield _entry(None, record, record.status)
 
 
 def _usable_status(record: PluginRecord) -> str:
-    # One that conflicts over another name is in order for this one.
+    # A conflict over another name does not concern this one.
     return "ready" if record.status == "conflict" else record.status
 
 
 def _entry(spec: ArchitectureSpec | None, record: PluginRecord, status: str) -> dict[str, Any]:
-    """One of "models" in JSON; what a plugin that cannot be used would have brought is not known."""
+    """One of "models" in JSON; what a broken plugin would have provided is not known."""
     return {
         "model_type": spec and spec.model_type,
         "summary": spec and spec.summary,
         "tasks": [str(task) for task in spec.tasks] if spec else [],
         "default_task": spec and str(spec.default_task),
         "attention": spec and ("causal" if spec.causal else "bidirectional"),
-        "lora": spec is not None,  # follows from core's layers; no architecture is without
+        "lora": spec is not None,  # core's layers support it, so every architecture does
         "plugin": record.name,
         "package": record.package,
         "version": record.version,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorax_core.cli.render import tell
+from lorax_core.cli.render import print_message
 from lorax_core.errors import AdapterError, listed, nearest
 
 if TYPE_CHECKING:
@@ -55,17 +55,20 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
                 f"no adapter is called {name!r}; given are {listed(adapters)}",
                 hint=f"did you mean {close!r}?" if close else f"--adapter {name}=FOLDER loads it",
             )
+        # A later one would silently win in a dict.
         if name in weights:
             raise typer.BadParameter(f"{name!r} has two weights", param_hint="--use")
         try:
             weights[name] = float(weight) if equals else 1.0
         except ValueError as error:
             raise typer.BadParameter(f"{one!r} is not NAME=WEIGHT", param_hint="--use") from error
+    # A bare name stays a name: a sum of one adapter would take a slot of its own.
     return use if use in adapters else weights
 
 
 def read_text(given: str) -> str:
     """The text itself, or for - all of stdin without its last line break."""
+    # One line break only, which echo adds; further ones are part of the prompt.
     return sys.stdin.read().removesuffix("\n") if given == "-" else given
 
 
@@ -74,8 +77,10 @@ def read_texts(given: list[str]) -> list[str]:
     return sys.stdin.read().splitlines() if given == ["-"] else given
 
 
-def tell_truncated(answers: Sequence[Embedding | Classification]) -> None:
+def print_truncated(answers: Sequence[Embedding | Classification]) -> None:
     """On stderr, each text that was cut."""
     for index, answer in enumerate(answers):
         if answer.truncated:
-            tell(f"text {index} was cut to {answer.usage.prompt_tokens} tokens", label="warning", style="yellow")
+            print_message(
+                f"text {index} was cut to {answer.usage.prompt_tokens} tokens", label="warning", style="yellow"
+            )

@@ -1,7 +1,7 @@
 """`lorax plugins`: what is installed, and what is wrong with it.
 
-Decides what is shown of a plugin. Knows nothing of how plugins are judged; `doctor` has each judged in a process of its
-own, where nothing has imported torch yet and where a plugin that crashes harms nobody.
+Decides what is shown of a plugin. Knows nothing of how plugins are validated; `doctor` loads each in a process of its own,
+where nothing has imported torch yet and a crash does not affect the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorax_core.cli.check import check_plugin
-from lorax_core.cli.render import data_only_stdout, problem_json, show_json, show_table, tell_problems
+from lorax_core.cli.render import data_only_stdout, print_problems, problem_json, show_json, show_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +33,7 @@ def list_plugins(
     json: _Json = False,
     every: Annotated[bool, typer.Option("--all", help="Also those that cannot be used.")] = False,
 ) -> None:
-    """List installed plugins and what they bring."""
+    """List installed plugins and what they provide."""
     host = _discover()
     records = [record for record in host.records if every or record.specs]
     if json:
@@ -41,7 +41,7 @@ def list_plugins(
     else:
         columns = ("plugin", "package", "version", "architectures", "backends", "status")
         show_table(columns, [_row(record) for record in records])
-    tell_problems(host.records)
+    print_problems(host.records)
 
 
 @app.command("doctor")
@@ -49,7 +49,7 @@ def doctor(
     json: _Json = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one plugin may take.", min=1)] = 120.0,
 ) -> None:
-    """Try each plugin in its own process: does it import, how long does that take, does it pull in torch."""
+    """Load each plugin in its own process: does it import, how long does that take, does it import torch."""
     from lorax_core.plugins.host import PluginHost, installed, missing
     from lorax_core.settings import Settings
 
@@ -67,7 +67,7 @@ def doctor(
 
 @app.command("probe", hidden=True)
 def probe(package: str, name: str, module: str, report: Path) -> None:
-    """Try one plugin in this process and write what became of it to a file: the other half of doctor."""
+    """Load one plugin in this process and write its status to a file, for doctor."""
     import json
 
     from lorax_core.plugins.admission import identity, make_manager, try_plugin
@@ -87,12 +87,14 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
     import tempfile
 
     from lorax_core.plugins.admission import identity
-    from lorax_core.plugins.record import PluginRecord, Status
+    from lorax_core.plugins.record import PluginRecord, PluginStatus
 
     package, version = identity(entry)
-    record = PluginRecord(entry.name, package, version, entry.value, Status.BROKEN)
+    # Broken unless its process reports something else.
+    record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.BROKEN)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
+        # -P keeps the working directory off sys.path: a module there could stand in for the plugin.
         probing = ("-P", "-m", "lorax_core.cli.main", "plugins", "probe", package, entry.name, entry.value, str(report))
         try:
             done = subprocess.run(
@@ -100,9 +102,11 @@ def _probe_apart(entry: EntryPoint, timeout: float) -> PluginRecord:
             )
         except subprocess.TimeoutExpired:
             return replace(record, cause=f"importing it took longer than {timeout:g} s")
+        # A file and not stdout, on which the plugin may print; none means that the process died before.
         if report.exists():
             return _from_json(record, json.loads(report.read_text(encoding="utf-8")))
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    # A negative code is the signal that ended it, by the rule of subprocess.
     how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
     return replace(record, cause=f"importing it ended the process with {how}: {last}")
 
@@ -112,7 +116,7 @@ def _discover() -> PluginHost:
     from lorax_core.settings import Settings
 
     with data_only_stdout():
-        # Never strict: who looks for what is wrong wants to see it all.
+        # Never strict: the list of problems must be complete.
         return PluginHost.discover(replace(Settings.from_env(), strict=False))
 
 
@@ -132,13 +136,13 @@ def _plugin_json(record: PluginRecord) -> dict[str, Any]:
 
 
 def _from_json(record: PluginRecord, said: dict[str, Any]) -> PluginRecord:
-    """`record` with what a probe said of it."""
-    from lorax_core.plugins.record import Status
+    """`record` with the report of a probe."""
+    from lorax_core.plugins.record import PluginStatus
     from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec
 
     return replace(
         record,
-        status=Status(said["status"]),
+        status=PluginStatus(said["status"]),
         cause=said["cause"],
         hint=said["hint"],
         seconds=said["import_seconds"],

@@ -44,10 +44,12 @@ def show_json(data: dict[str, Any]) -> None:
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout: for people on a terminal; in a pipe plain columns, neither wrapped nor coloured."""
+    # Rows may be a generator, and are read twice.
     lines = [list(row) for row in rows]
     if sys.stdout.isatty():
         _show_rich_table(columns, lines)
         return
+    # Tables of names and values have empty headings, which are left out.
     if any(columns):
         lines.insert(0, [name.upper() for name in columns])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
@@ -65,11 +67,12 @@ def _show_rich_table(columns: Sequence[str], rows: list[list[str]]) -> None:
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
+        # Text, not str: rich would read [brackets] in a cell as markup.
         table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
     Console().print(table)
 
 
-def tell(message: str, hint: str | None = None, *, label: str = "", style: str = "") -> None:
+def print_message(message: str, hint: str | None = None, *, label: str = "", style: str = "") -> None:
     """A message on stderr, its label coloured on a terminal, its hint below."""
     from rich.console import Console
     from rich.text import Text
@@ -77,19 +80,20 @@ def tell(message: str, hint: str | None = None, *, label: str = "", style: str =
     text = Text.assemble((f"{label}: " if label else "", f"bold {style}"), message)
     if hint is not None:
         text.append_text(Text.assemble("\n  ", ("hint: ", "bold"), hint))
+    # Soft: a path or a command must stay whole when it is copied.
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 
 
-def tell_error(error: LoraxError) -> None:
+def print_error(error: LoraxError) -> None:
     """An error on stderr: what failed, and the next thing to do."""
-    tell(error.message, error.hint, label="error", style="red")
+    print_message(error.message, error.hint, label="error", style="red")
 
 
-def tell_problems(records: Iterable[PluginRecord]) -> None:
+def print_problems(records: Iterable[PluginRecord]) -> None:
     """On stderr, each plugin that failed, or is slow to import, with its cause."""
     for record in records:
         if record.status.failed or record.status == "slow-import":
-            tell(record.verdict, record.hint, label="warning", style="yellow")
+            print_message(record.verdict, record.hint, label="warning", style="yellow")
 
 
 def problem_json(record: PluginRecord) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class TextDecoder(Protocol):
 class Detokenizer:
     """The text of one completion. All pieces together are `decoder.decode(all ids)`.
 
-    Only a window of the newest tokens is decoded each time: its first part was shown already, which tells a decoder that
-    looks at neighbours (for spaces, say) what stands before the new token.
+    Only a window of the newest tokens is decoded each time. Its first tokens were shown already: they are the context of a
+    decoder that looks at neighbours, for spaces for instance.
     """
 
     def __init__(self, decoder: TextDecoder) -> None:
@@ -33,6 +33,7 @@ class Detokenizer:
         """One more token; the text that it completes, which may be empty."""
         self._ids.append(token_id)
         text = self._new_text()
+        # Byte-level decoders show the first bytes of an unfinished character as U+FFFD.
         if not text or text.endswith(_INCOMPLETE):
             return ""
         self._window, self._shown = self._shown, len(self._ids)
@@ -45,5 +46,6 @@ class Detokenizer:
         return text
 
     def _new_text(self) -> str:
+        # Both decodes start at the window, so the prefix is the same text and can be cut by its length.
         before = self._decoder.decode(self._ids[self._window : self._shown])
         return self._decoder.decode(self._ids[self._window :])[len(before) :]

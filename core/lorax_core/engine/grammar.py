@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 class Grammar(Protocol):
     """The state of one completion in its grammar."""
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next: `[vocab]`; end tokens where the text may end."""
+    def allowed(self) -> bytes:
+        """Which tokens may come next, one bit each, the lowest bit of the first byte for token 0. Tokens past the end may not;
+        end tokens may where the text may end."""
 
     def advance(self, token_id: int) -> None:
         """A token was taken."""

@@ -6,22 +6,23 @@ Decides what a step means for each sequence: plan, run, accept, emit. Single-thr
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+import time
+from dataclasses import replace
 
 import numpy as np
 
 from lorax_core.engine.detokenizer import Detokenizer, TextDecoder
 from lorax_core.engine.drafting import Proposals
+from lorax_core.engine.plan import Chunk, StepPlan
 from lorax_core.engine.runner import Answer, Runner
-from lorax_core.engine.sampler import Picked
-from lorax_core.engine.scheduler import Chunk, Scheduler, StepPlan
-from lorax_core.engine.sequence import Sequence, Update
+from lorax_core.engine.sampler import SampledToken
+from lorax_core.engine.scheduler import Scheduler
+from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
+from lorax_core.engine.stats import StepStats
+from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopText
 from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
-
-if TYPE_CHECKING:
-    from lorax_core.adapters.base import Adapter
 
 _log = logging.getLogger(__name__)
 
@@ -29,15 +30,18 @@ _log = logging.getLogger(__name__)
 class EngineLoop:
     """Living sequences and the steps that move them on.
 
-    Sequences learn of their progress through their `sink`. With no `decoder` completions have token ids and no text.
+    A sequence's `sink` receives its updates. With no `decoder` completions have token ids and no text. `steps` counts the
+    steps so far and `last_step` has the numbers of the last one.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, decoder: TextDecoder | None = None) -> None:
         self.scheduler = scheduler
         self.steps = 0
+        self.last_step: StepStats | None = None
         self._runner = runner
         self._decoder = decoder
         self._texts: dict[Sequence, tuple[Detokenizer, StopText]] = {}
+        self._ended: list[int] = []  # sequences that left since the last step, for the runner to forget
 
     @property
     def busy(self) -> bool:
@@ -45,17 +49,19 @@ class EngineLoop:
         return len(self.scheduler) > 0
 
     def add(self, sequence: Sequence) -> None:
-        """A sequence joins; it takes part from the next step on, and its forks once its prompt is computed."""
+        """Add a sequence; it takes part from the next step on, and its forks once its prompt is computed."""
         for one in (sequence, *sequence.forks):
             if self._decoder is not None and one.stop is not None:
                 self._texts[one] = (Detokenizer(self._decoder), StopText(one.stop.strings))
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """A sequence leaves without an answer; its pages are free before the next step. No-op once it has finished."""
+        """Take a sequence out without an answer; its pages are free before the next step. No-op once it has finished."""
         if not sequence.finished:
-            self._runner.clear(self.scheduler.distrust(sequence))
+            self.scheduler.invalidate(sequence)
             self._leave(sequence)
+            if self.last_step is not None:  # no step may follow that would count what is left
+                self.last_step = replace(self.last_step, **self._load())
 
     def warmup(self, longest: int) -> None:
         """Compute the largest step that can come, once; `longest` is the longest sequence in tokens.
@@ -71,88 +77,95 @@ class EngineLoop:
                 hint="load(..., max_batch_tokens=...) with less, or a smaller KV cache",
             ) from error
 
-    def fail(self, adapter: Adapter, error: LoraxError) -> None:
-        """Sequences of an adapter that cannot be had end with the error."""
-        for sequence in [one for one in self.scheduler if one.adapter is adapter]:
-            self._runner.clear(self.scheduler.distrust(sequence))
-            self._emit(sequence, Update(error=error))
+    def fail(self, adapter: AdapterRef, error: LoraxError) -> None:
+        """Sequences of an adapter that cannot be loaded end with the error."""
+        for sequence in [one for one in self.scheduler if one.salt == adapter.identity]:
+            self.scheduler.invalidate(sequence)
+            self._emit(sequence, SequenceUpdate(error=error))
 
     def step(self) -> bool:
         """One forward pass, and what follows from it. False when there is nothing to compute until an adapter arrives."""
+        started = time.perf_counter()
         plan = self.scheduler.plan()
         if not plan.chunks:
             return not self.scheduler.blocked
-        self.steps += 1
         answers = self._run(plan)
         for chunk in plan.chunks:
-            answer = answers[chunk.sequence]
+            answer = answers.get(chunk.sequence.id, Answer())
             try:
-                update = answer if isinstance(answer, Update) else self._accept(chunk, answer)
+                update = answer if isinstance(answer, SequenceUpdate) else self._accept(chunk, answer)
             except Exception as error:  # a tokenizer that cannot read its own tokens, say
                 update = _broken(error)
             if update is not None:
                 self._emit(chunk.sequence, update)
+        self.steps += 1
+        self.last_step = self._stats(plan, time.perf_counter() - started)
         return True
 
-    def _run(self, plan: StepPlan) -> dict[Sequence, Answer | Update]:
-        """Answers of a plan. When the step breaks, each chunk is tried alone: only those that break alone end with an error."""
+    def _run(self, plan: StepPlan) -> dict[int, Answer | SequenceUpdate]:
+        """Answers of a plan. When the step fails, each chunk is tried alone: only those that fail alone end with an error."""
+        ended, self._ended = self._ended, []
         try:
-            answers: dict[Sequence, Answer | Update] = dict(self._runner.run(plan))
+            pending = self._runner.launch(step_input(plan, ended))
+            return dict(pending.result())
         except Exception as error:
+            self._ended = ended  # the launch may not have come so far
             if len(plan.chunks) == 1:
-                return {plan.chunks[0].sequence: _broken(error)}
+                return {plan.chunks[0].sequence.id: _broken(error)}
             _log.warning("a step over %d sequences failed (%r); each is tried alone", len(plan.chunks), error)
-            answers = {}
-            for chunk in plan.chunks:
-                copies = tuple((old, new) for old, new in plan.copies if new in chunk.sequence.pages)
-                answers |= self._run(StepPlan((chunk,), copies))
-        return {chunk.sequence: Answer() for chunk in plan.chunks} | answers
+        answers: dict[int, Answer | SequenceUpdate] = {}
+        zeros = plan.zeros
+        for chunk in plan.chunks:
+            copies = tuple((old, new) for old, new in plan.copies if new in chunk.sequence.pages)
+            answers |= self._run(StepPlan((chunk,), copies, zeros))
+            # Once: a page zeroed again would lose what an earlier chunk of this retry wrote.
+            zeros = ()
+        return answers
 
-    def _accept(self, chunk: Chunk, answer: Answer) -> Update | None:
-        """Take an answer into the sequence and say what is new; None when nothing is yet."""
+    def _accept(self, chunk: Chunk, answer: Answer) -> SequenceUpdate | None:
+        """Take an answer into the sequence; the update for its sink, None when there is nothing to report yet."""
         sequence = chunk.sequence
-        sequence.part = answer.part if answer.part is not None else sequence.part
         sequence.prompt_scores += answer.prompt_scores
-        if not answer.picked:
+        if not answer.sampled:
             if answer.values is not None and not np.isfinite(answer.values).all():
-                self._runner.clear(self.scheduler.distrust(sequence))
-                return Update(error=StepError("the model gave NaN or infinite values", results=[]))
+                self.scheduler.invalidate(sequence)
+                return SequenceUpdate(error=StepError("the model gave NaN or infinite values", results=[]))
             self.scheduler.advance(chunk)
-            return Update(answer=answer.values) if answer.values is not None else None
-        update = self._take(sequence, answer.picked)
+            return SequenceUpdate(answer=answer.values) if answer.values is not None else None
+        update = self._take(sequence, answer.sampled)
         if update.error is not None:
-            self._runner.clear(self.scheduler.distrust(sequence))
+            self.scheduler.invalidate(sequence)
             return update
+        # The last token is the model's own; those before it are accepted drafts.
         accepted = max(len(update.token_ids) - 1, 0)
         sequence.accepted_drafts += accepted
         self.scheduler.advance(chunk, accepted)
         if isinstance(sequence.drafter, Proposals):
-            sequence.drafter.propose(answer.guesses)
+            sequence.drafter.propose(answer.drafts)
         if sequence.forks:
             self.scheduler.fork(sequence)
         return update
 
-    def _take(self, sequence: Sequence, picked: tuple[Picked, ...]) -> Update:
+    def _take(self, sequence: Sequence, sampled: tuple[SampledToken, ...]) -> SequenceUpdate:
         """New tokens, one after the other, until one ends the completion."""
         tokens: list[int] = []
         text, reason = "", None
-        for one in picked:
+        for one in sampled:
             if one.token_id is None:
-                return Update(error=StepError(one.fault, results=[]))
+                return SequenceUpdate(error=StepError(one.fault, results=[]))
             tokens.append(one.token_id)
             piece, reason = self._next(sequence, one.token_id)
             text += piece
             if reason is not None:
                 break
-        scores = tuple(one.logprobs for one in picked[: len(tokens)] if one.logprobs is not None)
-        return Update(token_ids=tuple(tokens), logprobs=scores, text=text, finish_reason=reason)
+        scores = tuple(one.logprobs for one in sampled[: len(tokens)] if one.logprobs is not None)
+        return SequenceUpdate(token_ids=tuple(tokens), logprobs=scores, text=text, finish_reason=reason)
 
     def _next(self, sequence: Sequence, token: int) -> tuple[str, FinishReason | None]:
-        """One new token: the text that it lets out, and whether it ends the completion."""
+        """One new token: the text that can be shown now, and whether it ends the completion."""
         rule = sequence.stop
         assert rule is not None
-        sequence.output.append(token)
-        sequence.output_counts[token] += 1
+        sequence.append(token)
         stopped = token in rule.token_ids and len(sequence.output) > rule.min_tokens
         if sequence.grammar is not None and not stopped:
             sequence.grammar.advance(token)
@@ -175,7 +188,7 @@ class EngineLoop:
             return text, FinishReason.STOP
         return text + stop_text.flush() if reason is not None else text, reason
 
-    def _emit(self, sequence: Sequence, update: Update) -> None:
+    def _emit(self, sequence: Sequence, update: SequenceUpdate) -> None:
         if update.last:
             self._leave(sequence)
         try:
@@ -186,17 +199,39 @@ class EngineLoop:
 
     def _leave(self, sequence: Sequence) -> None:
         self._texts.pop(sequence, None)
+        self._ended.append(sequence.id)
         self.scheduler.remove(sequence)
         forks = [fork for fork in sequence.forks if not fork.finished]
         sequence.forks = []
-        if forks:  # the prompt was not computed for them: the first takes it on
+        if forks:  # the prompt was not computed for them: the first of them computes it
             forks[0].forks = forks[1:]
             self.scheduler.add(forks[0])
 
+    def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
+        decoding = [chunk for chunk in plan.chunks if chunk.start >= len(chunk.sequence.prompt)]
+        drafted = sum(chunk.drafted for chunk in plan.chunks)
+        return StepStats(
+            prompt_tokens=plan.tokens - len(decoding) - drafted,
+            decode_tokens=len(decoding),
+            draft_tokens=drafted,
+            rows=len(plan.chunks),
+            seconds=seconds,
+            **self._load(),
+        )
 
-def _broken(error: Exception) -> Update:
+    def _load(self) -> dict[str, int]:
+        allocator = self.scheduler.allocator
+        return {
+            "running": len(self.scheduler) - self.scheduler.waiting,
+            "waiting": self.scheduler.waiting,
+            "pages_used": allocator.capacity - allocator.available if allocator is not None else 0,
+            "pages": allocator.capacity if allocator is not None else 0,
+        }
+
+
+def _broken(error: Exception) -> SequenceUpdate:
     if isinstance(error, LoraxError):
-        return Update(error=error)
-    told = StepError(f"the step failed: {type(error).__name__}: {error}", results=[])
-    told.__cause__ = error
-    return Update(error=told)
+        return SequenceUpdate(error=error)
+    wrapped = StepError(f"the step failed: {type(error).__name__}: {error}", results=[])
+    wrapped.__cause__ = error
+    return SequenceUpdate(error=wrapped)

@@ -1,8 +1,7 @@
-"""The sequences that wait to run.
+"""The sequences that wait to run, in the order of start-time fair queueing.
 
-Decides whose turn it is. Adapters take turns: one that floods the queue delays every other by no more than one sequence each
-time around. The base is one of them, and an adapter's requests of each priority are a flow of their own. Knows nothing of
-pages.
+Decides whose turn it is. The sequences of one adapter at one priority are a flow (the base is an adapter here), and every
+sequence costs one turn: an adapter that floods the queue delays each other one by a sequence a round. Knows nothing of pages.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from lorax_core.engine.sequence import Sequence
 
 @dataclass(slots=True)
 class _Flow:
-    """The living sequences of one adapter at one priority, and the last turn that one of them was given."""
+    """The living sequences of one adapter at one priority, and the last turn that was assigned to one of them."""
 
     alive: int = 0
     last: int = 0
@@ -25,7 +24,7 @@ class _Flow:
 
 @dataclass(slots=True)
 class _Level:
-    """A priority: the turn that is served at it, and how many wait."""
+    """A priority: its virtual time, which is the turn being served, and how many sequences wait."""
 
     turn: int = 0
     waiting: int = 0
@@ -34,13 +33,13 @@ class _Level:
 class WaitingQueue:
     """Waiting sequences by rank, smallest first.
 
-    A new sequence gets the turn after the last of its flow, or after the one that is served now at its priority if that is
-    later: so the flows that wait advance side by side, and one that was silent begins beside the others, with nothing saved
-    up. A priority at which nobody waited begins where the furthest one is.
+    A new sequence's turn is one after the last of its flow, or after the virtual time of its priority if that is later. So
+    waiting flows advance side by side, and one that was idle starts beside the others without credit. A priority that was
+    empty starts at the furthest virtual time of all.
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []  # with cancelled ones in it
+        self._heap: list[tuple[tuple[int, int], Sequence]] = []  # cancelled ones stay until they reach the top
         self._arrivals = 0
         self._levels: defaultdict[int, _Level] = defaultdict(_Level)
         self._flows: dict[tuple[str, int], _Flow] = {}
@@ -61,32 +60,33 @@ class WaitingQueue:
         self.put_back([sequence])
 
     def accompany(self, sequence: Sequence, parent: Sequence) -> None:
-        """A new sequence that runs at once, in the turn of another."""
+        """A new sequence that runs at once, in the turn of its parent."""
         self._joined(sequence)
         sequence.turn = parent.turn
 
     def depart(self, sequence: Sequence, *, waiting: bool) -> None:
-        """A sequence that joined is finished; `waiting` when it stands here."""
+        """A sequence that joined is finished; `waiting` when it is still in the queue."""
         self._levels[sequence.priority].waiting -= waiting
         flow = self._flows[sequence.salt, sequence.priority]
         flow.alive -= 1
         if not flow.alive:
+            # Otherwise the dict would grow with every adapter.
             del self._flows[sequence.salt, sequence.priority]
 
     def first(self) -> Sequence | None:
-        """Whose turn it is."""
+        """The sequence whose turn it is; None when the queue is empty."""
         while self._heap and self._heap[0][1].finished:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
     def pop(self) -> Sequence:
-        """Take out the first, to run or to stand aside for a moment."""
+        """Take out the first, to run or to be put back after the plan."""
         _, sequence = heapq.heappop(self._heap)
         self._levels[sequence.priority].waiting -= 1
         return sequence
 
     def put_back(self, sequences: Iterable[Sequence]) -> None:
-        """Sequences that stood here, or ran, wait again in their old turn."""
+        """Sequences that were taken out, or ran, wait again in their old turn."""
         for sequence in sequences:
             heapq.heappush(self._heap, (sequence.rank, sequence))
             self._levels[sequence.priority].waiting += 1
@@ -95,6 +95,7 @@ class WaitingQueue:
         """The first runs now."""
         sequence = self.pop()
         level = self._levels[sequence.priority]
+        # max: a preempted sequence comes back in an old turn, and virtual time must not run backwards.
         level.turn = max(level.turn, sequence.turn)
 
     def check(self) -> None:
@@ -105,7 +106,7 @@ class WaitingQueue:
 
     def _joined(self, sequence: Sequence) -> _Flow:
         self._arrivals += 1
-        sequence.arrival = self._arrivals
+        sequence.id = self._arrivals
         flow = self._flows.setdefault((sequence.salt, sequence.priority), _Flow())
         flow.alive += 1
         return flow

@@ -1,24 +1,30 @@
-"""One step on the device: batch in, answers out.
+"""One step on the device: plain data in, answers out.
 
-Decides how a plan is computed and read back. Changes no sequence, so a step that failed can be tried again in smaller pieces.
-Knows nothing of stopping, text or who waits for the answers.
+Decides how a step is computed and read back: everything is launched first, then one transfer brings the answers. A launch
+that fails leaves nothing behind, so a step can be tried again in smaller pieces. Knows nothing of stopping, text or who waits
+for the answers.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
-from typing import Any
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from lorax_core.adapters.base import Bound
+from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.attention.base import AttentionBackend
-from lorax_core.engine.batcher import Batcher, scores_prompt
-from lorax_core.engine.sampler import Draw, Picked, sample, score
-from lorax_core.engine.scheduler import Chunk, StepPlan
-from lorax_core.engine.sequence import Sequence
-from lorax_core.engine.stopping import StopRule
+from lorax_core.engine.batcher import Batcher
+from lorax_core.engine.sampler import Sampled, SampledToken, Scores
+from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
+from lorax_core.engine.transfer import Transfer
 from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import HeadRows
@@ -31,163 +37,255 @@ from lorax_core.types import Task, TokenLogprobs
 class Answer:
     """What a step gave one sequence.
 
-    `picked`: a token for the newest row and each right guess before it, in order. `prompt_scores`: of the prompt tokens that
-    this chunk's rows predict. `part`: what the head made of the rows so far; `values`: of the whole text, on the host.
+    `sampled`: a token for the newest row and each right draft token before it, in order. `prompt_scores`: of the prompt tokens
+    that this chunk's rows predict. `drafts`: the adapter's, for the tokens after the last of `sampled`. `values`: what the head
+    computed from the whole input, once it is complete.
     """
 
-    picked: tuple[Picked, ...] = ()
+    sampled: tuple[SampledToken, ...] = ()
     prompt_scores: tuple[TokenLogprobs, ...] = ()
-    guesses: tuple[int, ...] = ()  # of the adapter's speculator, for the tokens after the last of `picked`
-    part: Any = None
-    values: Any = None  # float32 numpy
+    drafts: tuple[int, ...] = ()
+    values: NDArray[np.float32] | None = None
 
 
 class Runner:
-    """Runs plans over one model with one attention backend."""
+    """Runs steps over one model with one attention backend, which is bound to `pool` (None for models without a cache).
 
-    def __init__(self, model: Model, backend: AttentionBackend, pool: KVPool | None) -> None:
+    `adapters` are those on the device, by identity; the mapping may change between steps. `kernel` computes their low-rank
+    products, torch's when None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        backend: AttentionBackend,
+        pool: KVPool | None,
+        adapters: Mapping[str, Bound] | None = None,
+        kernel: LoraKernel | None = None,
+    ) -> None:
         self._model = model
         self._backend = backend
         self._pool = pool
-        self._batcher = Batcher(model, pool)
-        self._specs = model.attention_specs
+        self._adapters: Mapping[str, Bound] = {} if adapters is None else adapters
+        self._batcher = Batcher(model, pool.page_size if pool is not None else None, self._adapters, kernel)
+        self._pooled: dict[int, Tensor] = {}  # by sequence: what its head made of the chunks so far
+        self._newest: dict[int, Tensor] = {}  # by sequence: the token that the last step sampled for it, `[1]`
+        backend.bind(model.attention_specs, model.dtype, pool)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> dict[Sequence, Answer]:
-        """Compute a plan; an answer for each sequence whose rows were read."""
+    def launch(self, step: StepInput) -> PendingStep:
+        """Start computing a step. Nothing is read back from the device here."""
+        for sequence in step.ended:
+            self._pooled.pop(sequence, None)
         if self._pool is not None:
-            self.clear(list(plan.clears))
-            self._pool.copy(plan.copies)
-        packed = self._batcher.pack(plan)
-        packed.batch.attention = self._backend
-        self._backend.plan(packed.batch, self._specs)
-        output = self._model(packed.batch)
-        answers: dict[Sequence, Answer] = {}
-        for group, rows, read in zip(packed.batch.head_rows, output.answers, output.read, strict=True):
-            chunks = [packed.chunks[index] for index in group.sequences]
+            self._pool.zero(step.zeros)
+            self._pool.copy(step.copies)
+        pending = PendingStep(step, self._pooled)
+        if not step.chunks:
+            return pending
+        batch = self._batcher.pack(step)
+        self._fill_awaited(step, batch.input_ids)
+        batch.attention = self._backend.plan(batch)
+        output = self._model(batch)
+        newest: dict[int, Tensor] = {}
+        for group, rows, hidden in zip(batch.head_rows, output.answers, output.hidden, strict=True):
             if group.task is Task.GENERATE:
-                generated = self._generated(chunks, rows, group)
-                answers |= generated if read is None else self._guessed(chunks, read, group, generated)
+                newest |= pending.generate(group, rows, hidden, self._model)
             elif group.task is not None:
-                answers |= self._joined(group.head or self._model.head(group.task), chunks, rows, group)
-        unread = [chunk for chunk in packed.chunks if chunk.final and chunk.sequence not in answers]
-        answers |= {chunk.sequence: Answer(part=chunk.sequence.part) for chunk in unread}
-        return self._finished([chunk for chunk in packed.chunks if chunk.final], answers)
+                pending.pool(group, rows, self._head(step.chunks[group.sequences[0]]))
+        pending.finish(self._head)
+        # Last: a launch that fails must leave the tokens of the step before for the retry.
+        self._newest = newest
+        return pending
 
     def warmup(self, tokens: int, rows: int) -> None:
-        """Run the largest step once: a text of `tokens` tokens, then `rows` tokens of different texts.
+        """Run the largest step once: a sequence of `tokens` tokens, then `rows` sequences of one token.
 
         Nothing of a living sequence is touched: everything is written to the scratch page.
         """
         for length, count in ((tokens, 1), (1, rows)):
-            chunks = [Chunk(self._dummy(length), 0, length) for _ in range(count)]
-            self.run(StepPlan(tuple(chunks)))
-        self.clear([SCRATCH_PAGE])
+            self.launch(StepInput(tuple(self._dummy(-1 - at, length) for at in range(count)))).result()
+            # Drops what the runner kept of the dummies. Their ids are negative, so no sequence has them.
+            self.launch(StepInput((), zeros=(SCRATCH_PAGE,), ended=tuple(-1 - at for at in range(count)))).result()
 
-    def _dummy(self, length: int) -> Sequence:
+    def _head(self, chunk: ChunkInput) -> Head:
+        """The head that answers for a chunk's sequence."""
+        if chunk.own_head and chunk.adapter is not None:
+            head = self._adapters[chunk.adapter].head
+            assert head is not None, f"adapter {chunk.adapter} has no head"
+            return head
+        return self._model.head(chunk.task)
+
+    def _fill_awaited(self, step: StepInput, input_ids: Tensor) -> None:
+        """Tokens that the step before sampled, which never were on the host."""
+        stops = list(accumulate(len(chunk.tokens) for chunk in step.chunks))
+        for chunk, stop in zip(step.chunks, stops, strict=True):
+            if chunk.awaits_token:
+                input_ids[stop - 1 : stop] = self._newest[chunk.sequence]
+
+    def _dummy(self, sequence: int, length: int) -> ChunkInput:
         task = self._model.tasks[0]
-        prompt = [0] * length
-        span = None if task is Task.GENERATE else self._model.head(task).span(prompt, 0)
-        sequence = Sequence(task=task, prompt=prompt, span=span, stop=StopRule(1) if span is None else None)
-        if self._pool is not None:
-            sequence.pages = [SCRATCH_PAGE] * -(-length // self._pool.page_size)
-        return sequence
+        generates = task is Task.GENERATE
+        span = range(length - 1, length) if generates else self._model.head(task).span([0] * length, 0)
+        pages = -(-length // self._pool.page_size) if self._pool is not None else 0
+        return ChunkInput(
+            sequence=sequence,
+            start=0,
+            tokens=array("q", bytes(8 * length)),
+            reads=(HeadRead(task, span),),
+            pages=array("i", [SCRATCH_PAGE] * pages),
+            sampled=(SamplingRow(Sampling(), length),) if generates else (),
+            task=task,
+            pooled_rows=None if generates else len(span),
+        )
 
-    def clear(self, pages: list[int]) -> None:
-        """Forget what pages of the cache hold."""
-        if self._pool is not None and pages:
-            self._pool.clear(pages)
 
-    def _generated(self, chunks: list[Chunk], logits: Tensor, group: HeadRows) -> dict[Sequence, Answer]:
-        """logits `[rows, vocab]`, `group.counts` rows for each chunk, to tokens and scores of prompts."""
-        starts = [sum(group.counts[:i]) for i in range(len(chunks))]
-        drawn: list[int] = []
-        draws: list[Draw] = []
-        for chunk, start, count in zip(chunks, starts, group.counts, strict=True):
-            if chunk.final:
-                drawn += range(start + count - 1 - chunk.drafted, start + count)
-                draws += _draws(chunk)
-        at = torch.tensor(drawn, device=logits.device, dtype=torch.int64)
-        picked = iter(sample(logits if len(drawn) == len(logits) else logits[at], draws)) if drawn else iter(())
-        answers: dict[Sequence, Answer] = {}
-        for chunk, start, count in zip(chunks, starts, group.counts, strict=True):
-            own = [next(picked) for _ in range(1 + chunk.drafted)] if chunk.final else []
-            scores = _prompt_scores(chunk, logits[start : start + count]) if scores_prompt(chunk) else ()
-            answers[chunk.sequence] = Answer(picked=_verified(own, chunk.sequence.draft), prompt_scores=scores)
-        return answers
+class PendingStep:
+    """A step that is being computed; `result` waits for it."""
 
-    def _guessed(
-        self, chunks: list[Chunk], hidden: Tensor, group: HeadRows, answers: dict[Sequence, Answer]
-    ) -> dict[Sequence, Answer]:
-        """Answers with guesses at what follows, read off the last row whose token stands: hidden `[rows, hidden]`."""
-        assert group.speculator is not None
-        at: dict[Sequence, int] = {}
-        for chunk, stop in zip(chunks, itertools.accumulate(group.counts), strict=True):
-            if answers[chunk.sequence].picked:
-                at[chunk.sequence] = stop - 1 - chunk.drafted + len(answers[chunk.sequence].picked) - 1
-        if at:
-            rows = hidden[torch.tensor(list(at.values()), device=hidden.device)]
-            guesses = group.speculator.guess(rows, self._model.base_logits).tolist()
-            for sequence, tokens in zip(at, guesses, strict=True):
-                answers[sequence] = replace(answers[sequence], guesses=tuple(tokens))
-        return answers
+    def __init__(self, step: StepInput, pooled: dict[int, Tensor]) -> None:
+        self._step = step
+        self._transfer = Transfer()
+        self._kept = pooled  # the runner's own, changed when the result is in
+        self._pooled: dict[int, Tensor] = {}
+        self._values: dict[int, int] = {}  # by chunk: the transfer that has its finished answer
+        self._generated: list[_Generated] = []
 
-    def _joined(self, head: Head, chunks: list[Chunk], answers: Tensor, group: HeadRows) -> dict[Sequence, Answer]:
-        """A step's answers added to what earlier chunks of the same texts gave."""
+    def generate(self, group: HeadRows, logits: Tensor, hidden: Tensor | None, model: Model) -> dict[int, Tensor]:
+        """Sample from logits `[rows, vocab]`, `group.counts` rows a chunk; the newest tokens on the device, by sequence."""
+        made = _Generated(self._step, group, logits, self._transfer)
+        if hidden is not None and made.sampled is not None:
+            made.speculate(group, hidden, model, self._transfer)
+        self._generated.append(made)
+        return made.newest
+
+    def pool(self, group: HeadRows, answers: Tensor, head: Head) -> None:
+        """Join a head's answers of this step to those of earlier chunks of the same sequences."""
         parts = answers.unbind(0) if head.pooled else torch.split(answers, list(group.counts))
-        joined: dict[Sequence, Answer] = {}
-        for chunk, part in zip(chunks, parts, strict=True):
-            before = chunk.sequence.part
+        for index, part in zip(group.sequences, parts, strict=True):
+            chunk = self._step.chunks[index]
+            before = None if chunk.restarted else self._kept.get(chunk.sequence)
             if before is not None:
+                # Pooling heads give sums `[dim]` that add up; others give rows `[rows, dim]`.
                 part = before + part if head.pooled else torch.cat((before, part))
-            joined[chunk.sequence] = Answer(part=part)
-        return joined
+            self._pooled[chunk.sequence] = part
 
-    def _finished(self, chunks: list[Chunk], answers: dict[Sequence, Answer]) -> dict[Sequence, Answer]:
-        """Whole texts to their answers, head by head."""
-        groups: dict[Head, list[Sequence]] = {}
-        for chunk in chunks:
-            if chunk.sequence.span is not None:
-                head = chunk.sequence.head or self._model.head(chunk.sequence.task)
-                groups.setdefault(head, []).append(chunk.sequence)
-        for head, group in groups.items():
-            counts = [len(sequence.span) for sequence in group if sequence.span is not None]
-            made = head.finish([answers[sequence].part for sequence in group], counts)
-            for sequence, values in zip(group, made, strict=True):
-                answers[sequence] = replace(answers[sequence], values=values.float().cpu().numpy().copy())
+    def finish(self, head_of: Callable[[ChunkInput], Head]) -> None:
+        """Let heads turn the rows of whole inputs into answers."""
+        groups: dict[Head, list[int]] = {}
+        for index, chunk in enumerate(self._step.chunks):
+            if chunk.pooled_rows is not None:
+                groups.setdefault(head_of(chunk), []).append(index)
+        for head, indices in groups.items():
+            chunks = [self._step.chunks[index] for index in indices]
+            parts = [self._part(chunk) for chunk in chunks]
+            made = head.finish(parts, [chunk.pooled_rows or 0 for chunk in chunks])
+            for index, values in zip(indices, made, strict=True):
+                # float32: numpy has no bfloat16.
+                self._values[index] = self._transfer.add(values.float())
+
+    def result(self) -> dict[int, Answer]:
+        """Wait for the step; an answer for each sequence that has one."""
+        self._transfer.fetch()
+        # After the fetch: a step that failed must not change what its retry starts from.
+        self._kept |= self._pooled
+        answers: dict[int, Answer] = {}
+        for index, number in self._values.items():
+            answers[self._step.chunks[index].sequence] = Answer(values=self._transfer[number])
+        for made in self._generated:
+            answers |= made.read(self._transfer)
         return answers
 
-
-def _draws(chunk: Chunk) -> list[Draw]:
-    """How each row of a final chunk is decided: the newest token's, then one after each guess."""
-    sequence = chunk.sequence
-    one = sequence.sampling
-    assert sequence.stop is not None
-    draws: list[Draw] = []
-    for guessed in range(1 + chunk.drafted):
-        seen = None
-        if one.counts_tokens:
-            counts = sequence.output_counts.copy()
-            counts.update(sequence.draft[:guessed])
-            seen = {**dict.fromkeys(sequence.prompt, 0), **counts}
-        early = len(sequence.output) + guessed < sequence.stop.min_tokens
-        allowed = sequence.grammar.allowed() if sequence.grammar is not None else None
-        banned = sequence.stop.token_ids if early else frozenset()
-        draws.append(Draw(one, len(sequence) + guessed, seen, banned, allowed))
-    return draws
+    def _part(self, chunk: ChunkInput) -> Tensor:
+        """What the head made of a sequence, this step included: its last chunk may have no row that is read."""
+        found = self._pooled.get(chunk.sequence)
+        return self._kept[chunk.sequence] if found is None else found
 
 
-def _verified(picked: list[Picked], draft: list[int]) -> tuple[Picked, ...]:
-    """The decided tokens up to the first that a guess had wrong, that one included: each depends on those before."""
+class _Generated:
+    """The generating chunks of one group of rows: their sampled tokens, prompt scores and drafts on the way to the host."""
+
+    def __init__(self, step: StepInput, group: HeadRows, logits: Tensor, transfer: Transfer) -> None:
+        self.chunks = [step.chunks[index] for index in group.sequences]
+        self._starts = [0, *accumulate(group.counts)][:-1]
+        self._counts = group.counts
+        self._last = [  # the first sampled row of each chunk, counted in the group
+            start + count - len(chunk.sampled)
+            for chunk, start, count in zip(self.chunks, self._starts, group.counts, strict=True)
+        ]
+        rows = [
+            first + at for chunk, first in zip(self.chunks, self._last, strict=True) for at in range(len(chunk.sampled))
+        ]
+        sampling = [row for chunk in self.chunks for row in chunk.sampled]
+        self.sampled: Sampled | None = None
+        if rows:
+            chosen = logits if len(rows) == len(logits) else logits[_tensor(rows, logits)]
+            self.sampled = Sampled(chosen, sampling, transfer)
+        self._scores = self._score(logits, transfer)
+        self._drafts: int | None = None
+
+    @property
+    def newest(self) -> dict[int, Tensor]:
+        """By sequence, the sampled token of its newest row `[1]`, for chunks without draft tokens."""
+        if self.sampled is None:
+            return {}
+        offsets = [0, *accumulate(len(chunk.sampled) for chunk in self.chunks)]
+        return {
+            chunk.sequence: self.sampled.tokens[at : at + 1]
+            for chunk, at in zip(self.chunks, offsets, strict=False)
+            if len(chunk.sampled) == 1
+        }
+
+    def speculate(self, group: HeadRows, hidden: Tensor, model: Model, transfer: Transfer) -> None:
+        """Draft what follows the last token that stands, on the device: hidden `[rows, hidden]`."""
+        assert group.speculator is not None
+        assert self.sampled is not None
+        most = max(len(chunk.sampled) for chunk in self.chunks)
+        firsts = [0, *accumulate(len(chunk.sampled) for chunk in self.chunks)][:-1]
+        # Padded with -1, which no token equals: a draft token counts while all before it were right.
+        drafts = np.full((len(self.chunks), most), -1, np.int64)
+        for row, chunk in zip(drafts, self.chunks, strict=True):
+            row[: chunk.drafts] = chunk.tokens[len(chunk.tokens) - chunk.drafts :] if chunk.sampled else ()
+        at = np.minimum(np.array(firsts)[:, None] + np.arange(most), max(len(self.sampled.tokens) - 1, 0))
+        tokens = self.sampled.tokens[torch.from_numpy(at).to(hidden.device)]  # [chunks, most]
+        right = (tokens == torch.from_numpy(drafts).to(hidden.device)).long().cumprod(1).sum(1)  # [chunks]
+        # A chunk without sampled rows points one past its rows: clamped here, and read() drops its drafts.
+        rows = (_tensor(self._last, hidden) + right).clamp(max=len(hidden) - 1)
+        self._drafts = transfer.add(group.speculator.draft(hidden[rows], model.base_logits))
+
+    def read(self, transfer: Transfer) -> dict[int, Answer]:
+        """Answers by sequence, once the transfer was fetched."""
+        sampled = iter(self.sampled.read()) if self.sampled is not None else iter(())
+        drafts = transfer[self._drafts].tolist() if self._drafts is not None else [()] * len(self.chunks)
+        answers: dict[int, Answer] = {}
+        for chunk, scores, proposed in zip(self.chunks, self._scores, drafts, strict=True):
+            own = [next(sampled) for _ in chunk.sampled]
+            found = scores.read(chunk.scored.tolist()) if scores is not None else []
+            answers[chunk.sequence] = Answer(
+                sampled=_verified(own, chunk.tokens[len(chunk.tokens) - chunk.drafts :].tolist()) if own else (),
+                prompt_scores=tuple(one for one in found if one is not None),
+                drafts=tuple(proposed) if own else (),
+            )
+        return answers
+
+    def _score(self, logits: Tensor, transfer: Transfer) -> list[Scores | None]:
+        """Scores of the prompt tokens that the first rows of each chunk predict."""
+        made: list[Scores | None] = []
+        for chunk, start in zip(self.chunks, self._starts, strict=True):
+            count = len(chunk.scored)
+            rows = logits[start : start + count]
+            tokens = _tensor(chunk.scored, logits)
+            made.append(Scores(rows, tokens, [chunk.prompt_logprobs] * count, transfer) if count else None)
+        return made
+
+
+def _tensor(values: Sequence[int] | array[int], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.array(values, np.int64)).to(like.device)
+
+
+def _verified(sampled: list[SampledToken], draft: list[int]) -> tuple[SampledToken, ...]:
+    """The sampled tokens up to the first that its draft token had wrong, that one included: each depends on those before."""
     right = 0
-    while right < len(picked) - 1 and picked[right].token_id == draft[right]:
+    while right < len(sampled) - 1 and sampled[right].token_id == draft[right]:
         right += 1
-    return tuple(picked[: right + 1])
-
-
-def _prompt_scores(chunk: Chunk, logits: Tensor) -> tuple[TokenLogprobs, ...]:
-    """Scores of the prompt tokens that follow the rows of a chunk: logits `[chunk.length, vocab]`."""
-    prompt = chunk.sequence.prompt
-    tokens = prompt[chunk.start + 1 : chunk.stop + 1]
-    found = score(logits[: len(tokens)], tokens, [chunk.sequence.prompt_logprobs] * len(tokens))
-    return tuple(one for one in found if one is not None)
+    return tuple(sampled[: right + 1])

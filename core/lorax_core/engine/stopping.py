@@ -21,7 +21,7 @@ class StopRule:
 
 
 class StopText:
-    """Text on its way out, searched for stop strings.
+    """Searches new text for stop strings before it is shown.
 
     A tail that may be the beginning of a stop string is held back until more text decides it.
     """
@@ -31,9 +31,9 @@ class StopText:
         self._held = ""
 
     def feed(self, text: str, armed: bool = True) -> tuple[str, bool]:
-        """New text in; out come the text that may be shown, and whether a stop string was met (shown text ends before it).
+        """Add new text; gives the text that may be shown, and whether a stop string was found (shown text ends before it).
 
-        While not `armed`, text passes unsearched.
+        While not `armed`, text is not searched.
         """
         if not self._strings:
             return text, False

@@ -33,6 +33,7 @@ class KVPool:
         self.pages = pages
         self.page_size = page_size
         self.dtype = dtype
+        # Zeros, not empty: masked positions are read too, and a weight of 0 times NaN is NaN.
         self.data = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
         self.quantized = dtype.itemsize == 1
         self.scales = list(scales) if scales is not None and self.quantized else [(1.0, 1.0)] * layers
@@ -46,6 +47,7 @@ class KVPool:
         store = self.data[layer].flatten(1, 2)  # [2, pages * page, kv_heads, dim]
         for place, rows, scale in zip(store, (k, v), self.scales[layer], strict=True):
             if self.quantized:
+                # A float8 cast does not saturate: out of range it gives NaN or inf.
                 most = torch.finfo(self.dtype).max
                 rows = (rows.float() / scale).clamp(-most, most).to(self.dtype)
                 # Copied as bytes: not every device indexes 8-bit floats.
@@ -70,11 +72,13 @@ class KVPool:
         if pages:
             old, new = (torch.tensor(side, device=self.data.device) for side in zip(*pages, strict=True))
             store = self._bytes()
+            # The right side is a gathered copy, so a page may be source and target in one call.
             store[:, :, new] = store[:, :, old]
 
-    def clear(self, pages: Sequence[int]) -> None:
+    def zero(self, pages: Sequence[int]) -> None:
         """Zero whole pages of all layers."""
-        self._bytes()[:, :, torch.tensor(pages, device=self.data.device)] = 0
+        if pages:
+            self._bytes()[:, :, torch.tensor(list(pages), device=self.data.device)] = 0
 
     def _bytes(self) -> Tensor:
         return self.data.view(torch.uint8) if self.quantized else self.data

@@ -1,7 +1,7 @@
 """Which page of the cache holds which tokens.
 
 Decides by chained hashes: a page's key is the hash of the page before it and of its own tokens, so equal keys mean equal
-whole prefixes. The first link is salted (with the adapter's identity, say), so what must not be shared never meets. Pure
+whole prefixes. The first link is salted with the adapter's identity, so pages of different adapters are never shared. Pure
 bookkeeping, without tensors; who holds a page is `allocator`'s.
 """
 
@@ -15,8 +15,10 @@ PageKey = bytes
 
 
 def chain(before: PageKey | None, salt: str, tokens: Sequence[int]) -> PageKey:
-    """The key of a full page that holds `tokens` and follows the page `before` (None at the start of a text)."""
+    """The key of a full page that holds `tokens` and follows the page `before` (None at the start of a sequence)."""
+    # 128 bits: a collision would let one sequence read the KV of another prefix.
     digest = hashlib.blake2b(salt.encode() if before is None else before, digest_size=16)
+    # 8 bytes a token: a fixed width keeps different lists of tokens from having the same bytes.
     digest.update(array("q", tokens).tobytes())
     return digest.digest()
 
@@ -39,7 +41,8 @@ class PrefixIndex:
         return self._pages.get(key)
 
     def publish(self, key: PageKey, page: int) -> bool:
-        """Tell that `page` holds what `key` stands for; False when another page does already."""
+        """Record that `page` holds what `key` stands for; False when another page does already."""
+        # The first page wins; a duplicate stays unpublished and is free once released.
         if key in self._pages or page in self._keys:
             return self._pages.get(key) == page
         self._pages[key] = page

@@ -8,49 +8,70 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+# Name to the module that defines it. A table instead of imports: `plugin.py` must not pull in torch, and a
+# `config.py` that needs `ModelConfig` alone should not pay for every layer.
 _HOMES = {
     "Attention": "attention",
     "Batch": "batch",
+    "Block": "blocks",
+    "Decoder": "decoder",
+    "DecoderLayer": "decoder",
     "Embedding": "embedding",
     "EmbeddingHead": "heads",
+    "FirstTokenClassificationHead": "heads",
+    "GatedMLP": "blocks",
     "GateUpLinear": "linear",
-    "HasAdapters": "batch",
+    "get_activation": "activation",
+    "HasAdapters": "site",
     "Head": "heads",
     "HeadRows": "batch",
     "LanguageModelHead": "heads",
     "LastTokenClassificationHead": "heads",
-    "SequenceClassificationHead": "heads",
-    "TokenClassificationHead": "heads",
-    "Rope": "rope",
-    "read_rope": "rope",
     "LayerNorm": "norm",
     "Linear": "linear",
+    "MLP": "blocks",
     "Model": "model",
     "ModelConfig": "config",
-    "PostNormConfig": "blocks",
-    "PostNormEmbeddings": "blocks",
-    "PostNormEncoder": "blocks",
+    "Norm": "norm",
+    "PostNormConfig": "encoder",
+    "PostNormEmbeddings": "encoder",
+    "PostNormEncoder": "encoder",
+    "PostNormLayer": "encoder",
     "QKVLinear": "linear",
+    "read_rope": "rope",
     "RMSNorm": "norm",
+    "Rope": "rope",
+    "RotaryAttention": "blocks",
     "RotaryEmbedding": "rotary",
+    "SelfAttention": "blocks",
+    "SequenceClassificationHead": "heads",
     "Task": "model",
-    "get_activation": "activation",
+    "TokenClassificationHead": "heads",
 }
 
 __all__ = sorted(_HOMES)
 
+# Type checkers cannot follow `__getattr__`; `X as X` marks a re-export for them (PEP 484).
 if TYPE_CHECKING:
     from lorax_core.modeling.activation import get_activation as get_activation
     from lorax_core.modeling.attention import Attention as Attention
     from lorax_core.modeling.batch import Batch as Batch
-    from lorax_core.modeling.batch import HasAdapters as HasAdapters
     from lorax_core.modeling.batch import HeadRows as HeadRows
-    from lorax_core.modeling.blocks import PostNormConfig as PostNormConfig
-    from lorax_core.modeling.blocks import PostNormEmbeddings as PostNormEmbeddings
-    from lorax_core.modeling.blocks import PostNormEncoder as PostNormEncoder
+    from lorax_core.modeling.blocks import MLP as MLP
+    from lorax_core.modeling.blocks import Block as Block
+    from lorax_core.modeling.blocks import GatedMLP as GatedMLP
+    from lorax_core.modeling.blocks import RotaryAttention as RotaryAttention
+    from lorax_core.modeling.blocks import SelfAttention as SelfAttention
     from lorax_core.modeling.config import ModelConfig as ModelConfig
+    from lorax_core.modeling.decoder import Decoder as Decoder
+    from lorax_core.modeling.decoder import DecoderLayer as DecoderLayer
     from lorax_core.modeling.embedding import Embedding as Embedding
+    from lorax_core.modeling.encoder import PostNormConfig as PostNormConfig
+    from lorax_core.modeling.encoder import PostNormEmbeddings as PostNormEmbeddings
+    from lorax_core.modeling.encoder import PostNormEncoder as PostNormEncoder
+    from lorax_core.modeling.encoder import PostNormLayer as PostNormLayer
     from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead
+    from lorax_core.modeling.heads import FirstTokenClassificationHead as FirstTokenClassificationHead
     from lorax_core.modeling.heads import Head as Head
     from lorax_core.modeling.heads import LanguageModelHead as LanguageModelHead
     from lorax_core.modeling.heads import LastTokenClassificationHead as LastTokenClassificationHead
@@ -61,10 +82,12 @@ if TYPE_CHECKING:
     from lorax_core.modeling.linear import QKVLinear as QKVLinear
     from lorax_core.modeling.model import Model as Model
     from lorax_core.modeling.norm import LayerNorm as LayerNorm
+    from lorax_core.modeling.norm import Norm as Norm
     from lorax_core.modeling.norm import RMSNorm as RMSNorm
     from lorax_core.modeling.rope import Rope as Rope
     from lorax_core.modeling.rope import read_rope as read_rope
     from lorax_core.modeling.rotary import RotaryEmbedding as RotaryEmbedding
+    from lorax_core.modeling.site import HasAdapters as HasAdapters
     from lorax_core.types import Task as Task
 
 

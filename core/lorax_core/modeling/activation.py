@@ -22,6 +22,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
+    # 1.702 is the constant of the sigmoid approximation of GELU, as CLIP and transformers' QuickGELU have it.
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -30,6 +31,7 @@ def _gelu_10(x: Tensor) -> Tensor:
 
 
 def _laplace(x: Tensor) -> Tensor:
+    # sqrt(1/2) and sqrt(1/(4 pi)), rounded as in transformers: more digits would be other numbers.
     mu, sigma = 0.707107, 0.282095
     return 0.5 * (1.0 + torch.erf((x - mu) / (sigma * math.sqrt(2.0))))
 
@@ -46,6 +48,8 @@ def _identity(x: Tensor) -> Tensor:
     return x
 
 
+# transformers spells one function several ways. "gelu_new" and "gelu_fast" write out the tanh formula by hand;
+# F.gelu's tanh form is the same up to rounding. "gelu" is the exact one with erf, and unequal to these.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_10": _gelu_10,
@@ -73,12 +77,12 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(name: str) -> Activation:
-    """The function called `name` in a `config.json`; raises CheckpointError for a name that is not served."""
+    """The function called `name` in a `config.json`; raises CheckpointError for a name that is not supported."""
     found = ACTIVATIONS.get(name)
     if found is None:
         close = nearest(name, ACTIVATIONS)
         raise CheckpointError(
-            f"activation {name!r} is not served; served are {listed(ACTIVATIONS, limit=30)}",
+            f"activation {name!r} is not supported; supported are {listed(ACTIVATIONS, limit=30)}",
             hint=f"did the checkpoint mean {close!r}?" if close else None,
         )
     return found

@@ -1,25 +1,29 @@
 """The attention layer of every backbone.
 
-Decides which path a model takes (through the paged cache when causal, inside the batch when not) and folds an unusual scale
-into the queries. Knows nothing of how a backend computes, nor of pages.
+Decides what a layer asks of the step's attention, and folds an unusual scale into the queries. Knows nothing of how a backend
+computes, nor of pages.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
+from lorax_core.kernels.elementwise import Angles
 from lorax_core.modeling.batch import Batch
 
 
 class Attention(nn.Module):
-    """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`.
+    """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`; rotated first by `angles`.
 
     `index` numbers the attention layers of a model, set when a `Model` is put together. `k_scale` and `v_scale` are those of
-    an 8-bit cache, from checkpoints that have them. `scale` is what scores are
-    multiplied with; backends use `head_dim ** -0.5`, so another scale is folded into q.
+    an 8-bit cache, from checkpoints that have them. `scale` is what scores are multiplied with; backends use
+    `head_dim ** -0.5`, so another scale is folded into q.
+
+    Raises ValueError for a scale, window, cap or number of heads that no layer can have.
     """
 
     index: int = 0
@@ -38,18 +42,21 @@ class Attention(nn.Module):
         soft_cap: float | None = None,
     ) -> None:
         super().__init__()
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"a scale of {scale}; scores are multiplied with a number above 0")
         self.spec = AttentionSpec(heads, kv_heads, head_dim, causal, window, soft_cap)
+        # Every backend multiplies scores by head_dim ** -0.5, so only the ratio of the wanted scale to that is left for q.
+        # GPT-2 needs it: scores unscaled, or divided by the layer's number.
         self.q_factor = 1.0 if scale is None else scale * math.sqrt(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
-        assert batch.attention is not None, "a batch without an attention backend"
+    if TYPE_CHECKING:
+
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: Angles | None = None) -> Tensor: ...
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch, angles: Angles | None = None) -> Tensor:
+        assert batch.attention is not None, "a batch whose attention was not planned"
         if self.q_factor != 1.0:
+            # Before the rotation in the backend, which is linear, so the order does not matter. Not in place: q is a view of
+            # the fused projection's output. Skipped at 1.0, as most models would pay a kernel launch per layer for nothing.
             q = q * self.q_factor
-        if self.spec.causal:
-            assert batch.kv is not None, "a causal model's batch without a cache"
-            assert batch.slots is not None, "a causal model's batch without slots"
-            batch.kv.write(self.index, k, v, batch.slots)
-            out = batch.attention.attend(q, self, batch)
-        else:
-            out = batch.attention.encode(q, k, v, self, batch)
-        return out.reshape(q.shape[0], -1)  # [tokens, heads * dim]
+        return batch.attention.forward(self, q, k, v, angles).reshape(q.shape[0], -1)  # [tokens, heads * dim]

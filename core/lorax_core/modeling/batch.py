@@ -13,63 +13,46 @@ Shapes used throughout the project:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lorax_core.attention.base import HostAndDevice, StepAttention
+from lorax_core.kernels.elementwise import Angles
+from lorax_core.modeling.site import AdapterRows, NoAdapters
 from lorax_core.types import Task
-
-if TYPE_CHECKING:
-    from lorax_core.attention.base import AttentionBackend
-    from lorax_core.modeling.heads import Head
-    from lorax_core.modeling.site import Site
-
-
-class KVCache(Protocol):
-    """What attention layers and backends ask of the cache. A slot is `page * page_size + offset`."""
-
-    page_size: int
-
-    def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
-        """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]`."""
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """K and V of one layer as they are stored, each `[pages, page, kv_heads, dim]`, to read."""
-
-    def gather(self, layer: int, pages: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """K and V of some pages, to compute with: each `[*pages.shape, page, kv_heads, dim]`."""
-
-
-class AdapterRows(Protocol):
-    """What a layer with parameters asks of the adapters of a set of rows."""
-
-    def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """y `[rows, out]` of the base layer for x `[rows, in]`, with each row's adapter added (y may be changed in place)."""
 
 
 class Speculator(Protocol):
-    """What guesses tokens ahead of a language model's."""
-
-    def guess(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Tokens `[rows, guesses]` after the one that follows each row of hidden `[rows, hidden]`; the base's logits of other
-        hidden rows are at hand."""
-
-
-class NoAdapters:
-    """Every row is the base model's: sites pay one call and nothing else."""
-
-    def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        return y
-
-
-class HasAdapters(Protocol):
-    """Rows that adapters may change: a whole `Batch`, or the `HeadRows` of one head."""
+    """What drafts tokens ahead of a language model's own."""
 
     @property
-    def adapters(self) -> AdapterRows: ...
+    def nbytes(self) -> int:
+        """Memory of its weights."""
+
+    def draft(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
+        """Tokens `[rows, drafts]` after the one that follows each row of hidden `[rows, hidden]`; `base_logits` gives the
+        base's logits of other hidden rows."""
+
+
+class HeadModule(Protocol):
+    """A head as the batch carries it: `modeling.heads.Head`, which itself reads `HeadRows`."""
+
+    def __call__(self, hidden: Tensor, rows: HeadRows) -> Tensor: ...
+
+
+class Rotary(Protocol):
+    """A rotary position embedding; equal keys mean equal angles."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
+        """Positions `[tokens]` to their angles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +61,16 @@ class HeadRows:
 
     `sequences` are positions in the batch, `counts` how many rows each of them gives, `rows` `[sum(counts)]` int64 the rows
     themselves in that order, and `adapters` acts on exactly those rows. Without a `task` the answer is hidden itself.
-    `head` is one that an adapter brought; None is the model's own for the task. With a `speculator` the rows themselves are
+    `head` is one that an adapter has of its own; None is the model's for the task. With a `speculator` the rows themselves are
     part of the step's output, for it to read once the step's tokens are known.
     """
 
     task: Task | None
     sequences: tuple[int, ...]
     counts: tuple[int, ...]
-    rows: Tensor
+    rows: Tensor  # [sum(counts)] int64
     adapters: AdapterRows = field(default_factory=NoAdapters)
-    head: Head | None = None
+    head: HeadModule | None = None
     speculator: Speculator | None = None
 
 
@@ -99,29 +82,42 @@ class Batch:
     input_ids: Tensor  # [tokens] int64
     position_ids: Tensor  # [tokens] int64, from 0 in each sequence
     token_type_ids: Tensor  # [tokens] int64
-    lengths: tuple[int, ...]  # [seqs] rows of each sequence in this step
-    head_rows: tuple[HeadRows, ...]
-
-    # Filled by the batcher for models with a cache: where the past lies and where the present goes.
-    cached: tuple[int, ...] = ()  # [seqs] tokens of each sequence in the cache before this step
-    pages: tuple[tuple[int, ...], ...] = ()  # [seqs][...] pages of each sequence, in order
-    slots: Tensor | None = None  # [tokens] int64: page * page_size + offset
-
-    # Services of the engine.
-    attention: AttentionBackend | None = None
-    kv: KVCache | None = None
+    query_starts: HostAndDevice  # [seqs + 1] int32: first row of each sequence; last, the number of tokens
+    kv_lengths: HostAndDevice  # [seqs] int32: tokens of each sequence up to the end of this step
+    head_rows: tuple[HeadRows, ...] = ()
     adapters: AdapterRows = field(default_factory=NoAdapters)
 
+    # Filled by the batcher for models with a cache: where the past lies and where the present goes.
+    page_table: HostAndDevice | None = None  # [seqs, most pages] int32: pages of each sequence in order, then page 0
+    slots: Tensor | None = None  # [tokens] int64: page * page_size + offset
+
     # Filled by the attention backend once a step.
-    plan: Any = None
+    attention: StepAttention | None = None
+
+    # Angles of this step's positions, made when a layer first asks and shared by the layers after it.
+    _angles: dict[tuple[Hashable, torch.dtype], Angles] = field(default_factory=dict, repr=False)
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """First row of each sequence and, last, the number of tokens: `[seqs + 1]`."""
-        starts = [0]
-        for length in self.lengths:
-            starts.append(starts[-1] + length)
-        return tuple(starts)
+    def lengths(self) -> tuple[int, ...]:
+        """Rows of each sequence in this step, `[seqs]`, read from the host."""
+        # The host copy: reading the device tensor would make the CPU wait for the GPU.
+        starts: list[int] = self.query_starts.host.tolist()
+        return tuple(stop - start for start, stop in pairwise(starts))
+
+    def angles(self, rotary: Rotary, dtype: torch.dtype) -> Angles:
+        """The angles of this step's positions, computed once for all layers of one rotary embedding."""
+        # By value and not by object: each layer may have a RotaryEmbedding of its own. The dtype is part of the key
+        # because angles are rounded to it.
+        key = rotary.key, dtype
+        found = self._angles.get(key)
+        if found is None:
+            found = self._angles[key] = rotary.angles(self.position_ids, dtype)  # cos, sin [tokens, 1, rotary_dim / 2]
+        return found
+
+    def start_pass(self) -> None:
+        """A forward pass begins: nothing is kept of one before, whose positions may have been others."""
+        # `model(batch)` may be called again after `position_ids` were replaced: old angles would rotate by old positions.
+        self._angles.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +125,9 @@ class StepOutput:
     """What the rows of a batch asked for.
 
     `answers` runs parallel to `Batch.head_rows`: what the head of each group gave, one row for each of its rows or, from
-    heads that pool, for each of its sequences; or the hidden rows, where no head was asked. `read` are the hidden rows of
+    heads that pool, for each of its sequences; or the hidden rows, where no head was asked. `hidden` are the hidden rows of
     groups with a speculator, None for the others.
     """
 
     answers: tuple[Tensor, ...]
-    read: tuple[Tensor | None, ...] = ()
+    hidden: tuple[Tensor | None, ...] = ()

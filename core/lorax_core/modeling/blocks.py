@@ -1,132 +1,136 @@
-"""What several architectures share: BERT's encoder, whose blocks normalise after their residuals.
+"""Attention and feed-forward blocks that architectures share.
 
-Decides its configuration, and the order of norms, residuals and products. Knows nothing of checkpoints: what its modules are
-called there is `post_norm_map`'s to say.
+Decides the order of projections, rotation, attention and activations, through the attention and elementwise seams. Modules are
+named as in transformers' Llama; an architecture with other names renames them in its `WeightMap`.
 """
 
 from __future__ import annotations
 
-from typing import Self, cast
+from typing import TYPE_CHECKING
 
-from pydantic import PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
+from lorax_core.kernels.elementwise import gated_act
 from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch
-from lorax_core.modeling.config import ModelConfig
-from lorax_core.modeling.embedding import Embedding
-from lorax_core.modeling.linear import Linear, QKVLinear
-from lorax_core.modeling.norm import LayerNorm
+from lorax_core.modeling.linear import GateUpLinear, Linear, QKVLinear
+from lorax_core.modeling.rotary import RotaryEmbedding
 
 
-class PostNormConfig(ModelConfig):
-    """The fields that inference needs; defaults are those of transformers."""
+class Block(nn.Module):
+    """A module over rows: x `[tokens, hidden]` and the batch to the same shape."""
 
-    num_attention_heads: PositiveInt
-    intermediate_size: PositiveInt
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    max_position_embeddings: PositiveInt = 512
-    type_vocab_size: PositiveInt = 2
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
+    if TYPE_CHECKING:
 
-    @field_validator("position_embedding_type")
-    @classmethod
-    def _absolute(cls, value: str) -> str:
-        if value != "absolute":
-            raise ValueError("only 'absolute' positions are served")
-        return value
+        def __call__(self, x: Tensor, batch: Batch) -> Tensor: ...
 
-    @field_validator("is_decoder")
-    @classmethod
-    def _encoder(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("an encoder that sees only backwards is not served")
-        return value
 
-    @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
+class SelfAttention(Block):
+    """Projections to q, k and v, attention, and the projection back.
+
+    `kv_heads` None is as many as heads, `head_dim` None is `hidden / heads`; `window` counts the keys that a query sees, itself
+    included. Raises ValueError for sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        causal: bool,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__()
+        if head_dim is None and hidden % heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+                f"a width of {hidden} is not a multiple of {heads} heads; give head_dim where heads have their own"
             )
-        return self
-
-    @property
-    def max_tokens(self) -> int:
-        return self.max_position_embeddings
-
-
-class PostNormEmbeddings(nn.Module):
-    """Word, position and token type, summed and normalised."""
-
-    def __init__(self, config: PostNormConfig) -> None:
-        super().__init__()
-        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def positions(self, batch: Batch) -> Tensor:
-        """Rows of the position table, `[tokens]`."""
-        return batch.position_ids
-
-    def forward(self, batch: Batch) -> Tensor:
-        words = self.word_embeddings(batch.input_ids, batch)  # [tokens, hidden]
-        types = self.token_type_embeddings(batch.token_type_ids, batch)
-        positions = self.position_embeddings(self.positions(batch), batch)
-        return cast("Tensor", self.LayerNorm(words + types + positions, batch))
-
-
-class PostNormAttention(nn.Module):
-    """Bidirectional self-attention, normalised after its residual: x `[tokens, hidden]` to the same shape."""
-
-    def __init__(self, hidden: int, heads: int, eps: float) -> None:
-        super().__init__()
-        dim = hidden // heads
-        self.qkv = QKVLinear(hidden, heads, heads, dim)
-        self.attention = Attention(heads, heads, dim, causal=False)
-        self.dense = Linear(hidden, hidden)
-        self.LayerNorm = LayerNorm(hidden, eps)
+        # Qwen3 or Gemma state a head_dim for which heads * dim != hidden, so o_proj takes heads * dim and not hidden.
+        dim = hidden // heads if head_dim is None else head_dim
+        kv_heads = kv_heads or heads
+        self.qkv_proj = QKVLinear(hidden, heads, kv_heads, dim, bias)
+        self.attention = Attention(heads, kv_heads, dim, causal=causal, scale=scale, window=window, soft_cap=soft_cap)
+        # Qwen2 has biases on q, k and v and none here, hence `out_bias` apart from `bias`.
+        self.o_proj = Linear(heads * dim, hidden, bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        q, k, v = self.qkv.project(x, batch)  # [tokens, heads, dim] each
-        attended = self.dense(self.attention(q, k, v, batch), batch)
-        return cast("Tensor", self.LayerNorm(attended + x, batch))
+        q, k, v = self.qkv_proj.project(x, batch)  # [tokens, heads | kv_heads, dim]
+        return self.o_proj(self.attend(q, k, v, batch), batch)  # [tokens, hidden]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`."""
+        return self.attention(q, k, v, batch)
 
 
-class PostNormLayer(nn.Module):
-    """BERT's block: attention, then a feed-forward layer with activation `act`, each normalised after its residual."""
+class RotaryAttention(SelfAttention):
+    """Self-attention whose queries and keys are rotated by their position. Layers may share one `rotary`."""
 
-    def __init__(self, hidden: int, heads: int, intermediate: int, act: str, eps: float) -> None:
-        super().__init__()
-        self.attention = PostNormAttention(hidden, heads, eps)
-        self.intermediate = Linear(hidden, intermediate)
-        self.act = get_activation(act)
-        self.output = Linear(intermediate, hidden)
-        self.LayerNorm = LayerNorm(hidden, eps)
-
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        x = self.attention(x, batch)
-        inner = self.act(self.intermediate(x, batch))  # [tokens, intermediate]
-        return cast("Tensor", self.LayerNorm(self.output(inner, batch) + x, batch))
-
-
-class PostNormEncoder(nn.Module):
-    """Embeddings and layers: a batch to hidden rows `[tokens, hidden]`. `embeddings` may be an architecture's own."""
-
-    def __init__(self, config: PostNormConfig, embeddings: nn.Module | None = None) -> None:
-        super().__init__()
-        self.embeddings = embeddings or PostNormEmbeddings(config)
-        width = config.hidden_size, config.num_attention_heads, config.intermediate_size
-        self.layers = nn.ModuleList(
-            PostNormLayer(*width, config.hidden_act, config.layer_norm_eps) for _ in range(config.num_hidden_layers)
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        rotary: RotaryEmbedding,
+        causal: bool,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        scale: float | None = None,
+        window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__(
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            causal=causal,
+            bias=bias,
+            out_bias=out_bias,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
         )
+        dim = self.qkv_proj.head_dim
+        if rotary.rotary_dim > dim:
+            raise ValueError(f"{rotary.rotary_dim} rotary dimensions do not fit a head of {dim}")
+        self.rotary = rotary
 
-    def forward(self, batch: Batch) -> Tensor:
-        x: Tensor = self.embeddings(batch)
-        for layer in self.layers:
-            x = layer(x, batch)
-        return x
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        # Angles are passed down instead of applied here, so that a backend may fuse the rotation with its cache write.
+        # k is cached rotated, which is why no type of rope may change frequencies later (`Rope.max_tokens`).
+        return self.attention(q, k, v, batch, batch.angles(self.rotary, q.dtype))
+
+
+class MLP(Block):
+    """`down(act(up(x)))`; `act` is an activation's name in a `config.json`."""
+
+    def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = True) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden, intermediate, bias)
+        self.act = get_activation(act)
+        self.down_proj = Linear(intermediate, hidden, bias)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.down_proj(self.act(self.up_proj(x, batch)), batch)
+
+
+class GatedMLP(Block):
+    """`down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_up_proj = GateUpLinear(hidden, intermediate, bias)
+        self.act = get_activation(act)
+        self.down_proj = Linear(intermediate, hidden, bias)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), batch)

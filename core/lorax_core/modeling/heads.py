@@ -10,16 +10,17 @@ A long text of a causal model comes in chunks. `forward` therefore answers a ste
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax_core.modeling.activation import Activation
-from lorax_core.modeling.batch import HasAdapters, HeadRows
+from lorax_core.modeling.activation import Activation, get_activation
+from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.site import HasAdapters
 from lorax_core.types import Pooling, Task
 
 CLASSIFICATION = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
@@ -39,13 +40,17 @@ class Head(nn.Module):
         """The head when the checkpoint has its weights, else None.
 
         `names` are the checkpoint's tensors under canonical names; `stated` is the task of the class that `config.json`
-        names, which tells apart heads whose tensors have the same names.
+        names, which decides between heads whose tensors have the same names.
         """
         raise NotImplementedError
 
     def span(self, ids: Sequence[int], pool_from: int) -> range:
         """Which tokens of a whole text `ids` the head reads; pooling leaves out those before `pool_from`."""
         return range(len(ids) - 1, len(ids))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, hidden: Tensor, rows: HeadRows) -> Tensor: ...
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         """hidden `[sum(rows.counts), hidden]`, the rows that were selected, to the step's answers."""
@@ -67,12 +72,13 @@ class LanguageModelHead(Head):
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        # A tied head has no tensor of its own in most files.
         has_weight = config.tie_word_embeddings or "lm_head.weight" in names
         return cls(config) if has_weight and config.generates else None
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        logits: Tensor = self.lm_head(hidden, rows)  # [rows, vocab]
-        return logits.float()
+        # Sampling compares and exponentiates logits; 16 bit would make ties of near ones.
+        return self.lm_head(hidden, rows).float()  # [rows, vocab]
 
 
 class EmbeddingHead(Head):
@@ -85,11 +91,13 @@ class EmbeddingHead(Head):
         super().__init__()
         self.pooling = pooling
         self.normalize = normalize
+        # Filled after loading, from the files of sentence-transformers (`set_up_embedding`), not from the checkpoint.
         self.projections = nn.ModuleList()
         self._hidden = hidden_size
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        # No weights needed, so every checkpoint has it; `set_up_embedding` replaces the pooling.
         return cls(config.hidden_size, Pooling.CLS, normalize=False)
 
     @property
@@ -101,6 +109,7 @@ class EmbeddingHead(Head):
     def span(self, ids: Sequence[int], pool_from: int) -> range:
         match self.pooling:
             case Pooling.CLS:
+                # A text that is nothing but prompt still needs a row; so below for the mean.
                 first = pool_from if pool_from < len(ids) else 0
                 return range(first, first + 1)
             case Pooling.LAST:
@@ -109,12 +118,14 @@ class EmbeddingHead(Head):
                 return range(min(pool_from, len(ids) - 1), len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        # Sums, not means: chunks of one text add up, and `finish` divides by the count of all of them.
+        # In float32, for a 16 bit sum over thousands of rows stops growing.
         sums = [part.sum(0, dtype=torch.float32) for part in torch.split(hidden, list(rows.counts))]
         return torch.stack(sums)  # [sequences, hidden]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
         sums = torch.stack(parts)  # [texts, hidden]
-        vectors = sums / torch.tensor(counts, device=sums.device)[:, None]
+        vectors = sums / torch.tensor(counts, device=sums.device)[:, None]  # [texts, hidden]
         for projection in self.projections:
             vectors = projection(vectors)
         return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
@@ -156,10 +167,11 @@ class TokenClassificationHead(Head):
         return range(len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
-        logits: Tensor = self.get_submodule(self.layer)(hidden, rows)  # [rows, labels]
-        return logits.float()
+        classifier = cast("Linear", self.get_submodule(self.layer))
+        return classifier(hidden, rows).float()  # [rows, labels]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        # Each part is [tokens of one text, labels].
         return [part.softmax(-1) for part in parts]
 
 
@@ -182,6 +194,7 @@ class SequenceClassificationHead(Head):
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         if stated in CLASSIFICATION and stated is not cls.task:
             return None
+        # BERT's classifier of tokens has `classifier` too; the pooler is what it lacks.
         return cls(config) if set(cls.needed) <= names else None
 
     def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
@@ -216,9 +229,47 @@ class LastTokenClassificationHead(SequenceClassificationHead):
         if self.pad_token_id is None:
             return super().span(ids, pool_from)
         # Padding ids inside the text count as padding too: transformers looks at ids only.
+        # All padding: row 0, so that the span is never empty.
         last = next((at for at in reversed(range(len(ids))) if ids[at] != self.pad_token_id), 0)
         return range(last, last + 1)
 
     def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
-        logits: Tensor = self.score(hidden, rows)
-        return logits
+        return self.score(hidden, rows)
+
+
+class FirstTokenClassificationHead(SequenceClassificationHead):
+    """Reads the first row, as encoders are trained: a dense layer, an activation, and the layer that gives the labels.
+
+    A subclass names the two layers as checkpoints do (`dense`, `output`, dotted names allowed) and may change `act`.
+    """
+
+    dense: ClassVar[str]
+    output: ClassVar[str]
+    act: ClassVar[str] = "tanh"
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.needed = tuple(f"{layer}.{leaf}" for layer in (cls.dense, cls.output) for leaf in ("weight", "bias"))
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self._place(self.dense, Linear(config.hidden_size, config.hidden_size))
+        self._place(self.output, Linear(config.hidden_size, len(self.labels)))
+        self._act = get_activation(self.act)
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        return range(1)
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        dense, output = (cast("Linear", self.get_submodule(path)) for path in (self.dense, self.output))
+        return output(self._act(dense(hidden, rows)), rows)  # [sequences, labels]
+
+    def _place(self, path: str, layer: Linear) -> None:
+        """Add a layer under a dotted name."""
+        module: nn.Module = self
+        *parents, name = path.split(".")
+        for parent in parents:
+            if parent not in module._modules:
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.add_module(name, layer)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.errors import RequestError, listed
+from lorax_core.linear_methods.select import LinearReport
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
-from lorax_core.modeling.linear import Linear
 from lorax_core.modeling.site import Site
 from lorax_core.types import Task
 
@@ -28,16 +28,31 @@ class Model(nn.Module):
     `sites` maps the dotted path of every core layer with parameters to that layer; `attention_layers` are in the order of
     the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
 
+    `dtype` is that of activations and `device` where they are; both are stated by whoever makes the model, for a prepared
+    weight may have another dtype. `linears` says how linear layers are computed.
+
     A subclass may fix the `task`; loaded as such, the model has that head alone.
     """
 
     task: ClassVar[Task | None] = None
 
-    def __init__(self, config: ModelConfig, backbone: nn.Module, heads: Mapping[Task, Head]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        backbone: nn.Module,
+        heads: Mapping[Task, Head],
+        *,
+        dtype: torch.dtype,
+        device: str | torch.device,
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.linears = LinearReport()
         self.config = config
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.value: head for task, head in heads.items()})
+        # `modules()` walks in order of definition, so index 0 is the first layer; the cache is `[layers, 2, pages, ...]`.
         self.attention_layers = [module for module in backbone.modules() if isinstance(module, Attention)]
         for index, layer in enumerate(self.attention_layers):
             layer.index = index
@@ -56,6 +71,7 @@ class Model(nn.Module):
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """Parameters under canonical names, each its own entry even where two share storage."""
         roots = (self.backbone, *self.heads.values())
+        # remove_duplicate=False: a tied weight is wanted under both of its names.
         return {name: tensor for root in roots for name, tensor in root.named_parameters(remove_duplicate=False)}
 
     @property
@@ -77,20 +93,13 @@ class Model(nn.Module):
     def widest_window(self) -> int | None:
         """Keys that a query sees at most, itself included; None when some layer sees everything."""
         windows = [layer.spec.window for layer in self.attention_layers]
+        # One layer that sees everything needs every page, so none may be released early.
         return None if None in windows else max((window for window in windows if window is not None), default=None)
 
     @property
     def max_tokens(self) -> int:
         """The longest sequence, prompt and answer together, in tokens."""
         return self.config.max_tokens
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
 
     def head(self, task: Task) -> Head:
         """The head that answers `task`; raises RequestError that says which tasks the checkpoint has heads for."""
@@ -103,28 +112,24 @@ class Model(nn.Module):
         assert isinstance(head, Head)
         return head
 
-    def pack(self) -> None:
-        """Lay out every weight for this device, once all of them are in."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
-
     @torch.inference_mode()
     def forward(self, batch: Batch) -> StepOutput:
+        batch.start_pass()
         hidden: Tensor = self.backbone(batch)  # [tokens, hidden]
+        # Selected before the head: logits over the vocabulary for every prompt token would dwarf the activations.
+        # Each [sum(group.counts), hidden].
         rows = [hidden[group.rows] for group in batch.head_rows]
         answers = tuple(self._answer(one, group) for one, group in zip(rows, batch.head_rows, strict=True))
-        read = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
-        return StepOutput(answers, tuple(read))
+        kept = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
+        return StepOutput(answers, tuple(kept))
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, vocab]` of hidden rows `[rows, hidden]`, without any adapter."""
+        # Counts and sequences stay empty, as a language model's head reads neither.
         group = HeadRows(Task.GENERATE, (), (), torch.arange(len(hidden), device=hidden.device))
-        logits: Tensor = self.head(Task.GENERATE)(hidden, group)
-        return logits
+        return self.head(Task.GENERATE)(hidden, group)
 
     def _answer(self, hidden: Tensor, group: HeadRows) -> Tensor:
         if group.task is None:
             return hidden
-        answers: Tensor = (group.head or self.head(group.task))(hidden, group)
-        return answers
+        return (group.head or self.head(group.task))(hidden, group)

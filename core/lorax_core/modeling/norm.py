@@ -1,53 +1,67 @@
 """Normalisations over the last dimension.
 
-Decides their arithmetic: statistics in float32 whatever the dtype of the rows, as transformers does.
+Decides which arithmetic a layer has and that adapters may replace its numbers. `kernels.elementwise` computes it.
 """
 
 from __future__ import annotations
 
+from typing import final
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax_core.modeling.batch import HasAdapters
-from lorax_core.modeling.site import Site
+from lorax_core.kernels import elementwise
+from lorax_core.modeling.site import HasAdapters, Site
 
 
-class LayerNorm(Site):
-    """`(x - mean) / sqrt(var + eps) * weight + bias`."""
+class Norm(Site):
+    """A normalisation with a weight `[size]` and perhaps a bias; a subclass gives `compute`."""
 
-    def __init__(self, size: int, eps: float, bias: bool = True) -> None:
+    def __init__(self, size: int, eps: float, bias: bool) -> None:
         super().__init__()
         self.in_features = self.out_features = size
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
-    def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
-        return batch.adapters.apply(self, x, self.compute(x, self.weight, self.bias))
+    @final
+    def add(self, x: Tensor, residual: Tensor, batch: HasAdapters) -> tuple[Tensor, Tensor]:
+        """The normalised sum of x and residual, and the sum, which is the next residual; all `[rows, size]`."""
+        # The kernel seam knows no adapters, so it gets `_base`; they are applied below, with the sum as the norm's input.
+        normed, total = elementwise.add_norm(x, residual, self._base)
+        return batch.adapters.apply(self, total, normed), total
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.layer_norm(x, (self.out_features,), weight, bias, self.eps)
+        """x `[rows, size]` normalised with these numbers; the one method to override."""
+        raise NotImplementedError
+
+    @final
+    def computed_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.compute(x, weight, bias)
 
     def dense_weight(self) -> Tensor:
         return self.weight.detach()
 
+    def _base(self, x: Tensor) -> Tensor:
+        return self.compute(x, self.weight, self.bias)
 
-class RMSNorm(Site):
-    """`x / sqrt(mean(x^2) + eps) * weight`."""
 
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.in_features = self.out_features = size
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+class LayerNorm(Norm):
+    """`(x - mean) / sqrt(var + eps) * weight + bias`."""
 
-    def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
-        return batch.adapters.apply(self, x, self.compute(x, self.weight, None))
+    def __init__(self, size: int, eps: float, bias: bool = True) -> None:
+        super().__init__(size, eps, bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # The rows are normalised in float32 and rounded before the weight: transformers' order, which 16 bit can tell.
-        return F.rms_norm(x.float(), (self.out_features,), None, self.eps).to(x.dtype) * weight
+        return elementwise.layer_norm(x, weight, bias, self.eps)
 
-    def dense_weight(self) -> Tensor:
-        return self.weight.detach()
+
+class RMSNorm(Norm):
+    """`x / sqrt(mean(x^2) + eps) * (offset + weight)`; Gemma has an offset of 1."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__(size, eps, bias=False)
+        self.offset = offset
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return elementwise.rms_norm(x, weight, self.eps, self.offset)

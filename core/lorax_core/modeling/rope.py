@@ -27,6 +27,7 @@ _NEEDED = {
 class Rope(BaseModel):
     """Rotary parameters of one model. `original_length` is the length that the base was trained for."""
 
+    # Frozen, thus hashable: it is the key under which layers share angles. Unknown keys mean a scaling not computed here.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
@@ -60,9 +61,11 @@ class Rope(BaseModel):
 
         Operations stand in transformers' order, to the last bit: far out in a text an angle multiplies any difference.
         """
-        powers = self.theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)
+        # int64 first: transformers does so too, and a float32 arange could round differently.
+        powers = self.theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)  # [dim / 2]
         inverse = 1.0 / powers
         match self.type:
+            # `dynamic` is the default up to its length, where `max_tokens` ends sequences.
             case "linear":
                 return inverse / (self.factor or 1.0), 1.0
             case "llama3":
@@ -75,9 +78,11 @@ class Rope(BaseModel):
     def _llama3(self, inverse: Tensor) -> Tensor:
         """Long waves are slowed by `factor`, short ones kept, those between blended."""
         factor, low, high = self.factor or 1.0, self.low_freq_factor or 1.0, self.high_freq_factor or 1.0
+        # [dim / 2] throughout.
         waves = 2 * math.pi / inverse  # tokens that one turn takes
         longest, shortest = self.original_length / low, self.original_length / high
         slowed = torch.where(waves > longest, inverse / factor, inverse)
+        # 0 at the longest wave that is blended, 1 at the shortest.
         blend = (self.original_length / waves - low) / (high - low)
         blended = (1 - blend) * slowed / factor + blend * slowed
         return torch.where((waves >= shortest) & (waves <= longest), blended, slowed)
@@ -85,15 +90,18 @@ class Rope(BaseModel):
     def _yarn(self, powers: Tensor, dim: int) -> tuple[Tensor, float]:
         factor = self.factor or 1.0
 
+        # Which pair of dimensions makes so many turns over the original length: the frequency formula solved for it.
         def dimension(turns: float) -> float:
             return dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
+        # 32 and 1 are the YaRN paper's, and transformers' defaults. `or` as there: 0 means unset.
         low, high = dimension(self.beta_fast or 32), dimension(self.beta_slow or 1)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         width = (high - low) or 0.001  # one dimension wide: a step instead of a ramp
         ramp = ((torch.arange(dim // 2, dtype=torch.float32, device=powers.device) - low) / width).clamp(0, 1)
+        # Not simplified: `1 - kept` instead of `ramp` is transformers' order of rounding.
         kept = 1 - ramp
         scaled = 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept
         return scaled, self._yarn_attention(factor)
@@ -101,12 +109,14 @@ class Rope(BaseModel):
     def _yarn_attention(self, factor: float) -> float:
         if self.attention_factor is not None:
             return self.attention_factor
+        # DeepSeek's two numbers; the stated factor above wins over them.
         if self.mscale and self.mscale_all_dim:
             return _mscale(factor, self.mscale) / _mscale(factor, self.mscale_all_dim)
         return _mscale(factor, 1.0)
 
 
 def _mscale(factor: float, weight: float) -> float:
+    # The temperature fit of the YaRN paper: 0.1 ln(s) + 1.
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
@@ -121,12 +131,16 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
     length = nested.pop("original_max_position_embeddings", None)
     kind = kind or old_kind or "default"
     longest = raw.get("max_position_embeddings")
+    # Some files state only the two lengths; transformers derives the factor so.
     if kind == "yarn" and nested.get("factor") is None and length and longest:
         nested["factor"] = longest / length
+    # These know only one length, and `dynamic` ends at it.
     if kind in ("default", "linear", "dynamic"):
         length = longest
 
     def stated(name: str, default: float) -> Any:
+        # Popped, as what is left in `nested` goes to validation, which refuses unknown keys. `rope_theta` stood
+        # outside in files of transformers 4.
         inner, outer = nested.pop(name, None), raw.get(name)
         return inner if inner is not None else outer if outer is not None else default
 

@@ -1,21 +1,25 @@
 """Rotary position embedding.
 
-Decides how queries and keys are turned by the angle of their position. Angles are computed in float32 for the positions of
-each batch and shared by all layers; nothing is cached by length, so no position is out of range.
+Decides the angle of each position. Angles are computed in float32 for the positions of each batch and shared by all layers;
+nothing is cached by length, so no position is out of range. Knows nothing of how heads are rotated; `kernels.elementwise` does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor, nn
 
+from lorax_core.kernels.elementwise import Angles
 from lorax_core.modeling.rope import Rope
-
-Angles = tuple[Tensor, Tensor]
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns the first part of each head (`rope.partial` of it), half-split: the second half is the first one's partner."""
+    """Angles for the first `rotary_dim` dimensions of each head, `rope.partial` of it.
+
+    Raises ValueError where no dimension of a head would rotate.
+    """
 
     inv_freq: Tensor
 
@@ -23,25 +27,30 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rope = rope
         self._stated_dim = int(head_dim * rope.partial)
-        self.rotary_dim = self._stated_dim + self._stated_dim % 2  # dimensions turn in pairs
+        # An odd number is rounded up, as arange(0, dim, 2) gives the last pair too; exponents still divide by the stated one.
+        self.rotary_dim = self._stated_dim + self._stated_dim % 2  # dimensions rotate in pairs
+        if not 0 <= self.rotary_dim <= head_dim:
+            raise ValueError(
+                f"{self.rotary_dim} rotary dimensions do not fit a head of {head_dim}: pairs need an even head"
+            )
         self.factor = 1.0
+        # Not persistent: checkpoints that store frequencies may have rounded them to 16 bit.
         self.register_buffer("inv_freq", torch.empty(self.rotary_dim // 2), persistent=False)
         if not self.inv_freq.is_meta:
             self.reset_buffers()
+
+    @property
+    def key(self) -> Hashable:
+        """Equal keys mean equal angles, so layers share them."""
+        return self.rope, self._stated_dim
 
     def reset_buffers(self, device: str | torch.device | None = None) -> None:
         """Make the frequencies anew on `device`: a model is put together without memory first."""
         self.inv_freq, self.factor = self.rope.frequencies(self._stated_dim, device)  # [rotary_dim / 2]
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        """positions `[tokens]` to cos and sin `[tokens, 1, rotary_dim / 2]`."""
+        """Positions `[tokens]` to cos and sin, each `[tokens, 1, rotary_dim / 2]`."""
+        # In float32 even for 16-bit models: bfloat16 has 8 bits, so positions above 256 would share angles.
         angles = positions.float()[:, None] * self.inv_freq  # [tokens, rotary_dim / 2]
         cos, sin = angles.cos() * self.factor, angles.sin() * self.factor
-        return cos.to(dtype)[:, None], sin.to(dtype)[:, None]
-
-    def forward(self, x: Tensor, angles: Angles) -> Tensor:
-        """x `[tokens, heads, dim]`, turned."""
-        cos, sin = angles
-        half = self.rotary_dim // 2
-        first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+        return Angles(cos.to(dtype)[:, None], sin.to(dtype)[:, None])

@@ -1,6 +1,6 @@
-"""Trying one plugin: is it wanted, was it made for this core, does it import, are its declarations sound.
+"""Loads and validates one plugin: is it enabled, is it compatible, does it import, are its declarations valid.
 
-Decides the status of one plugin alone. Knows nothing of the others: conflicts are the host's affair.
+Decides the status of one plugin. Knows nothing of the others: `host` resolves conflicts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pluggy
 
 from lorax_core.errors import LoraxError, PluginError, listed, nearest
 from lorax_core.plugins import hookspecs
-from lorax_core.plugins.record import PluginRecord, Spec, Status, explain
+from lorax_core.plugins.record import PluginRecord, PluginStatus, Spec, explain
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec, Incompatible
 from lorax_core.settings import Settings, canonical
 from lorax_core.version import __version__
@@ -35,36 +35,42 @@ _T = TypeVar("_T", ArchitectureSpec, BackendSpec)
 
 
 def make_manager() -> pluggy.PluginManager:
-    """A pluggy manager that knows core's hooks and no plugin."""
+    """A pluggy manager with core's hooks and no plugin."""
+    # One for each host and none at module level: a second host must not see the plugins of the first.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     return manager
 
 
 def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Settings) -> PluginRecord:
-    """Judges one entry point. Whatever the plugin does, `KeyboardInterrupt` apart, ends up in the record."""
+    """Loads one entry point. Any exception of the plugin, `KeyboardInterrupt` apart, is recorded as its status."""
     package, version = identity(entry)
-    record = PluginRecord(entry.name, package, version, entry.value, Status.READY)
+    record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.READY)
     blocked = _blocked_by(settings, entry.name, package)
+    # Before anything of it is imported: blocking is the way to go on with a plugin that crashes the process.
     if blocked is not None:
-        return replace(record, status=Status.BLOCKED, cause=blocked[0], hint=blocked[1])
+        return replace(record, status=PluginStatus.BLOCKED, cause=blocked[0], hint=blocked[1])
+    # torch may be there already, through the application or an earlier plugin; only the one that imported it is slow.
     had_torch, start = "torch" in sys.modules, None
     try:
         if entry.dist is not None:
+            # Before the import, which may fail in unrelated ways against another core.
             _check_requirements(entry.dist)
         start = time.perf_counter()
         architectures, backends = _admit(manager, entry, f"{package}:{entry.name}={entry.value}")
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a plugin that calls sys.exit() at import must not end the process either
-        status = Status.INCOMPATIBLE if isinstance(error, Incompatible) else Status.BROKEN
+    except BaseException as error:  # sys.exit() at import must not end the process either
+        status = PluginStatus.INCOMPATIBLE if isinstance(error, Incompatible) else PluginStatus.BROKEN
         hint = (error.hint if isinstance(error, LoraxError) else None) or _DOCTOR_HINT
         seconds = None if start is None else time.perf_counter() - start
         return replace(record, status=status, cause=explain(error), hint=hint, exception=error, seconds=seconds)
     record = replace(record, architectures=architectures, backends=backends, seconds=time.perf_counter() - start)
     if "torch" in sys.modules and not had_torch:
         cause = "importing its declaration imported torch, which slows down every command"
-        return replace(record, status=Status.SLOW_IMPORT, cause=cause, hint="name classes by strings in plugin.py")
+        return replace(
+            record, status=PluginStatus.SLOW_IMPORT, cause=cause, hint="name classes by strings in plugin.py"
+        )
     return record
 
 
@@ -74,24 +80,25 @@ def identity(entry: EntryPoint) -> tuple[str, str]:
         metadata = entry.dist.metadata if entry.dist is not None else None
         if metadata is not None and metadata["Name"]:
             return canonical(metadata["Name"]), metadata["Version"] or ""
-    except Exception:  # metadata that cannot be read; what then fails is told when the plugin is tried
+    except Exception:  # unreadable metadata: loading the plugin reports what is wrong
         pass
     package = canonical(entry.value.partition(":")[0].partition(".")[0])
     return package, __version__ if package == CORE else ""
 
 
 def key_of(spec: Spec) -> str:
-    """The name that a spec claims, which no two plugins may."""
+    """The name that a spec claims; two plugins cannot have the same."""
     return spec.model_type if isinstance(spec, ArchitectureSpec) else spec.name
 
 
 def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] | None:
-    """Cause and way out where the settings keep a plugin out."""
+    """Cause and hint where the settings block a plugin."""
     names = {canonical(name), package}
+    # Without core's own backend nothing could run on a CPU.
     if package == CORE:
         return None
     if names & settings.block_plugins:
-        return "LORAX_BLOCK_PLUGINS names it", "take it out of LORAX_BLOCK_PLUGINS"
+        return "LORAX_BLOCK_PLUGINS names it", "remove it from LORAX_BLOCK_PLUGINS"
     if settings.plugins and not names & settings.plugins:
         return "LORAX_PLUGINS does not name it", f"add {package} to LORAX_PLUGINS"
     return None
@@ -99,6 +106,7 @@ def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] 
 
 def _check_requirements(distribution: Distribution) -> None:
     lines = distribution.requires or ()
+    # Compared by name first: parsing each requirement of each plugin would slow down every command.
     mine = [line for line in lines if canonical(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE]
     if not mine:
         return
@@ -112,8 +120,10 @@ def _check_requirements(distribution: Distribution) -> None:
             wanted = Requirement(line)
         except InvalidRequirement as error:
             raise PluginError(f"its metadata requires {line!r}, which is not a requirement") from error
+        # extra "": requirements of optional extras do not bind the plugin.
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
+        # prereleases=True: `>=1.0` must admit a development version of core 1.1.
         if not wanted.specifier.contains(__version__, prereleases=True):
             raise Incompatible(
                 f"it requires {CORE}{wanted.specifier}; this is {CORE} {__version__}",
@@ -125,6 +135,7 @@ def _admit(
     manager: pluggy.PluginManager, entry: EntryPoint, name: str
 ) -> tuple[tuple[ArchitectureSpec, ...], tuple[BackendSpec, ...]]:
     plugin = entry.load()
+    # Two entry points of one module; pluggy would raise a ValueError that names neither.
     if manager.is_registered(plugin):
         raise PluginError(f"its module {entry.value} was registered already, by {manager.get_name(plugin)}")
     _check_hook_names(manager, plugin)
@@ -134,18 +145,20 @@ def _admit(
             _ask(manager, name, "lorax_architectures", ArchitectureSpec),
             _ask(manager, name, "lorax_attention_backends", BackendSpec),
         )
+    # A plugin without valid specs must leave no hooks behind in the manager.
     except BaseException:
         manager.unregister(name=name)
         raise
 
 
 def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
-    """pluggy takes a function of an unknown name for a hook that nobody calls; here it is an error."""
+    """pluggy silently accepts a function of an unknown name; here it is an error."""
     hooks = sorted(name for name in vars(hookspecs) if name.startswith(HOOK_PREFIX))
     found = False
     for name in dir(plugin):
         marks = manager.parse_hookimpl_opts(plugin, name)
         if marks is None:
+            # getattr_static: properties and lazy attributes of a module must not run here.
             if not name.startswith(HOOK_PREFIX) or not inspect.isroutine(inspect.getattr_static(plugin, name, None)):
                 continue
             if name in hooks:
@@ -163,22 +176,23 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
 
 
 def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) -> tuple[_T, ...]:
-    """What one plugin answers to one hook.
+    """The specs that one plugin returns from one hook.
 
-    Its function is called by itself and not through `manager.hook`: everybody's answers in one list would not say whose
-    they are, and one that raises would keep the rest from being asked.
+    The function is called directly and not through `manager.hook`: that would give one list without owners, and one plugin that
+    raises would hide the others.
     """
     specs: list[_T] = []
     for impl in getattr(manager.hook, hook).get_hookimpls():
         if impl.plugin_name != name:
             continue
         answer = impl.function()
+        # A str and a pydantic model are iterable too, and would fail below with a misleading message.
         if isinstance(answer, (str, kind)) or not isinstance(answer, Iterable):
             raise PluginError(f"{hook} returned {reprlib.repr(answer)}; it returns an iterable of {kind.__name__}")
         for item in answer:
             if not isinstance(item, kind):
-                raise PluginError(f"{hook} gave {reprlib.repr(item)}, which is not an {kind.__name__}")
-            # Judged again: model_copy(update=...) and model_construct() make specs that nobody has validated.
+                raise PluginError(f"{hook} yielded {reprlib.repr(item)}, which is not an instance of {kind.__name__}")
+            # Validated again: model_copy(update=...) and model_construct() skip validation.
             specs.append(kind.model_validate(dict(item)))
     keys = [key_of(spec) for spec in specs]
     twice = sorted({key for key in keys if keys.count(key) > 1})

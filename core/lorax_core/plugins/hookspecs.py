@@ -21,9 +21,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def lorax_architectures() -> Iterable[ArchitectureSpec]:  # type: ignore[empty-body]
-    """The architectures that this plugin brings."""
+    """The architectures that this plugin provides."""
 
 
 @hookspec
 def lorax_attention_backends() -> Iterable[BackendSpec]:  # type: ignore[empty-body]
-    """The attention backends that this plugin brings."""
+    """The attention backends that this plugin provides."""

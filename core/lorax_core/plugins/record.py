@@ -1,6 +1,6 @@
-"""What became of one plugin.
+"""The status of one plugin.
 
-Decides the words for it: six statuses, and one line for a cause. Knows nothing of how plugins are found or judged.
+Decides the six statuses and the one line that explains a cause. Knows nothing of how plugins are found or validated.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from lorax_core.settings import canonical
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+# Frames of this package are core's, so an error is located at the plugin's own line.
 _HERE: Final = PurePath(__file__).parent
-_MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their frames say nothing of the plugin
+_MACHINERY: Final = frozenset({"importlib", "pluggy", "pydantic"})  # their frames are not the plugin's
 
 Spec = ArchitectureSpec | BackendSpec
 
 
-class Status(StrEnum):
-    """What can be said of an installed plugin.
+class PluginStatus(StrEnum):
+    """The status of an installed plugin.
 
     - `ready`: usable.
     - `slow-import`: usable, but importing its declaration imported torch.
-    - `incompatible`: made for another lorax-core, or another generation of the plugin API; it was not used.
+    - `incompatible`: written for another version of lorax-core or of the plugin API; it is not used.
     - `conflict`: it claims a name that another plugin claims too; neither gets it until the user names one.
     - `broken`: its import, its hooks or its declarations failed.
-    - `blocked`: the user's settings keep it out; it was not imported.
+    - `blocked`: disabled by the user's settings; it was not imported.
     """
 
     READY = "ready"
@@ -46,13 +47,13 @@ class Status(StrEnum):
 
     @property
     def failed(self) -> bool:
-        """Whether something must be mended before all that the plugin declares can be used."""
-        return self in (Status.INCOMPATIBLE, Status.CONFLICT, Status.BROKEN)
+        """Whether something must be fixed before all that the plugin declares can be used."""
+        return self in (PluginStatus.INCOMPATIBLE, PluginStatus.CONFLICT, PluginStatus.BROKEN)
 
 
 @dataclass(frozen=True, slots=True)
 class PluginRecord:
-    """One entry point of the group `lorax.plugins`, and what became of it.
+    """One entry point of the group `lorax.plugins`, and its status.
 
     `architectures` and `backends` are what can be used; `contested` is what it declares but does not get, because
     another plugin claims the same name. `seconds` is how long importing and asking it took, None if it was not imported.
@@ -64,9 +65,10 @@ class PluginRecord:
     version: str
     module: str
     # from trying it
-    status: Status
+    status: PluginStatus
     cause: str | None = None
     hint: str | None = None
+    # Kept with its traceback, so that the PluginError raised later can chain to it.
     exception: BaseException | None = None
     seconds: float | None = None
     # from its hooks
@@ -77,30 +79,32 @@ class PluginRecord:
 
     @property
     def specs(self) -> tuple[Spec, ...]:
-        """All that can be used of what it declares."""
+        """All of its specs that can be used."""
         return (*self.architectures, *self.backends)
 
     @property
     def title(self) -> str:
         """The plugin in a message: `lorax-bert 0.1.0`, with the entry point's name where that says more."""
+        # A package with several entry points would otherwise have several plugins of one title.
         named = canonical(self.name) in self.package
         return f"{self.package} {self.version}".rstrip() + ("" if named else f" (plugin {self.name!r})")
 
     @property
     def verdict(self) -> str:
-        """What became of it, as a sentence."""
-        word = "in conflict" if self.status is Status.CONFLICT else self.status
+        """The status as a sentence."""
+        word = "in conflict" if self.status is PluginStatus.CONFLICT else self.status
         return f"plugin {self.title} is {word}" + (f": {self.cause}" if self.cause else "")
 
 
 def explain(error: BaseException) -> str:
-    """What went wrong, on one line, with the place in the plugin where that can be told."""
+    """What went wrong, on one line, with the place in the plugin where it is known."""
     if isinstance(error, LoraxError):
         return " ".join(error.message.split())
     if isinstance(error, ValidationError):
         fields = "; ".join(_field(item) for item in error.errors(include_url=False))
         return f"{error.title}: {fields}{_place(error.__traceback__)}"
     try:
+        # __str__ is the plugin's code as well, and may raise.
         text = " ".join(str(error).split())
     except Exception:
         text = "<its message cannot be printed>"
@@ -110,12 +114,15 @@ def explain(error: BaseException) -> str:
 
 def _field(item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"])
+    # pydantic puts this in front of the text of every ValueError.
     what = item["msg"].removeprefix("Value error, ")
     return f"{where}: {what}" if where else what
 
 
 def _place(traceback: TracebackType | None) -> str:
     place = ""
+    # The last frame that is neither core's nor the machinery's wins: the innermost of the plugin.
+    # Names like <string> or <frozen importlib> are no files.
     while traceback is not None:
         file = PurePath(traceback.tb_frame.f_code.co_filename)
         if file.parent != _HERE and not _MACHINERY.intersection(file.parts) and not file.name.startswith("<"):

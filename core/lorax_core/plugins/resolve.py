@@ -1,7 +1,7 @@
-"""From names to things: a class path to its class, a checkpoint folder to its `config.json`.
+"""Resolves names: an import path to its class or cases, a checkpoint folder to its `config.json`.
 
-Decides how a failed import or a bad `config.json` is told, and which package is known to bring which architecture.
-Knows nothing of discovery, and imports torch only where the class asked for does.
+Decides what the error for a failed import or a bad `config.json` says, and which package is known to provide which
+architecture. Knows nothing of discovery, and imports torch only where the requested module does.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CheckpointError, PluginError, nearest
+from lorax_core.plugins.cases import ArchitectureCases
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from lorax_core.plugins.record import PluginRecord
+    from lorax_core.plugins.spec import ArchitectureSpec
 
 INSTALL_HINTS: Final = {
     "bert": "lorax-bert",
@@ -28,7 +30,7 @@ INSTALL_HINTS: Final = {
     "roberta": "lorax-roberta",
     "xlm-roberta": "lorax-roberta",
 }
-"""The package that brings a model type, where core knows of one. The only model types named in core."""
+"""The package that provides a model type, where core knows of one. The only model types named in core."""
 
 
 def load_class(path: str, record: PluginRecord | None) -> type:
@@ -36,31 +38,59 @@ def load_class(path: str, record: PluginRecord | None) -> type:
 
     Raises `PluginError`, which names plugin, module and cause, when the module cannot be imported or has no such class.
     """
-    module_name, _, class_name = path.partition(":")
-    whose = "lorax-core" if record is None else f"plugin {record.name!r} ({record.package} {record.version})"
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise PluginError(f"{whose}: importing {module_name} failed: {cause}", hint=_mend(error, record)) from error
-    try:
-        found = getattr(module, class_name)
-    except AttributeError as error:
-        close = nearest(class_name, [name for name, value in vars(module).items() if isinstance(value, type)])
-        raise PluginError(
-            f"{whose}: module {module_name} has no class {class_name!r}",
-            hint=f"did the plugin mean {close!r}?" if close else _mend(error, record),
-        ) from error
+    found = _load(path, record)
     if not isinstance(found, type):
-        raise PluginError(f"{whose}: {path} is not a class but {found!r}", hint=_mend(None, record))
+        raise PluginError(f"{_owner(record)}: {path} is not a class but {found!r}", hint=_repair(None, record))
     return found
 
 
-def _mend(error: Exception | None, record: PluginRecord | None) -> str:
+def load_cases(spec: ArchitectureSpec, record: PluginRecord | None) -> ArchitectureCases:
+    """Imports what the conformance kit needs to test an architecture.
+
+    Raises `PluginError`, which names plugin, module and cause, when there is no such object or it is invalid.
+    """
+    found = _load(spec.cases, record)
+    if not isinstance(found, ArchitectureCases):
+        kind = "an ArchitectureCases"
+        hint = f"{spec.cases.partition(':')[2]} = ArchitectureCases(tiny_config=..., references=...)"
+        raise PluginError(f"{_owner(record)}: {spec.cases} is not {kind} but {found!r:.80}", hint=hint)
+    return found
+
+
+def _load(path: str, record: PluginRecord | None) -> object:
+    module_name, _, name = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # Any exception: a plugin's module may run anything at import.
+        cause = f"{type(error).__name__}: {error}"
+        message = f"{_owner(record)}: importing {module_name} failed: {cause}"
+        raise PluginError(message, hint=_repair(error, record)) from error
+    try:
+        return getattr(module, name)
+    except AttributeError as error:
+        kind = "object" if name.isupper() else "class"
+        close = nearest(name, [known for known, value in vars(module).items() if _is_like(name, value)])
+        raise PluginError(
+            f"{_owner(record)}: module {module_name} has no {kind} {name!r}",
+            hint=f"did the plugin mean {close!r}?" if close else _repair(error, record),
+        ) from error
+
+
+def _is_like(name: str, value: object) -> bool:
+    return isinstance(value, ArchitectureCases if name.isupper() else type)
+
+
+def _owner(record: PluginRecord | None) -> str:
+    return "lorax-core" if record is None else f"plugin {record.name!r} ({record.package} {record.version})"
+
+
+def _repair(error: Exception | None, record: PluginRecord | None) -> str:
     package = "lorax-core" if record is None else record.package
     if isinstance(error, ModuleNotFoundError) and error.name:
+        # The top-level name: of `a.b` that is missing, what can be installed is most often called `a`.
         missing = error.name.partition(".")[0]
-        return f"is {missing!r} installed? `pip install --upgrade {package}` brings what {package} declares to need"
+        return f"is {missing!r} installed? `pip install --upgrade {package}` installs the dependencies of {package}"
     return f"pip install --upgrade {package}"
 
 
@@ -85,6 +115,7 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
             f"'{file}' is not JSON: {error.msg} in line {error.lineno}, column {error.colno}",
             hint="download the checkpoint again",
         ) from error
+    # RecursionError: json's parser recurses, so deep nesting in a damaged file ends there.
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"'{file}' cannot be read: {error}", hint="download the checkpoint again") from error
     if not isinstance(config, dict):

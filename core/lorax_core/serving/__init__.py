@@ -1,1 +1,1 @@
-"""The face that users meet: loading, requests, results and streams."""
+"""What users of an engine meet: loading, requests, results and streams."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from lorax_core.errors import CheckpointError, RequestError, listed
+from lorax_core.errors import CheckpointError
 from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.heads import EmbeddingHead, Projection
 from lorax_core.types import Pooling, Task
@@ -20,13 +20,12 @@ def set_up_embedding(
 ) -> SentenceFiles | None:
     """Set pooling, normalisation and projections of the embedding head, when there is one; gives the files that were read.
 
-    Raises RequestError for a pooling that is not served, CheckpointError for files that cannot be followed.
+    Raises CheckpointError for files that cannot be followed.
     """
     model = base.model
     if Task.EMBED not in model.tasks:
         return None
-    if pooling is not None and pooling not in list(Pooling):
-        raise RequestError(f"pooling {pooling!r} is not served; served are {listed(one.value for one in Pooling)}")
+    # The user's pooling goes in too: the files may name one that is not supported.
     files = read_sentence_files(base.checkpoint, Pooling(pooling) if pooling is not None else None)
     head = cast("EmbeddingHead", model.head(Task.EMBED))
     if pooling is not None:
@@ -50,6 +49,7 @@ def _set_projections(base: LoadedModel, head: EmbeddingHead, files: SentenceFile
         layers = list(files.dense) if files is not None else []
     device = base.model.device
     for layer in layers:
+        # [out, in]. `head.dim` grows with each projection that is added, so this checks the chain.
         if layer.weight.shape[1] != head.dim:
             raise CheckpointError(
                 f"a dense layer of {base.checkpoint.path} takes vectors of {layer.weight.shape[1]}, not of {head.dim}"

@@ -1,24 +1,29 @@
 """The engine as users meet it.
 
-Decides the Python face: one prompt or many, results or streams, and mixed requests in one batch. Knows nothing of how an
+Decides the Python interface: one prompt or many, results or streams, and mixed requests in one batch. Knows nothing of how an
 engine is put together; `loading` does that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorax_core.adapters.residency.store import AdapterStore
-from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import RequestError
-from lorax_core.serving.cache import peak_memory
-from lorax_core.serving.prepare import Preparer, Result
+from lorax_core.errors import LoraxError, RequestError
+from lorax_core.kvcache.sizing import peak_memory
+from lorax_core.options import EngineOptions
+from lorax_core.plugins.host import PluginHost
+from lorax_core.serving.call import Call
+from lorax_core.serving.info import EngineInfo
+from lorax_core.serving.loading import EngineParts, assemble_engine
+from lorax_core.serving.prepare import Result
 from lorax_core.serving.requests import (
     AdapterChoices,
     ClassifyRequest,
@@ -30,47 +35,34 @@ from lorax_core.serving.requests import (
     Truncate,
     make_requests,
 )
-from lorax_core.serving.stream import Call, Stream
+from lorax_core.serving.stream import Stream
 from lorax_core.types import Classification, Completion, Embedding
 
 TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
 TextInputs = list[str] | list[list[int]] | list[tuple[str, str]] | list[TextInput]
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """What an engine is made of.
-
-    `max_tokens` is the longest sequence, `max_text_tokens` the longest text to embed or classify (tokenizers and sentence
-    files may allow less than the model), `kv_cache_tokens` what all sequences share. `step_bytes`, known after `warmup`: what
-    the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
-    """
-
-    model_type: str
-    tasks: tuple[str, ...]
-    dtype: str
-    device: str
-    attention: str
-    passed_over: tuple[tuple[str, str], ...]
-    max_tokens: int
-    max_text_tokens: int
-    kv_cache_tokens: int | None
-    kv_cache_bytes: int
-    step_bytes: int | None = None
-
-
 class Engine:
-    """A loaded model that answers requests. Made by `load`; safe to call from any thread; also a context manager.
+    """A loaded model that answers requests, made by `load`. Safe to call from any thread; also a context manager.
 
     Errors are of the `LoraxError` tree: a request that cannot be answered is refused before any work, and the engine goes
     on serving.
     """
 
-    def __init__(self, worker: EngineWorker, preparer: Preparer, adapters: AdapterStore, info: EngineInfo) -> None:
-        self._worker = worker
-        self._preparer = preparer
-        self._info = info
-        self.adapters = adapters
+    def __init__(self, parts: EngineParts) -> None:
+        self._worker = parts.worker
+        self._preparer = parts.preparer
+        self._info = parts.info
+        # Public: users load, list and drop adapters of a running engine there.
+        self.adapters = parts.adapters
+
+    @classmethod
+    def from_options(cls, options: EngineOptions, host: PluginHost | None = None) -> Engine:
+        """An engine with these options; `host` are the plugins to use, instead of those installed.
+
+        Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
+        """
+        return cls(assemble_engine(options, host))
 
     @overload
     def generate(self, prompt: TextPrompt, *, adapter: AdapterChoices = ..., **options: Any) -> Completion: ...
@@ -85,7 +77,7 @@ class Engine:
     def stream(self, prompt: Any, *, adapter: AdapterChoices = None, **options: Any) -> Stream:
         """Continue one prompt or several, giving an `Event` for each new piece of text. Dropping the stream cancels it."""
         requests, _ = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
-        return Stream(self._submit(requests), self._worker.abort)
+        return Stream(self.submit(requests))
 
     def embed(
         self,
@@ -99,6 +91,7 @@ class Engine:
         vectors = [cast("Embedding", result).vector for result in self.run(requests)]
         if single:
             return vectors[0]
+        # [n, dim]; np.stack refuses an empty list.
         return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
 
     @overload
@@ -122,29 +115,67 @@ class Engine:
 
         When some fail while others finish, raises `StepError` whose `results` has both.
         """
-        if not requests:
-            return []
-        call = self._submit(requests)
+        return self.submit(requests).wait() if requests else []
+
+    def submit(self, requests: SequenceOf[Request]) -> Call:
+        """Start answering requests of any mix of tasks and adapters together; gives a `Call` to wait for or await.
+
+        Never blocks. What is wrong with a request is raised here, before any of them starts. An adapter that must be fetched
+        first (`adapter="org/name"`) is fetched beside the running engine, and the call starts when it is there; what goes wrong
+        on the way ends the call with an AdapterError.
+        """
+        if isinstance(requests, Request):
+            raise RequestError(f"one {type(requests).__name__} where a list belongs", hint="give [request]")
+        for request in requests:
+            if not isinstance(request, Request):
+                raise RequestError(
+                    f"requests are GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
+                )
+        call = Call(len(requests), self._worker.abort)
+        missing = [() if one.adapter is None else self.adapters.missing(one.adapter) for one in requests]
+        if not any(missing):
+            call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
+            return call
+        self._worker.submit([])  # a closed engine refuses now, not after a download
+        for request, names in zip(requests, missing, strict=True):
+            if not names:
+                self._preparer.prepare(request)  # refused now, and not when the others' adapters are there
+        fetched = self.adapters.fetch(dict.fromkeys(name for names in missing for name in names))
+        fetched.add_done_callback(lambda done: self._start(call, requests, done))
+        return call
+
+    def _start(self, call: Call, requests: SequenceOf[Request], fetched: Future[None]) -> None:
+        """Start a call whose adapters were fetched, in the thread that fetched them."""
         try:
-            return call.wait()
-        except BaseException:
-            self._worker.abort(call.unfinished)
-            raise
+            fetched.result()
+            call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
+        except LoraxError as error:
+            call.fail(error)
+        except BaseException as error:  # whoever waits must not wait for ever
+            failure = LoraxError(f"the call could not start: {type(error).__name__}: {error}")
+            failure.__cause__ = error
+            call.fail(failure)
 
     def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
         """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""
         return self._preparer.count_tokens(prompt)
 
     def info(self) -> EngineInfo:
-        """What this engine is made of."""
-        return self._info
+        """What this engine is made of, and what its last step did."""
+        return replace(
+            self._info,
+            steps=self._worker.steps,
+            last_step=self._worker.last_step,
+            lora_kernel=self.adapters.bound.kernel.verdict,
+        )
 
     def warmup(self) -> int:
         """Compute the largest step once, so that what does not fit is known now and the first request finds all ready.
 
-        Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` tells the rest.
+        Gives the tokens that the cache holds, or for a model without a cache the longest text; `info()` has the other figures.
         Raises CapacityError when the step does not fit in memory.
         """
+        # The allocator's peak only grows, so the difference is what this step added.
         before = peak_memory(self._info.device)
         self._worker.call(lambda loop: loop.warmup(self._info.max_tokens))
         self._info = replace(self._info, step_bytes=peak_memory(self._info.device) - before)
@@ -152,6 +183,7 @@ class Engine:
 
     def close(self) -> None:
         """Stop the engine; requests still running end with an error. Idempotent."""
+        # The worker first: its steps use adapters until it has stopped.
         self._worker.close()
         self.adapters.close()
 
@@ -163,13 +195,11 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _submit(self, requests: SequenceOf[Request]) -> Call:
-        """All of the requests are checked before any of them starts."""
-        for request in requests:
-            if not isinstance(request, Request):
-                raise RequestError(
-                    f"run() takes GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
-                )
-        call = Call([self._preparer.prepare(request) for request in requests])
-        self._worker.submit(call.sequences)
-        return call
+
+def load(checkpoint: str | Path, *, host: PluginHost | None = None, **options: Any) -> Engine:
+    """Load a checkpoint (a folder or a hub id) and its adapters, ready to answer.
+
+    The options are those of `EngineOptions`; `host` are the plugins to use, instead of those installed.
+    Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
+    """
+    return Engine.from_options(EngineOptions(checkpoint=checkpoint, **options), host)

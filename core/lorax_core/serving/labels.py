@@ -1,6 +1,6 @@
-"""From scores to labels that a reader can use.
+"""From scores to labels and entities.
 
-Decides which tokens are told, and how neighbouring B-/I- labels make entities. Knows nothing of models.
+Decides which tokens are reported, and how neighbouring B-/I- labels make entities. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from lorax_core.types import Classification, Entity, Usage
 
 
 def sequence_labels(scores: NDArray[np.float32], labels: Sequence[str], encoded: Encoded) -> Classification:
-    """Every label of a text, by falling score: scores `[labels]`."""
+    """Every label of an input, by falling score: scores `[labels]`."""
+    # Stable: of equal scores, the label with the lower index is first on every machine.
     order = np.argsort(-scores, kind="stable")
     return Classification(
         labels=[labels[at] for at in order],
@@ -31,11 +32,12 @@ def token_labels(
     """The best label of each token that is not special: scores `[tokens, labels]`. `source` is what the user gave."""
     special = encoded.special or (False,) * len(encoded.ids)
     kept = [at for at, mark in enumerate(special) if not mark]
-    best = scores[kept].argmax(-1) if kept else np.zeros(0, np.int64)
+    best = scores[kept].argmax(-1) if kept else np.zeros(0, np.int64)  # [kept]
     names = [labels[at] for at in best]
     found = [float(scores[row, at]) for row, at in zip(kept, best, strict=True)]
     offsets = [encoded.offsets[at] for at in kept] if encoded.offsets else None
     entities = None
+    # Labels of another scheme (part-of-speech tags, say) make no entities: None, and not an empty list.
     if offsets is not None and any(label.startswith(("B-", "I-")) for label in labels):
         parts = source if isinstance(source, tuple) else (source,)
         texts = [str(parts[encoded.second[at]]) if encoded.second else str(parts[0]) for at in kept]
@@ -65,6 +67,7 @@ def _entities(names: list[str], scores: list[float], offsets: list[tuple[int, in
 
     for at, name in enumerate(names):
         inside = name.startswith(("B-", "I-"))
+        # Identity of strings: an entity must not run from the first of a pair into the second.
         goes_on = bool(run) and name == f"I-{names[run[0]][2:]}" and texts[at] is texts[run[0]]
         if not goes_on:
             close()

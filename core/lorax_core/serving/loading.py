@@ -1,14 +1,13 @@
 """Putting an engine together.
 
-Decides what `load` means: where the checkpoint is, which dtype and device, how large the cache, which attention backend. The
-parts themselves know nothing of each other's files.
+Decides what `EngineOptions` mean on this machine: where the checkpoint is, which dtype and device, which attention backend, how
+large the cache. The parts themselves know nothing of each other's files.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -17,122 +16,167 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
-from lorax_core.engine.scheduler import AdapterGate, Scheduler
+from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import RequestError, listed
+from lorax_core.errors import RequestError
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
-from lorax_core.modeling.linear import packing_works
+from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
+from lorax_core.linear_methods.select import fast_in_bfloat16
 from lorax_core.modeling.model import Model
+from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
-from lorax_core.serving.cache import PAGE_SIZE, CacheSize, make_pool
 from lorax_core.serving.embedding import set_up_embedding
-from lorax_core.serving.engine import Engine, EngineInfo
+from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
+from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
+# torch has one pool of threads for the process, so two engines cannot have different numbers.
 _threads_lock = threading.Lock()
 _threads: int | None = None
 
 
-def load(
-    checkpoint: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    adapters: Mapping[str, str | Path] | None = None,
-    max_adapters: int | None = None,
-    max_cpu_adapters: int | None = None,
-    pooling: str | None = None,
-    normalize: bool | None = None,
-    embedding_dim: int | None = None,
-    kv_cache_tokens: int | None = None,
-    kv_cache_pages: int | None = None,
-    kv_cache_bytes: int | None = None,
-    kv_cache_fraction: float | None = None,
-    kv_dtype: str = "auto",
-    max_batch_tokens: int = 2048,
-    max_batch_rows: int = 256,
-    attention: str | None = None,
-    speculate: int = 0,
-    threads: int | None = None,
-    seed: int = 0,
-    host: PluginHost | None = None,
-) -> Engine:
-    """Load a checkpoint (a folder or a hub id) and its adapters, ready to answer.
+@dataclass(frozen=True)
+class EngineParts:
+    """What an engine consists of."""
 
-    - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
-    - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
-      in host memory, four times as many when None. The least recently used makes room, and comes back when a request asks.
-    - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
-    - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
-    - `kv_cache_tokens`, `_pages`, `_bytes` or `_fraction` (of the free memory): how much all running sequences share; by
-      default a quarter of the free memory, up to 65,536 tokens. `kv_dtype` "fp8_e4m3" stores it in 8 bits.
-    - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
-    - `attention`: a backend by name, instead of the first that serves the model.
-    - `speculate`: guess up to so many tokens ahead from the text itself; answers are the same, repetitive ones come faster.
-    - `threads`: of the whole process, by torch's rule; a second engine cannot ask for another number.
-    - `host`: the plugins to use, instead of those installed.
+    worker: EngineWorker
+    preparer: Preparer
+    adapters: AdapterStore
+    info: EngineInfo
+
+
+def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> EngineParts:
+    """Load the checkpoint and the adapters, choose a backend, make the cache, and start the engine's thread.
 
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
     """
-    for option, value, least in (("threads", threads, 1), ("speculate", speculate, 0)):
-        if value is not None and value < least:
-            raise RequestError(f"{option} must be at least {least}, not {value}")
-    _set_threads(threads)
-    where = _device(device)
-    files = Checkpoint(find_checkpoint(checkpoint, revision=revision, token=token))
+    # First, as loading computes too: it converts and packs weights.
+    _set_threads(options.threads)
     host = host or PluginHost.discover()
-    base = load_model(files, host, dtype=_dtype(dtype, files, where), device=where)
-    text = load_text_front(files, set_up_embedding(base, pooling, normalize, embedding_dim))
-    store = AdapterStore(base, max_adapters=max_adapters, max_cpu_adapters=max_cpu_adapters)
-    for name, source in (adapters or {}).items():
+    base = _load_base(options, host)
+    text = load_text_front(
+        base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
+    )
+    store = _load_adapters(options, base)
+    # After weights and adapters: a cache given as a fraction takes its share of what they leave free.
+    chosen, pool = _attention_and_cache(options, base, host)
+    preparer = _preparer(options, base, text, store, pool)
+    worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store))
+    store.listener = worker.adapter_came
+    return EngineParts(worker, preparer, store, _info(base, chosen, preparer, pool))
+
+
+def find_device(device: str) -> str:
+    """The device that a word means; raises RequestError for one that is none, or that torch does not see."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
+    if kind not in ("cpu", "cuda"):
+        raise RequestError(f"device {device!r} is not supported", hint="use 'cpu', 'cuda' or 'auto'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use device='cpu'")
+    return device
+
+
+def choose_dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
+    """What a checkpoint is computed in on a device, by the word of `EngineOptions.dtype`."""
+    if name != "auto":
+        return _DTYPES[name]
+    stored = stored_dtype(files)
+    # A CPU without instructions for 16 bit converts on the way, which is slower than float32 throughout.
+    if stored is torch.float32 or torch.device(device).type != "cpu":
+        return stored
+    return stored if stored is torch.bfloat16 and fast_in_bfloat16(device) else torch.float32
+
+
+def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
+    device = find_device(options.device)
+    token = options.token.get_secret_value() if options.token is not None else None
+    files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
+    return load_model(files, host, dtype=choose_dtype(options.dtype, files, device), device=device)
+
+
+def _load_adapters(options: EngineOptions, base: LoadedModel) -> AdapterStore:
+    store = AdapterStore(
+        base, Settings.from_env(), max_adapters=options.max_adapters, max_cpu_adapters=options.max_cpu_adapters
+    )
+    for name, source in options.adapters.items():
         store.load(name, source)
-    size = CacheSize(kv_cache_tokens, kv_cache_pages, kv_cache_bytes, kv_cache_fraction)
-    pool = make_pool(base.model, size, kv_dtype)
+    return store
+
+
+def _attention_and_cache(
+    options: EngineOptions, base: LoadedModel, host: PluginHost
+) -> tuple[Selection, KVPool | None]:
+    """The backend, which says what cache it needs, and then that cache."""
+    model = base.model
+    size = CacheSize(options.kv_cache_tokens, options.kv_cache_pages, options.kv_cache_bytes, options.kv_cache_fraction)
     chosen = select_backend(
         host.backends,
-        base.model.attention_specs,
-        page_size=PAGE_SIZE,
-        dtype=base.model.dtype,
-        device=where,
-        name=attention,
+        model.attention_specs,
+        dtype=model.dtype,
+        kv_dtype=_KV_DTYPES.get(options.kv_dtype, model.dtype),
+        device=str(model.device),
+        name=options.attention,
     )
-    loop = _loop(base.model, chosen.backend, pool, text, max_batch_tokens, max_batch_rows, store)
-    limits = Limits(base.model.max_tokens, (pool.pages - 1) * PAGE_SIZE if pool is not None else None)
-    eos_ids = _eos_ids(files, text)
-    grammars = GrammarFactory(text.tokenizer, base.model.config.vocab_size, eos_ids)
-    preparer = Preparer(base.model, text, store, limits, eos_ids, seed, base.default_task, grammars, speculate)
-    worker = EngineWorker(loop)
-    store.listener = worker.adapter_came
-    return Engine(worker, preparer, store, _info(base, chosen, preparer, pool))
+    if not model.needs_kv_cache:
+        if size.given or options.kv_dtype != "auto":
+            raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
+        return chosen, None
+    # The pool is one tensor, so every layer must have the kv_heads and head_dim of the first.
+    layers, spec = model.attention_layers, model.attention_specs[0]
+    shape = CacheShape(
+        layers=len(layers),
+        page_size=chosen.layout.page_size,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=chosen.layout.dtype,
+        device=model.device,
+        scales=tuple((layer.k_scale, layer.v_scale) for layer in layers),
+    )
+    return chosen, make_pool(shape, size)
+
+
+def _preparer(
+    options: EngineOptions, base: LoadedModel, text: TextFront, store: AdapterStore, pool: KVPool | None
+) -> Preparer:
+    model = base.model
+    # Page 0 is scratch and never belongs to a sequence.
+    limits = Limits(model.max_tokens, (pool.pages - 1) * pool.page_size if pool is not None else None)
+    eos_ids = _eos_ids(base.checkpoint, text)
+    grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
+    return Preparer(model, text, store, limits, eos_ids, options.seed, base.default_task, grammars, options.speculate)
 
 
 def _loop(
+    options: EngineOptions,
     model: Model,
     backend: AttentionBackend,
     pool: KVPool | None,
     text: TextFront,
-    max_tokens: int,
-    max_rows: int,
-    gate: AdapterGate,
+    store: AdapterStore,
 ) -> EngineLoop:
-    for option, value in (("max_batch_tokens", max_tokens), ("max_batch_rows", max_rows)):
-        if value < 1:
-            raise RequestError(f"{option} must be at least 1, not {value}")
-    allocator = PageAllocator(pool.pages, pool.page_size) if pool is not None else None
     scheduler = Scheduler(
-        max_tokens=max_tokens, max_rows=max_rows, allocator=allocator, window=model.widest_window, gate=gate
+        max_tokens=options.max_batch_tokens,
+        max_rows=options.max_batch_rows,
+        allocator=PageAllocator(pool.pages, pool.page_size) if pool is not None else None,
+        window=model.widest_window,
+        gate=store,
     )
-    return EngineLoop(scheduler, Runner(model, backend, pool), text if text.has_tokenizer else None)
+    runner = Runner(model, backend, pool, store.bound, store.bound.kernel)
+    return EngineLoop(scheduler, runner, text if text.has_tokenizer else None)
 
 
 def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool | None) -> EngineInfo:
@@ -148,6 +192,8 @@ def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool
         max_text_tokens=preparer.max_text_tokens,
         kv_cache_tokens=limits.cache_tokens,
         kv_cache_bytes=pool.nbytes if pool is not None else 0,
+        linear_methods=model.linears.methods,
+        linear_notes=model.linears.reasons,
     )
 
 
@@ -156,6 +202,7 @@ def _set_threads(threads: int | None) -> None:
     if threads is None:
         return
     with _threads_lock:
+        # Refused and not changed: the engine that runs would silently become slower, or disturb others.
         if _threads is not None and _threads != threads:
             raise RequestError(
                 f"threads={threads} was asked for, but this process computes with {_threads}: the number is one for the "
@@ -166,39 +213,10 @@ def _set_threads(threads: int | None) -> None:
         _threads = threads
 
 
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use device='cpu'")
-    return device
-
-
-def _dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
-    if name == "auto":
-        stored = stored_dtype(files)
-        if stored is torch.float32 or torch.device(device).type != "cpu":
-            return stored
-        fast = stored is torch.bfloat16 and packing_works(torch.bfloat16) and _has_fast_bfloat16()
-        return torch.bfloat16 if fast else torch.float32
-    if name not in _DTYPES:
-        raise RequestError(f"dtype {name!r} is not served; served are 'auto' and {listed(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def _has_fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 by itself. The question is private to torch; without an answer it is no."""
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return bool(asked()) if asked is not None else False
-
-
 def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:
     """Token ids that end a completion: the generation configuration's, else the model's, else the tokenizer's."""
     generation = files.json("generation_config.json")
+    # Instruct models such as Qwen2's list several ends in the generation configuration, and one of them in config.json.
     for found in (
         generation.get("eos_token_id") if isinstance(generation, dict) else None,
         files.config.get("eos_token_id"),

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lorax_core.adapters.base import Adapter, FileAdapter
+from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
@@ -49,19 +49,19 @@ class Limits:
     def tokens(self) -> int:
         return self.model_tokens if self.cache_tokens is None else min(self.model_tokens, self.cache_tokens)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The limits as a sentence for errors."""
         cache = "" if self.cache_tokens is None else f", the KV cache {self.cache_tokens}"
         return f"the model holds {self.model_tokens}{cache}"
 
 
 def _no_values(values: Values) -> Result:
-    raise AssertionError(f"a generating sequence was given values {values.shape}")
+    raise AssertionError(f"a generating sequence has values {values.shape}")
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A sequence, and how the values that its head gives become the caller's result."""
+    """A sequence, and how the values from its head become the caller's result."""
 
     sequence: Sequence
     result: Callable[[Values], Result] = _no_values
@@ -89,16 +89,17 @@ class Preparer:
 
     @property
     def max_text_tokens(self) -> int:
-        """The longest text to embed or classify."""
+        """The longest input to embed or classify."""
         return min(self.limits.tokens, self.text.max_tokens or self.limits.tokens)
 
     def count_tokens(self, prompt: Any) -> int:
-        """Tokens of a prompt or text."""
+        """Tokens of a prompt or input."""
+        # An encoder's text gets the prompt and casing of its sentence files, which count.
         generating = Task.GENERATE in self.model.tasks
         return len(self.text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
     def prepare(self, request: Request) -> Prepared:
-        """What a request asks of the engine."""
+        """The sequence of a request, and how its answer becomes a result."""
         match request:
             case GenerateRequest():
                 return self._generate(request)
@@ -108,19 +109,23 @@ class Preparer:
                 return self._classify(request)
 
     def _generate(self, request: GenerateRequest) -> Prepared:
+        # For its error: a model without this head refuses before the text is tokenized.
         self.model.head(Task.GENERATE)
         encoded = self._checked(self.text.encode(request.prompt, Task.GENERATE))
+        # All of max_tokens must fit: the completion would otherwise end before it, without an error.
         room = self.limits.tokens - len(encoded.ids)
         if room < 1 or (request.max_tokens or 1) > room:
             asked = f" and {request.max_tokens} more asked for" if request.max_tokens else ""
             raise CapacityError(
-                f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.told()}",
+                f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.describe()}",
                 hint=self._capacity_hint(len(encoded.ids) + (request.max_tokens or 1)),
             )
         self._check_tokens("logit_bias", request.logit_bias)
         self._check_tokens("stop_token_ids", request.stop_token_ids)
+        # `ignore_eos` does not drop ids that the request names itself.
         ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
         stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(request.stop))
+        # Without a tokenizer a completion has no text in which a string could be found.
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
         grammar = self.grammars.grammar(request)
@@ -133,16 +138,19 @@ class Preparer:
             stop=stop,
             prompt_logprobs=request.prompt_logprobs,
             grammar=grammar,
-            # A grammar must see each token before it says what may follow, so it cannot judge guesses ahead.
-            drafter=self._drafter(adapter) if grammar is None else None,
+            # A grammar must see each token before it knows what may follow, so it cannot verify draft tokens.
+            drafter=self._drafter(_drafts(adapter)) if grammar is None else None,
+            speculates=grammar is None and _drafts(adapter),
             priority=request.priority,
         )
+        # Forks are sequences of their own that share the pages of the first one's prompt.
         first.forks = [self._fork(first, choice) for choice in range(1, request.n)]
         return Prepared(first)
 
     def _sampling(self, request: GenerateRequest) -> Sampling:
         seed = request.seed
         if seed is None:  # each unseeded request differs from the last, and an engine's run can be repeated
+            # 53 bits, as many as a float64 in [0, 1) has.
             seed = int(uniform(self.seed, 0, next(self._count)) * (1 << 53))
         return Sampling(
             temperature=request.temperature,
@@ -159,21 +167,24 @@ class Preparer:
         )
 
     def _fork(self, first: Sequence, choice: int) -> Sequence:
-        """A further answer to the same prompt, whose scores the first one brings."""
+        """A further answer to the same prompt; prompt scores are the first one's."""
         return Sequence(
             task=first.task,
             prompt=first.prompt,
             adapter=first.adapter,
+            # The seed stays: `choice` is what makes the answers differ.
             sampling=replace(first.sampling, choice=choice),
             stop=first.stop,
+            # Grammar and drafter have state, so each answer needs its own.
             grammar=first.grammar.copy() if first.grammar is not None else None,
-            drafter=self._drafter(first.adapter) if first.drafter is not None else None,
+            drafter=self._drafter(first.speculates) if first.drafter is not None else None,
+            speculates=first.speculates,
             priority=first.priority,
         )
 
-    def _drafter(self, adapter: Adapter | None) -> Drafter | None:
-        """What guesses ahead: the adapter's heads where it has some, else the text itself where that is asked for."""
-        if isinstance(adapter, FileAdapter) and adapter.guesses_ahead:
+    def _drafter(self, by_adapter: bool) -> Drafter | None:
+        """What drafts tokens: the adapter's heads where it has some, else prompt lookup where that is asked for."""
+        if by_adapter:
             return Proposals()
         return PromptLookup(self.speculate) if self.speculate else None
 
@@ -203,10 +214,11 @@ class Preparer:
         labels = cast("SequenceClassificationHead", head).labels
         return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
 
-    def _classifying_head(self, adapter: Adapter | None) -> Head:
-        """The adapter's own head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
+    def _classifying_head(self, adapter: AdapterHandle | None) -> Head:
+        """The adapter's head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
         if adapter is not None and adapter.head is not None:
             return adapter.head
+        # An adapter without a head of its own was trained under the base's.
         if adapter is not None and adapter.task in CLASSIFICATION:
             return self.model.head(adapter.task)
         if self.default_task in CLASSIFICATION:
@@ -215,30 +227,38 @@ class Preparer:
         return self.model.head(next((task for task in CLASSIFICATION if task in self.model.tasks), CLASSIFICATION[1]))
 
     def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
-        """The ids of a text, cut to what the checkpoint takes when the request allows it."""
+        """The ids of an input, truncated to what the checkpoint takes when the request allows it."""
         encoded = self._checked(self.text.encode(request.input, task))
+        # Not `limits.tokens`: a tokenizer or sentence files may allow less than the positions.
         limit = self.max_text_tokens
         if len(encoded.ids) <= limit:
             return encoded
         if request.truncate == "error":
             raise CapacityError(
-                f"a text of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.told()})",
-                hint="truncate='end' or truncate='start' cuts it",
+                f"an input of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.describe()})",
+                hint="truncate='end' or truncate='start' shortens it",
             )
         return cut(encoded, limit, request.truncate)
 
-    def _read(self, head: Head, encoded: Encoded, adapter: Adapter | None) -> Sequence:
+    def _read(self, head: Head, encoded: Encoded, adapter: AdapterHandle | None) -> Sequence:
         return Sequence(
             task=head.task,
             prompt=encoded.ids,
             token_types=encoded.token_types,
             adapter=adapter,
-            head=head if adapter is not None and head is adapter.head else None,
+            # The engine then takes the head from the bound adapter, on its device.
+            own_head=adapter is not None and head is adapter.head,
             span=head.span(encoded.ids, encoded.pool_from),
         )
 
-    def _adapter(self, wanted: AdapterChoice) -> Adapter | None:
-        return self.adapters.get(wanted) if wanted is not None else None
+    def _adapter(self, wanted: AdapterChoice) -> AdapterHandle | None:
+        if wanted is None:
+            return None
+        # Empty on the usual way, as `Engine.submit` fetched already; it may have been dropped again since.
+        missing = self.adapters.missing(wanted)
+        if missing:
+            self.adapters.fetch(missing).result()
+        return self.adapters.get(wanted)
 
     def _checked(self, encoded: Encoded) -> Encoded:
         if not encoded.ids:
@@ -250,6 +270,12 @@ class Preparer:
 
     def _capacity_hint(self, needed: int) -> str:
         cache = self.limits.cache_tokens
+        # Only where the cache is what limits: no cache helps beyond the model's positions.
         if cache is not None and cache < needed <= self.limits.model_tokens:
             return f"load(..., kv_cache_tokens={needed}) makes room, where memory allows"
         return "shorten the prompt, or ask for fewer tokens"
+
+
+def _drafts(adapter: AdapterHandle | None) -> bool:
+    """Whether an adapter has heads that draft tokens."""
+    return adapter is not None and adapter.draft_tokens > 0

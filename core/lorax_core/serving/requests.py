@@ -1,4 +1,4 @@
-"""What users may ask.
+"""The requests that users make.
 
 Decides which options exist and which values they take: the only place where user input is validated. Knows nothing of the
 model, so a limit of the model is checked where the request becomes a sequence.
@@ -11,36 +11,38 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.errors import RequestError
+from lorax_core.options import invalid
 
 TextPrompt = str | list[int] | list[dict[str, Any]]
 TextInput = str | list[int] | tuple[str, str]
 Truncate = Literal["error", "start", "end"]
 AdapterChoice = str | dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None
-"""An adapter's name, or several with weights, whose sum is meant. None is the base."""
+"""An adapter's name, or several names with weights for their weighted sum. None is the base."""
 
 
 class _Request(BaseModel):
+    # strict: "5" for max_tokens or True for top_k is a mistake and no number. Floats relax it below, for an int is fine there.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise _told(type(self), error) from error
+            raise invalid(type(self), error) from error
 
 
 class GenerateRequest(_Request):
-    """Continue a prompt: text, token ids (taken as they are), or chat messages.
+    """Continue a prompt: a string, token ids (taken as they are), or chat messages.
 
-    - `max_tokens` None runs to the limit of model and cache; nothing ends the text before `min_tokens`.
-    - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` narrow the choice, in this order, and equal
-      `seed`s give equal answers. `n` answers are given to the prompt, each its own draw.
+    - `max_tokens` None runs to the limit of model and cache; nothing ends the completion before `min_tokens`.
+    - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` filter the candidates, in this order, and
+      equal `seed`s give equal answers. `n` answers are sampled independently.
     - `repetition_penalty` divides the logits of all tokens before; `presence_penalty` and `frequency_penalty` lower those of
       generated ones, as OpenAI's do; `logit_bias` adds to logits by token id.
-    - `stop` strings and `stop_token_ids` end the text and are left out of it; so do end tokens, unless `ignore_eos`.
+    - `stop` strings and `stop_token_ids` end the completion and are left out of it; so do end tokens, unless `ignore_eos`.
     - `logprobs` and `prompt_logprobs` ask for the model's own log-probabilities and so many of the likeliest tokens.
-    - `json_schema`, `regex` or `choice` constrain the text (the extra `lorax-core[structured]`).
+    - `json_schema`, `regex` or `choice` constrain the completion (the extra `lorax-core[structured]`).
     - `priority` moves a request forward in the queue.
     """
 
@@ -48,6 +50,7 @@ class GenerateRequest(_Request):
     adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
+    # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
     top_k: int | None = Field(default=None, ge=1)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
@@ -72,6 +75,7 @@ class GenerateRequest(_Request):
     @field_validator("stop")
     @classmethod
     def _stop_strings(cls, value: str | list[str]) -> list[str]:
+        # An empty string is found at once in any text.
         strings = [value] if isinstance(value, str) else value
         if any(not string for string in strings):
             raise ValueError("a stop string must not be empty")
@@ -87,9 +91,9 @@ class GenerateRequest(_Request):
 
 
 class EmbedRequest(_Request):
-    """One vector for a text, a pair of texts, or token ids (taken as they are).
+    """One vector for a string, a pair of strings, or token ids (taken as they are).
 
-    `truncate` says what happens to a text that is too long: "error", or which end loses tokens ("start", "end").
+    `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
     """
 
     input: TextInput
@@ -98,7 +102,7 @@ class EmbedRequest(_Request):
 
 
 class ClassifyRequest(_Request):
-    """Labels for a text, a pair of texts, or token ids: of each token or of the whole, as the checkpoint was trained.
+    """Labels for a string, a pair of strings, or token ids: of each token or of the whole, as the checkpoint was trained.
 
     `truncate` as in `EmbedRequest`.
     """
@@ -131,27 +135,13 @@ def make_requests(
 
 
 def is_single(prompts: Any) -> bool:
-    """Whether `prompts` is one prompt: a text, a pair, token ids or chat messages; raises RequestError for neither."""
+    """Whether `prompts` is one prompt (a string, a pair, token ids or chat messages) and not a list of them."""
+    # A tuple is a pair of texts, a list several of them; that is how the two differ.
     if isinstance(prompts, (str, tuple)):
         return True
     if not isinstance(prompts, list):
         raise RequestError(
-            f"a prompt is a text, token ids, chat messages or a pair of texts, and a list of those is a batch; "
+            f"a prompt is a string, token ids, chat messages or a pair of strings, and a list of those is a batch; "
             f"this is {type(prompts).__name__}: {prompts!r:.60}"
         )
     return bool(prompts) and all(isinstance(item, (int, dict)) for item in prompts)
-
-
-def _told(kind: type[BaseModel], error: ValidationError) -> RequestError:
-    told: dict[str, tuple[int, str]] = {}  # by option: how deep the problem lies, and what it is
-    hint = None
-    for problem in error.errors():
-        where = ".".join(str(step) for step in problem["loc"][:1]) or kind.__name__
-        if problem["type"] == "extra_forbidden":
-            told[where] = (1, f"{kind.__name__} has no option {where!r}")
-            close = nearest(where, kind.model_fields)
-            hint = f"did you mean {close!r}?" if close else f"options are {listed(kind.model_fields, limit=30)}"
-        # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
-        elif where not in told or len(problem["loc"]) > told[where][0]:
-            told[where] = (len(problem["loc"]), f"{where}: {problem['msg']} (found {problem['input']!r:.80})")
-    return RequestError("; ".join(line for _, line in told.values()), hint=hint)

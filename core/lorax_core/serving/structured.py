@@ -1,4 +1,4 @@
-"""Text that follows a JSON schema, a regular expression or a list of choices.
+"""Completions that follow a JSON schema, a regular expression or a list of choices.
 
 Decides how a request's constraint becomes a grammar over tokens. The work is done by llguidance, the extra
 `lorax-core[structured]`, imported when first asked for; `docs/engine.md` compares it with the others.
@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import threading
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lorax_core.errors import RequestError
 from lorax_core.serving.requests import GenerateRequest
@@ -27,11 +24,10 @@ class TokenGrammar:
         self._matcher = matcher
         self._vocab = vocab
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Which tokens may come next, `[vocab]`."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        mask = np.unpackbits(bits, bitorder="little")[: self._vocab].astype(np.bool_)
-        return np.pad(mask, (0, self._vocab - len(mask)))  # a padded vocabulary has ids that mean nothing
+    def allowed(self) -> bytes:
+        """Which tokens may come next, one bit each; a padded vocabulary has ids that mean nothing, which may not."""
+        # [ceil(vocab / 8)] bytes: the model's rows may be more than the tokenizer's ids, and a zero bit forbids.
+        return bytes(self._matcher.compute_bitmask()).ljust(-(-self._vocab // 8), b"\0")
 
     def advance(self, token_id: int) -> None:
         """A token was taken."""
@@ -77,16 +73,19 @@ class GrammarFactory:
         elif request.regex is not None:
             what = LLMatcher.grammar_from_regex(request.regex)
         else:
+            # JSON's escapes are those of strings in a Lark grammar.
             choices = " | ".join(json.dumps(choice) for choice in request.choice or [])
             what = LLMatcher.grammar_from_lark(f"start: {choices}")
         tokenizer = self._prepare()
+        # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
         problem = LLMatcher.validate_grammar(what, tokenizer)
         if problem:
             raise RequestError(f"the constraint is not valid: {problem}")
         return TokenGrammar(LLMatcher(tokenizer, what), self._vocab)
 
     def _prepare(self) -> LLTokenizer:
-        """The tokenizer as the library wants it, made once: that takes a moment."""
+        """The tokenizer in the library's form, made once because that takes a moment."""
+        # Otherwise two first requests would both convert the vocabulary.
         with self._lock:
             if self._prepared is None:
                 backend = getattr(self._tokenizer, "backend_tokenizer", None)

@@ -1,7 +1,7 @@
-"""Between texts and token ids.
+"""Between strings and token ids.
 
-Decides how prompts of every shape become ids, what is cut from a text that is too long, and how ids become text again. Knows
-nothing of models; a checkpoint without a tokenizer serves ids only.
+Decides how prompts of every shape become ids, what is truncated from an input that is too long, and how ids become text again.
+Knows nothing of models; a checkpoint without a tokenizer takes ids only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
+# Looked for first, as AutoTokenizer's error for a folder without any does not differ from that for a broken file.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -26,32 +27,33 @@ _TOKENIZER_FILES = (
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text as ids.
+    """An input as ids.
 
-    `special` marks tokens that the tokenizer added; `offsets` are character ranges in the text (in its own text, of a pair);
-    `pool_from` is the first row that pooling counts. What token ids cannot tell is empty.
+    `special` marks tokens that the tokenizer added; `offsets` are character ranges in the string (in its own one, of a pair);
+    `pool_from` is the first row that pooling counts. What is not known of plain token ids is empty.
     """
 
     ids: list[int]
     token_types: list[int] | None = None
     special: tuple[bool, ...] = ()
     offsets: tuple[tuple[int, int], ...] = ()
-    second: tuple[bool, ...] = ()  # of a pair: whether a token is of its second text
+    second: tuple[bool, ...] = ()  # of a pair: whether a token is of its second string
     pool_from: int = 0
     truncated: bool = False
 
 
 class TextFront:
-    """The tokenizer of a checkpoint, as far as serving needs one. Safe to call from any thread."""
+    """The tokenizer of a checkpoint, and how it is used. Safe to call from any thread."""
 
     def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
         self._tokenizer = tokenizer
         self._sentence = sentence
+        # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: int | None = None
 
     @property
     def tokenizer(self) -> Any | None:
-        """The tokenizer itself, for those who need more of it."""
+        """The tokenizer itself; None when the checkpoint has none."""
         return self._tokenizer
 
     @property
@@ -60,7 +62,7 @@ class TextFront:
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest text that the tokenizer or the sentence files allow; None when they set no limit."""
+        """The longest input that the tokenizer or the sentence files allow; None when they set no limit."""
         stated = [
             self._sentence.max_tokens if self._sentence else None,
             getattr(self._tokenizer, "model_max_length", None),
@@ -77,6 +79,8 @@ class TextFront:
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         tokenizer = self._require("text")
+        # No cleaning up of spaces: it changes text that was generated already, and stop strings and streams need prefixes
+        # to stay what they were.
         text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -91,6 +95,7 @@ class TextFront:
             return Encoded(list(prompt))
         if isinstance(prompt, list):
             return Encoded(self._chat(prompt))
+        # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
             return self._text(prompt)
         if isinstance(prompt, tuple):
@@ -101,11 +106,13 @@ class TextFront:
         files = self._sentence
         if files is None:
             return self._text(text)
+        # Joined as text, as in sentence-transformers: the tokens at the seam may differ from those of the parts.
         encoded = self._text(self._cased(files.prompt + text))
         if not files.prompt or files.pool_prompt:
             return encoded
         if self._prompt_rows is None:
             alone = self._text(self._cased(files.prompt))
+            # Without the closing special token, which in the whole input comes after the text.
             self._prompt_rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
         return replace(encoded, pool_from=self._prompt_rows)
 
@@ -116,6 +123,7 @@ class TextFront:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
         fast = bool(getattr(tokenizer, "is_fast", False))
+        # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
         made = tokenizer(
             *parts,
             return_special_tokens_mask=True,
@@ -134,7 +142,7 @@ class TextFront:
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         tokenizer = self._require("chat messages")
         if not getattr(tokenizer, "chat_template", None):
-            raise RequestError("this checkpoint has no chat template", hint="give the prompt as one text")
+            raise RequestError("this checkpoint has no chat template", hint="give the prompt as one string")
         from jinja2 import TemplateError
 
         try:
@@ -153,9 +161,9 @@ class TextFront:
 
 
 def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
-    """Drop tokens of the text, never specials, at one `side` ("start" or "end") until `limit` are left.
+    """Drop tokens of the input, never specials, at one `side` ("start" or "end") until `limit` are left.
 
-    Of a pair, the longer text loses tokens first. Raises RequestError when the specials alone are more than `limit`.
+    Of a pair, the longer string loses tokens first. Raises RequestError when the specials alone are more than `limit`.
     """
     extra = len(encoded.ids) - limit
     if extra <= 0:
@@ -167,6 +175,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
     dropped: set[int] = set()
     for _ in range(extra):
         longest = max(texts, key=len)
+        # Indices into `encoded.ids`, so they stay valid while tokens are dropped.
         dropped.add(longest.pop(0 if side == "start" else -1))
     kept = [at for at in range(len(encoded.ids)) if at not in dropped]
     types = encoded.token_types
@@ -182,7 +191,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
 
 
 def _texts(special: tuple[bool, ...]) -> list[list[int]]:
-    """Places of the tokens of each text: runs between special tokens."""
+    """Indices of the tokens of each string: runs between special tokens."""
     texts: list[list[int]] = []
     before = True
     for at, mark in enumerate(special):

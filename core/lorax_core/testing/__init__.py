@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOMES = {
-    "Check": "result",
+    "Check": "check",
     "CheckFailed": "result",
     "CheckResult": "result",
     "Measured": "result",
     "NotApplicable": "result",
-    "Status": "result",
+    "CheckStatus": "result",
     "Suite": "suite",
     "conformance": "under_pytest",
     "run_checks": "suite",
@@ -24,12 +24,12 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
-    from lorax_core.testing.result import Check as Check
+    from lorax_core.testing.check import Check as Check
     from lorax_core.testing.result import CheckFailed as CheckFailed
     from lorax_core.testing.result import CheckResult as CheckResult
+    from lorax_core.testing.result import CheckStatus as CheckStatus
     from lorax_core.testing.result import Measured as Measured
     from lorax_core.testing.result import NotApplicable as NotApplicable
-    from lorax_core.testing.result import Status as Status
     from lorax_core.testing.suite import Suite as Suite
     from lorax_core.testing.suite import run_checks as run_checks
     from lorax_core.testing.under_pytest import conformance as conformance
@@ -40,5 +40,5 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
+    globals()[name] = value  # found from now on without this function
     return value

@@ -7,7 +7,7 @@ nothing of what is checked.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,16 +15,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorax_core.attention.base import AttentionBackend
-from lorax_core.attention.select import select_backend
+from lorax_core.attention.select import Selection, select_backend
 from lorax_core.errors import LoraxError
 from lorax_core.modeling.heads import EmbeddingHead
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import Model
+from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing import reference
 from lorax_core.testing.compare import TOLERANCES
-from lorax_core.testing.packed import Answer, Bench
+from lorax_core.testing.packed import Bench, PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, NotApplicable
 from lorax_core.testing.texts import Text, make_texts
@@ -40,26 +41,33 @@ PAGE_SIZES = (16, 1, 5, 64, 256)
 
 
 class Case:
-    """A variant's checkpoints, one for each task, and the models loaded from them. Everything is made when first asked for."""
+    """A variant's checkpoints, one for each task, and the models loaded from them. Everything is made on first use.
+
+    `failure_keys` are the names that `known_failures` may use.
+    """
 
     def __init__(
         self,
         spec: ArchitectureSpec,
+        cases: ArchitectureCases,
         host: PluginHost,
         variant: str,
         folder: Path,
         *,
+        failure_keys: Collection[str] = (),
         device: str = "cpu",
         backend: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         self.spec = spec
+        self.cases = cases
+        self.failure_keys = failure_keys
         self.host = host
         self.variant = variant
         self.folder = folder
         self.device = device
         self.backend = backend
-        self.config: dict[str, Any] = {**spec.tiny_config, **spec.tiny_variants.get(variant, {})}
+        self.config: dict[str, Any] = cases.config(variant)
         self._dtype = dtype
         self._made: dict[tuple[Any, ...], Any] = {}
 
@@ -73,7 +81,9 @@ class Case:
         """
         refused = {Task.GENERATE} if self.config.get("is_causal") is False else set()
         preferred = (self.spec.default_task, *self.spec.tasks)
-        found = tuple(task for task in dict.fromkeys(preferred) if task in self.spec.references and task not in refused)
+        found = tuple(
+            task for task in dict.fromkeys(preferred) if task in self.cases.references and task not in refused
+        )
         if not found:
             raise CheckFailed(
                 "references names no class for any task of this variant: there is nothing to build it with"
@@ -117,17 +127,19 @@ class Case:
 
     def checkpoint(self, task: Task) -> Path:
         """The folder of a checkpoint for `task`, every number in it random."""
+        # Written once and read by both sides, so that ours and theirs start from the same files.
         folder = self.folder / task
         if not folder.exists():
+            # hash() of a text differs from process to process; a failure must come back with the same numbers.
             seed = zlib.crc32(f"{self.variant} {task}".encode())
-            reference.build(self.spec, task, self.config, folder, seed)
+            reference.build(self.cases, task, self.config, folder, seed)
         return folder
 
     def reference(self, task: Task) -> Any:
         """The oracle, reloaded from that folder."""
         key = ("reference", task)
         if key not in self._made:
-            self._made[key] = reference.reload(self.spec, task, self.checkpoint(task))
+            self._made[key] = reference.reload(self.cases, task, self.checkpoint(task))
         return self._made[key]
 
     def expected(self, task: Task) -> list[Expected]:
@@ -154,7 +166,7 @@ class Case:
         return self._filled(task, self.dtype)[1]
 
     def loaded(self, task: Task, dtype: torch.dtype | None = None) -> LoadedModel:
-        """Our model of the task's checkpoint, in the case's dtype unless told otherwise."""
+        """Our model of the task's checkpoint, in the case's dtype unless another is given."""
         base, account = self._filled(task, dtype or self.dtype)
         if account.problems:
             raise CheckFailed(f"the checkpoint for {task!s} cannot be loaded: {'; '.join(account.problems)}")
@@ -169,7 +181,7 @@ class Case:
         if key not in self._made:
             base, account = self.assemble(self.checkpoint(task), dtype)
             if not account.problems:
-                _mean(base).model.pack()
+                prepare_linears(_mean(base).model)
             self._made[key] = base, account
         return cast("tuple[LoadedModel, Account]", self._made[key])
 
@@ -179,10 +191,22 @@ class Case:
         if self._dtype is not None:
             return self._dtype
         model = self.assemble(self.checkpoint(self.main))[0].model
+        # Float32 comes first: its tolerance is small enough to show a mistake in a single layer.
         for dtype in TOLERANCES:
             if any(self._select(model, size, dtype) is not None for size in PAGE_SIZES):
                 return dtype
         raise CheckFailed(self._refusal(model))
+
+    @cached_property
+    def refusal(self) -> str | None:
+        """Why the named attention backend does not support this variant; None when it does, or when none was named."""
+        if self.backend is None:
+            return None
+        model = self.assemble(self.checkpoint(self.main))[0].model
+        dtypes = tuple(TOLERANCES) if self._dtype is None else (self._dtype,)
+        if any(self._select(model, size, dtype) is not None for dtype in dtypes for size in PAGE_SIZES):
+            return None
+        return self._refusal(model)
 
     @property
     def tolerance(self) -> float:
@@ -196,43 +220,45 @@ class Case:
     def bench(self, base: LoadedModel, page_size: int | None = None, texts: Sequence[Text] | None = None) -> Bench:
         """A bench for a model, with room for some texts (those of the case unless given)."""
         model = base.model
+        # A backend may refuse some sizes; the first that it takes will do.
         for size in PAGE_SIZES if page_size is None else (page_size,):
-            backend = self._select(model, size, model.dtype)
-            if backend is not None:
-                return Bench(model, backend, size, self.texts if texts is None else texts)
+            chosen = self._select(model, size, model.dtype)
+            if chosen is not None:
+                return Bench(model, chosen.backend, chosen.layout, self.texts if texts is None else texts)
+        # The backend's limits are not the architecture's mistakes.
         raise NotApplicable(self._refusal(model))
 
-    def alone(self, task: Task) -> list[Answer]:
+    def alone(self, task: Task) -> list[PackedAnswer]:
         """Our answers of each text, every one in a batch of its own: what all other ways must come to."""
         key = ("alone", task)
         if key not in self._made:
             bench = self.bench(self.loaded(task))
+            # Kept: nearly every check compares with these.
             self._made[key] = [bench.whole([text])[0] for text in self.texts]
-        return cast("list[Answer]", self._made[key])
+        return cast("list[PackedAnswer]", self._made[key])
 
-    def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> AttentionBackend | None:
+    def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection | None:
         try:
             return self._backend(model, page_size, dtype)
         except LoraxError:
             return None
 
-    def _backend(self, model: Model, page_size: int, dtype: torch.dtype) -> AttentionBackend:
+    def _backend(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection:
         specs, declared = model.attention_specs, self.host.backends
-        return select_backend(
-            declared, specs, page_size=page_size, dtype=dtype, device=self.device, name=self.backend
-        ).backend
+        return select_backend(declared, specs, page_size=page_size, dtype=dtype, device=self.device, name=self.backend)
 
     def _refusal(self, model: Model) -> str:
         try:
             self._backend(model, PAGE_SIZES[0], model.dtype)
         except LoraxError as error:
             return error.message
-        return f"no attention backend serves pages of any of {PAGE_SIZES} tokens"
+        return f"no attention backend supports pages of any of {PAGE_SIZES} tokens"
 
 
 def _mean(base: LoadedModel) -> LoadedModel:
     """The same model, pooling by the mean, in which every row has a part."""
     for head in base.model.heads.values():
+        # CLS or last would leave all other rows unseen.
         if isinstance(head, EmbeddingHead):
             head.pooling = Pooling.MEAN
     return base

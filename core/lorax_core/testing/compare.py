@@ -17,7 +17,7 @@ from torch import Tensor
 from lorax_core.testing.result import CheckFailed, Measured
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-2, torch.bfloat16: 2.5e-1}
-"""By the dtype that a model computes in. The 16-bit ones serve backends that know no float32."""
+"""By the dtype that a model computes in. The 16-bit ones are for backends without float32."""
 
 
 class Worst:
@@ -37,9 +37,11 @@ class Worst:
         if ours.shape != theirs.shape:
             raise CheckFailed(f"{kind} {where}: shape {list(ours.shape)} where {list(theirs.shape)} belongs")
         ours, theirs = ours.double().cpu(), theirs.double().cpu()
+        # max() of a difference with NaN is NaN, which is larger than nothing and would be lost below.
         apart = float((ours - theirs).abs().max()) if torch.isfinite(ours).all() else math.inf
         if kind not in self._apart or apart > self._apart[kind][0]:
             self._apart[kind] = apart, f"{kind} {where}"
+        # 1e-30: a reference of zeros must not divide by zero, and any difference from it is then huge.
         self._units[kind] = max(self._units.get(kind, 1e-30), float(theirs.abs().max()))
 
     def measured(self, note: str = "") -> Measured:

@@ -20,7 +20,7 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class LoraOptions:
     """How an adapter is made. `every` takes each n-th layer only; `zero` leaves B at 0, as training starts."""
 
     rank: int
@@ -46,24 +46,25 @@ def linear_layers(oracle: nn.Module, ignored: Collection[str]) -> dict[str, nn.M
     }
 
 
-def write_adapter(layers: Mapping[str, nn.Module], recipe: Recipe, folder: Path, seed: int) -> Path:
+def write_adapter(layers: Mapping[str, nn.Module], options: LoraOptions, folder: Path, seed: int) -> Path:
     """An adapter of these layers in PEFT's files."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    chosen = list(layers)[:: recipe.every]
+    chosen = list(layers)[:: options.every]
     for name in chosen:
         rows, columns = _shape(layers[name])
-        a = torch.randn(recipe.rank, columns, generator=generator) * columns**-0.5
-        b = torch.randn(rows, recipe.rank, generator=generator) * 0.1
+        # A of this size keeps x A^T about as large as x; B is large enough that the update is seen.
+        a = torch.randn(options.rank, columns, generator=generator) * columns**-0.5  # [rank, in]
+        b = torch.randn(rows, options.rank, generator=generator) * 0.1  # [out, rank]
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.zeros_like(b) if recipe.zero else b
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = torch.zeros_like(b) if options.zero else b
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": "tiny",
-        "r": recipe.rank,
-        "lora_alpha": recipe.alpha,
-        "use_rslora": recipe.rslora,
+        "r": options.rank,
+        "lora_alpha": options.alpha,
+        "use_rslora": options.rslora,
         "target_modules": chosen,
         "fan_in_fan_out": any(not isinstance(layers[name], nn.Linear) for name in chosen),
         "bias": "none",
@@ -75,7 +76,7 @@ def write_adapter(layers: Mapping[str, nn.Module], recipe: Recipe, folder: Path,
     return folder
 
 
-def merged(oracle: nn.Module, adapter: Path, recipe: Recipe) -> nn.Module:
+def merged(oracle: nn.Module, adapter: Path, options: LoraOptions) -> nn.Module:
     """A copy of the oracle with `scale B A` added to its weights; one shared with an embedding becomes its own."""
     changed = copy.deepcopy(oracle)
     modules = dict(changed.named_modules())
@@ -86,9 +87,12 @@ def merged(oracle: nn.Module, adapter: Path, recipe: Recipe) -> nn.Module:
         name = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
         layer = modules[name]
         assert isinstance(layer.weight, Tensor)
-        delta = recipe.scale * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())  # [out, in]
+        # In float64: this is the reference, whose own rounding must not count.
+        delta = options.scale * (tensors[key.replace("lora_A", "lora_B")].double() @ a.double())  # [out, in]
         if not isinstance(layer, nn.Linear):
+            # Conv1D of GPT-2 stores [in, out].
             delta = delta.t()
+        # A tied head gets a weight of its own below, and the config must not tie it again.
         if any(other is not layer and getattr(other, "weight", None) is layer.weight for other in modules.values()):
             changed.config.tie_word_embeddings = False  # type: ignore[union-attr]
         layer.weight = nn.Parameter((layer.weight.double() + delta).float(), requires_grad=False)

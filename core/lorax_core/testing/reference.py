@@ -18,12 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.resolve import load_class
-from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.result import CheckFailed
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 
+# Ten times transformers' usual 0.02, so that attention is far from uniform.
 INITIALIZER_RANGE = 0.2
 _LABELS = {Task.TOKEN_CLASSIFICATION: 5, Task.SEQUENCE_CLASSIFICATION: 3}
 
@@ -54,9 +55,9 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def reference_class(spec: ArchitectureSpec, task: Task) -> Any:
-    """The oracle's class for a task; raises CheckFailed where the spec names none, or one that the kit cannot use."""
-    path = spec.references.get(task)
+def reference_class(cases: ArchitectureCases, task: Task) -> Any:
+    """The oracle's class for a task; raises CheckFailed where the cases name none, or one that the kit cannot use."""
+    path = cases.references.get(task)
     if path is None:
         raise CheckFailed(f"references names no class for {str(task)!r}, so nothing can be compared")
     found = load_class(path, None)
@@ -66,23 +67,24 @@ def reference_class(spec: ArchitectureSpec, task: Task) -> Any:
     return found
 
 
-def build(spec: ArchitectureSpec, task: Task, config: Mapping[str, Any], folder: Path, seed: int) -> Path:
+def build(cases: ArchitectureCases, task: Task, config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     """A checkpoint of the oracle for `task`, written to `folder` as its users would."""
-    oracle = reference_class(spec, task)
+    oracle = reference_class(cases, task)
     fields = {"initializer_range": INITIALIZER_RANGE, **config}
     if task in _LABELS and "num_labels" not in fields and "id2label" not in fields:
         fields["num_labels"] = _LABELS[task]
     with quiet(), torch.random.fork_rng(devices=[]):
+        # fork_rng: building draws from the global generator, which is the caller's.
         model = oracle(oracle.config_class(**fields))
         randomise(model, seed)
         model.save_pretrained(folder)
     return folder
 
 
-def reload(spec: ArchitectureSpec, task: Task, folder: Path) -> nn.Module:
+def reload(cases: ArchitectureCases, task: Task, folder: Path) -> nn.Module:
     """The oracle back from its files, in float32, with its readable attention."""
     with quiet():
-        oracle = reference_class(spec, task)
+        oracle = reference_class(cases, task)
         model = oracle.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     return cast("nn.Module", model.eval())
 
@@ -93,6 +95,7 @@ def randomise(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.ndim < 2 and name.rpartition(".")[2] in ("weight", "gamma"):
+                # 0.4 to 1.6: never 0, which would hide what the norm is given.
                 drawn = 0.4 + 1.2 * torch.rand(tensor.shape, generator=generator)
             else:
                 drawn = INITIALIZER_RANGE * torch.randn(tensor.shape, generator=generator)
@@ -102,6 +105,7 @@ def randomise(model: nn.Module, seed: int) -> None:
 @torch.inference_mode()
 def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     """The oracle's answers for one text alone: no padding, nothing shared with other texts."""
+    # [1, tokens] each: the reference takes batches, ours are packed
     given = {"input_ids": torch.tensor([text.ids]), "attention_mask": torch.ones(1, len(text), dtype=torch.int64)}
     if types:
         given["token_type_ids"] = torch.tensor([text.types])
@@ -111,6 +115,7 @@ def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
     def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
         seen.append(output.last_hidden_state)
 
+    # Classes with a head return logits and no last_hidden_state, so the base inside is listened to.
     hook = base.register_forward_hook(remember)
     try:
         logits = getattr(model(**given), "logits", None)

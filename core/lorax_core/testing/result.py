@@ -1,27 +1,22 @@
-"""What a check is, and what it says.
+"""The outcome of a check.
 
-Decides when a measurement passes and how an outcome is written down. Knows nothing of models, tensors or pytest.
+Decides when a measurement passes and how a result is written as JSON. Knows nothing of models, tensors or pytest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lorax_core.plugins.spec import ArchitectureSpec
-    from lorax_core.testing.case import Case
+from typing import Any
 
 
-class Status(StrEnum):
+class CheckStatus(StrEnum):
     """The outcome of a check.
 
     - `passed`, `failed`;
-    - `known`: failed, as the spec's `known_failures` says it would (one that passes all the same is `failed`);
-    - `skipped`: it has nothing to say here, and why.
+    - `known`: failed, as `known_failures` says it would (one that passes all the same is `failed`);
+    - `skipped`: it does not apply, or the named attention backend does not support the variant; `detail` says why.
     """
 
     PASSED = "passed"
@@ -35,15 +30,15 @@ class CheckFailed(Exception):
 
 
 class NotApplicable(Exception):
-    """Raised inside a check that finds out, while it runs, that it has nothing to say here."""
+    """Raised inside a check that finds out, while it runs, that it does not apply to the variant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """The worst that a check saw. `note` says where, or what was looked at.
+    """The largest error of a check. `note` says where, or what was compared.
 
     `error` and `tolerance` are in the same unit, in most checks a share of the largest number of the reference. Both are
-    None where the answer is yes or no; then having come here means yes.
+    None for a check without a number, which passes unless it raises.
     """
 
     error: float | None = None
@@ -58,41 +53,27 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
-    """One thing that is proven of an architecture.
-
-    `pointless` says, from the declaration alone, why the check has nothing to say (None: it has). A check that runs `once`
-    is of the architecture, not of a variant.
-    """
-
-    name: str
-    proves: str
-    run: Callable[[Case], Measured]
-    pointless: Callable[[ArchitectureSpec], str | None] | None = None
-    once: bool = False
-
-    def applies(self, spec: ArchitectureSpec) -> bool:
-        """Whether the check has anything to say of an architecture."""
-        return self.pointless is None or self.pointless(spec) is None
-
-
-@dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What became of one check on one variant (None: of the architecture)."""
+    """The result of one check on one variant (None: on the architecture).
+
+    `refused` marks a check that was skipped because the named attention backend does not support the variant.
+    """
 
     check: str
     variant: str | None
-    status: Status
+    status: CheckStatus
     detail: str = ""
     error: float | None = None
     tolerance: float | None = None
     seconds: float = 0.0
+    refused: bool = False
 
     @property
     def ratio(self) -> float | None:
         """Error over tolerance: above one is too much. None where nothing was measured."""
         if self.error is None or self.tolerance is None:
             return None
+        # Compared bit for bit; a ratio has no meaning but for equal and not.
         if self.tolerance == 0:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.tolerance
@@ -104,11 +85,11 @@ class CheckResult:
 
     @property
     def key(self) -> str:
-        """The check and its variant, as `known_failures` may name them: `sight[sliding]`."""
+        """The check and its variant, as `known_failures` may name them: `masking[sliding]`."""
         return self.check if self.variant is None else f"{self.check}[{self.variant}]"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; a number that is not finite, which JSON has no word for, becomes null (the detail tells)."""
+        """Plain data; a number that is not finite, which JSON cannot express, becomes null (`detail` has it)."""
         return {
             "check": self.check,
             "variant": self.variant,

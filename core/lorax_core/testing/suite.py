@@ -1,7 +1,7 @@
-"""Which checks run on which variants of an architecture, and what becomes of each.
+"""Which checks run on which variants of an architecture, and how each outcome becomes a result.
 
-Decides the plan, how known failures are judged, and that whatever a plugin raises is a finding. Knows nothing of what the
-checks do or of who shows the results.
+Decides the plan, how known failures are treated, which variants are skipped, and that any exception of a plugin is a failed
+check. Knows nothing of what the checks do or of who shows the results.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from typing import Self
 
 import torch
 
-from lorax_core.attention.select import select_backend
+from lorax_core.attention.select import check_usable
 from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.host import PluginHost
-from lorax_core.plugins.record import PluginRecord, explain
-from lorax_core.plugins.record import Status as PluginStatus
+from lorax_core.plugins.record import PluginRecord, PluginStatus, explain
+from lorax_core.plugins.resolve import load_cases
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import BASE, Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.checks import CHECKS
-from lorax_core.testing.result import Check, CheckFailed, CheckResult, NotApplicable, Status
+from lorax_core.testing.result import CheckFailed, CheckResult, CheckStatus, NotApplicable
 
 Planned = tuple[str | None, Check]
-"""A variant (None: the architecture as a whole) and a check that has something to say of it."""
+"""A variant (None: the architecture as a whole) and a check that applies to it."""
 
 
 class Suite:
     """The kit for one architecture on one device with one attention backend.
 
-    `architecture` is the model type of an installed plugin, or a spec that no plugin declares. What was made for the last two
-    variants is kept, in memory and in `folder`, so run a variant's checks one after the other. `close()`, or dropping the
-    suite, removes it; a check that is run later makes it anew.
+    `architecture` is the model type of an installed plugin, or a spec that no plugin declares. Checkpoints and models of the
+    last two variants are kept, in memory and in `folder`, so run a variant's checks one after the other. `close()`, or
+    garbage collection of the suite, removes them; a check that is run later makes them again.
     """
 
     folder: Path
@@ -55,21 +57,24 @@ class Suite:
         )
         model_type = architecture if isinstance(architecture, str) else architecture.model_type
         self.spec = self.host.architecture(model_type)
+        # A spec given by hand has an owner without a module; its classes are then imported from anywhere.
+        owner = self.host.owner(model_type)
+        self.cases = load_cases(self.spec, owner if owner.module else None)
         self.device = device
         self.backend = backend
         self._dtype = dtype
         _check_device(device)
-        select_backend(self.host.backends, (), page_size=16, dtype=torch.float32, device=device, name=backend)
+        check_usable(self.host.backends, backend, device)
         self._cases: dict[str, Case] = {}
         self._remove: weakref.finalize[..., Suite] | None = None
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """`base`, which is `tiny_config` itself, and the spec's `tiny_variants`."""
-        return (BASE, *self.spec.tiny_variants)
+        """`base`, which is `tiny_config` itself, and the `variants` of the cases."""
+        return (BASE, *self.cases.variants)
 
     def plan(self, checks: Collection[str] = (), variants: Collection[str] = ()) -> list[Planned]:
-        """What there is to run, variant by variant; names limit it. Raises RequestError for a name that there is not."""
+        """What there is to run, variant by variant; names limit it. Raises RequestError for an unknown name."""
         _insist(checks, [check.name for check in CHECKS], "check")
         _insist(variants, self.variants, "variant")
         wanted = [check for check in CHECKS if not checks or check.name in checks]
@@ -81,13 +86,13 @@ class Suite:
         return planned
 
     def run(self, variant: str | None, check: Check) -> CheckResult:
-        """The outcome of one check; whatever it raises, KeyboardInterrupt apart, is part of the outcome."""
+        """The result of one check; any exception but KeyboardInterrupt is a failed check."""
         start = time.perf_counter()
-        result = _judged(self._outcome(variant, check), self.spec.known_failures)
+        result = _judged(self._outcome(variant, check), self.cases.known_failures)
         return replace(result, seconds=time.perf_counter() - start)
 
     def close(self) -> None:
-        """Let go of all that was made. Idempotent."""
+        """Release all checkpoints and models. Idempotent."""
         self._cases.clear()
         if self._remove is not None:
             self._remove()
@@ -100,21 +105,27 @@ class Suite:
         self.close()
 
     def _outcome(self, variant: str | None, check: Check) -> CheckResult:
-        result = CheckResult(check.name, variant, Status.FAILED)
+        result = CheckResult(check.name, variant, CheckStatus.FAILED)
         try:
-            measured = check.run(self._case(variant or BASE))
+            case = self._case(variant or BASE)
+            # A refusal is no failure: the architecture may be right where one backend cannot run it.
+            if variant is not None and (refusal := case.refusal) is not None:
+                return replace(result, status=CheckStatus.SKIPPED, detail=refusal, refused=True)
+            measured = check.run(case)
         except NotApplicable as reason:
-            return replace(result, status=Status.SKIPPED, detail=str(reason))
+            return replace(result, status=CheckStatus.SKIPPED, detail=str(reason))
         except CheckFailed as failure:
             return replace(result, detail=str(failure))
+        # A plugin's code runs in here: whatever it raises is a finding, not the end of the run.
         except Exception as error:
             return replace(result, detail=explain(error))
-        status = Status.PASSED if measured.ok else Status.FAILED
+        status = CheckStatus.PASSED if measured.ok else CheckStatus.FAILED
         return replace(result, status=status, detail=measured.note, error=measured.error, tolerance=measured.tolerance)
 
     def _case(self, variant: str) -> Case:
         if self._remove is None:
             self.folder = Path(tempfile.mkdtemp(prefix="lorax-conformance-"))
+            # Not __del__: this also runs at the end of the interpreter, and holds no reference to the suite.
             self._remove = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         if variant not in self._cases:
             while len(self._cases) > 1:
@@ -122,9 +133,11 @@ class Suite:
             folder = Path(tempfile.mkdtemp(prefix=f"{variant}-", dir=self.folder))
             self._cases[variant] = Case(
                 self.spec,
+                self.cases,
                 self.host,
                 variant,
                 folder,
+                failure_keys=known_keys(self.cases),
                 device=self.device,
                 backend=self.backend,
                 dtype=self._dtype,
@@ -140,43 +153,47 @@ def run_checks(
     backend: str | None = None,
     checks: Collection[str] = (),
     variants: Collection[str] = (),
-    told: Callable[[CheckResult], None] | None = None,
+    progress: Callable[[CheckResult], None] | None = None,
 ) -> list[CheckResult]:
     """Run the kit on an architecture, all of it unless `checks` or `variants` name less.
 
-    `told` hears of each result as it comes. Raises PluginError when no plugin brings the architecture, RequestError for a
-    device, a backend, a check or a variant that there is not; what a check finds is in its result.
+    `progress` is called with each result when it is ready. A variant that the named `backend` does not support is skipped.
+    Raises PluginError when no plugin provides the architecture, RequestError for an unknown device, backend, check or variant;
+    what a check finds is in its result.
     """
     results = []
     with Suite(architecture, host=host, device=device, backend=backend) as suite:
         for variant, check in suite.plan(checks, variants):
             results.append(suite.run(variant, check))
-            if told is not None:
-                told(results[-1])
+            if progress is not None:
+                progress(results[-1])
     return results
 
 
-def known_keys(spec: ArchitectureSpec) -> set[str]:
+def known_keys(cases: ArchitectureCases) -> set[str]:
     """What `known_failures` may name: a check, everywhere or on one variant."""
     once = {check.name for check in CHECKS if check.once}
     names = {check.name for check in CHECKS}
-    return names | {f"{name}[{variant}]" for name in names - once for variant in (BASE, *spec.tiny_variants)}
+    return names | {f"{name}[{variant}]" for name in names - once for variant in (BASE, *cases.variants)}
 
 
 def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
-    """A result in the light of what the spec says of it."""
+    """A result after `known_failures` was taken into account."""
+    # The entry for one variant counts before the one for all.
     name = result.key if result.key in known else result.check
-    if name not in known or result.status is Status.SKIPPED:
+    if name not in known or result.status is CheckStatus.SKIPPED:
         return result
-    if result.status is Status.FAILED:
-        return replace(result, status=Status.KNOWN, detail=f"{known[name]} ({result.detail})")
+    if result.status is CheckStatus.FAILED:
+        return replace(result, status=CheckStatus.KNOWN, detail=f"{known[name]} ({result.detail})")
+    # An entry that outlives its failure would hide the next one.
     detail = f"known_failures says it fails ({known[name]}), and it passes: take {name!r} out, or name the variants that fail"
-    return replace(result, status=Status.FAILED, detail=detail)
+    return replace(result, status=CheckStatus.FAILED, detail=detail)
 
 
 def _with(spec: ArchitectureSpec, host: PluginHost | None) -> PluginHost:
     """A host with a spec that no plugin declares; it wins over one of that name."""
     host = host or PluginHost.discover()
+    # Another plugin of this model type gives way, or the two would be in conflict.
     kept = [
         replace(record, architectures=tuple(one for one in record.architectures if one.model_type != spec.model_type))
         for record in host.records

@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 
 LONGEST = 192
+# 1 and 2 are edges, 17 is one past the usual page of 16.
 _LENGTHS = (1, 2, 5, 17, 40)
 
 
@@ -34,11 +35,14 @@ def make_texts(*, vocab: int, types: int, max_tokens: int, pad: int | None, seed
     """
     chosen = random.Random(seed)
     longest = min(max_tokens, LONGEST)
+    # Shorter than the longest only, which is added at the end and must be there once.
     lengths = [length for length in _LENGTHS if length < longest]
+    # Padding goes in on purpose only, further below: some architectures give it no position.
     ids = [token for token in range(vocab) if token != pad]
     texts = [_make(chosen, ids, types, length) for length in (*lengths, longest)]
     if pad is not None and longest > 9:
         text = _make(chosen, ids, types, 9)
+        # In the middle: the last text must stay the longest.
         texts.insert(3, text.with_id(4, pad).with_id(8, pad))
     return texts
 

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
-from lorax_core.testing.result import Check, CheckResult, Status
+from lorax_core.testing.check import Check
+from lorax_core.testing.result import CheckResult, CheckStatus
 from lorax_core.testing.suite import Suite
 
 
@@ -36,19 +37,21 @@ def conformance(
     @pytest.mark.parametrize(("variant", "check"), planned)
     def test_conformance(variant: str | None, check: Check, request: pytest.FixtureRequest) -> None:
         module = request.node.getparent(pytest.Module)
+        # The tests of a module share the suite, so its checkpoints go when the module is done.
         if module is not None:
             module.addfinalizer(suite.close)
         result = suite.run(variant, check)
-        if result.status is Status.SKIPPED:
+        if result.status is CheckStatus.SKIPPED:
             pytest.skip(result.detail)
-        if result.status is Status.KNOWN:
+        if result.status is CheckStatus.KNOWN:
             pytest.xfail(result.detail)
-        if result.status is Status.FAILED:
+        if result.status is CheckStatus.FAILED:
+            # Without a traceback: it would show the kit, and the mistake is in the plugin.
             pytest.fail(failure_text(check, result), pytrace=False)
 
     return test_conformance
 
 
 def failure_text(check: Check, result: CheckResult) -> str:
-    """A failure in words: what should hold, how far off it is, and where."""
+    """The message of a failure: the property, the error, and where it is."""
     return "\n  ".join(filter(None, (f"{result.key}: {check.proves}", result.detail, result.excess)))

@@ -1,6 +1,7 @@
 """Whether a checkpoint can be served, without serving it.
 
-Decides what `lorax models check` reports. Fills a model as loading does and tells the account instead of raising on it.
+Decides what `lorax models check` reports. Fills a model as loading does, but reports what does not fit
+instead of raising an error.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class CheckReport:
 def check_checkpoint(path: str | Path, host: PluginHost) -> CheckReport:
     """Account for a checkpoint folder; raises as loading does when it cannot even be read or has no plugin."""
     checkpoint = Checkpoint(path)
+    # On the CPU whatever the machine has, and without `prepare_linears`: the report is about files, not about devices.
     loaded, account = assemble(checkpoint, host, None, "cpu")
+    # By identity, so that tied weights count once.
     parameters = {id(tensor): tensor.numel() for tensor in loaded.model.named_tensors().values()}
     return CheckReport(
         ok=not account.problems,

@@ -30,8 +30,10 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config: dict[str, Any] = read_config(self.path)
+        # Before the weights are looked at: their int8 or packed tensors would fail later with an error about shapes.
         self._refuse_quantised()
         self.files = self._weight_files()
+        # From the files' own headers and not from the index, which may be out of date.
         self.tensors: dict[str, Path] = {}
         for file in self.files:
             for name in _names(file):
@@ -70,7 +72,7 @@ class Checkpoint:
         if quantisation is not None:
             method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
             raise CheckpointError(
-                f"{self.path} is quantised ({method!r}), which is not served",
+                f"{self.path} is quantised ({method!r}), which is not supported",
                 hint="use the unquantised checkpoint that it was made from",
             )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lorax_core.errors import CheckpointError, LoraxError, listed, nearest
 
+# Exactly owner/name: "./folder", "/abs" and "a/b/c" are paths, and must not become requests to the hub.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ENDINGS = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -60,6 +61,7 @@ def find_files(kind: Kind, source: str | Path, revision: str | None, token: str 
     Raises the kind's error when it is neither, or the hub does not give it, or has its weights only as pickles.
     """
     path = Path(source).expanduser()
+    # A folder wins over a hub id of the same spelling, so a local copy is never downloaded again.
     if path.is_dir():
         if revision is not None:
             raise kind.error(
@@ -80,6 +82,7 @@ def find_files(kind: Kind, source: str | Path, revision: str | None, token: str 
 
 def refuse_pickles(kind: Kind, source: str, names: Iterable[str]) -> None:
     """Raises the kind's error when the files at the top of a source hold pickles and no safetensors."""
+    # Pickles in subfolders do not matter: exports (onnx/, openvino/) lie there.
     top = sorted(name for name in names if "/" not in name)
     pickles = [name for name in top if any(fnmatch(name, pattern) for pattern in _PICKLES)]
     if pickles and not any(name.endswith(".safetensors") for name in top):
@@ -90,6 +93,7 @@ def refuse_pickles(kind: Kind, source: str, names: Iterable[str]) -> None:
 
 
 def _download(kind: Kind, source: str, revision: str | None, token: str | None) -> tuple[Path, str]:
+    # Late: loading from a folder needs no HTTP client.
     from huggingface_hub import snapshot_download
 
     try:
@@ -104,11 +108,12 @@ def _download(kind: Kind, source: str, revision: str | None, token: str | None) 
         )
     except Exception as error:  # the client's own, its HTTP library's (which one hangs on its version), and JSON's
         at = f" at revision {revision!r}" if revision else ""
-        told = "check the spelling; private models need token=; offline, only what was downloaded before is there"
+        advice = "check the spelling; private models need token=; offline, only what was downloaded before is there"
         raise kind.error(
             f"there is no {kind.noun} folder {source!r} here, and the hub did not give it{at}: {type(error).__name__}: {error}",
-            hint=f"{_neighbour(Path(source))}{told}",
+            hint=f"{_neighbour(Path(source))}{advice}",
         ) from error
+    # Pickles were never downloaded, so only the hub's list can say that they are why there are no weights.
     if not any(folder.glob("*.safetensors")):
         refuse_pickles(kind, source, _hub_names(source, folder.name, token))
     return folder, folder.name  # the client calls a snapshot's folder after its commit

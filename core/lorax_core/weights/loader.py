@@ -17,6 +17,7 @@ from lorax_core.errors import CheckpointError, listed, nearest
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord
@@ -49,6 +50,7 @@ class LoadedModel:
 
     def is_tied(self, name: str) -> bool:
         """Whether a parameter of the map's ties has no numbers of its own in the checkpoint."""
+        # By name and not by identity of parameters: after preparation `weight` is None in both layers.
         stored = {self.weight_map.resolve(tensor).name for tensor in self.checkpoint.tensors}
         return name in self.weight_map.tie and name not in stored
 
@@ -69,6 +71,7 @@ class Account:
         if self.missing:
             problems.append(f"missing from the checkpoint: {listed(self.missing)}")
         if self.unused:
+            # A tensor without a place beside a place without a tensor is most often one misspelt rename of a plugin.
             close = nearest(self.unused[0], self.missing)
             hint = f"; {self.unused[0]!r} may be meant as {close!r}" if close else ""
             problems.append(f"no parameter takes: {listed(self.unused)}{hint}")
@@ -94,7 +97,8 @@ def load_model(
             f"{checkpoint.path} does not fit {built.spec.model_type!r}: " + "; ".join(account.problems),
             hint="`lorax models check PATH` tells what the checkpoint holds",
         )
-    built.model.pack()
+    # Last, as preparing may copy the numbers into another layout and drops the parameters.
+    built.model.linears = prepare_linears(built.model)
     return built
 
 
@@ -112,42 +116,58 @@ def assemble(
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
     weight_map = backbone_class.weight_map(config)
+    # Heads are found by their tensors: config.json may name no class, or one whose head is not all that the file holds.
     names = {weight_map.resolve(name).name for name in checkpoint.tensors}
     stated = stated_task(spec, config)
     found: dict[Task, Head] = {}
+    # Shapes only: which heads exist, and what is tied, is known before any memory is taken.
     with torch.device("meta"):
-        backbone = backbone_class(config)
-        for task, path in spec.heads.items():
-            head = cast("type[Head]", load_class(path, owner)).build(config, names, stated)
+        backbone = _backbone(backbone_class, config, checkpoint)
+        for task in spec.tasks:
+            head = cast("type[Head]", load_class(spec.head(task), owner)).build(config, names, stated)
             if head is not None:
-                found[Task(task)] = head
+                found[task] = head
+    # `found` keeps the others, since their tensors in the file are spare and not unused.
     heads = {task: head for task, head in found.items() if model_class.task in (None, task)}
     if not heads:
-        wanted = listed(task.value for task in spec.heads if model_class.task in (None, task))
+        wanted = listed(task.value for task in spec.tasks if model_class.task in (None, task))
         has = listed(task.value for task in found)
         raise CheckpointError(f"{checkpoint.path} has no head of {model_type!r} for {wanted}; those that it has: {has}")
-    model = model_class(config, backbone, heads)
-    _materialise(model, dtype or stored_dtype(checkpoint), device)
+    dtype = dtype or stored_dtype(checkpoint)
+    model = model_class(config, backbone, heads, dtype=dtype, device=device)
+    _materialise(model)
     spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
     account = _fill(model, checkpoint, weight_map, spare)
+    # What the file states before what the plugin prefers, each only if its head is there.
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
     return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), account
 
 
+def _backbone(backbone_class: Backbone, config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
+    try:
+        return backbone_class(config)
+    except ValueError as error:  # blocks check their sizes when they are made
+        raise CheckpointError(
+            f"{checkpoint.path} has a config.json that no model can be built from: {error}",
+            hint="compare it with the config.json that transformers writes for this architecture",
+        ) from error
+
+
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the configuration states, else float32."""
+    # "dtype" is the key of transformers 5, "torch_dtype" that of before.
     stated = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(stated), None)
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise CheckpointError(
-            f"{checkpoint.path} states dtype {stated!r}; served are 'float32', 'bfloat16', 'float16'",
+            f"{checkpoint.path} states dtype {stated!r}; supported are 'float32', 'bfloat16', 'float16'",
             hint="name one with load(..., dtype=...)",
         )
     return cast("torch.dtype", dtype)
 
 
-def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
+def _materialise(model: Model) -> None:
     """Give parameters real memory, and recompute buffers, which a module makes from its own arguments.
 
     Parameters of one name are one: where `config.json` states no task, two heads may read the same tensors.
@@ -155,15 +175,18 @@ def _materialise(model: Model, dtype: torch.dtype, device: str) -> None:
     made: dict[str, nn.Parameter] = {}
     for path, module in model.named_parts():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            # No prefix keeps heads apart in `named_parts`, so a name that two of them have leads to one parameter.
             full = f"{path}.{name}"
             if full not in made:
-                made[full] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device), requires_grad=False)
+                empty = torch.empty(parameter.shape, dtype=model.dtype, device=model.device)
+                made[full] = nn.Parameter(empty, requires_grad=False)
             setattr(module, name, made[full])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            # The default would be a buffer left on `meta`, which fails at the first step only, with torch's own message.
             reset = getattr(module, "reset_buffers", None)
             if reset is None:
                 raise TypeError(f"{type(module).__name__} has buffers but no reset_buffers(device) to make them")
-            reset(device)
+            reset(model.device)
 
 
 def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Set[str]) -> Account:
@@ -182,6 +205,7 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Se
         target = weight_map.resolve(name)
         key = (target.name, target.part)
         if key not in wanted:
+            # Ignored ones are reported by `models check`; unused ones stop loading, as a plugin has forgotten them.
             known = target.name in spare or weight_map.ignores(name) or _is_spare_tie(target, weight_map, parameters)
             (account.ignored if known else account.unused).append(name)
             continue
@@ -191,8 +215,10 @@ def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Se
         misfit = _copy(tensor, parameters[target.name], target, model)
         if misfit:
             account.misfits.append(f"{name!r} {misfit}")
+        # After a misfit too, or the same tensor would be reported as missing as well.
         filled[key] = name
-    _tie(weight_map, parameters, filled)
+    # After all files were read: a head stored in the last one wins over the tie.
+    _tie(model, weight_map, parameters, filled)
     account.filled += len(filled)
     account.missing = [_spelt(weight_map, *key) for key in wanted if key not in filled]
     return account
@@ -205,6 +231,7 @@ def _wanted(
     wanted: dict[tuple[str, int | None], None] = {}
     for name in parameters:
         module = name.rpartition(".")[0]
+        # Members of the map, not parts of the layer: GPT-2 and NeoX store q, k, v as one tensor.
         parts = len(weight_map.members(module)) if module in model.sites else 1
         wanted |= dict.fromkeys([(name, part) for part in range(parts)] if parts > 1 else [(name, None)])
     return wanted
@@ -217,6 +244,7 @@ def _scale_places(model: Model) -> dict[str, tuple[Attention, str]]:
         if isinstance(module, Attention):
             parent = path.rpartition(".")[0]
             for scale in ("k_scale", "v_scale"):
+                # Files agree on no place: the attention module, `attn` below it, or k_proj and v_proj.
                 for name in (f"{parent}.{scale}", f"{parent}.attn.{scale}", f"{parent}.{scale[0]}_proj.{scale}"):
                     places[name] = (module, scale)
     return places
@@ -228,22 +256,34 @@ def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model)
     place: Tensor = parameter.detach()
     if target.part is not None:
         site = model.sites[target.name.rpartition(".")[0]]
+        # Rows of this member in the fused [sum(parts), in].
         start = sum(site.parts[: target.part])
         place = place[start : start + site.parts[target.part]]
     if tensor.shape != place.shape:
         return f"has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}"
     if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8 bit would need its scales
         return f"holds {tensor.dtype} where 16, 32 or 64 bit floating point is needed"
+    # A single NaN would make every answer NaN without any error, so a damaged file is refused here.
     if not torch.isfinite(tensor).all():
         return "holds NaN or infinite numbers"
     place.copy_(tensor)
     return None
 
 
-def _tie(weight_map: WeightMap, parameters: dict[str, nn.Parameter], filled: dict[tuple[str, int | None], str]) -> None:
+def _tie(
+    model: Model,
+    weight_map: WeightMap,
+    parameters: dict[str, nn.Parameter],
+    filled: dict[tuple[str, int | None], str],
+) -> None:
+    """Parameters that the checkpoint leaves to a tie become the same object, so that one prepared weight serves both."""
     for name, source in weight_map.tie.items():
         if name in parameters and (name, None) not in filled and (source, None) in filled:
-            parameters[name].data = parameters[source].data
+            path, _, leaf = name.rpartition(".")
+            # A loop, because two modules may have one path: heads built side by side share the name.
+            for found, module in model.named_parts():
+                if found == path:
+                    setattr(module, leaf, parameters[source])
             filled[(name, None)] = filled[(source, None)]
 
 
@@ -253,11 +293,10 @@ def _is_spare_tie(target: Target, weight_map: WeightMap, parameters: dict[str, n
 
 
 def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
-    """A missing piece under the name that checkpoints give it."""
-    if part is None:
-        return name
+    """A missing tensor under the name that checkpoints give it."""
     module, _, leaf = name.rpartition(".")
-    return f"{weight_map.members(module)[part]}.{leaf}"
+    stored = name if part is None else f"{weight_map.members(module)[part]}.{leaf}"
+    return weight_map.stored_name(stored)
 
 
 def stated_task(spec: ArchitectureSpec, config: ModelConfig) -> Task | None:

@@ -76,6 +76,7 @@ class WeightMap:
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint tensor that no parameter takes is known not to matter."""
+        # Patterns are of canonical names, so one serves files with and without the prefix.
         return any(_matches(pattern, self.canonical(name)) for pattern in self.ignore)
 
     def resolve_module(self, module: str) -> Target:
@@ -95,12 +96,19 @@ class WeightMap:
         for prefix in self.prefixes:
             if name.startswith(prefix + "."):
                 name = name[len(prefix) + 1 :]
+                # At most one prefix is taken off: what remains may begin with a module of that name.
                 break
         for pattern, replacement in self.rename.items():
             replaced = _replace(pattern, replacement, name)
             if replaced is not None:
                 return replaced
         return name
+
+    def stored_name(self, name: str) -> str:
+        """The spelling of a canonical name in checkpoints, without a prefix; of several spellings, the last of `rename`."""
+        # Reversed, as maps list old spellings (gamma, beta) first and the current one last.
+        spellings = (_replace(new, old, name) for old, new in reversed(tuple(self.rename.items())))
+        return next((spelling for spelling in spellings if spelling is not None), name)
 
     def members(self, module: str) -> tuple[str, ...]:
         """The checkpoint's names for a module of the model: its members when it is fused, else itself."""
@@ -111,34 +119,37 @@ class WeightMap:
         return (module,)
 
 
-def post_norm_map(prefix: str, *unserved: str) -> WeightMap:
+def post_norm_map(prefix: str, *ignored: str) -> WeightMap:
     """The map of an encoder with BERT's names, with or without a `prefix`, old names of norms too.
 
-    `unserved` are patterns of heads that the architecture's checkpoints may hold and that are not served.
+    `ignored` are patterns of heads that the architecture's checkpoints may hold and that are not supported.
     """
-    layer = "encoder.layer.*"
+    stored = "encoder.layer.*"
+    norms = {
+        "embeddings.LayerNorm": "embeddings.LayerNorm",
+        f"{stored}.attention.output.LayerNorm": "layers.*.post_attention_layernorm",
+        f"{stored}.output.LayerNorm": "layers.*.post_mlp_layernorm",
+    }
     return WeightMap(
         prefixes=(prefix,),
         rename={
-            "embeddings.LayerNorm.gamma": "embeddings.LayerNorm.weight",
-            "embeddings.LayerNorm.beta": "embeddings.LayerNorm.bias",
-            f"{layer}.attention.output.LayerNorm.gamma": "layers.*.attention.LayerNorm.weight",
-            f"{layer}.attention.output.LayerNorm.beta": "layers.*.attention.LayerNorm.bias",
-            f"{layer}.output.LayerNorm.gamma": "layers.*.LayerNorm.weight",
-            f"{layer}.output.LayerNorm.beta": "layers.*.LayerNorm.bias",
-            f"{layer}.attention.self.**": "layers.*.attention.**",
-            f"{layer}.attention.output.**": "layers.*.attention.**",
-            f"{layer}.intermediate.dense.**": "layers.*.intermediate.**",
-            f"{layer}.output.dense.**": "layers.*.output.**",
-            f"{layer}.output.LayerNorm.**": "layers.*.LayerNorm.**",
+            # Files converted from TensorFlow. Before the `**` patterns, which would match them too: the first match wins.
+            **{f"{old}.gamma": f"{new}.weight" for old, new in norms.items()},
+            **{f"{old}.beta": f"{new}.bias" for old, new in norms.items()},
+            **{f"{old}.**": f"{new}.**" for old, new in norms.items()},
+            f"{stored}.attention.self.**": "layers.*.self_attn.**",
+            f"{stored}.attention.output.dense.**": "layers.*.self_attn.o_proj.**",
+            f"{stored}.intermediate.dense.**": "layers.*.mlp.up_proj.**",
+            f"{stored}.output.dense.**": "layers.*.mlp.down_proj.**",
         },
-        fuse={"layers.*.attention.qkv": ("query", "key", "value")},
+        fuse={"layers.*.self_attn.qkv_proj": ("query", "key", "value")},
         # Position numbers are stored by old checkpoints, the pooler by those that were saved without a head.
-        ignore=("embeddings.position_ids", "pooler.**", *unserved),
+        ignore=("embeddings.position_ids", "pooler.**", *ignored),
     )
 
 
 def _matches(pattern: str, name: str) -> bool:
+    # The dot in front lets every segment, the first one included, be matched as `\.name`.
     return _compiled(pattern).fullmatch(f".{name}") is not None
 
 
@@ -147,6 +158,7 @@ def _replace(pattern: str, replacement: str, name: str) -> str | None:
     found = _compiled(pattern).fullmatch(f".{name}")
     if found is None:
         return None
+    # `**` may have matched nothing: its piece is then empty, and left out below.
     filled = iter(found.groups())
     pieces = [next(filled).lstrip(".") if piece in ("*", "**") else piece for piece in replacement.split(".")]
     return ".".join(piece for piece in pieces if piece)
@@ -155,5 +167,6 @@ def _replace(pattern: str, replacement: str, name: str) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """A pattern over whole segments, each with a dot in front, as a regular expression."""
+    # The group of `**` holds its dots, so that it can be empty; `*` needs exactly one segment.
     wildcards = {"*": r"(\.[^.]+)", "**": r"((?:\.[^.]+)*)"}
     return re.compile("".join(wildcards.get(segment, rf"\.{re.escape(segment)}") for segment in pattern.split(".")))

@@ -1,7 +1,7 @@
 """The files that sentence-transformers puts beside a checkpoint.
 
-Decides how a text becomes one vector when a checkpoint says so: pooling, normalisation, length, prompt, lower case. Both the
-old and the new spellings are read. A module that is not served is refused by name, never skipped.
+Decides how an input becomes one vector when a checkpoint says so: pooling, normalisation, length, prompt, lower case. Both the
+old and the new spellings are read. A module that is not supported is refused by name, never skipped.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from lorax_core.errors import CheckpointError, listed
 from lorax_core.types import Pooling
 from lorax_core.weights.checkpoint import Checkpoint, opened
 
+# Any other order is other arithmetic: a Dense after Normalize does not give unit vectors, for one.
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
 _ACTIVATIONS = {
@@ -39,7 +40,7 @@ _OLD_MODES = {
 class SentenceFiles:
     """What the files say. `max_tokens` None leaves the limit to tokenizer and model.
 
-    `prompt` is put before every text; with `pool_prompt` false its tokens attend but are left out of the pooling.
+    `prompt` is put before every input; with `pool_prompt` false its tokens attend but are left out of the pooling.
     """
 
     pooling: Pooling
@@ -63,16 +64,17 @@ class DenseFiles:
 def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) -> SentenceFiles | None:
     """None when there is no `modules.json`; a `pooling` given stands in for the files'.
 
-    Raises CheckpointError for a module or mode that is not served.
+    Raises CheckpointError for a module or mode that is not supported.
     """
     modules = checkpoint.json("modules.json")
     if modules is None:
         return None
     steps = [(_kind(module), str(module.get("path", ""))) for module in modules if isinstance(module, dict)]
     kinds = [kind for kind, _ in steps]
+    # Sorted by _ORDER, they must be what they were; an unknown kind drops out and differs, too.
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
-            f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; served are 'Transformer', 'Pooling', any number of "
+            f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; supported are 'Transformer', 'Pooling', any number of "
             "'Dense', 'Normalize', in this order",
             hint="a module that is left out would change the vectors",
         )
@@ -100,7 +102,7 @@ def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
         )
     stated = str(config.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
     if stated not in _ACTIVATIONS:
-        raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; served are {listed(_ACTIVATIONS)}")
+        raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; supported are {listed(_ACTIVATIONS)}")
     with opened(file) as tensors:
         found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
     if not {"linear.weight"} <= set(found) <= {"linear.weight", "linear.bias"}:
@@ -125,15 +127,18 @@ def _kind(module: dict[str, Any]) -> str:
 def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tuple[Pooling, bool]:
     config = _object(checkpoint, f"{folder}/config.json" if folder else "config.json")
     pool_prompt = bool(config.get("include_prompt", True))
+    # Before the modes are checked: the option is the way around one that is not supported.
     if instead is not None:
         return instead, pool_prompt
     modes = config.get("pooling_mode")
     if modes is None:
+        # Mean is the default of sentence-transformers where no flag is given.
         modes = [mode for key, mode in _OLD_MODES.items() if config.get(key)] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
+    # Several modes are concatenated there, which makes longer vectors.
     if len(modes) != 1 or modes[0] not in _MODES:
         raise CheckpointError(
-            f"{checkpoint.path / folder} pools by {listed(modes)}; served is one of {listed(_MODES)}",
+            f"{checkpoint.path / folder} pools by {listed(modes)}; supported is one of {listed(_MODES)}",
             hint="load(..., pooling='mean') overrides it where another pooling is acceptable",
         )
     return _MODES[modes[0]], pool_prompt
@@ -145,6 +150,7 @@ def _default_prompt(checkpoint: Checkpoint) -> str:
     if name is None:
         return ""
     prompts = config.get("prompts") or {}
+    # Going on without it would give other vectors than the authors measured.
     if name not in prompts:
         raise CheckpointError(
             f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}"

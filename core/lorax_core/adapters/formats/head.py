@@ -1,6 +1,6 @@
 """Heads that travel with adapters.
 
-Decides whether an adapter brings a head of its own, and builds it from the adapter's tensors, with what it lacks (a pooler)
+Decides whether an adapter has a head of its own, and builds it from the adapter's tensors, with what it lacks (a pooler)
 taken from the base's checkpoint. Knows nothing of low-rank updates.
 """
 
@@ -8,28 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lorax_core.adapters.base import known
 from lorax_core.adapters.formats.peft import PeftFiles
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.errors import AdapterError, listed
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head
-from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.site import Site
 from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
-_Enum = TypeVar("_Enum", bound=StrEnum)
-
 
 @dataclass(frozen=True)
 class HeadRequest:
-    """What the user says of an adapter's head, where its files do not."""
+    """What the user states of an adapter's head, where its files do not."""
 
     task: Task | None = None
     problem: Problem | None = None
@@ -44,7 +42,11 @@ class HeadRequest:
                 labels = {int(index): str(name) for index, name in id2label.items()}
             except (TypeError, ValueError, AttributeError) as error:
                 raise AdapterError(f"id2label maps numbers to names; this is {id2label!r:.80}") from error
-        return cls(_known("task", task, Task), _known("problem_type", problem_type, Problem), labels)
+        return cls(
+            Task(known("task", task, Task)) if task is not None else None,
+            Problem(known("problem_type", problem_type, Problem)) if problem_type is not None else None,
+            labels,
+        )
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -53,40 +55,30 @@ class HeadRequest:
         return (self.task, self.problem, labels)
 
 
-def _known(what: str, name: str | None, kind: type[_Enum]) -> _Enum | None:
-    if name is None:
-        return None
-    if name not in list(kind):
-        close = nearest(str(name), list(kind))
-        raise AdapterError(
-            f"there is no {what} {name!r}; there are {listed(kind)}", hint=f"did you mean {close!r}?" if close else None
-        )
-    return kind(name)
-
-
 def build_head(
-    files: PeftFiles, wanted: HeadRequest, task: Task | None, base: LoadedModel
+    files: PeftFiles, wanted: HeadRequest, task: Task | None, base: LoadedModel, device: torch.device
 ) -> tuple[Head | None, frozenset[str]]:
-    """The adapter's own head, None when it brings none; and the modules of the files that it is made of.
+    """The adapter's own head on `device`, None when it has none; and the modules of the files that it is made of.
 
     Raises AdapterError when a head is there but not for which task, or the base lacks what it needs.
     """
     candidates = _head_tensors(files, base)
     if wanted.task is not None and files.task in CLASSIFICATION and files.task is not wanted.task:
         raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
+    # Tensors beyond the backbone could be of any head; a wrong task would give plausible nonsense.
     if task is None and candidates and not any(module in base.model.sites for module in candidates):
         raise AdapterError(
-            f"{files.path} brings a head ({listed(candidates)}) and does not say for which task",
+            f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
         )
+    # Generating and embedding use the base's head; what is saved for it is changed like any layer.
     if task not in CLASSIFICATION or not candidates:
         if wanted.id2label is not None or wanted.problem is not None:
-            raise AdapterError(f"{files.path} brings no head of its own for id2label or problem_type to speak of")
+            raise AdapterError(f"{files.path} has no head of its own, so id2label and problem_type do not apply")
         return None, frozenset()
-    path = base.spec.heads.get(task)
-    if path is None:
+    if task not in base.spec.tasks:
         raise AdapterError(f"{files.path} is for {task.value!r}, for which {base.spec.model_type!r} has no head")
-    kind = cast("type[Head]", load_class(path, base.owner))
+    kind = cast("type[Head]", load_class(base.spec.head(task), base.owner))
     own = {f"{module}.{leaf}": tensor for module, leafs in candidates.items() for leaf, tensor in leafs.items()}
     tensors = _with_base(own, base)
     labels = _labels(files, wanted, own, _output(kind, base.model.config, set(tensors), task))
@@ -94,13 +86,13 @@ def build_head(
     if head is None:
         lacking = [name for name in getattr(kind, "needed", ()) if name not in tensors]
         raise AdapterError(
-            f"{files.path} brings {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
+            f"{files.path} holds {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
             + (f": {listed(lacking)}" if lacking else "")
         )
-    _fill(head, tensors, files, base)
+    _fill(head, tensors, files, device, base.model.dtype)
     used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
-    modules = {base.weight_map.canonical(module): module for module in files.pieces}
-    # What the head has no use for is for the backbone to take, or to refuse by name.
+    modules = {base.weight_map.canonical(module): module for module in files.modules}
+    # The backbone takes the modules that the head does not use, or an error names them.
     return head, frozenset(modules[module] for module in candidates if module in used)
 
 
@@ -114,6 +106,7 @@ def _built(
 ) -> Head | None:
     """A head without numbers, for these labels; the configuration's own when None."""
     changes = {"id2label": dict(labels), "problem_type": problem} if labels is not None else {}
+    # Heads are built for their names and shapes; numbers come from the files.
     with torch.device("meta"):
         return kind.build(config.model_copy(update=changes), names, task)
 
@@ -121,6 +114,7 @@ def _built(
 def _output(kind: type[Head], config: ModelConfig, names: Set[str], task: Task) -> str | None:
     """The head's weight that has a row for each label: the one whose shape follows their number."""
     shapes: list[dict[str, torch.Size]] = []
+    # Two numbers of labels that differ: the weight whose shape differs with them is the one.
     for count in (2, 3):
         head = _built(kind, config, names, task, dict.fromkeys(range(count), ""))
         shapes.append({name: tensor.shape for name, tensor in head.named_parameters()} if head is not None else {})
@@ -137,7 +131,7 @@ def _labels(
     """
     if output is None or output not in own:
         if output is not None and (wanted.id2label is not None or wanted.problem is not None):
-            raise AdapterError(f"{files.path} has no {output!r} of its own for id2label or problem_type to speak of")
+            raise AdapterError(f"{files.path} has no {output!r} of its own, so id2label and problem_type do not apply")
         return None
     count = own[output].shape[0]
     if wanted.id2label is not None and sorted(wanted.id2label) != list(range(count)):
@@ -149,13 +143,11 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     """Saved modules that are no part of the backbone, by canonical name."""
     backbone = {path for path, _ in base.model.backbone.named_modules()}
     found: dict[str, dict[str, Tensor]] = {}
-    for module, piece in files.pieces.items():
+    for module, tensors in files.modules.items():
         target = base.weight_map.resolve_module(module)
-        saved = {
-            name: tensor for name, tensor in (("weight", piece.weight), ("bias", piece.bias)) if tensor is not None
-        }
-        only_saved = saved and piece.a is None and piece.embedding_a is None and piece.tokens is None
-        if only_saved and target.name not in backbone and not target.name.startswith("lm_head"):
+        saved = dict(tensors.items())
+        own = target.name not in backbone and not target.name.startswith("lm_head")
+        if saved and saved.keys() <= {"weight", "bias"} and own:
             if target.name in found:
                 raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
             found[target.name] = saved
@@ -173,8 +165,9 @@ def _with_base(own: Mapping[str, Tensor], base: LoadedModel) -> dict[str, Tensor
     return tensors
 
 
-def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: LoadedModel) -> None:
-    model = base.model
+def _fill(
+    head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, device: torch.device, dtype: torch.dtype
+) -> None:
     for path, module in head.named_modules():
         if isinstance(module, Site):
             module.path = path
@@ -187,32 +180,8 @@ def _fill(head: Head, tensors: Mapping[str, Tensor], files: PeftFiles, base: Loa
                 raise AdapterError(
                     f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}"
                 )
-            setattr(module, name, nn.Parameter(tensor.to(model.device, model.dtype), requires_grad=False))
-    for module in head.modules():
-        if isinstance(module, Linear):
-            module.pack()
+            setattr(module, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    # Packing reads numbers, which a check has none of.
+    if device.type != "meta":
+        prepare_linears(head)
     head.eval()
-
-
-def head_bytes(head: Head) -> int:
-    """Memory of a head's numbers."""
-    packed = sum(module.packed_bytes for module in head.modules() if isinstance(module, Linear))
-    return packed + sum(parameter.nbytes for parameter in head.parameters() if not parameter.is_meta)
-
-
-def drop_numbers(head: Head) -> None:
-    """Give back the memory of a head's numbers; what it says of labels and spans stays."""
-    for module in head.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        if isinstance(module, Linear):
-            module.drop_packed()
-
-
-def take_numbers(head: Head, other: Head) -> None:
-    """The numbers of an equal head become those of `head`."""
-    for module, source in zip(head.modules(), other.modules(), strict=True):
-        for name, parameter in list(source.named_parameters(recurse=False)):
-            setattr(module, name, parameter)
-        if isinstance(module, Linear) and isinstance(source, Linear):
-            module.take_packed(source)

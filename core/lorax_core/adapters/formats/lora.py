@@ -1,141 +1,180 @@
-"""LoRA adapters as PEFT saves them.
+"""LoRA adapters as PEFT saves them, and where every tensor of one goes in a model.
 
-Decides what is kept of one: the files, what was read of them, and what a model was given. Where its tensors go is decided in
-`binding`.
+Decides what an adapter is by its files (identity, task, ranks), and the site of each module that they name: a tensor without a
+place is an error, and nothing is dropped silently. What is done at a site is decided in `layer`. Knows nothing of names, of
+memory or of batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorax_core.adapters.base import Delta, FileAdapter
-from lorax_core.adapters.deltas import Dora, EmbeddingLowRank, LowRank, TokenLogits, TokenRows
-from lorax_core.adapters.formats.binding import Binding
-from lorax_core.adapters.formats.head import HeadRequest, drop_numbers, head_bytes, take_numbers
-from lorax_core.adapters.formats.peft import PeftFiles, read_peft
-from lorax_core.errors import AdapterError
-from lorax_core.modeling.heads import Head
-from lorax_core.types import Task
+import torch
+from torch import Tensor
+
+from lorax_core.adapters.base import Adapter, Bound, Delta
+from lorax_core.adapters.deltas import LowRank, Part, Shift, placed, summed
+from lorax_core.adapters.formats.head import HeadRequest, build_head
+from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie
+from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.errors import AdapterError, nearest
+from lorax_core.modeling.embedding import Embedding
+from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.site import Site
 from lorax_core.weights.loader import LoadedModel
+from lorax_core.weights.mapping import Target, WeightMap
 
 
-class LoraAdapter(FileAdapter):
+class LoraAdapter(Adapter):
     """What PEFT's `save_pretrained` writes for LoRA: low-rank updates, magnitudes, biases, saved modules, token rows, heads.
 
-    Reading checks the files; `bind` checks them against a model. `head` says what the files do not: the task, the labels.
-    What was read is kept until `forget_files`; it is read again when needed, and must be the same then.
+    Reading checks the files; `check` and `bind` hold them against a model. `head` states what the files do not: the task, the
+    labels.
     """
 
     kind = "lora"
 
     def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
-        self._wanted = head or HeadRequest()
-        self.path = Path(path)
-        self._files: PeftFiles | None = read_peft(path)
-        self._identity = self._files.identity(self._wanted.settings)
-        self._task = self._wanted.task or self._files.task
-        ranks = (piece.a if piece.a is not None else piece.embedding_a for piece in self._files.pieces.values())
-        self._ranks = tuple(sorted({tensor.shape[0] for tensor in ranks if tensor is not None}))
-        self._targets: tuple[str, ...] = ()
-        self._not_a_sum: str | None = None
-        self._deltas: dict[str, list[Delta]] | None = None  # while bound
-        self._head: Head | None = None  # its numbers are there while bound, its labels always
+        self.files = read_peft(path)
+        self.head_request = head or HeadRequest()
+        self.identity = self.files.identity(self.head_request.settings)
+        self.task = self.head_request.task or self.files.task
+        self.ranks = self.files.ranks
 
-    @property
-    def files(self) -> PeftFiles:
-        """What the folder holds; raises AdapterError when that is not what it was."""
-        files = self._files
-        if files is None:
-            files = read_peft(self.path)
-            if files.identity(self._wanted.settings) != self._identity:
-                raise AdapterError(
-                    f"the files in {self.path} are not those that were loaded",
-                    hint="load the adapter again, under its name",
-                )
-            self._files = files
-        return files
-
-    def forget_files(self) -> None:
-        self._files = None
-
-    @property
-    def holds_files(self) -> bool:
-        return self._files is not None
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return self._ranks
-
-    @property
-    def not_a_sum(self) -> str | None:
-        return self._not_a_sum
-
-    @property
-    def identity(self) -> str:
-        return self._identity
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return self._targets
-
-    @property
-    def is_bound(self) -> bool:
-        return self._deltas is not None
-
-    @property
-    def nbytes(self) -> int:
-        if self._deltas is None:
-            return 0
-        head = head_bytes(self._head) if self._head is not None else 0
-        return head + sum(delta.nbytes for deltas in self._deltas.values() for delta in deltas)
-
-    @property
-    def deltas(self) -> Mapping[str, Sequence[Delta]]:
-        if self._deltas is None:  # no deltas at all would pass for the base, silently
-            raise AdapterError(f"{self.path} is not bound to a model any more", hint="load the adapter again")
-        return self._deltas
-
-    @property
-    def task(self) -> Task | None:
-        return self._task
-
-    @property
-    def head(self) -> Head | None:
-        return self._head
-
-    def deltas_for(self, base: LoadedModel) -> Mapping[str, Sequence[Delta]]:
-        return self._deltas if self._deltas is not None else self._made(base)[0]
-
-    def bind(self, base: LoadedModel) -> None:
-        deltas, head = self._made(base)
-        if head is not None and self._head is not None:
-            take_numbers(self._head, head)  # sequences that wait hold the head that they were made for
-            head = self._head
-        self._targets = tuple(deltas)
-        self._not_a_sum = "a head" if head is not None else _not_a_sum(deltas)
-        self._deltas, self._head = deltas, head
-
-    def unbind(self) -> None:
-        self._deltas = None
-        if self._head is not None:
-            drop_numbers(self._head)
-
-    def _made(self, base: LoadedModel) -> tuple[dict[str, list[Delta]], Head | None]:
-        return Binding(self.files, self._wanted, self._task, base).made()
+    def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
+        device = torch.device("meta") if meta else base.model.device
+        head, taken = build_head(self.files, self.head_request, self.task, base, device)
+        own = {site.path: site for site in head.modules() if isinstance(site, Site)} if head is not None else {}
+        sites = {**base.model.sites, **own}
+        # On the host in float32 first: scales and norms are not rounded to 16 bit before they are used.
+        made_on = torch.device("meta" if meta else "cpu")
+        changes = _changes(self.files, taken, sites, base, made_on)
+        _share_ties(self.files, changes, base, made_on)
+        made = {
+            path: _site_deltas(self.files, changed, sites[path].out_features, device, base.model.dtype, meta)
+            for path, changed in changes.items()
+        }
+        return Bound({path: deltas for path, deltas in made.items() if deltas}, head)
 
 
-def _not_a_sum(deltas: Mapping[str, Sequence[Delta]]) -> str | None:
-    """The first delta that does more than add a product, in words; None when all of them add."""
-    for path, made in deltas.items():
-        for delta in made:
-            match delta:
-                case LowRank() | EmbeddingLowRank(gain=None):
-                    continue
-                case Dora() | EmbeddingLowRank():
-                    return f"a magnitude (DoRA) at {path!r}"
-                case TokenRows() | TokenLogits():
-                    return f"trained tokens at {path!r}"
-                case _:
-                    return f"a replaced weight or bias at {path!r}"
-    return None
+@dataclass(frozen=True)
+class _Change:
+    """What the files hold for a site of the model, or a part of it."""
+
+    layer: Layer
+    part: Part
+    tensors: ModuleTensors
+
+
+def _changes(
+    files: PeftFiles, taken: frozenset[str], sites: Mapping[str, Site], base: LoadedModel, device: torch.device
+) -> dict[str, list[_Change]]:
+    """The modules of the files by the site that they change."""
+    changes: dict[str, list[_Change]] = {}
+    for module, tensors in files.modules.items():
+        if module in taken or _is_idle(module, tensors, sites, base):
+            continue
+        target = base.weight_map.resolve_module(module)
+        site = sites.get(target.name)
+        if site is None:
+            raise _no_place(files, module, sites, base)
+        others = changes.setdefault(site.path, [])
+        change = _change(module, tensors, site, target, base.weight_map, device)
+        if any(other.part in (None, change.part) for other in others):
+            raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
+        others.append(change)
+    return changes
+
+
+def _change(
+    module: str, tensors: ModuleTensors, site: Site, target: Target, weight_map: WeightMap, device: torch.device
+) -> _Change:
+    part, out = None, site.out_features
+    if target.part is not None:
+        # Parts of a fused layer (q, k, v) lie one after the other in its output.
+        start, out = sum(site.parts[: target.part]), site.parts[target.part]
+        part = slice(start, start + out)
+    multiplies = isinstance(site, Linear)
+
+    def base(leaf: str) -> Tensor | None:
+        whole: Tensor | None = site.dense_weight() if leaf == "weight" else getattr(site, "bias", None)
+        return whole if whole is None or part is None else whole[part]
+
+    layer = Layer(
+        module,
+        kind=type(site).__name__,
+        shape=_shape(site, out),
+        embeds=isinstance(site, Embedding),
+        multiplies=multiplies,
+        shifts=multiplies,
+        device=device,
+        base=base,
+        saved=lambda leaf, tensor: weight_map.resolve(f"{module}.{leaf}").arranged(tensor),
+        rows=target.arranged,
+    )
+    return _Change(layer, part, tensors)
+
+
+def _shape(site: Site, out: int) -> tuple[int, ...]:
+    if isinstance(site, Linear):
+        return (out, site.in_features)
+    return (site.in_features, out) if isinstance(site, Embedding) else tuple(site.dense_weight().shape)
+
+
+def _is_idle(module: str, tensors: ModuleTensors, sites: Mapping[str, Site], base: LoadedModel) -> bool:
+    """Whether a module of the base that nothing here reads, such as BERT's pooler under embeddings, was left untrained:
+    "all-linear" names it, no gradient reaches it, and its update is zero."""
+    weight_map = base.weight_map
+    if weight_map.resolve_module(module).name in sites or not weight_map.ignores(f"{module}.weight"):
+        return False
+    only_low_rank = {role for role, _ in tensors.items()} == {"a", "b"}
+    # B starts at zero, so any other number in it was trained, and dropping it would change answers.
+    if not only_low_rank or tensors.b is None or tensors.b.any():
+        return False
+    return weight_map.canonical(f"{module}.weight") in {weight_map.canonical(name) for name in base.checkpoint.tensors}
+
+
+def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: LoadedModel) -> AdapterError:
+    names = [name for path in sites for name in base.weight_map.members(path)]
+    close = nearest(base.weight_map.canonical(module), names)
+    return AdapterError(
+        f"{files.path} changes {module!r}, which {base.spec.model_type!r} does not have here; it was trained on "
+        f"{files.trained_on}",
+        hint=f"the nearest layer here is {close!r}" if close else "load it with the base that it was trained on",
+    )
+
+
+def _share_ties(files: PeftFiles, changes: dict[str, list[_Change]], base: LoadedModel, device: torch.device) -> None:
+    """Carry over to the other side of each tie what a change of one side means for it."""
+    for name, source in base.weight_map.tie.items():
+        paths = (source.rpartition(".")[0], name.rpartition(".")[0])
+        if paths[1] not in base.model.sites or not base.is_tied(name):
+            continue
+        sides = [changes[path][0] if path in changes else None for path in paths]
+        modules = [side.layer.module if side is not None else path for side, path in zip(sides, paths, strict=True)]
+        shared = share_tie(files, modules, *(side.tensors if side is not None else None for side in sides))
+        for path, side, tensors in zip(paths, sides, shared, strict=True):
+            if side is not None and tensors is not None:
+                changes[path] = [replace(side, tensors=tensors)]
+            elif tensors is not None:
+                site = base.model.sites[path]
+                changes[path] = [_change(path, tensors, site, Target(path), base.weight_map, device)]
+
+
+def _site_deltas(
+    files: PeftFiles, changes: list[_Change], out: int, device: torch.device, dtype: torch.dtype, meta: bool
+) -> tuple[Delta, ...]:
+    """Everything that is done at one site: what replaces, then what is added (updates of parts in one), then biases."""
+    first: list[Delta] = []
+    updates: list[LowRank] = []
+    shifts: list[Delta] = []
+    for change in changes:
+        for delta in layer_deltas(files, change.tensors.meta() if meta else change.tensors, change.layer):
+            if isinstance(delta, LowRank):
+                updates.append(delta.placed(change.part, out, device, dtype))
+            else:
+                (shifts if isinstance(delta, Shift) else first).append(placed(delta, change.part, device, dtype))
+    # A replacement writes over what is there, so it comes first; summed, the updates are one job for a kernel.
+    return (*first, *([summed(updates)] if updates else ()), *shifts)

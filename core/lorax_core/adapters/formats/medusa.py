@@ -1,7 +1,7 @@
-"""Medusa heads: an adapter that guesses the next tokens but one, two, three and so on, for the model to verify.
+"""Medusa heads: an adapter that drafts the next tokens but one, two, three and so on, for the model to verify.
 
-Decides what of Medusa's files is served: heads of residual blocks, each with an output layer of its own or all with the base's,
-and beside them a LoRA adapter in the same folder. Knows nothing of verification, which makes every guess harmless.
+Decides what of Medusa's files is supported: heads of residual blocks, each with an output layer of its own or all with the
+base's, and beside them a LoRA adapter in the same folder. Knows nothing of verification, which makes every draft harmless.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorax_core.adapters.base import Delta, FileAdapter
+from lorax_core.adapters.base import Adapter, Bound
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.lora import LoraAdapter
-from lorax_core.errors import AdapterError, CheckpointError, listed
-from lorax_core.modeling.heads import Head
+from lorax_core.adapters.formats.peft import content, read_tensors
+from lorax_core.errors import AdapterError, listed
 from lorax_core.types import Task
-from lorax_core.weights.checkpoint import opened
 from lorax_core.weights.loader import LoadedModel
 
-_KEY = re.compile(r"(?:medusa_heads?\.)?(?P<head>\d+)\.(?P<layer>\d+)\.(?P<block>linear\.)?(?P<leaf>weight|bias)")
+_PREFIX = re.compile(r"^medusa_heads?\.")
 
 
 @dataclass(frozen=True, slots=True)
 class MedusaHead:
-    """One head: its residual blocks `x + silu(W x + b)` in order, and its output layer, None where the base's serves."""
+    """One head: its residual blocks `x + silu(W x + b)` in order, and its output layer, None where the base's is used."""
 
     blocks: tuple[tuple[Tensor, Tensor], ...]  # W [hidden, hidden], b [hidden]
     out: Tensor | None  # [vocab, hidden]
@@ -43,9 +42,14 @@ class MedusaHead:
         outs = [self.out] if self.out is not None else []
         return [*(tensor for block in self.blocks for tensor in block), *outs]
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> MedusaHead:
+        """The same head in this dtype on a device."""
+        blocks = tuple((weight.to(device, dtype), bias.to(device, dtype)) for weight, bias in self.blocks)
+        return MedusaHead(blocks, self.out.to(device, dtype) if self.out is not None else None)
+
 
 class MedusaHeads:
-    """Heads on a device. Head i guesses the token i + 2 places after the row that it reads."""
+    """Heads on a device. Head i drafts the token i + 2 places after the row that it reads."""
 
     def __init__(self, heads: Sequence[MedusaHead]) -> None:
         self._heads = tuple(heads)
@@ -55,19 +59,20 @@ class MedusaHeads:
         """Memory on the device."""
         return sum(tensor.nbytes for head in self._heads for tensor in head.tensors)
 
-    def guess(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
+    def draft(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """Likeliest tokens `[rows, heads]` after the one that follows each row of hidden `[rows, hidden]`."""
-        guesses: list[Tensor] = []
+        tokens: list[Tensor] = []
         for head in self._heads:
+            # [rows, hidden]; every head starts from the same rows, not from the head before
             x = hidden
             for weight, bias in head.blocks:
                 x = x + F.silu(F.linear(x, weight, bias))
             logits = F.linear(x, head.out) if head.out is not None else base_logits(x)  # [rows, vocab]
-            guesses.append(logits.argmax(-1))
-        return torch.stack(guesses, dim=1)
+            tokens.append(logits.argmax(-1))
+        return torch.stack(tokens, dim=1)
 
 
-class MedusaAdapter(FileAdapter):
+class MedusaAdapter(Adapter):
     """What Medusa's training saves: `config.json` with `medusa_num_heads` and one safetensors file of heads.
 
     With PEFT's files in the same folder it is a LoRA adapter too. Raises AdapterError for files that are bad or incomplete.
@@ -77,96 +82,22 @@ class MedusaAdapter(FileAdapter):
 
     def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
         self.path = Path(path)
-        self._lora = LoraAdapter(path, head) if (self.path / "adapter_config.json").is_file() else None
-        if self._lora is None and head is not None and any(setting is not None for setting in head.settings):
-            raise AdapterError(
-                f"{path} holds Medusa heads alone, for which task, problem_type and id2label say nothing"
-            )
+        self.lora = LoraAdapter(path, head) if (self.path / "adapter_config.json").is_file() else None
+        if self.lora is None and head is not None and any(setting is not None for setting in head.settings):
+            raise AdapterError(f"{path} holds Medusa heads alone, which have no task, problem_type or id2label")
         self.trained_on: str | None = _read_config(self.path).get("base_model_name_or_path")
-        self._read: tuple[MedusaHead, ...] | None = _read_heads(self.path)
-        self.guesses_ahead = len(self._read)
-        self._identity = self._hash(self._read)
-        self._bound: MedusaHeads | None = None
+        self.heads = _read_heads(self.path)
+        self.identity = self._hash()
+        self.task = self.lora.task if self.lora is not None else Task.GENERATE
+        self.ranks = self.lora.ranks if self.lora is not None else ()
+        self.draft_tokens = len(self.heads)
 
-    @property
-    def files(self) -> tuple[MedusaHead, ...]:
-        """The heads in the folder; raises AdapterError when they are not those that were loaded."""
-        heads = self._read
-        if heads is None:
-            heads = _read_heads(self.path)
-            if self._hash(heads) != self._identity:
-                raise AdapterError(
-                    f"the files in {self.path} are not those that were loaded",
-                    hint="load the adapter again, under its name",
-                )
-            self._read = heads
-        return heads
-
-    @property
-    def lora(self) -> LoraAdapter | None:
-        """The LoRA adapter in the same folder."""
-        return self._lora
-
-    @property
-    def identity(self) -> str:
-        return self._identity
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return self._lora.ranks if self._lora is not None else ()
-
-    @property
-    def not_a_sum(self) -> str | None:
-        return "Medusa heads"
-
-    @property
-    def holds_files(self) -> bool:
-        return self._read is not None
-
-    def forget_files(self) -> None:
-        self._read = None
-        if self._lora is not None:
-            self._lora.forget_files()
-
-    @property
-    def is_bound(self) -> bool:
-        return self._bound is not None
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return self._lora.targets if self._lora is not None else ()
-
-    @property
-    def nbytes(self) -> int:
-        heads = self._bound.nbytes if self._bound is not None else 0
-        return heads + (self._lora.nbytes if self._lora is not None else 0)
-
-    @property
-    def deltas(self) -> Mapping[str, Sequence[Delta]]:
-        return self._lora.deltas if self._lora is not None else {}
-
-    @property
-    def speculator(self) -> MedusaHeads | None:
-        return self._bound
-
-    @property
-    def task(self) -> Task | None:
-        return self._lora.task if self._lora is not None else Task.GENERATE
-
-    @property
-    def head(self) -> Head | None:
-        return self._lora.head if self._lora is not None else None
-
-    def deltas_for(self, base: LoadedModel) -> Mapping[str, Sequence[Delta]]:
-        return self._lora.deltas_for(base) if self._lora is not None else {}
-
-    def bind(self, base: LoadedModel) -> None:
+    def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
         model = base.model
         if Task.GENERATE not in model.tasks:
-            raise AdapterError(f"{self.path} brings Medusa heads, which guess tokens; this base generates none")
-        heads = self.files
+            raise AdapterError(f"{self.path} has Medusa heads, which draft tokens; this base generates none")
         hidden, vocab = model.config.hidden_size, model.config.vocab_size
-        for number, head in enumerate(heads):
+        for number, head in enumerate(self.heads):
             wide = [
                 weight for weight, bias in head.blocks if list(weight.shape) != [hidden, hidden] or len(bias) != hidden
             ]
@@ -177,30 +108,25 @@ class MedusaAdapter(FileAdapter):
                     f"{vocab} tokens",
                     hint="load it with the base that it was trained on",
                 )
-        if self._lora is not None:
-            self._lora.path = self.path  # the folder may have been found elsewhere since
-            self._lora.bind(base)
-        self._bound = MedusaHeads([_moved(head, model.device, model.dtype) for head in heads])
+        beside = self.lora.bind(base, meta=meta) if self.lora is not None else Bound()
+        device = torch.device("meta") if meta else model.device
+        heads = MedusaHeads([head.to(device, model.dtype) for head in self.heads])
+        return Bound(beside.deltas, beside.head, heads)
 
-    def unbind(self) -> None:
-        self._bound = None
-        if self._lora is not None:
-            self._lora.unbind()
-
-    def _hash(self, heads: Sequence[MedusaHead]) -> str:
-        digest = hashlib.sha256((self._lora.identity if self._lora is not None else "medusa").encode())
-        for head in heads:
+    def _hash(self) -> str:
+        digest = hashlib.sha256((self.lora.identity if self.lora is not None else "medusa").encode())
+        for head in self.heads:
             digest.update(f"{len(head.blocks)} blocks".encode())
             for tensor in head.tensors:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(content(tensor))
         return digest.hexdigest()
 
 
 def is_medusa(folder: Path) -> bool:
-    """Whether a folder's `config.json` speaks of Medusa heads."""
+    """Whether a folder's `config.json` describes Medusa heads."""
     try:
         config = _read_config(folder)
+    # No config.json, or none that is JSON: PEFT folders have none, and their own reader reports what is bad.
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "medusa_num_heads" in config
@@ -221,40 +147,38 @@ def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
     if not all(isinstance(count, int) and count > 0 for count in counts):
         raise AdapterError(f"{folder} says medusa_num_heads={counts[0]!r} and medusa_num_layers={counts[1]!r}")
     heads, layers = counts
-    tensors: dict[tuple[int, int, bool, str], Tensor] = {}
-    for name, tensor in _read_tensors(folder).items():
-        found = _KEY.fullmatch(name)
-        key = (int(found["head"]), int(found["layer"]), bool(found["block"]), found["leaf"]) if found else None
-        if key is None or key in tensors or key[0] >= heads or not _expected(key, layers):
+    blocks = [
+        f"{head}.{layer}.linear.{leaf}"
+        for head in range(heads)
+        for layer in range(layers)
+        for leaf in ("weight", "bias")
+    ]
+    outs = [f"{head}.{layers}.weight" for head in range(heads)]
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in read_tensors([_tensor_file(folder)]):
+        key = _PREFIX.sub("", name)
+        if key in tensors or key not in {*blocks, *outs}:
             raise AdapterError(f"{folder} holds {name!r}, which {heads} Medusa heads of {layers} blocks do not have")
         tensors[key] = tensor
-    blocks = [
-        (head, layer, True, leaf) for head in range(heads) for layer in range(layers) for leaf in ("weight", "bias")
-    ]
-    outs = [(head, layers, False, "weight") for head in range(heads)]
-    wanted = blocks + (outs if any(key in tensors for key in outs) else [])
-    missing = [
-        f"{head}.{layer}{'.linear' if block else ''}.{leaf}"
-        for head, layer, block, leaf in wanted
-        if (head, layer, block, leaf) not in tensors
-    ]
+    # One output layer saved means that all must be: the rest may not fall back on the base's.
+    wanted = [*blocks, *(outs if any(key in tensors for key in outs) else [])]
+    missing = [key for key in wanted if key not in tensors]
     if missing:
         raise AdapterError(f"{folder} lacks {listed(missing)} of {heads} Medusa heads")
     return tuple(
         MedusaHead(
-            tuple((tensors[head, at, True, "weight"], tensors[head, at, True, "bias"]) for at in range(layers)),
-            tensors.get((head, layers, False, "weight")),
+            tuple(
+                (tensors[f"{head}.{layer}.linear.weight"], tensors[f"{head}.{layer}.linear.bias"])
+                for layer in range(layers)
+            ),
+            tensors.get(f"{head}.{layers}.weight"),
         )
         for head in range(heads)
     )
 
 
-def _expected(key: tuple[int, int, bool, str], layers: int) -> bool:
-    _, layer, block, leaf = key
-    return layer < layers if block else layer == layers and leaf == "weight"
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def _tensor_file(folder: Path) -> Path:
+    # adapter_model is PEFT's, which may lie beside.
     files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_model")]
     if len(files) != 1:
         pickled = (
@@ -264,18 +188,4 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{folder} has {len(files)} safetensors files for its Medusa heads, one is needed: "
             f"{listed(file.name for file in files)}{pickled}"
         )
-    tensors: dict[str, Tensor] = {}
-    try:
-        with opened(files[0]) as stored:
-            for name in stored.keys():  # noqa: SIM118  (not a mapping)
-                tensors[name] = stored.get_tensor(name)
-                if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name]).all():
-                    raise AdapterError(f"{files[0]}: {name!r} holds NaN, infinite or whole numbers")
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
-    return tensors
-
-
-def _moved(head: MedusaHead, device: torch.device, dtype: torch.dtype) -> MedusaHead:
-    blocks = tuple((weight.to(device, dtype), bias.to(device, dtype)) for weight, bias in head.blocks)
-    return MedusaHead(blocks, head.out.to(device, dtype) if head.out is not None else None)
+    return files[0]

@@ -1,7 +1,7 @@
 """The files that PEFT writes.
 
-Decides what of `adapter_config.json` is served, and sorts the tensors by module and role. What is not served is refused by
-name. Knows nothing of models: whether a module exists is for `lora` to say.
+Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. An error names
+everything else. Knows nothing of models: whether a module exists is decided in `lora`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,78 +31,42 @@ TASKS = {
 
 # Fields that say how an adapter was trained or stored, or whose effect is in the tensors.
 _HARMLESS = frozenset(
-    [
-        "alpha_pattern",
-        "arrow_config",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "bias",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "loftq_config",
-        "lora_alpha",
-        "lora_bias",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
-        "monteclora_config",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "r",
-        "rank_pattern",
-        "revision",
-        "runtime_config",
-        "target_modules",
-        "task_type",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-        "velora_config",
-    ]
+    """
+    alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
+    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
+    lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save monteclora_config
+    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
+    trainable_token_indices use_dora use_rslora velora_config
+    """.split()  # noqa: SIM905
 )
 
 # Initialisations that subtract from the base's weights: such files fit only the changed base.
 _CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
-# What stands behind the module in a tensor's name, the adapter's own name left out.
+# What stands behind the module in a tensor's name, the adapter's own name left out. Magnitudes and embeddings are stored with
+# and without a leaf, by version.
 _ROLES = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_B.bias": "b_bias",
-    "lora_embedding_A": "embedding_a",
-    "lora_embedding_B": "embedding_b",
-    "lora_magnitude_vector": "magnitude",
     "base_layer.weight": "weight",
     "base_layer.bias": "bias",
     "token_adapter.trainable_tokens_delta": "tokens",
+    **{f"lora_embedding_A{leaf}": "embedding_a" for leaf in ("", ".weight", ".bias")},
+    **{f"lora_embedding_B{leaf}": "embedding_b" for leaf in ("", ".weight", ".bias")},
+    **{f"lora_magnitude_vector{leaf}": "magnitude" for leaf in ("", ".weight", ".bias")},
     "weight": "weight",
     "bias": "bias",
 }
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)\."
-    r"(?P<role>(?P<lora>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?!weight$|bias$)[^.]+)?"
-    r"(?P<leaf>\.weight|\.bias)?"
-    r"|base_layer\.(?:weight|bias)|token_adapter\.trainable_tokens_delta"
-    r"|modules_to_save(?:\.(?!weight$|bias$)[^.]+)?\.(?P<saved>weight|bias)"
-    r"|weight|bias)"
+_NAMED = re.compile(
+    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.weight$|\.bias$|$)"
 )
-# A layer of a saved module that has several, as bias="all" spells it.
-_NESTED = re.compile(r"\.modules_to_save\.[^.]+\.(?=.+\.(?:weight|bias)$)")
+_SAVED = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.)")
 
 
 @dataclass
-class Piece:
-    """What an adapter says of one module, by role; None where it says nothing. Shapes are PEFT's."""
+class ModuleTensors:
+    """The tensors of one module by role, None where the files have none. Shapes are PEFT's."""
 
     a: Tensor | None = None  # [rank, in]
     b: Tensor | None = None  # [out, rank]
@@ -113,10 +77,35 @@ class Piece:
     weight: Tensor | None = None  # as the base's
     bias: Tensor | None = None  # as the base's
     tokens: Tensor | None = None  # [tokens, dim]
+    token_ids: tuple[int, ...] = ()  # whose rows `tokens` are
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Roles that are filled."""
-        yield from ((role, tensor) for role, tensor in vars(self).items() if tensor is not None)
+        yield from ((role, value) for role, value in vars(self).items() if isinstance(value, Tensor))
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether it has a weight or a bias that is as the base's."""
+        return self.weight is not None or self.bias is not None
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """A and B of its low-rank update, of a layer or of an embedding; None without one."""
+        a, b = (self.a, self.b) if self.a is not None else (self.embedding_a, self.embedding_b)
+        return (a, b) if a is not None and b is not None else None
+
+    @property
+    def rank(self) -> int | None:
+        """Of its low-rank update; None without one."""
+        return self.pair[0].shape[0] if self.pair is not None else None
+
+    def meta(self) -> ModuleTensors:
+        """Its shapes: on the meta device, but for the weight and the bias, which have to be compared with the base's."""
+        made = replace(self)
+        for role, tensor in self.items():
+            if role not in ("weight", "bias"):
+                setattr(made, role, tensor.to("meta"))
+        return made
 
 
 @dataclass
@@ -125,7 +114,7 @@ class PeftFiles:
 
     path: Path
     config: dict[str, Any]
-    pieces: dict[str, Piece] = field(default_factory=dict)
+    modules: dict[str, ModuleTensors] = field(default_factory=dict)
 
     @property
     def trained_on(self) -> str:
@@ -138,9 +127,19 @@ class PeftFiles:
         """The task that the files name."""
         return TASKS.get(str(self.config.get("task_type")))
 
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The distinct ranks of its low-rank updates, ascending."""
+        return tuple(sorted({one.rank for one in self.modules.values() if one.rank is not None}))
+
     def scale(self, module: str, rank: int) -> float:
-        """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own."""
+        """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own. Raises AdapterError for a rank of 0."""
+        if rank < 1:
+            raise AdapterError(
+                f"{self.path} has an update of rank 0 for {module!r}", hint="leave the module out of the adapter"
+            )
         patterns = self.config.get("alpha_pattern") or {}
+        # PEFT matches patterns so: the whole name, or its end from a dot on; the first that matches counts.
         matched = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
         alpha = float(patterns[matched] if matched is not None else self.config["lora_alpha"])
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
@@ -158,74 +157,75 @@ class PeftFiles:
     def identity(self, extra: Iterable[object] = ()) -> str:
         """Hash of the tensors and of the settings that change their effect, with `extra` settings given at load."""
         digest = hashlib.sha256()
+        # The rank is not among them: the shapes of the tensors, which are hashed too, hold it.
         names = ("lora_alpha", "use_rslora", "task_type", "alpha_pattern", "trainable_token_indices")
         digest.update(json.dumps([self.config.get(name) for name in names], sort_keys=True).encode())
         digest.update(repr(list(extra)).encode())
-        for module in sorted(self.pieces):
-            for role, tensor in self.pieces[module].items():
-                digest.update(f"{module} {role} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        # Sorted, since the order in which a file lists its tensors must not change the identity.
+        for module in sorted(self.modules):
+            for role, tensor in self.modules[module].items():
+                digest.update(f"{module} {role} ".encode() + content(tensor))
         return digest.hexdigest()
 
 
 def read_peft(path: str | Path) -> PeftFiles:
-    """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not served."""
+    """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not supported."""
     folder = Path(path)
     config = _read_config(folder)
     files = PeftFiles(folder, config)
     leftover: list[str] = []
     doubled: set[tuple[str, str]] = set()
-    originals: list[
-        tuple[str, str]
-    ] = []  # the base's own numbers beside a saved module: PEFT writes them with bias="all"
-    for name, tensor in _read_tensors(folder):
-        spelt = _NESTED.sub(".", name)
-        found = _KEY.fullmatch(spelt.replace(".original_module.", "."))
-        if found is not None and ".original_module." in spelt:
-            originals.append((name, found["module"]))
-            continue
-        role = _ROLES.get(_role(found)) if found is not None else None
-        if found is None or role is None:
+    # The base's own numbers beside a saved module, which PEFT writes with bias="all".
+    originals: list[tuple[str, str]] = []
+    for name, tensor in read_tensors(_tensor_files(folder)):
+        spelt = _SAVED.sub("", name)
+        module, role = _split(spelt.replace(".original_module.", "."))
+        if not module:
             leftover.append(name)
             continue
-        piece = files.pieces.setdefault(found["module"], Piece())
-        before = getattr(piece, role)
+        if ".original_module." in spelt:
+            originals.append((name, module))
+            continue
+        tensors = files.modules.setdefault(module, ModuleTensors())
+        before = getattr(tensors, role)
         # A saved module's bias stands there under its plain name too, with bias="all".
-        if found["saved"] or spelt != name:
-            doubled.add((found["module"], role))
-        again = (found["module"], role) in doubled
+        if spelt != name:
+            doubled.add((module, role))
+        again = (module, role) in doubled
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
             raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
-        setattr(piece, role, tensor)
-    saved = {module for module, piece in files.pieces.items() if piece.weight is not None or piece.bias is not None}
-    leftover += [name for name, module in originals if module not in saved]
+        setattr(tensors, role, tensor)
+    leftover += [
+        name for name, module in originals if module not in files.modules or not files.modules[module].is_saved
+    ]
     if leftover:
-        raise AdapterError(f"{folder} holds tensors that are not served: {listed(leftover)}")
-    if not files.pieces:
+        raise AdapterError(f"{folder} holds tensors that are not supported: {listed(leftover)}")
+    if not files.modules:
         raise AdapterError(f"{folder} holds no tensors")
-    for module, piece in files.pieces.items():
-        _check_pairs(folder, module, piece)
-        _check_claims(files, module, piece)
+    for module, tensors in files.modules.items():
+        _check_pairs(folder, module, tensors)
+        _check_claims(files, module, tensors)
+        if tensors.tokens is not None:
+            tensors.token_ids = tuple(files.token_ids(module))
     _check_saved(files)
-    if config.get("trainable_token_indices") and all(piece.tokens is None for piece in files.pieces.values()):
-        told = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
-        raise AdapterError(f"{folder} says {told}, but holds no trained tokens")
+    if config.get("trainable_token_indices") and all(tensors.tokens is None for tensors in files.modules.values()):
+        stated = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
+        raise AdapterError(f"{folder} says {stated}, but holds no trained tokens")
     return files
 
 
-def _role(found: re.Match[str]) -> str:
-    if found["lora"]:
-        # Magnitudes and embeddings are stored with and without `.weight`, by version.
-        plain = found["lora"] in ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-        return found["lora"] if plain else f"{found['lora']}{found['leaf'] or ''}"
-    return found["saved"] or found["role"]
+def _split(name: str) -> tuple[str, str]:
+    """The module and the role of a tensor; the module is empty when there is no such role."""
+    name = _NAMED.sub(r"\1", name).removeprefix("base_model.model.")
+    ending = next((ending for ending in _ROLES if name.endswith(f".{ending}")), None)
+    return (name.removesuffix(f".{ending}"), _ROLES[ending]) if ending is not None else ("", "")
 
 
-def _check_pairs(folder: Path, module: str, piece: Piece) -> None:
+def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
     for pair, names in (
-        ({"lora_A": piece.a, "lora_B": piece.b}, "lora_A [rank, in] and lora_B [out, rank]"),
+        ({"lora_A": tensors.a, "lora_B": tensors.b}, "lora_A [rank, in] and lora_B [out, rank]"),
         (
-            {"lora_embedding_A": piece.embedding_a, "lora_embedding_B": piece.embedding_b},
+            {"lora_embedding_A": tensors.embedding_a, "lora_embedding_B": tensors.embedding_b},
             "lora_embedding_A [rank, vocab] and lora_embedding_B [dim, rank]",
         ),
     ):
@@ -236,12 +236,11 @@ def _check_pairs(folder: Path, module: str, piece: Piece) -> None:
             raise AdapterError(f"{folder}: {module!r} is no pair of {names}: {shapes}")
 
 
-def _check_claims(files: PeftFiles, module: str, piece: Piece) -> None:
+def _check_claims(files: PeftFiles, module: str, tensors: ModuleTensors) -> None:
     """What the settings say must be in the tensors, and what is in the tensors must be said."""
-    updated = piece.a is not None or piece.embedding_a is not None
     for setting, name, tensor, expected in (
-        ("use_dora", "lora_magnitude_vector", piece.magnitude, updated),
-        ("lora_bias", "lora_B.bias", piece.b_bias, piece.a is not None),
+        ("use_dora", "lora_magnitude_vector", tensors.magnitude, tensors.pair is not None),
+        ("lora_bias", "lora_B.bias", tensors.b_bias, tensors.a is not None),
     ):
         said = bool(files.config.get(setting))
         if tensor is not None and not said:
@@ -255,7 +254,7 @@ def _check_saved(files: PeftFiles) -> None:
     than a model has, and versions name modules differently.
     """
     wanted = files.config.get("modules_to_save")
-    if wanted and all(piece.weight is None and piece.bias is None for piece in files.pieces.values()):
+    if wanted and not any(tensors.is_saved for tensors in files.modules.values()):
         raise AdapterError(
             f"{files.path} says modules_to_save={wanted!r:.60}, but holds no saved module",
             hint="PEFT leaves them out when it converts PiSSA and its like: such an adapter cannot be converted",
@@ -274,15 +273,17 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"{file} is not valid JSON: {error}") from error
+    # Other kinds (IA3, prompt tuning) use the same two file names.
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} is an adapter of kind {kind!r}; served is 'LORA'")
-    unserved = [
+        raise AdapterError(f"{path} is an adapter of kind {kind!r}; supported is 'LORA'")
+    # A setting off or empty is harmless whatever it means: newer versions of PEFT write many such.
+    unsupported = [
         name for name, value in config.items() if name not in _HARMLESS and value not in (None, False, "none", {}, [])
     ]
-    if unserved:
-        told = ", ".join(f"{name}={config[name]!r:.60}" for name in unserved)
-        raise AdapterError(f"{path} uses what is not served: {told}")
+    if unsupported:
+        stated = ", ".join(f"{name}={config[name]!r:.60}" for name in unsupported)
+        raise AdapterError(f"{path} uses what is not supported: {stated}")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASE):
         raise AdapterError(
@@ -292,12 +293,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     alpha = config.get("lora_alpha")
     if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise AdapterError(f"{file} has no number 'lora_alpha' (found {alpha!r})")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(isinstance(one, (int, float)) for one in patterns.values()):
+        raise AdapterError(
+            f"{file} has an 'alpha_pattern' that does not map patterns to numbers (found {patterns!r:.80})"
+        )
     return config
 
 
-def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of an adapter's files; raises AdapterError for one that holds other than finite floating-point numbers."""
     try:
-        for file in _tensor_files(path):
+        for file in files:
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
                     tensor = tensors.get_tensor(name)
@@ -312,6 +319,11 @@ def _read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise AdapterError(error.message, hint=error.hint) from error
 
 
+def content(tensor: Tensor) -> bytes:
+    """What a hash of an adapter takes of a tensor: its dtype, its shape and its numbers."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def _tensor_files(path: Path) -> list[Path]:
     single = path / "adapter_model.safetensors"
     if single.is_file():
@@ -319,6 +331,7 @@ def _tensor_files(path: Path) -> list[Path]:
     shards = sorted(path.glob("adapter_model-*-of-*.safetensors"))
     if shards:
         count = int(shards[0].stem.rpartition("-of-")[2])
+        # An incomplete download would load as an adapter that silently lacks layers.
         if len(shards) != count:
             raise AdapterError(f"{path} has {len(shards)} of {count} files of its tensors")
         return shards

@@ -1,1 +1,1 @@
-"""The low-rank products of many adapters in one batch."""
+"""How the low-rank products of many adapters are computed: adapter by adapter in torch, or all in one native call."""

@@ -1,7 +1,7 @@
 """Several LoRA adapters into one.
 
 Decides what can be combined, which module meets which, and how the result is written as PEFT writes adapters. Knows nothing
-of models: everything is read off the files. What has no sum (magnitudes, biases, saved modules) is refused by name.
+of models, only of files. Magnitudes, biases and saved modules cannot be combined: an error names them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorax_core.adapters.formats.peft import PeftFiles, Piece, read_peft
-from lorax_core.adapters.merging.combining import Pair, Recipe, SignMethod, Update, combined, draw_as_at_creation
+from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.adapters.merging.combining import (
+    Mask,
+    MergeOptions,
+    ScaledPair,
+    SignMethod,
+    combined,
+    seeded_mask,
+)
 from lorax_core.adapters.merging.output import check_free, new_folder
-from lorax_core.errors import AdapterError, nearest
+from lorax_core.errors import AdapterError
 
-Told = Callable[[int, int], None]
-"""Hears of progress: how much is done, and of how much."""
+Progress = Callable[[int, int], None]
+"""Called with how much is done, and of how much."""
 
 # Roles that a sum of low-rank updates has no place for, and how they are called.
 _NO_SUM = {"magnitude": "a DoRA magnitude", "b_bias": "a bias of lora_B (lora_bias)", "tokens": "trained token rows"}
@@ -53,35 +60,33 @@ def merge_adapters(
     seed: int | None = None,
     rank: int | None = None,
     majority_sign_method: SignMethod = "total",
-    order: Sequence[str] | None = None,
     overwrite: bool = False,
-    told: Told | None = None,
+    progress: Progress | None = None,
 ) -> MergedAdapter:
-    """Combine adapter folders into a new one, an ordinary PEFT adapter; the numbers are those of `add_weighted_adapter`.
+    """Combine adapter folders into a new one, an ordinary PEFT adapter; the arithmetic is that of `add_weighted_adapter`.
 
     - `strategy`: `linear`, `ties`, `dare_linear`, `dare_ties` (of equal ranks), `cat` (exact; ranks add up) or `svd` (the
       best approximation of the exact sum by `rank` ranks, by default the largest of the adapters).
     - `weights`: one for each adapter, 1 by default; negative ones subtract.
     - `density`: for `ties`, `dare_linear` and `dare_ties`, the share of numbers to keep, in (0, 1].
-    - `seed`: of the random numbers of `dare_linear` and `dare_ties`, 0 by default. torch's own are not touched. It gives
-      PEFT's numbers after `torch.manual_seed(seed)`, when `order` names the modules in the order of the model.
+    - `seed`: of the random numbers of `dare_linear` and `dare_ties`, 0 by default. torch's own are not touched. A seed
+      gives the same result each time, but not what PEFT's random numbers give.
     - `majority_sign_method`: for `ties` and `dare_ties`, `total` or `frequency`.
-    - `order`: files do not keep the order of modules; by default they are drawn for by name, numbers as numbers.
 
     Raises AdapterError, leaving `out` as it was, for settings that do not fit, adapters that hold more than low-rank updates
     (named with the module), shapes or ranks that do not go together, and an `out` that holds files.
     """
+    # Before the adapters are read, so that a taken folder costs no wait; `new_folder` checks again.
     check_free(Path(out), overwrite)
-    recipe = make_recipe(adapters, strategy, weights, density, seed, rank, majority_sign_method)
-    files, notes = combine([read_peft(path) for path in adapters], recipe, order=order, told=told)
+    options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
+    files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
     with new_folder(out, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _BASE_FILE, metadata={"format": "pt"})
         (folder / _SETTINGS_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True) + "\n", "utf-8")
-    ranks = sorted({pair[0].shape[0] for _, pair in _pairs(files)})
-    return MergedAdapter(Path(out), strategy, len(files.pieces), tuple(ranks), tuple(notes))
+    return MergedAdapter(Path(out), strategy, len(files.modules), files.ranks, tuple(notes))
 
 
-def make_recipe(
+def merge_options(
     adapters: Sequence[object],
     strategy: str = "linear",
     weights: Sequence[float] | None = None,
@@ -89,75 +94,58 @@ def make_recipe(
     seed: int | None = None,
     rank: int | None = None,
     majority_sign_method: str = "total",
-) -> Recipe:
-    """A checked recipe for so many adapters; raises AdapterError as `merge_adapters` says."""
+) -> MergeOptions:
+    """Checked options for so many adapters; raises AdapterError as `merge_adapters` says."""
     if not adapters:
         raise AdapterError("there is no adapter to merge", hint="give one or more adapter folders")
     weights = [1.0] * len(adapters) if weights is None else weights
     if len(weights) != len(adapters):
         raise AdapterError(f"there are {len(adapters)} adapters, but {len(weights)} weights: {list(weights)}")
-    return Recipe(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
+    return MergeOptions(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
 
 
 def combine(
-    adapters: Sequence[PeftFiles], recipe: Recipe, *, order: Sequence[str] | None = None, told: Told | None = None
+    adapters: Sequence[PeftFiles], options: MergeOptions, *, mask: Mask | None = None, progress: Progress | None = None
 ) -> tuple[PeftFiles, list[str]]:
-    """One adapter in memory, in float32 and with scale 1, and notes; raises AdapterError as `merge_adapters` says."""
+    """One adapter in memory, in float32 and with scale 1, and notes; raises AdapterError as `merge_adapters` says.
+
+    `mask` draws what dare keeps, module by module in sorted order, A of each adapter and then B; by default from the seed.
+    """
     for files in adapters:
         _refuse_more_than_updates(files)
     _refuse_two_spellings(adapters)
-    rank = recipe.rank or max(_stated_rank(files) for files in adapters)
-    modules = _ordered({module for files in adapters for module in files.pieces}, order)
-    members = {module: _members(module, adapters, recipe) for module in modules}
-    generator = torch.Generator().manual_seed(recipe.seed or 0) if recipe.draws else None
-    if generator is not None:
-        start = adapters[0].config.get("init_lora_weights", True)
-        for first, embedding in (found[0] for found in members.values()):
-            draw_as_at_creation((first.a, first.b), embedding, rank, start, generator)
-    pieces: dict[str, Piece] = {}
+    rank = options.rank or max(_stated_rank(files) for files in adapters)
+    names = sorted({module for files in adapters for module in files.modules})
+    members = {module: _members(module, adapters, options) for module in names}
+    mask = mask or (seeded_mask(options.seed or 0) if options.draws else None)
+    modules: dict[str, ModuleTensors] = {}
+    ranks: dict[str, int] = {}
     for done, (module, found) in enumerate(members.items()):
-        if told is not None:
-            told(done, len(members))
-        a, b = combined([update for update, _ in found], recipe, rank, generator)
-        piece = Piece(embedding_a=a, embedding_b=b) if found[0][1] else Piece(a=a, b=b)
-        piece.weight = _shared_base(module, adapters)
-        pieces[module] = piece
-    config, notes = _settings(adapters, {module: pair[0].shape[0] for module, pair in _named_pairs(pieces)})
+        if progress is not None:
+            progress(done, len(members))
+        a, b = combined([one.update for one in found], options, rank, mask)
+        weight, ranks[module] = _shared_base(module, found), len(a)
+        if found[0].embedding:
+            modules[module] = ModuleTensors(embedding_a=a, embedding_b=b, weight=weight)
+        else:
+            modules[module] = ModuleTensors(a=a, b=b, weight=weight)
+    config, notes = _settings(adapters, ranks)
     path = adapters[0].path if len(adapters) == 1 else Path(" + ".join(files.path.name for files in adapters))
-    return PeftFiles(path, config, pieces), notes
-
-
-def _pair(piece: Piece) -> Pair | None:
-    a, b = (piece.a, piece.b) if piece.a is not None else (piece.embedding_a, piece.embedding_b)
-    return (a, b) if a is not None and b is not None else None
-
-
-def _named_pairs(pieces: dict[str, Piece]) -> Iterable[tuple[str, Pair]]:
-    for module, piece in pieces.items():
-        pair = _pair(piece)
-        if pair is not None:
-            yield module, pair
-
-
-def _pairs(files: PeftFiles) -> Iterable[tuple[str, Pair]]:
-    return _named_pairs(files.pieces)
+    return PeftFiles(path, config, modules), notes
 
 
 def _refuse_more_than_updates(files: PeftFiles) -> None:
-    for module, piece in files.pieces.items():
-        for role, told in _NO_SUM.items():
-            if getattr(piece, role) is not None:
-                raise AdapterError(
-                    f"{files.path} holds {told} for {module!r}, which cannot be combined with other adapters",
-                    hint="merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`",
-                )
-        saved = [leaf for leaf in ("weight", "bias") if getattr(piece, leaf) is not None]
+    for module, tensors in files.modules.items():
+        saved = [leaf for leaf in ("weight", "bias") if getattr(tensors, leaf) is not None]
+        what = next((what for role, what in _NO_SUM.items() if getattr(tensors, role) is not None), None)
+        hint = "merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`"
         # A weight beneath a low-rank update is the base's own; `_shared_base` sees to it.
-        if "bias" in saved or (saved and _pair(piece) is None):
+        if what is None and ("bias" in saved or (saved and tensors.pair is None)):
             what = "a bias" if saved == ["bias"] else "a saved module (modules_to_save) or a head"
+            hint = "train with bias='none' and without modules_to_save what is to be combined"
+        if what is not None:
             raise AdapterError(
-                f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters",
-                hint="train with bias='none' and without modules_to_save what is to be combined",
+                f"{files.path} holds {what} for {module!r}, which cannot be combined with other adapters", hint=hint
             )
 
 
@@ -168,8 +156,8 @@ def _stem(module: str) -> str:
 
 
 def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
-    """`layers.0` of one and `model.layers.0` of another are one layer, which without a model cannot be told for sure."""
-    stems = [{stem for stem in map(_stem, files.pieces) if stem} for files in adapters]
+    """`layers.0` of one and `model.layers.0` of another are one layer, which cannot be known for sure without a model."""
+    stems = [{stem for stem in map(_stem, files.modules) if stem} for files in adapters]
     for (short, ones), (long, others) in itertools.permutations(zip(adapters, stems, strict=True), 2):
         for one, other in itertools.product(ones - others, others - ones):
             if other.endswith(f".{one}"):
@@ -183,80 +171,65 @@ def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
 def _stated_rank(files: PeftFiles) -> int:
     """The largest rank of an adapter as PEFT counts it: what the settings say, used or not."""
     said = [files.config.get("r"), *(files.config.get("rank_pattern") or {}).values()]
-    found = [pair[0].shape[0] for _, pair in _pairs(files)]
-    return max([rank for rank in said if isinstance(rank, int)] or found)
+    # PEFT sizes the default of svd by r even where no module uses it, so reading tensors alone would differ.
+    return max([rank for rank in said if isinstance(rank, int)] or files.ranks)
 
 
-def _ordered(modules: set[str], order: Sequence[str] | None) -> list[str]:
-    natural = sorted(
-        modules, key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-    )
-    if order is None:
-        return natural
-    missing = [module for module in natural if module not in order]
-    if missing:
-        close = nearest(missing[0], order)
-        raise AdapterError(
-            f"order does not name the module {missing[0]!r}",
-            hint=f"the nearest that it names is {close!r}" if close else None,
-        )
-    return [module for module in dict.fromkeys(order) if module in modules]
+@dataclass(frozen=True)
+class _Member:
+    """What one adapter does to a module: its update, whether that is of an embedding, and the base's weight beneath it."""
+
+    path: Path
+    update: ScaledPair
+    embedding: bool
+    beneath: Tensor | None
+
+    @property
+    def sizes(self) -> str:
+        """What the module is by the shapes of the update, for errors."""
+        kind = "an embedding" if self.embedding else "a layer"
+        return f"{kind} from {self.update.a.shape[1]} to {self.update.b.shape[0]}"
 
 
-def _members(module: str, adapters: Sequence[PeftFiles], recipe: Recipe) -> list[tuple[Update, bool]]:
-    """The updates of a module by the adapters that have it, and whether they are of an embedding."""
-    found: list[tuple[Update, bool]] = []
-    first: PeftFiles | None = None
-    for files, weight in zip(adapters, recipe.weights, strict=True):
-        pair = _pair(files.pieces[module]) if module in files.pieces else None
-        if pair is None:
+def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) -> list[_Member]:
+    """The updates of a module by the adapters that have it."""
+    found: list[_Member] = []
+    for files, weight in zip(adapters, options.weights, strict=True):
+        tensors = files.modules.get(module)
+        if tensors is None or tensors.pair is None:
             continue
-        (a, b), embedding = pair, files.pieces[module].embedding_a is not None
-        update = Update(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
-        if first is not None:
-            _check_together(module, first, found[0], files, (update, embedding), recipe)
-        else:
-            first = files
-        found.append((update, embedding))
+        # [rank, in] and [out, rank]; of an embedding [rank, vocab] and [dim, rank]
+        a, b = tensors.pair
+        update = ScaledPair(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
+        found.append(_Member(files.path, update, tensors.embedding_a is not None, tensors.weight))
+        _check_together(module, found[0], found[-1], options)
     return found
 
 
-def _check_together(
-    module: str,
-    first: PeftFiles,
-    one: tuple[Update, bool],
-    files: PeftFiles,
-    other: tuple[Update, bool],
-    recipe: Recipe,
-) -> None:
-    shapes = [(update.a.shape[1], update.b.shape[0], embedding) for update, embedding in (one, other)]
-    if shapes[0] != shapes[1]:
-        sizes = [f"{'an embedding' if flag else 'a layer'} from {a} to {b}" for a, b, flag in shapes]
+def _check_together(module: str, one: _Member, other: _Member, options: MergeOptions) -> None:
+    if one.sizes != other.sizes:
         raise AdapterError(
-            f"{module!r} is {sizes[0]} in {first.path} and {sizes[1]} in {files.path}: they were trained on different bases"
+            f"{module!r} is {one.sizes} in {one.path} and {other.sizes} in {other.path}: they were trained on different bases"
         )
-    ranks = [update.a.shape[0] for update, _ in (one, other)]
-    if recipe.needs_one_rank and ranks[0] != ranks[1]:
+    ranks = [len(member.update.a) for member in (one, other)]
+    if options.needs_one_rank and ranks[0] != ranks[1]:
         raise AdapterError(
-            f"{recipe.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {first.path} and {ranks[1]} in "
-            f"{files.path}",
+            f"{options.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {one.path} and {ranks[1]} in "
+            f"{other.path}",
             hint="'svd' and 'cat' take any ranks",
         )
 
 
-def _shared_base(module: str, adapters: Sequence[PeftFiles]) -> Tensor | None:
+def _shared_base(module: str, members: Sequence[_Member]) -> Tensor | None:
     """The base's weight that PEFT may save beneath an update of an embedding; all must hold the same."""
-    holders = [files for files in adapters if module in files.pieces]
-    weights = [files.pieces[module].weight for files in holders]
-    first = weights[0]
-    for files, weight in zip(holders, weights, strict=True):
-        if (weight is None) != (first is None) or (
-            weight is not None
-            and first is not None
-            and not (weight.shape == first.shape and torch.equal(weight, first))
-        ):
+    first = members[0].beneath
+    for member in members:
+        weight = member.beneath
+        # torch.equal takes no None, and one that holds a weight where another does not is a difference.
+        same = weight is first if weight is None or first is None else torch.equal(weight, first)
+        if not same:
             raise AdapterError(
-                f"{holders[0].path} and {files.path} do not hold the same base weight beneath {module!r}, so there is no one "
+                f"{members[0].path} and {member.path} do not hold the same base weight beneath {module!r}, so there is no one "
                 "base for both",
                 hint="save them with save_pretrained(..., save_embedding_layers=False) where the base was not changed",
             )
@@ -264,11 +237,12 @@ def _shared_base(module: str, adapters: Sequence[PeftFiles]) -> Tensor | None:
 
 
 def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the result, written anew: those of the first adapter may not hold for what the others bring."""
+    """The settings of the result, written anew: those of the first adapter may not hold for the others."""
     notes: list[str] = []
     agreed: dict[str, Any] = {}
     for name in ("base_model_name_or_path", "revision", "task_type"):
         said = list(dict.fromkeys(files.config.get(name) for files in adapters))
+        # A missing name or revision is no contradiction; a missing task type is: it is then not one task.
         known = [value for value in said if value is not None]
         agreed[name] = known[0] if known and (name != "task_type" or len(said) == 1) else None
         if len(known) > 1 or (name == "task_type" and len(said) > 1):
@@ -303,7 +277,8 @@ def _named(files: PeftFiles) -> dict[str, Tensor]:
         "weight": "base_layer.weight",
     }
     return {
+        # A clone each: safetensors refuses tensors that share memory.
         f"base_model.model.{module}.{names[role]}": tensor.contiguous().clone()
-        for module, piece in files.pieces.items()
-        for role, tensor in piece.items()
+        for module, tensors in files.modules.items()
+        for role, tensor in tensors.items()
     }

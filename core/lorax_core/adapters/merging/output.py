@@ -26,6 +26,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     final = Path(out).absolute()
     check_free(final, overwrite)
     mark = uuid.uuid4().hex[:8]
+    # Beside `out`, not in /tmp: a rename is atomic only within one file system.
     fresh, old = (final.with_name(f".{final.name}.{kind}-{mark}") for kind in ("new", "old"))
     try:
         fresh.mkdir(parents=True)
@@ -36,6 +37,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             fresh.rename(final)
         except OSError:
+            # Put back what was there: the caller is promised an unchanged `out` on failure.
             if old.exists():
                 old.rename(final)
             raise

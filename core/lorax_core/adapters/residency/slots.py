@@ -1,7 +1,7 @@
-"""Who has a place on the device.
+"""Who has a slot on the device.
 
-Decides which adapter may come in, which one makes room for it, and for whom a busy one is kept from taking on more work. Pure
-books, without tensors and without threads: the store moves what they say.
+Decides which adapter may come in, which one is evicted for it, and which busy one takes on no more sequences, to make room.
+Plain bookkeeping, without tensors and without threads: the store sends the messages that follow from it.
 """
 
 from __future__ import annotations
@@ -12,152 +12,158 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class _Place:
+class _Slot:
+    holder: object  # what the key stands for, kept alive as long as it has the slot
     users: int = 0  # sequences that are being computed with it
     loading: bool = True
-    retired: bool = False  # nobody can name it any more
+    retired: bool = False  # no request can name it any more
+    reserved_for: str | None = None  # a key that waits for this slot until the next plan
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A place was given; `evicted` is the key that lost it, None when one was free."""
+    """A slot was given; `evicted` is the key that lost it, None when one was available."""
 
     evicted: str | None = None
 
 
-class Places:
-    """Places for `capacity` keys, any number when None.
+class AdapterSlots:
+    """Slots for `capacity` keys, any number when None.
 
-    The least recently used leaves first; one that is in use, still loading or pinned stays. A key that finds every place in
-    use claims one: until the next round its holder serves who is there already and lets nobody else in, so it empties.
+    The least recently used is evicted first; one that is in use, still loading or pinned stays. A key that finds every slot in
+    use reserves one: until the next plan its holder keeps the sequences that it has and takes on no more, so it empties.
     """
 
     def __init__(self, capacity: int | None = None) -> None:
         if capacity is not None and capacity < 1:
-            raise ValueError(f"at least one place is needed, not {capacity}")
+            raise ValueError(f"at least one slot is needed, not {capacity}")
         self.capacity = capacity
-        self._places: OrderedDict[str, _Place] = OrderedDict()  # least recently used first
+        self._slots: OrderedDict[str, _Slot] = OrderedDict()  # least recently used first
         self._pinned: set[str] = set()
-        self._claimed: dict[str, str] = {}  # who is claimed, by whom
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return key in self._slots
 
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._places))
+        return iter(tuple(self._slots))
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._slots)
 
-    def start_round(self) -> None:
-        """Claims are made anew, in the order in which keys ask."""
-        self._claimed.clear()
+    def start_plan(self) -> None:
+        """Reservations are made anew, in the order in which keys ask."""
+        for slot in self._slots.values():
+            slot.reserved_for = None
 
-    def enter(self, key: str) -> bool:
-        """One more user of a key that has arrived; False when it has no place yet or must not take on more."""
-        place = self._places.get(key)
-        if place is None or place.loading or key in self._claimed:
+    def ready(self, key: str) -> bool:
+        """Whether a key has a slot and has arrived there."""
+        return key in self._slots and not self._slots[key].loading
+
+    def acquire(self, key: str) -> bool:
+        """One more user of a key that has arrived; False when it has no slot yet or must not take on more."""
+        # A reserved slot takes no new users, or a busy adapter would never empty and the waiting key starve.
+        if not self.ready(key) or self._slots[key].reserved_for is not None:
             return False
         self.share(key)
         return True
 
     def share(self, key: str) -> None:
-        """One more user beside another, claimed or not."""
-        self._places[key].users += 1
-        self._places.move_to_end(key)
+        """One more user beside another, reserved or not."""
+        self._slots[key].users += 1
+        self._slots.move_to_end(key)
 
-    def leave(self, key: str) -> None:
+    def release(self, key: str) -> None:
         """One user less."""
-        place = self._places[key]
-        assert place.users > 0, f"more users left {key!r} than entered"
-        place.users -= 1
-        if place.retired and not place.users:
-            self._remove(key)
+        slot = self._slots[key]
+        assert slot.users > 0, f"{key!r} was released more often than acquired"
+        slot.users -= 1
+        self._leave(key, slot)
 
-    def want(self, key: str) -> Grant | None:
-        """Ask for a place for a key that has none. None when none can be had now; then one is claimed."""
-        assert key not in self._places, f"{key!r} has a place"
+    def request(self, key: str, holder: object = None) -> Grant | None:
+        """Ask for a slot for a key that has none. None when none can be had now; then one is reserved."""
+        assert key not in self._slots, f"{key!r} has a slot"
         evicted = None
-        if self.capacity is not None and len(self._places) >= self.capacity:
-            evicted = next((old for old in self._places if self._idle(old)), None)
+        if self._full:
+            evicted = next((old for old in self._slots if self._idle(old)), None)
             if evicted is None:
-                self._claim(key)
+                self._reserve(key)
                 return None
-            self._remove(evicted)
-        self._places[key] = _Place()
+            del self._slots[evicted]
+        self._slots[key] = _Slot(holder)
         return Grant(evicted)
+
+    def offer(self, key: str, holder: object = None) -> bool:
+        """Give a key a slot to load into if one is available, evicting none. False when it has to wait, or has one already.
+
+        A key that was retired counts as named again.
+        """
+        if key in self._slots:
+            self._slots[key].retired = False
+            return False
+        if self._full:
+            return False
+        self._slots[key] = _Slot(holder)
+        return True
 
     def arrived(self, key: str) -> None:
         """It is on the device. No-op for one that is not expected any more."""
-        place = self._places.get(key)
-        if place is not None:
-            place.loading = False
-            if place.retired and not place.users:
-                self._remove(key)
+        slot = self._slots.get(key)
+        if slot is not None:
+            slot.loading = False
+            self._leave(key, slot)
 
     def failed(self, key: str) -> None:
-        """It did not arrive, and gives its place back."""
-        self._places.pop(key, None)
-
-    def offer(self, key: str) -> bool:
-        """Give a key that is on the device already a place, if one is free; nobody makes room for it."""
-        if key not in self._places:
-            if self.capacity is not None and len(self._places) >= self.capacity:
-                return False
-            self._places[key] = _Place(loading=False)
-        place = self._places[key]
-        place.retired = False
-        return not place.loading
+        """It did not arrive: its slot is available again."""
+        self._slots.pop(key, None)
 
     def retire(self, key: str) -> None:
-        """Nobody can name it any more: its place is free once its users have left."""
+        """No request can name it any more: its slot is available once its users have been released."""
         self._pinned.discard(key)
-        place = self._places.get(key)
-        if place is None:
-            return
-        place.retired = True
-        if not place.users and not place.loading:
-            self._remove(key)
+        slot = self._slots.get(key)
+        if slot is not None:
+            slot.retired = True
+            self._leave(key, slot)
 
     def pin(self, key: str, pinned: bool = True) -> bool:
-        """Keep a key once it is here, or no longer. False when that would leave no place for others."""
+        """Never evict a key, or allow it again. False when that would leave no slot for others."""
         if not pinned:
             self._pinned.discard(key)
             return True
+        # One slot must stay free to change hands, or adapters that are not pinned would wait for ever.
         if self.capacity is not None and len(self._pinned | {key}) >= self.capacity:
             return False
         self._pinned.add(key)
         return True
 
-    def is_pinned(self, key: str) -> bool:
-        """Whether the key stays once it is here."""
-        return key in self._pinned
-
     def check(self) -> None:
         """Prove the invariants; AssertionError otherwise."""
-        assert self.capacity is None or len(self._places) <= self.capacity, "more keys than places"
-        assert self.capacity is None or len(self._pinned) < self.capacity, "every place is pinned"
-        for key, place in self._places.items():
-            assert place.users >= 0, f"{key!r} has {place.users} users"
-            assert not (place.loading and place.users), f"{key!r} is used before it arrived"
-            assert not place.retired or place.users or place.loading, f"{key!r} is retired, idle, and still here"
-        assert set(self._claimed) <= set(self._places), "a claimed key has no place"
+        assert self.capacity is None or len(self._slots) <= self.capacity, "more keys than slots"
+        assert self.capacity is None or len(self._pinned) < self.capacity, "every slot is pinned"
+        for key, slot in self._slots.items():
+            assert slot.users >= 0, f"{key!r} has {slot.users} users"
+            assert not (slot.loading and slot.users), f"{key!r} is used before it arrived"
+            assert not slot.retired or slot.users or slot.loading, f"{key!r} is retired, idle, and still here"
+
+    @property
+    def _full(self) -> bool:
+        return self.capacity is not None and len(self._slots) >= self.capacity
+
+    def _leave(self, key: str, slot: _Slot) -> None:
+        if slot.retired and not slot.users and not slot.loading:
+            del self._slots[key]
 
     def _idle(self, key: str) -> bool:
-        place = self._places[key]
-        return not place.users and not place.loading and key not in self._pinned
+        slot = self._slots[key]
+        return not slot.users and not slot.loading and key not in self._pinned
 
-    def _claim(self, key: str) -> None:
-        if key in self._claimed.values():
+    def _reserve(self, key: str) -> None:
+        # One slot a key and plan: a second would empty two adapters for one.
+        if any(slot.reserved_for == key for slot in self._slots.values()):
             return
         busy = [
-            old
-            for old, place in self._places.items()
-            if place.users and old not in self._pinned and old not in self._claimed
+            slot
+            for old, slot in self._slots.items()
+            if slot.users and old not in self._pinned and slot.reserved_for is None
         ]
-        if busy:  # the one that is empty soonest; of equals the one that came longest ago
-            self._claimed[min(busy, key=lambda old: self._places[old].users)] = key
-
-    def _remove(self, key: str) -> None:
-        del self._places[key]
-        self._claimed.pop(key, None)
+        if busy:  # the one that is empty soonest; of equals the least recently used
+            min(busy, key=lambda slot: slot.users).reserved_for = key

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lorax_core.errors import AdapterError, listed, nearest
-from lorax_core.settings import Settings
 from lorax_core.weights.hub import Kind, find_files, refuse_pickles
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
@@ -50,7 +49,7 @@ class FoundAdapter:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where that is not told."""
+    """One file of a URL as its listing has it; `size` in bytes and `tag` are None where the listing has none."""
 
     path: str
     name: str
@@ -59,15 +58,15 @@ class _File:
 
 
 def find_adapter(
-    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path | None = None
+    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path
 ) -> FoundAdapter:
     """The files of an adapter, fetched when they are elsewhere.
 
     - A folder is itself.
     - A hub id `org/name` may have a `revision` and a `token`. The hub's client keeps the files; offline, what it has kept
       is the answer.
-    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache` (by default
-      `Settings.cache`). Calls at the same time, from any process, do not disturb each other.
+    - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache`. Calls at
+      the same time, from any process, do not disturb each other.
 
     Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
     """
@@ -75,7 +74,7 @@ def find_adapter(
     if url is not None:
         _refuse_pages(url[0], url["scheme"])
         _refuse_options(url[0], revision, token)
-        root = (cache or Settings.from_env().cache) / "adapters"
+        root = cache / "adapters"
         return _from_url(url[0], url["scheme"], root)
     collapsed = _COLLAPSED.fullmatch(str(source))
     if isinstance(source, Path) and collapsed is not None and not source.exists():
@@ -88,7 +87,7 @@ def find_adapter(
 
 
 def _refuse_pages(url: str, scheme: str) -> None:
-    """The web has pages, not folders: what one of them links to may be anything."""
+    """The address of a web page is no folder that can be listed."""
     if scheme.lower() in ("http", "https"):
         parts = [part for part in url.split("/")[3:] if part]
         close = f", for this page perhaps {'/'.join(parts[:2])!r}" if len(parts) > 1 else ""
@@ -111,24 +110,27 @@ def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
 def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
     files, path = _filesystem(url, scheme)
     remote = _listing(files, path, url)
-    told = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
+    # Listing alone decides: with tags that mark versions, nothing is downloaded twice.
+    version = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
     sure = all(file.tag is not None and file.size is not None for file in remote)
     try:
         root = root.expanduser()
-        if sure and _whole(root / told, remote):
-            return FoundAdapter(root / told, url, told)
+        if sure and _whole(root / version, remote):
+            return FoundAdapter(root / version, url, version)
         root.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, so that the move there is one step; what breaks before leaves nothing.
+        # In the same folder, so that the move to its final name is one step; a download that fails leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".part-") as scratch:
             part = Path(scratch) / "files"
             part.mkdir()
             _fetch(files, remote, part, url)
+            # Files may be replaced one by one: a mixture of two versions would pass every other check.
             if _listing(files, path, url) != remote:
                 raise AdapterError(f"{url!r} changed while it was downloaded", hint="try again")
-            key = told if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
+            # Without tags only the content can tell versions apart.
+            key = version if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
             _settle(part, root / key, remote)
             return FoundAdapter(root / key, url, key)
-    except (OSError, RuntimeError) as error:  # no room, no rights, no home
+    except (OSError, RuntimeError) as error:  # no space, no permission, no home folder
         raise AdapterError(
             f"{url!r} could not be kept in {str(root)!r}: {type(error).__name__}: {error}",
             hint="name a folder that can be written to with LORAX_CACHE",
@@ -160,6 +162,7 @@ def _filesystem(url: str, scheme: str) -> tuple[Any, str]:
 def _listing(filesystem: Any, path: str, url: str) -> list[_File]:
     """The adapter's files at a URL, by name; an error when there is no adapter among them."""
     try:
+        # Listed twice, before and after the download: a remembered listing would never differ.
         filesystem.invalidate_cache()
         entries = filesystem.ls(path, detail=True)
     except Exception as error:  # each filesystem has its own
@@ -209,16 +212,18 @@ def _fetch(filesystem: Any, remote: Iterable[_File], folder: Path, url: str) -> 
 def _settle(part: Path, folder: Path, remote: Iterable[_File]) -> None:
     """Moves a finished download to its place, unless another one got there first."""
     if folder.is_dir() and not _whole(folder, remote):
-        os.rename(folder, part.with_name("spoilt"))
+        # Into the scratch folder, which is deleted: rename does not replace a folder that holds files.
+        os.rename(folder, part.with_name("incomplete"))
     try:
         os.rename(part, folder)
     except OSError:
+        # Another process was first; what it left is the same version.
         if not _whole(folder, remote):
             raise
 
 
 def _whole(folder: Path, remote: Iterable[_File]) -> bool:
-    """Whether a folder of the cache holds what is listed: people clean caches by hand."""
+    """Whether a folder of the cache holds every file that is listed: files may have been deleted from it."""
     return all(
         (folder / file.name).is_file() and file.size in (None, (folder / file.name).stat().st_size) for file in remote
     )
@@ -229,5 +234,5 @@ def _content(file: Path) -> tuple[str, str]:
         return file.name, hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest(told: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:40]
+def _digest(version: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(version).encode()).hexdigest()[:40]

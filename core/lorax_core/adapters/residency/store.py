@@ -1,101 +1,89 @@
 """The adapters of one engine, by name.
 
-Decides what a name means now, and moves adapters between the disk, host memory and the device as `places` says. Two names for
-one content share one adapter; unloading forgets a name, while sequences keep the object that they started with.
+Decides what a name means now, and moves adapters between the disk, host memory and the device as the slots allow. Two names
+for one content share one handle; unloading forgets a name, while sequences keep the handle that they started with. The model
+is reached through messages alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import WeakValueDictionary
 
-from lorax_core.adapters.base import Adapter, FileAdapter
+from lorax_core.adapters.base import Adapter
+from lorax_core.adapters.bound import BindAdapter, BoundAdapters, UnbindAdapter
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.medusa import read_adapter
-from lorax_core.adapters.residency.slots import Places
-from lorax_core.adapters.residency.source import find_adapter
-from lorax_core.adapters.stack import StackedAdapter
+from lorax_core.adapters.residency.fetching import Fetcher
+from lorax_core.adapters.residency.handle import AdapterHandle, AdapterInfo
+from lorax_core.adapters.residency.slots import AdapterSlots
+from lorax_core.adapters.residency.source import FoundAdapter, find_adapter
+from lorax_core.adapters.stack import StackedAdapter, stack_identity
 from lorax_core.errors import AdapterError, LoraxError, listed, nearest
-from lorax_core.kernels.native.low_rank import load_native
+from lorax_core.settings import Settings
 from lorax_core.weights.loader import LoadedModel
 
 _RECENT_STACKS = 8
 """Weighted sums that are kept for the next request where nothing limits the adapters on the device."""
+_FETCH_SECONDS = 600.0  # how long requests wait for the source that they name
 
-Listener = Callable[[Adapter, LoraxError | None], None]
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """What the store tells of a loaded adapter.
-
-    `targets` are module paths of the base; `nbytes` is on the device; `where` is "device", "memory" or "disk"; `revision` is
-    what a remote source was at loading.
-    """
-
-    name: str
-    kind: str
-    identity: str
-    source: str
-    task: str | None
-    ranks: tuple[int, ...]
-    targets: tuple[str, ...]
-    nbytes: int
-    where: str
-    pinned: bool
-    revision: str | None
+Listener = Callable[[AdapterHandle, LoraxError | None], None]
+Choice = str | Mapping[str, float]
+"""A name, or names with weights."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    adapter: FileAdapter
-    source: str
-    revision: str | None
+class _Name:
+    """What a name means."""
+
+    handle: AdapterHandle
+    found: FoundAdapter
     pinned: bool
 
 
 class AdapterStore:
     """Named adapters over one base. Safe to call from any thread.
 
-    `max_adapters` of them are on the device at once, all when None. The least recently used makes room, pinned ones stay,
-    and one that a sequence computes with is never taken away. Of those that were on the device, the `max_cpu_adapters` last
-    used keep a copy in host memory (four times `max_adapters` when None); the others are read from their source again.
+    `max_adapters` of them are on the device at once, all when None. The least recently used is evicted, pinned ones stay, and
+    one that a sequence computes with is never taken away. Of the named ones, the `max_cpu_adapters` last used keep a copy in
+    host memory (four times `max_adapters` when None); the others are read from their source again.
 
-    The engine asks `enter` for each sequence that is to run. An adapter that is not there is brought by a thread of the store,
-    beside the running steps, and `listener` is told.
+    The scheduler calls `acquire` for each sequence that is to run. An adapter that is not on the device is bound by a thread of
+    the store, beside the running steps; `listener` is called when it is there, or with the error. `bound` is what the device
+    holds, by identity.
     """
 
     def __init__(
-        self, base: LoadedModel, *, max_adapters: int | None = None, max_cpu_adapters: int | None = None
+        self,
+        base: LoadedModel,
+        settings: Settings | None = None,
+        *,
+        max_adapters: int | None = None,
+        max_cpu_adapters: int | None = None,
+        fetch_seconds: float = _FETCH_SECONDS,
     ) -> None:
-        for option, value, least in (("max_adapters", max_adapters, 1), ("max_cpu_adapters", max_cpu_adapters, 0)):
-            if value is not None and value < least:
-                raise AdapterError(f"{option} must be at least {least}, not {value}")
-        if max_adapters is None and max_cpu_adapters is not None:
-            raise AdapterError(
-                "max_cpu_adapters needs max_adapters: without it every adapter stays on the device", hint="give both"
-            )
         self.listener: Listener | None = None
+        self._settings = settings or Settings()
+        self.bound = BoundAdapters(base, self._settings)
         self._base = base
-        self._entries: dict[str, _Entry] = {}
-        self._names: Counter[str] = Counter()  # how many names an identity has
-        self._places = Places(max_adapters)
-        self._bound: dict[str, Adapter] = {}  # those with a place, by identity
-        self._known: WeakValueDictionary[str, Adapter] = WeakValueDictionary()  # those that anybody still holds
-        self._copies: OrderedDict[str, FileAdapter] = OrderedDict()  # in host memory, least recently used first
-        self._max_copies = (
-            0 if max_adapters is None else 4 * max_adapters if max_cpu_adapters is None else max_cpu_adapters
-        )
-        self._stacks: OrderedDict[str, Adapter] = OrderedDict()
+        self._names: dict[str, _Name] = {}
+        self._slots = AdapterSlots(max_adapters)
+        self._handles: weakref.WeakValueDictionary[str, AdapterHandle] = weakref.WeakValueDictionary()
+        self._max_copies = 4 * (max_adapters or 0) if max_cpu_adapters is None else max_cpu_adapters
+        self._dropped: deque[str] = deque()  # identities of handles that nobody holds any more
+        self._stacks: OrderedDict[str, AdapterHandle] = OrderedDict()
+        self._clock = 0
         self._lock = threading.RLock()
-        self._finding: dict[str, threading.Lock] = {}
-        self._carrier: ThreadPoolExecutor | None = None
+        self._fetch_seconds = fetch_seconds
+        self._fetcher = Fetcher(lambda name: self.load(name, name), self._late, fetch_seconds)
+        self._binder: ThreadPoolExecutor | None = None
         self._closed = False
 
     def load(
@@ -113,257 +101,300 @@ class AdapterStore:
         """Find, read and check the adapter in `source` and call it `name`, in place of what had that name.
 
         - `source`: a folder, a hub id (with `revision` and `token`), or the URL of a folder (`s3://bucket/key`).
-        - `task`, `problem_type` and `id2label` say of its head what its files do not; unnamed labels are `LABEL_i`.
+        - `task`, `problem_type` and `id2label` state of its head what its files do not; unnamed labels are `LABEL_i`.
         - `pin`: once on the device it stays there.
 
         Raises AdapterError, with the engine unharmed, when the files are bad or do not fit the base.
         """
         if not isinstance(name, str) or not name.strip():
             raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}")
-        wanted = HeadRequest.of(task, problem_type, id2label)
-        found = find_adapter(source, revision=revision, token=token)
-        adapter: FileAdapter = read_adapter(found.folder, wanted)
+        request = HeadRequest.of(task, problem_type, id2label)
+        found = find_adapter(source, revision=revision, token=token, cache=self._settings.cache)
+        handle = self._read(found, request)
         with self._lock:
-            known = self._known.get(adapter.identity)
-        load_native()  # what may have to be compiled is so here, and not in the first step that needs it
-        if known is None:
-            adapter.bind(self._base)  # beside the running engine; this is also the check that it fits
-        with self._lock:
-            if pin and not self._places.pin(adapter.identity):
+            if self._closed:
+                raise AdapterError(f"{name!r} was not loaded: the engine is closed")
+            if pin and not self._slots.pin(handle.identity):
                 raise AdapterError(
-                    f"{name!r} cannot be pinned: of {self._places.capacity} places on the device one must be left for others",
+                    f"{name!r} cannot be pinned: of {self._slots.capacity} slots on the device one must be left for others",
                     hint="load the engine with a larger max_adapters, or pin fewer",
                 )
-            adapter = self._admitted(adapter)
-            before = self._entries.pop(name, None)
-            self._entries[name] = _Entry(adapter, found.origin, found.revision, pin)
-            self._names[adapter.identity] += 1
+            handle.names += 1
+            offered = self._slots.offer(handle.identity, handle)
+        error = self._bind(handle) if offered else None
+        with self._lock:
+            if error is not None:
+                self._forget(handle)
+                raise error
+            self._keep_copies(handle)
+            before = self._names.pop(name, None)
+            self._names[name] = _Name(handle, found, pin)
             if before is not None:
-                self._forget(before)
+                self._forget(before.handle)
             return self._info(name)
 
     def unload(self, name: str) -> None:
-        """Forget `name`; raises AdapterError when nothing is called so."""
+        """Forget `name`; raises AdapterError when there is none."""
         with self._lock:
-            entry = self._find(name)
-            del self._entries[name]
-            self._forget(entry)
+            handle = self._find(name).handle
+            del self._names[name]
+            self._forget(handle)
 
-    def list(self) -> list[AdapterInfo]:
+    def list(self) -> Sequence[AdapterInfo]:
         """What is loaded, by name."""
         with self._lock:
-            return [self._info(name) for name in sorted(self._entries)]
+            return [self._info(name) for name in sorted(self._names)]
 
-    def get(self, wanted: str | Mapping[str, float]) -> Adapter:
-        """The adapter of this name now, or the weighted sum of several.
+    def get(self, wanted: Choice) -> AdapterHandle:
+        """The adapter of this name now, or the weighted sum of several. Never blocks.
 
-        A name that is a source (it has a slash) and is not known yet is loaded under that name. Raises AdapterError with the
-        nearest name otherwise.
+        Raises AdapterError for a name that is not loaded, with the nearest one.
         """
-        if isinstance(wanted, str):
-            return self._named(wanted)
-        if not wanted:
-            raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
-        for name, weight in wanted.items():
-            if not math.isfinite(weight):
-                raise AdapterError(f"adapter {name!r} has weight {weight}, which is no finite number")
-        members = [(self._named(name), float(weight)) for name, weight in wanted.items()]
-        if len(members) == 1 and members[0][1] == 1.0:
-            return members[0][0]
-        return self._stacked(StackedAdapter(members))
+        with self._lock:
+            if isinstance(wanted, str):
+                return self._find(wanted).handle
+            if not wanted:
+                raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
+            for name, weight in wanted.items():
+                if not math.isfinite(weight):
+                    raise AdapterError(f"adapter {name!r} has weight {weight}, which is no finite number")
+            members = [(self._find(name).handle, float(weight)) for name, weight in wanted.items()]
+            if len(members) == 1 and members[0][1] == 1.0:
+                return members[0][0]
+            for (member, _), name in zip(members, wanted, strict=True):
+                if member.fit.not_a_sum is not None:
+                    raise AdapterError(
+                        f"{name!r} cannot be part of a weighted sum: it has {member.fit.not_a_sum}",
+                        hint="name it alone; only plain low-rank updates can be added up",
+                    )
+            return self._stack(members)
+
+    def missing(self, wanted: Choice) -> tuple[str, ...]:
+        """The names among them that are sources (they have a slash) and are not loaded yet; `fetch` loads them.
+
+        Raises AdapterError for other names that are not loaded.
+        """
+        names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        with self._lock:
+            absent = tuple(name for name in names if name not in self._names)
+            for name in absent:
+                if "/" not in name and "\\" not in name:
+                    self._find(name)
+        return absent
+
+    def fetch(self, names: Iterable[str]) -> Future[None]:
+        """Load sources under their own names, in threads of the store. Of many requests for one name, one loads it.
+
+        The future fails with an AdapterError when one cannot be loaded, or not in time.
+        """
+        return self._fetcher.fetch(names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        return iter(sorted(self._names))
 
-    def start_round(self) -> None:
+    def start_plan(self) -> None:
         """The scheduler begins a plan, and will ask for adapters in the order of its queue."""
         with self._lock:
-            self._places.start_round()
+            self._free_dropped()
+            self._slots.start_plan()
 
-    def enter(self, adapter: Adapter) -> bool:
-        """Hold an adapter on the device for one more sequence; False while it is not there, and then it is on its way."""
-        key = adapter.identity
+    def acquire(self, handle: AdapterHandle) -> bool:
+        """Hold an adapter on the device for one more sequence; False while it is not there: then it is being bound."""
         with self._lock:
             if self._closed:
                 return False
-            if key not in self._places:
-                self._bring(adapter)
-            if key in self._copies:
-                self._copies.move_to_end(key)
-            return self._places.enter(key)
+            if handle.identity not in self._slots:
+                self._request(handle)
+            self._touch(handle)
+            return self._slots.acquire(handle.identity)
 
-    def share(self, adapter: Adapter) -> None:
+    def share(self, handle: AdapterHandle) -> None:
         """Hold an adapter once more, beside a sequence that holds it."""
         with self._lock:
-            self._places.share(adapter.identity)
+            self._slots.share(handle.identity)
 
-    def leave(self, adapter: Adapter) -> None:
+    def release(self, handle: AdapterHandle) -> None:
         """One sequence less computes with the adapter."""
         with self._lock:
-            self._places.leave(adapter.identity)
-            self._let_go(adapter.identity)
+            self._slots.release(handle.identity)
+            self._retire(handle)
 
     def close(self) -> None:
-        """Bring nothing any more. Idempotent."""
+        """Bind nothing any more, and fail what is being fetched. Idempotent."""
         with self._lock:
             self._closed = True
-            carrier, self._carrier = self._carrier, None
-        if carrier is not None:
-            carrier.shutdown(cancel_futures=True)
+            binder, self._binder = self._binder, None
+        self._fetcher.close(AdapterError("the engine was closed"))
+        if binder is not None:
+            binder.shutdown(cancel_futures=True)
 
     def check(self) -> None:
-        """Prove the invariants between books and adapters; AssertionError otherwise."""
+        """Prove the invariants between slots, names and the device; AssertionError otherwise."""
         with self._lock:
-            self._places.check()
-            assert set(self._bound) <= set(self._places), "an adapter without a place is held"
-            assert all(adapter.is_bound for adapter in self._bound.values()), "an adapter has a place and is not there"
-            assert len(self._copies) <= self._max_copies, "more copies in host memory than allowed"
-            holders = {entry.adapter.identity for entry in self._entries.values() if entry.adapter.holds_files}
-            assert holders <= set(self._copies), "a copy in host memory is not counted"
+            self._slots.check()
+            ready = {key for key in self._slots if self._slots.ready(key)}
+            assert ready <= set(self.bound), "an adapter has a slot and is not on the device"
+            named = {name.handle.identity: name.handle for name in self._names.values()}
+            kept = {key for key in self.bound if key in self._handles and key not in named}  # sequences wait for them
+            assert set(self.bound) <= {*self._slots, *kept}, "an adapter without a slot is on the device"
+            copies = sum(handle.adapter is not None for handle in named.values())
+            assert copies <= self._max_copies, "more copies in host memory than allowed"
 
-    def _named(self, name: str) -> FileAdapter:
+    def _read(self, found: FoundAdapter, request: HeadRequest) -> AdapterHandle:
+        """The one handle of what was found, with its newest place; checked against the base when it is new."""
+        adapter = read_adapter(found.folder, request)
         with self._lock:
-            known = self._entries.get(name)
-            if known is not None or not _is_source(name):
-                return (known or self._find(name)).adapter
-            finding = self._finding.setdefault(name, threading.Lock())
-        with finding:  # of many requests that name it, one loads
-            with self._lock:
-                known = self._entries.get(name)
-            try:
-                if known is None:
-                    self.load(name, name)
-            finally:
-                with self._lock:
-                    self._finding.pop(name, None)
+            known = self._handles.get(adapter.identity)
+        if known is None:
+            known = AdapterHandle.of(adapter, adapter.check(self._base), found.folder, request)
         with self._lock:
-            return self._find(name).adapter
-
-    def _admitted(self, adapter: FileAdapter) -> FileAdapter:
-        """The one object of this content: `adapter`, or its twin that somebody holds already."""
-        key = adapter.identity
-        twin = self._known.setdefault(key, adapter)
-        assert isinstance(twin, FileAdapter)
-        twin.path = adapter.path  # the newest place where the content is known to be
-        self._keep_copy(twin)
-        if twin.is_bound:
-            if self._places.offer(key):
-                self._bound[key] = twin
-            elif key not in self._places:  # every place is taken: it comes when a request asks
-                twin.unbind()
-        return twin
-
-    def _stacked(self, stack: StackedAdapter) -> Adapter:
-        with self._lock:
-            known = self._known.setdefault(stack.identity, stack)
-            if self._places.capacity is None:
-                self._stacks[stack.identity] = known
-                self._stacks.move_to_end(stack.identity)
-                if len(self._stacks) > _RECENT_STACKS:
-                    self._let_go(self._stacks.popitem(last=False)[0])
+            known = self._kept(known)
+            known.adapter, known.folder, known.request = adapter, found.folder, request
         return known
 
-    def _bring(self, adapter: Adapter) -> None:
-        """Ask for a place, and have the adapter carried there."""
-        key = adapter.identity
-        grant = self._places.want(key)
+    def _kept(self, handle: AdapterHandle) -> AdapterHandle:
+        """The one handle of its identity, whose memory on the device is freed when nobody holds it any more."""
+        known = self._handles.setdefault(handle.identity, handle)
+        if known is handle:
+            weakref.finalize(handle, _drop, weakref.ref(self), handle.identity).atexit = False
+        return known
+
+    def _free_dropped(self) -> None:
+        while self._dropped:
+            identity = self._dropped.popleft()
+            if identity not in self._handles:  # else the same content has been loaded again
+                self.bound.handle(UnbindAdapter(identity))
+
+    def _stack(self, members: Sequence[tuple[AdapterHandle, float]]) -> AdapterHandle:
+        weights: dict[str, float] = {}
+        for member, weight in members:
+            weights[member.identity] = weights.get(member.identity, 0.0) + weight
+        identity = stack_identity(weights)
+        known = self._handles.get(identity)
+        if known is None:
+            handles = {member.identity: member for member, _ in members}
+            known = self._kept(AdapterHandle.sum_of(identity, [(handles[key], weights[key]) for key in weights]))
+        if self._slots.capacity is None:
+            self._stacks[identity] = known
+            self._stacks.move_to_end(identity)
+            if len(self._stacks) > _RECENT_STACKS:
+                self._retire(self._stacks.popitem(last=False)[1])
+        return known
+
+    def _request(self, handle: AdapterHandle) -> None:
+        """Ask for a slot, and have the adapter bound there."""
+        grant = self._slots.request(handle.identity, handle)
         if grant is None:
             return
         if grant.evicted is not None:
-            self._bound.pop(grant.evicted).unbind()
-        if adapter.is_bound:  # it was retired while sequences still waited for it
-            self._arrived(adapter)
+            self.bound.handle(UnbindAdapter(grant.evicted))
+        if handle.identity in self.bound:  # it was retired while sequences still waited for it
+            self._slots.arrived(handle.identity)
             return
-        if self._carrier is None:
-            self._carrier = ThreadPoolExecutor(1, thread_name_prefix="lorax-adapters")
-        self._carrier.submit(self._carry, adapter)
+        if self._binder is None:
+            self._binder = ThreadPoolExecutor(1, thread_name_prefix="lorax-adapters")
+        self._binder.submit(self._bind, handle)
 
-    def _carry(self, adapter: Adapter) -> None:
-        """Read and bind, beside the running engine: sites are filled one by one, and no step waits for them."""
+    def _bind(self, handle: AdapterHandle) -> LoraxError | None:
+        """Read and bind beside the running engine, whose steps do not wait; the error, when it failed."""
         error: LoraxError | None = None
         try:
-            adapter.bind(self._base)
+            with contextlib.ExitStack() as held:
+                self.bound.handle(BindAdapter(handle.identity, self._material(handle, held)))
         except LoraxError as failure:
             error = failure
-        except Exception as failure:
-            error = AdapterError(f"an adapter could not be brought back: {type(failure).__name__}: {failure}")
+        except BaseException as failure:  # also a panic of a Rust library: the slot must not stay in loading
+            error = AdapterError(f"an adapter could not be bound: {type(failure).__name__}: {failure}")
             error.__cause__ = failure
         with self._lock:
             if error is None:
-                self._arrived(adapter)
+                self._slots.arrived(handle.identity)
+                for one in (handle, *(member for member, _ in handle.members)):
+                    self._keep_copies(one)
             else:
-                self._places.failed(adapter.identity)
+                self._slots.failed(handle.identity)
         if self.listener is not None:
-            self.listener(adapter, error)
+            self.listener(handle, error)
+        return error
 
-    def _arrived(self, adapter: Adapter) -> None:
-        self._places.arrived(adapter.identity)
-        if adapter.identity in self._places:
-            self._bound[adapter.identity] = adapter
-        for one in adapter.members if isinstance(adapter, StackedAdapter) else (adapter,):
-            if isinstance(one, FileAdapter):
-                self._keep_copy(one)
+    def _material(self, handle: AdapterHandle, held: contextlib.ExitStack) -> Adapter:
+        """The adapter itself, from memory or disk. Members of a sum that are on the device are held there meanwhile."""
+        if not handle.members:
+            handle.adapter = adapter = handle.read()
+            return adapter
+        members: dict[str, Adapter] = {}
+        for member, _ in handle.members:
+            with self._lock:
+                there = self._slots.ready(member.identity)
+                if there:
+                    self._slots.share(member.identity)
+                    held.callback(self.release, member)
+            if not there:
+                member.adapter = members[member.identity] = member.read()
+        return StackedAdapter({one.identity: weight for one, weight in handle.members}, members, handle.task)
 
-    def _keep_copy(self, adapter: FileAdapter) -> None:
-        """Its copy in host memory is the last used; the oldest beyond the limit goes."""
-        if adapter.holds_files:
-            self._copies[adapter.identity] = adapter
-            self._copies.move_to_end(adapter.identity)
-        while len(self._copies) > self._max_copies:
-            _, oldest = self._copies.popitem(last=False)
-            oldest.forget_files()
+    def _touch(self, handle: AdapterHandle) -> None:
+        self._clock += 1
+        handle.used = self._clock
 
-    def _forget(self, entry: _Entry) -> None:
+    def _keep_copies(self, handle: AdapterHandle) -> None:
+        """The copy of this one in host memory is the last used; the oldest beyond the limit are dropped."""
+        self._touch(handle)
+        named = {name.handle.identity: name.handle for name in self._names.values()} | {handle.identity: handle}
+        copies = [one for one in named.values() if one.adapter is not None and one.names and one.folder is not None]
+        copies.sort(key=lambda one: one.used)
+        for oldest in copies[: max(len(copies) - self._max_copies, 0)]:
+            oldest.adapter = None
+
+    def _forget(self, handle: AdapterHandle) -> None:
         """A name stopped meaning an adapter. Without another name it leaves once its sequences have."""
-        key = entry.adapter.identity
-        self._names[key] -= 1
-        if not any(other.pinned for other in self._entries.values() if other.adapter is entry.adapter):
-            self._places.pin(key, False)
-        if not self._names[key]:
-            del self._names[key]
-            self._copies.pop(key, None)
-        self._let_go(key)
+        handle.names -= 1
+        if not handle.names:  # no request can name a sum with this member again
+            for stack in [one for one in self._stacks.values() if any(member is handle for member, _ in one.members)]:
+                self._retire(self._stacks.pop(stack.identity))
+        if not any(other.pinned for other in self._names.values() if other.handle is handle):
+            self._slots.pin(handle.identity, False)
+        self._retire(handle)
 
-    def _let_go(self, key: str) -> None:
-        """Hold an adapter that nobody can ask for any more no longer than its sequences do; those that wait keep it."""
-        stack = isinstance(self._bound.get(key), StackedAdapter)
-        wanted = key in self._names or key in self._stacks or (stack and self._places.capacity is not None)
-        if not wanted:
-            self._places.retire(key)
-        if key not in self._places:
-            self._bound.pop(key, None)
+    def _retire(self, handle: AdapterHandle) -> None:
+        """Free the slot of an adapter that no request can name any more once its sequences have left."""
+        kept_sum = handle.members and (self._slots.capacity is not None or handle.identity in self._stacks)
+        if not handle.names and not kept_sum:
+            self._slots.retire(handle.identity)
 
-    def _find(self, name: str) -> _Entry:
-        found = self._entries.get(name)
+    def _find(self, name: str) -> _Name:
+        found = self._names.get(name)
         if found is None:
-            close = nearest(str(name), self._entries)
+            close = nearest(str(name), self._names)
             raise AdapterError(
-                f"no adapter is called {name!r}; loaded are {listed(sorted(self._entries))}",
+                f"no adapter is called {name!r}; loaded are {listed(sorted(self._names))}",
                 hint=f"did you mean {close!r}?" if close else "load it with engine.adapters.load(name, folder)",
             )
         return found
 
-    def _info(self, name: str) -> AdapterInfo:
-        entry = self._entries[name]
-        adapter = entry.adapter
-        return AdapterInfo(
-            name=name,
-            kind=adapter.kind,
-            identity=adapter.identity,
-            source=entry.source,
-            task=adapter.task.value if adapter.task is not None else None,
-            ranks=adapter.ranks,
-            targets=adapter.targets,
-            nbytes=adapter.nbytes,
-            where="device" if adapter.is_bound else "memory" if adapter.holds_files else "disk",
-            pinned=entry.pinned,
-            revision=entry.revision,
+    def _late(self, name: str) -> AdapterError:
+        return AdapterError(
+            f"{name!r} was not loaded within {self._fetch_seconds:g} seconds",
+            hint="load it ahead with engine.adapters.load(name, source)",
         )
 
+    def _info(self, name: str) -> AdapterInfo:
+        entry = self._names[name]
+        return AdapterInfo.of(name, entry.handle, entry.found, self.bound.get(entry.handle.identity), entry.pinned)
 
-def _is_source(name: str) -> bool:
-    """Whether a name that is not known may be a folder, a hub id or a URL; plain names never are, so typos are told."""
-    return "/" in name or "\\" in name
+
+def _drop(store: weakref.ref[AdapterStore], identity: str) -> None:
+    """Take an adapter off the device that nobody holds any more."""
+    found = store()
+    if found is None:
+        return
+    found._dropped.append(identity)
+    # The garbage collector may run this in a thread that holds any lock, so it must not wait for one.
+    if found._lock.acquire(blocking=False):
+        try:
+            found._free_dropped()
+        finally:
+            found._lock.release()

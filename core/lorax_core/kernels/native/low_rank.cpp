@@ -1,8 +1,8 @@
-// Low-rank updates of many adapters in one call: y[rows, columns] += (x[rows] A^T) B^T for each piece.
+// Low-rank updates of many adapters in one call: y[rows, columns] += (x[rows] A^T) B^T for each job.
 //
-// A piece is one adapter's update of one range of columns for one run of rows. No two pieces share both rows and columns, so
+// A job is one adapter's update of one range of columns for one run of rows. No two jobs share both rows and columns, so
 // each is computed by one thread. Sums are kept in float32 whatever the tensors hold. Weights are read once for each row; for
-// long runs of rows a matrix product of the library is better, which is for the caller to find out.
+// long runs of rows a matrix product of the library is faster: the caller keeps those to itself.
 
 #include <cstdint>
 #include <cstring>
@@ -27,7 +27,7 @@ static inline void put(bf16 *at, float value) {
     *at = nan ? 0x7fc0 : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
 }
 
-struct Piece {
+struct Job {
     const void *a;      // [rank, in]
     const void *b;      // [rank, width]
     int64_t row, rows;  // which rows of x and y
@@ -76,29 +76,29 @@ static void expand(const float *h, int64_t rank, const T *b, int64_t stride, T *
 }
 
 template <typename T>
-static void run(const T *x, int64_t x_stride, T *y, int64_t y_stride, int64_t in, const Piece *pieces, int64_t count,
+static void run(const T *x, int64_t x_stride, T *y, int64_t y_stride, int64_t in, const Job *jobs, int64_t count,
                 float *scratch, int threads) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (int64_t p = 0; p < count; ++p) {
-        const Piece &piece = pieces[p];
-        float *h = scratch + piece.at;
-        for (int64_t r = 0; r < piece.rows; ++r)
-            shrink(x + (piece.row + r) * x_stride, in, (const T *)piece.a, piece.rank, h + r * piece.rank);
-        for (int64_t begin = 0; begin < piece.width; begin += TILE) {
-            int64_t columns = piece.width - begin < TILE ? piece.width - begin : TILE;
-            for (int64_t r = 0; r < piece.rows; ++r)
-                expand(h + r * piece.rank, piece.rank, (const T *)piece.b + begin, piece.width,
-                       y + (piece.row + r) * y_stride + piece.column + begin, columns);
+        const Job &job = jobs[p];
+        float *h = scratch + job.at;
+        for (int64_t r = 0; r < job.rows; ++r)
+            shrink(x + (job.row + r) * x_stride, in, (const T *)job.a, job.rank, h + r * job.rank);
+        for (int64_t begin = 0; begin < job.width; begin += TILE) {
+            int64_t columns = job.width - begin < TILE ? job.width - begin : TILE;
+            for (int64_t r = 0; r < job.rows; ++r)
+                expand(h + r * job.rank, job.rank, (const T *)job.b + begin, job.width,
+                       y + (job.row + r) * y_stride + job.column + begin, columns);
         }
     }
 }
 
 extern "C" void low_rank_float32(const float *x, int64_t x_stride, float *y, int64_t y_stride, int64_t in,
-                                 const Piece *pieces, int64_t count, float *scratch, int threads) {
-    run(x, x_stride, y, y_stride, in, pieces, count, scratch, threads);
+                                 const Job *jobs, int64_t count, float *scratch, int threads) {
+    run(x, x_stride, y, y_stride, in, jobs, count, scratch, threads);
 }
 
 extern "C" void low_rank_bfloat16(const bf16 *x, int64_t x_stride, bf16 *y, int64_t y_stride, int64_t in,
-                                  const Piece *pieces, int64_t count, float *scratch, int threads) {
-    run(x, x_stride, y, y_stride, in, pieces, count, scratch, threads);
+                                  const Job *jobs, int64_t count, float *scratch, int threads) {
+    run(x, x_stride, y, y_stride, in, jobs, count, scratch, threads);
 }

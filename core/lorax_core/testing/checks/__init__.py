@@ -1,12 +1,12 @@
 """All checks of the kit, in the order in which they run: what is cheap and fundamental first.
 
-Decides that order, and no more. Each module beside this one holds the checks of one promise.
+Decides that order, and no more. Each module beside this one holds the checks of one property.
 """
 
 from __future__ import annotations
 
-from lorax_core.testing.checks import adapters, cache, declaration, dtypes, numbers, packing, sight, weights
-from lorax_core.testing.result import Check
+from lorax_core.testing.check import Check
+from lorax_core.testing.checks import adapters, cache, declaration, dtypes, masking, numbers, packing, weights
 
 CHECKS: tuple[Check, ...] = (
     *declaration.CHECKS,
@@ -14,7 +14,7 @@ CHECKS: tuple[Check, ...] = (
     *numbers.CHECKS,
     *packing.CHECKS,
     *cache.CHECKS,
-    *sight.CHECKS,
+    *masking.CHECKS,
     *adapters.CHECKS,
     *dtypes.CHECKS,
 )

@@ -12,23 +12,26 @@ from pathlib import Path
 
 from torch import nn
 
+from lorax_core.adapters.base import Bound
 from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.errors import listed
 from lorax_core.modeling.linear import Linear
 from lorax_core.testing import reference
 from lorax_core.testing.case import BASE, Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.checks.packing import see_answers
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.lora import Recipe, linear_layers, merged, write_adapter
-from lorax_core.testing.packed import Answer
-from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
+from lorax_core.testing.packed import PackedAnswer
+from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
-_ZERO = Recipe(rank=2, alpha=16, zero=True)
-_FULL = Recipe(rank=4, alpha=8)
-_SPARSE = Recipe(rank=8, alpha=4, rslora=True, every=2)
+_ZERO = LoraOptions(rank=2, alpha=16, zero=True)
+# Ranks differ, since they seed the numbers and name the folders; the scales are 2 and, by rslora, about 1.4.
+_FULL = LoraOptions(rank=4, alpha=8)
+_SPARSE = LoraOptions(rank=8, alpha=4, rslora=True, every=2)
 
 
 def _identity(case: Case) -> Measured:
@@ -51,14 +54,14 @@ def _identity(case: Case) -> Measured:
 def _merged(case: Case) -> Measured:
     worst = Worst(2 * case.tolerance)  # merging rounds every weight once more
     for task in case.chosen:
-        for recipe in _recipes(case):
-            folder = case.folder / f"merged-{task}-{recipe.rank}"
+        for options in _options(case):
+            folder = case.folder / f"merged-{task}-{options.rank}"
             if not folder.exists():
                 with reference.quiet():
-                    whole = merged(case.reference(task), _adapter(case, task, recipe), recipe)
+                    whole = merged(case.reference(task), _adapter(case, task, options), options)
                     whole.save_pretrained(folder)  # type: ignore[operator]
             base = case.load(folder)
-            unmerged = _answers(case, case.loaded(task), _bound(case, task, recipe))
+            unmerged = _answers(case, case.loaded(task), _bound(case, task, options))
             _see(worst, task, _texts(case), unmerged, _answers(case, base, None))
     return worst.measured()
 
@@ -70,15 +73,16 @@ def _peft(case: Case) -> Measured:
 
     worst = Worst(case.tolerance)
     for task in case.chosen:
-        for recipe in _recipes(case):
-            ours = _answers(case, case.loaded(task), _bound(case, task, recipe))
+        for options in _options(case):
+            ours = _answers(case, case.loaded(task), _bound(case, task, options))
             with reference.quiet():
-                oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, recipe))
+                # A copy: PEFT puts its layers into the model that it is given.
+                oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, options))
             _see_oracle(worst, task, ours, case, oracle.eval().base_model.model)
     return worst.measured()
 
 
-def _see_oracle(worst: Worst, task: Task, ours: Sequence[Answer], case: Case, oracle: nn.Module) -> None:
+def _see_oracle(worst: Worst, task: Task, ours: Sequence[PackedAnswer], case: Case, oracle: nn.Module) -> None:
     for text, mine, theirs in zip(_texts(case), ours, case.expect(oracle, _texts(case)), strict=True):
         worst.see("hidden rows", f"of a text of {len(text)} tokens ({task} checkpoint)", mine.hidden, theirs.hidden)
         if theirs.logits is not None:
@@ -92,6 +96,7 @@ def _mixed(case: Case) -> Measured:
         base = case.loaded(task)
         kinds = [None, _bound(case, task, _FULL), _bound(case, task, _SPARSE)]
         texts = [text for text in case.texts[:-1] for _ in range(2)]
+        # Mixed, in runs of one and of two: rows of one adapter stand alone, and side by side.
         adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(texts))]
         bench = case.bench(base, texts=texts)
         together = bench.whole(texts, adapters)
@@ -102,36 +107,38 @@ def _mixed(case: Case) -> Measured:
     return worst.measured("the base and two adapters in one batch")
 
 
-def _see(worst: Worst, task: Task, texts: Sequence[Text], ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
+def _see(
+    worst: Worst, task: Task, texts: Sequence[Text], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
+) -> None:
     for text, one, other in zip(texts, ours, theirs, strict=True):
         see_answers(worst, f"of a text of {len(text)} tokens ({task} checkpoint)", one, other)
 
 
-def _recipes(case: Case) -> tuple[Recipe, ...]:
+def _options(case: Case) -> tuple[LoraOptions, ...]:
+    # How the scale is made does not depend on the variant, so the others try one.
     return (_FULL, _SPARSE) if case.variant == BASE else (_FULL,)
 
 
 def _texts(case: Case) -> list[Text]:
+    # A single token, a few, and the longest but one: every answer is computed several times here.
     return [case.texts[0], case.texts[2], case.texts[-2]]
 
 
-def _answers(case: Case, base: LoadedModel, adapter: LoraAdapter | None) -> list[Answer]:
+def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[PackedAnswer]:
     texts = _texts(case)
     return case.bench(base, texts=texts).whole(texts, [adapter] * len(texts))
 
 
-def _bound(case: Case, task: Task, recipe: Recipe) -> LoraAdapter:
-    adapter = LoraAdapter(_adapter(case, task, recipe))
-    adapter.bind(case.loaded(task))
-    return adapter
+def _bound(case: Case, task: Task, options: LoraOptions) -> Bound:
+    return LoraAdapter(_adapter(case, task, options)).bind(case.loaded(task))
 
 
-def _adapter(case: Case, task: Task, recipe: Recipe) -> Path:
-    folder = case.folder / f"adapter-{task}-{recipe.rank}"
+def _adapter(case: Case, task: Task, options: LoraOptions) -> Path:
+    folder = case.folder / f"adapter-{task}-{options.rank}"
     if folder.exists():
         return folder
     layers = linear_layers(case.reference(task), case.account(task).ignored)
-    return write_adapter(layers, recipe, folder, seed=recipe.rank)
+    return write_adapter(layers, options, folder, seed=options.rank)
 
 
 CHECKS = (

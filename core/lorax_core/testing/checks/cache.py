@@ -1,6 +1,6 @@
-"""The paged cache changes nothing: however a text comes, and wherever its keys lie, it gets what it gets whole.
+"""The paged cache does not change results: chunks, single tokens and any order of pages give what one pass gives.
 
-Decides how texts are cut and where their pages are. Compares the model with itself.
+Decides how sequences are cut and where their pages are. Compares the model with itself.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.checks.packing import see_answers
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.result import Check, Measured, NotApplicable
+from lorax_core.testing.result import Measured, NotApplicable
 from lorax_core.testing.texts import Text
 
 _DECODED = 12
@@ -36,10 +37,11 @@ def _chunks(case: Case) -> Measured:
 
 
 def _pages(case: Case) -> Measured:
-    """Every page size that the backend takes; pages torn apart, and memory that nobody wrote far off."""
+    """Every page size that the backend takes; pages are shuffled, and memory that was not written holds numbers far off."""
     _needs_cache(case)
     base = case.loaded(case.main)
     sizes = case.page_sizes(base.model)
+    # The longest three: shorter ones fit on one page of most sizes.
     texts, alone = case.texts[-3:], case.alone(case.main)[-3:]
     cuts = [sorted({max(1, len(text) // 2), len(text)}) for text in texts]
     worst = Worst(case.tolerance)
@@ -63,6 +65,7 @@ def _needs_cache(case: Case) -> None:
 
 
 def _steps(text: Text) -> list[int]:
+    # The prompt ends at the first of these, and every further one is a step of one token.
     return list(range(max(1, len(text) - _DECODED), len(text) + 1))
 
 

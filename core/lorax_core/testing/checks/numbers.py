@@ -14,10 +14,11 @@ from lorax_core.modeling.config import Problem
 from lorax_core.modeling.heads import EmbeddingHead
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.packed import Answer
+from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.reference import Expected
-from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
 from lorax_core.types import Pooling, Task
 
@@ -31,23 +32,24 @@ def _hidden(case: Case) -> Measured:
 
 def _head(case: Case, task: Task) -> Measured:
     if task not in case.tasks:
-        raise NotApplicable("a checkpoint that attends in both directions generates nothing")
+        raise NotApplicable(f"this variant has nothing to compare for {str(task)!r}")
     base = case.loaded(task)
     if task not in base.model.tasks:
         raise CheckFailed(
-            f"{case.spec.references[task]} saves a checkpoint in which no head for {str(task)!r} is found; "
+            f"{case.cases.references[task]} saves a checkpoint in which no head for {str(task)!r} is found; "
             f"found are heads for {', '.join(base.model.tasks)}"
         )
     if task is Task.EMBED:
         return _embeddings(case)
     worst = Worst(case.tolerance)
+    # It decides softmax, sigmoid or neither, as transformers' problem_type does for its loss.
     problem = base.model.config.problem
     for text, ours, theirs in zip(case.texts, case.alone(task), case.expected(task), strict=True):
         _see_logits(worst, task, text, ours, theirs, problem)
     return worst.measured()
 
 
-def _see_logits(worst: Worst, task: Task, text: Text, ours: Answer, theirs: Expected, problem: Problem) -> None:
+def _see_logits(worst: Worst, task: Task, text: Text, ours: PackedAnswer, theirs: Expected, problem: Problem) -> None:
     """Both what the head computes and what it answers: probabilities near 0 or 1 hide differences of logits."""
     if theirs.logits is None:
         raise CheckFailed(f"the reference for {str(task)!r} has no head: it gives no logits")
@@ -55,6 +57,7 @@ def _see_logits(worst: Worst, task: Task, text: Text, ours: Answer, theirs: Expe
     if task is Task.GENERATE:
         worst.see("logits", where, ours.answers[task], theirs.logits)
         return
+    # [tokens, labels] of tokens, [labels] of a whole text
     answer = theirs.logits.softmax(-1)
     if task is Task.SEQUENCE_CLASSIFICATION and problem is not Problem.SINGLE_LABEL:
         answer = theirs.logits.sigmoid() if problem is Problem.MULTI_LABEL else theirs.logits
@@ -77,6 +80,7 @@ def _embeddings(case: Case) -> Measured:
                 where = f"of a text of {len(text)} tokens"
                 worst.see(f"{pooling} vectors", where, ours.answers[Task.EMBED], _pooled(theirs.hidden, pooling))
     finally:
+        # The model is shared with the checks that follow.
         head.pooling = usual
     return worst.measured()
 
@@ -84,15 +88,17 @@ def _embeddings(case: Case) -> Measured:
 def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
     match pooling:
         case Pooling.CLS:
+            # hidden is [tokens, hidden], of one text without padding, so the last row is the last token
             return hidden[0]
         case Pooling.LAST:
             return hidden[-1]
         case Pooling.MEAN:
+            # The reference's own rounding must not count.
             return hidden.to(torch.float64).mean(0).float()
 
 
 def _has(spec: ArchitectureSpec, task: Task) -> str | None:
-    return None if task in spec.references else f"there is no reference for {str(task)!r}"
+    return None if task in spec.tasks else f"the architecture does not support {str(task)!r}"
 
 
 CHECKS = (

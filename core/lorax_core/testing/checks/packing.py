@@ -1,6 +1,6 @@
-"""What a text gets does not depend on what it shares a batch with.
+"""The result of a sequence does not depend on the other sequences in its batch.
 
-Decides which batches must agree. Compares the model with itself; the numbers themselves are `numbers`' affair.
+Decides which batches must agree. Compares the model with itself; `numbers` compares it with the reference.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 
 from lorax_core.testing.case import Case
+from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.packed import Answer, Piece
-from lorax_core.testing.result import Check, CheckFailed, Measured
+from lorax_core.testing.packed import PackedAnswer, Share
+from lorax_core.testing.result import CheckFailed, Measured
 from lorax_core.testing.texts import Text
 
 
-def see_answers(worst: Worst, where: str, ours: Answer, theirs: Answer) -> None:
+def see_answers(worst: Worst, where: str, ours: PackedAnswer, theirs: PackedAnswer) -> None:
     """Compare two ways to the same answers: hidden rows, and the parts and answers of each head."""
     worst.see("hidden rows", where, ours.hidden, theirs.hidden)
     for task, answer in theirs.answers.items():
@@ -36,6 +37,7 @@ def _together(case: Case) -> Measured:
 def _order(case: Case) -> Measured:
     worst = Worst(case.tolerance)
     bench = case.bench(case.loaded(case.main))
+    # Seeded: an order that fails must fail again.
     for seed in range(2):
         order = random.Random(seed).sample(range(len(case.texts)), len(case.texts))
         texts = [case.texts[at] for at in order]
@@ -45,7 +47,9 @@ def _order(case: Case) -> Measured:
     return worst.measured()
 
 
-def _see_all(worst: Worst, how: str, texts: Sequence[Text], ours: Sequence[Answer], theirs: Sequence[Answer]) -> None:
+def _see_all(
+    worst: Worst, how: str, texts: Sequence[Text], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
+) -> None:
     for text, one, other in zip(texts, ours, theirs, strict=True):
         see_answers(worst, f"of a text of {len(text)} tokens {how}", one, other)
 
@@ -54,12 +58,14 @@ def _repeat(case: Case) -> Measured:
     worst = Worst(case.tolerance)
     bench = case.bench(case.loaded(case.main))
     pages = bench.give_pages(case.texts)
-    pieces = [Piece(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
-    batch = bench.batch(pieces)
+    shares = [Share(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
+    batch = bench.batch(shares)
     fields = ("input_ids", "position_ids", "token_type_ids", "slots")
+    # A model that writes into its inputs may still give the right numbers the first time.
     before = {name: value.clone() for name in fields if (value := getattr(batch, name)) is not None}
-    first = bench.run(batch, pieces)
-    second = bench.run(batch, pieces)
+    first = bench.run(batch)
+    # The same batch: its keys and values are written to the same slots once more.
+    second = bench.run(batch)
     for text, one, other in zip(case.texts, second, first, strict=True):
         worst.see("hidden rows", f"of a text of {len(text)} tokens, the second time", one.hidden, other.hidden)
     changed = [name for name, value in before.items() if not torch.equal(getattr(batch, name), value)]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorax_core.errors import listed
 from lorax_core.testing.case import BASE, Case
-from lorax_core.testing.result import Check, CheckFailed, Measured
+from lorax_core.testing.check import Check
+from lorax_core.testing.result import CheckFailed, Measured
 from lorax_core.types import Task
 from lorax_core.weights.loader import Account, LoadedModel
 
@@ -26,7 +27,7 @@ _FILE = "model.safetensors"
 
 
 def _accounted(case: Case) -> Measured:
-    told = []
+    summary = []
     for task in case.tasks:
         account = case.account(task)
         if account.problems:
@@ -37,8 +38,8 @@ def _accounted(case: Case) -> Measured:
             raise CheckFailed(
                 f"a checkpoint of {name} is taken for {base.default_task!s}, not {task!s}; name it in hf_architectures"
             )
-        told.append(f"{task}: {account.filled} filled, {len(account.ignored)} ignored")
-    return Measured(note="; ".join(told))
+        summary.append(f"{task}: {account.filled} filled, {len(account.ignored)} ignored")
+    return Measured(note="; ".join(summary))
 
 
 def _missing(case: Case) -> Measured:
@@ -60,6 +61,7 @@ def _missing(case: Case) -> Measured:
 
 def _halves(names: Sequence[str]) -> Iterator[set[str]]:
     """Sets of names such that of any two names each is once in a set without the other."""
+    # By the bits of their places: log2(n) cuts instead of one load for each tensor.
     for bit in range(max(1, (len(names) - 1).bit_length())):
         for side in (0, 1):
             yield {name for at, name in enumerate(names) if at >> bit & 1 == side}
@@ -71,6 +73,7 @@ def _corrupt(case: Case) -> Measured:
     for task in case.chosen:
         tensors = _read(case, task)
         for turn in range(2):
+            # A scalar has no row to repeat.
             bad = [name for name in _taken(case, task, tensors) if tensors[name].ndim]
             spoilt = {name: _spoil(tensors[name], at % 2 == turn) for at, name in enumerate(bad)}
             misfits = _damaged(case, task, {**tensors, **spoilt}).misfits
@@ -84,7 +87,7 @@ def _extra(case: Case) -> Measured:
     count = 0
     for task in case.chosen:
         tensors = _read(case, task)
-        more = _strangers(tensors, case.account(task).ignored)
+        more = _extra_tensors(tensors, case.account(task).ignored)
         unused = _damaged(case, task, {**tensors, **more}).unused
         _insist("extra", [name for name in more if name not in unused])
         count += len(more)
@@ -95,15 +98,17 @@ def _spoil(tensor: Tensor, shape: bool) -> Tensor:
     if shape:
         return torch.cat((tensor, tensor[:1]))
     spoilt = tensor.clone()
+    # The last number, so that a look at the first few does not find it.
     spoilt.view(-1)[-1] = float("nan")
     return spoilt
 
 
-def _strangers(tensors: Mapping[str, Tensor], ignored: Iterable[str]) -> Tensors:
+def _extra_tensors(tensors: Mapping[str, Tensor], ignored: Iterable[str]) -> Tensors:
     ignored = set(ignored)
     known = {name for name in tensors if name not in ignored}
-    more = {"kit.stranger.weight": torch.zeros(2, 2)}
+    more = {"kit.unknown.weight": torch.zeros(2, 2)}
     for name in known:
+        # A bias that nothing takes is how a wrong `bias=False` shows.
         if name.endswith(".weight"):
             more[name.removesuffix("weight") + "bias"] = torch.zeros(tensors[name].shape[:1])
     numbers = [int(number) for name in known for number in re.findall(r"\.(\d+)\.", name)]
@@ -125,10 +130,12 @@ def _spelt(base: LoadedModel, name: str) -> str:
     """A tensor under the name by which the loader calls it missing."""
     target = base.weight_map.resolve(name)
     module, _, leaf = target.name.rpartition(".")
-    return target.name if target.part is None else f"{base.weight_map.members(module)[target.part]}.{leaf}"
+    stored = target.name if target.part is None else f"{base.weight_map.members(module)[target.part]}.{leaf}"
+    return base.weight_map.stored_name(stored)
 
 
 def _read(case: Case, task: Task) -> Tensors:
+    # Tiny checkpoints are one file.
     tensors: Tensors = load_file(case.checkpoint(task) / _FILE)
     return tensors
 
@@ -148,7 +155,7 @@ def _insist(damage: str, silent: Sequence[str]) -> None:
 
 
 CHECKS = (
-    Check("weights-accounted", "every tensor of a whole checkpoint finds its place, and its task is known", _accounted),
+    Check("weights-accounted", "every tensor of a whole checkpoint is loaded, and its task is recognised", _accounted),
     Check("weights-missing", "a tensor that is missing is named", _missing),
     Check("weights-corrupt", "a tensor with NaN or of another shape is named", _corrupt),
     Check("weights-extra", "a tensor that nothing takes is named", _extra),

@@ -20,11 +20,8 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         api=1,
         config="lorax_distilbert.config:DistilBertConfig",
         backbone="lorax_distilbert.modeling:DistilBertBackbone",
-        heads={
-            Task.EMBED: "lorax_core.modeling:EmbeddingHead",
-            Task.TOKEN_CLASSIFICATION: "lorax_core.modeling:TokenClassificationHead",
-            Task.SEQUENCE_CLASSIFICATION: "lorax_distilbert.modeling:DistilBertSequenceClassificationHead",
-        },
+        tasks=(Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
+        heads={Task.SEQUENCE_CLASSIFICATION: "lorax_distilbert.modeling:DistilBertSequenceClassificationHead"},
         hf_architectures={
             "DistilBertModel": Task.EMBED,
             "DistilBertForMaskedLM": Task.EMBED,
@@ -33,25 +30,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
             "DistilBertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
         },
         default_task=Task.EMBED,
+        # No features: without token types, only a separator marks where a pair's second text begins.
         causal=False,
-        tiny_config={
-            "vocab_size": 128,
-            "dim": 128,
-            "n_layers": 2,
-            "n_heads": 2,
-            "hidden_dim": 256,
-            "max_position_embeddings": 64,
-        },
-        tiny_variants={
-            "sinusoidal_positions": {"sinusoidal_pos_embds": True},
-            "tanh_gelu": {"activation": "gelu_new"},
-            "relu": {"activation": "relu"},
-            "three_heads": {"dim": 96, "n_heads": 3},
-            "odd_vocabulary": {"vocab_size": 131},
-        },
-        references={
-            Task.EMBED: "transformers:DistilBertModel",
-            Task.TOKEN_CLASSIFICATION: "transformers:DistilBertForTokenClassification",
-            Task.SEQUENCE_CLASSIFICATION: "transformers:DistilBertForSequenceClassification",
-        },
+        cases="lorax_distilbert.cases:DISTILBERT",
     )

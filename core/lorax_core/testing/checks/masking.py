@@ -1,11 +1,12 @@
-"""Who sees whom: which rows change when a token changes.
+"""Attention masks: which rows change when a token changes.
 
-Decides by experiment, on the reference and on the model alike: the future, and what lies beyond a window, must leave a row
-as it is. Only whether a row changes counts; by how much is `numbers`' affair.
+Decides by experiment, on the reference and on the model alike: a token in the future of a row, or outside its window, must not
+change it. Only whether a row changes counts; `numbers` compares by how much.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
-from lorax_core.testing.result import Check, CheckFailed, Measured, NotApplicable
+from lorax_core.testing.check import Check
+from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.testing.texts import Text
 
 # A change of the reference's row that is large enough to ask for one of ours, and the least that ours must then be.
@@ -22,6 +24,7 @@ _CLEAR, _LEAST = 1e-2, 1e-3
 
 def _rows(case: Case) -> Measured:
     text = next(text for text in reversed(case.texts) if len(text) <= 40)
+    # First, middle and last: a causal row must not see the last, and every row the first.
     probes = sorted({0, len(text) // 2, len(text) - 1})
     causal = case.loaded(case.main).model.needs_kv_cache
     return _probe(case, text, probes, "backwards only" if causal else "both ways")
@@ -29,6 +32,7 @@ def _rows(case: Case) -> Measured:
 
 def _window(case: Case) -> Measured:
     windows = {spec.window for spec in case.loaded(case.main).model.attention_specs}
+    # The reference's own too: ours may have forgotten the window altogether.
     stated = getattr(case.reference(case.main).config, "sliding_window", None)
     widest = max(filter(None, (*windows, stated)), default=None)
     if widest is None:
@@ -36,13 +40,14 @@ def _window(case: Case) -> Measured:
     text = case.long_text
     if len(text) <= widest:
         raise CheckFailed(
-            f"the window of {widest} tokens is never left: the longest text has {len(text)}; give the variant a smaller one"
+            f"the window of {widest} tokens is never left: the longest text has {len(text)}; use a smaller one here"
         )
     return _probe(case, text, [0, len(text) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
 
 
 def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured:
     bench, oracle = case.bench(case.loaded(case.main)), case.reference(case.main)
+    # [tokens, hidden], as is theirs
     ours = bench.whole([text])[0].hidden
     theirs = case.expect(oracle, [text])[0].hidden
     worst, where = 0.0, ""
@@ -52,7 +57,8 @@ def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured
         right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
         for row, error in enumerate(_errors(mine, right).tolist()):
             if not error <= worst:
-                verb = "sees" if right[row] < _CLEAR else "does not see"
+                # Below _CLEAR only rows that the reference left alone can be in error.
+                verb = "attends to" if right[row] < _CLEAR else "does not attend to"
                 worst, where = error, f"row {row} {verb} token {probe}, unlike the reference's"
     return Measured(worst, case.tolerance, "; ".join(filter(None, (where if worst > case.tolerance else "", note))))
 
@@ -66,7 +72,8 @@ def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
     """`[rows]`: our change where the reference's row did not change at all, its change where ours should and did not."""
     blind = torch.where(theirs == 0, ours, 0.0)
     unmoved = torch.where((theirs > _CLEAR) & (ours < _LEAST), theirs, 0.0)
-    return torch.maximum(blind, unmoved)
+    # NaN compares as neither larger nor smaller, so the next finite error would replace it.
+    return torch.maximum(blind, unmoved).nan_to_num(nan=math.inf)
 
 
 def _other(token: int, case: Case) -> int:
@@ -80,6 +87,6 @@ def _windowed(spec: ArchitectureSpec) -> str | None:
 
 
 CHECKS = (
-    Check("sight", "rows see what the reference's see: causal ones are blind to the future", _rows),
-    Check("sight-window", "the edge of a window is where the reference has it", _window, _windowed),
+    Check("masking", "a row attends to the tokens that the reference's row attends to", _rows),
+    Check("masking-window", "the edge of a window is where the reference has it", _window, _windowed),
 )

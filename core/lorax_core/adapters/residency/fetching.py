@@ -1,0 +1,101 @@
+"""Work that many callers may ask for at once, and that is done once.
+
+Decides how the same name is fetched once for all who wait for it, and when waiting ends. Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError
+
+_AT_ONCE = 4
+
+
+class Fetcher:
+    """Calls `work(name)` in threads of its own. `late(name)` is the error of one that takes longer than `seconds`.
+
+    A download that hangs cannot be stopped; its thread is left behind, and the name can be fetched again.
+    """
+
+    def __init__(self, work: Callable[[str], object], late: Callable[[str], Exception], seconds: float) -> None:
+        self._work = work
+        self._late = late
+        self._seconds = seconds
+        self._running: dict[str, Future[None]] = {}
+        self._lock = threading.Lock()
+        self._turns = threading.BoundedSemaphore(_AT_ONCE)
+
+    def fetch(self, names: Iterable[str]) -> Future[None]:
+        """Done when all of the names are; fails with the first error among them. Does not block."""
+        futures = [self._one(name) for name in dict.fromkeys(names)]
+        together: Future[None] = Future()
+        left = len(futures)
+        # Not self._lock: `done` may run at once, in the thread that adds it, and in many others.
+        lock = threading.Lock()
+
+        def done(one: Future[None]) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                if not together.done() and (one.exception() is not None or not left):
+                    _settle(together, one.exception())
+
+        if not futures:
+            together.set_result(None)
+        for future in futures:
+            future.add_done_callback(done)
+        return together
+
+    def close(self, error: Exception) -> None:
+        """Fail with `error` what is still awaited; later requests are not affected."""
+        with self._lock:
+            running = list(self._running.items())
+        for name, future in running:
+            self._end(name, future, error)
+
+    def _one(self, name: str) -> Future[None]:
+        with self._lock:
+            running = self._running.get(name)
+            if running is not None:
+                return running
+            future: Future[None] = Future()
+            self._running[name] = future
+        timer = threading.Timer(self._seconds, self._end, (name, future, self._late(name)))
+        # Daemons, both: a hung download must not keep the process from ending.
+        timer.daemon = True
+        timer.start()
+        future.add_done_callback(lambda _: timer.cancel())
+        threading.Thread(target=self._run, args=(name, future), name="lorax-fetch", daemon=True).start()
+        return future
+
+    def _run(self, name: str, future: Future[None]) -> None:
+        error: BaseException | None = None
+        self._turns.acquire()
+        # Work that hangs gives its turn back when its time is over.
+        future.add_done_callback(lambda _: self._turns.release())
+        try:
+            # The time may be over while it waited for its turn; then none awaits the result.
+            if not future.done():
+                self._work(name)
+        except BaseException as failure:
+            error = failure
+        self._end(name, future, error)
+
+    def _end(self, name: str, future: Future[None], error: BaseException | None) -> None:
+        with self._lock:
+            # The name may be fetched anew already, after this one was given up; that entry is not ours.
+            if self._running.get(name) is future:
+                del self._running[name]
+        # Outside the lock: callbacks run in this thread, and may ask for another fetch.
+        _settle(future, error)
+
+
+def _settle(future: Future[None], error: BaseException | None) -> None:
+    try:
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
+    except InvalidStateError:  # it was too late, or was cancelled
+        pass

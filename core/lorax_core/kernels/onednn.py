@@ -1,0 +1,116 @@
+"""oneDNN's packed products on a CPU, behind torch's private operators.
+
+Decides how a weight is packed, multiplied and read again row by row; the only module that names `torch.ops.mkldnn`. The
+operators are private to torch, so each is tried before it is relied on. Knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+# Blockings that oneDNN is known to use: output rows in a block, and inputs side by side in a vector.
+_ROWS_IN_A_BLOCK = (64, 48, 32, 96, 128, 24, 16, 8)
+_INPUTS_IN_A_VECTOR = (1, 2, 4)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight `[out, in]` in oneDNN's own layout, an opaque tensor; `to_dense()` gives the weight back."""
+    return cast("Tensor", torch.ops.mkldnn._reorder_linear_weight(weight))
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + bias` for x `[rows, in]` and a packed weight, `[rows, out]`."""
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
+
+
+@functools.cache
+def works(dtype: torch.dtype) -> bool:
+    """Whether this build of torch packs and multiplies `dtype` as expected, seen on a small product."""
+    # Not square, so that a weight read transposed fails; 1e-2 below is the rounding of bfloat16.
+    weight = torch.linspace(-1, 1, 12).view(3, 4).to(dtype)  # [3, 4]
+    x = torch.linspace(1, -1, 8).view(2, 4).to(dtype)  # [2, 4]
+    bias = torch.ones(3, dtype=dtype)  # [3]
+    try:
+        packed = pack(weight)
+        y = linear(x, packed, bias)
+        same_weight = torch.equal(packed.to_dense(), weight)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return same_weight and torch.allclose(y.float(), F.linear(x, weight, bias).float(), atol=1e-2)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; no where torch cannot tell."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported()) and works(torch.bfloat16)
+
+
+def nbytes(packed: Tensor) -> int:
+    """Memory of a packed weight, its padding included."""
+    try:
+        return int(torch.ops.mkldnn._nbytes(packed))
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return packed.numel() * packed.element_size()
+
+
+class PackedRows(NamedTuple):
+    """Rows of a packed weight, read where they lie. `blocks` is `[blocks, in / vector, rows of a block, vector]`.
+
+    `blocks` looks into the memory of `packed`, which must live as long.
+    """
+
+    blocks: Tensor
+    packed: Tensor
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `[n, in]` of the weight for ids `[n]`, in one gather."""
+        # `[n, in / vector, vector]` before flattening: the vectors of one row follow each other.
+        size = self.blocks.shape[2]
+        return self.blocks[ids // size, :, ids % size].flatten(1)
+
+
+def find_rows(packed: Tensor, weight: Tensor) -> PackedRows | None:
+    """How to read single rows of a packed weight; None where its layout is not recognised.
+
+    `weight` `[out, in]` is what was packed: a layout is only taken when every row read through it equals the weight's.
+    """
+    try:
+        address, size = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return None
+    out, width = weight.shape
+    if not size or size % weight.element_size():
+        return None
+    # No copy: the weight is in memory once, packed, and rows are read out of that.
+    memory = (ctypes.c_char * size).from_address(address)
+    flat = torch.frombuffer(memory, dtype=weight.dtype)
+    for rows in _ROWS_IN_A_BLOCK:
+        blocks = -(-out // rows)
+        # oneDNN pads the last block with rows, which `nbytes` counts.
+        if blocks * rows * width != flat.numel():
+            continue
+        for vector in _INPUTS_IN_A_VECTOR:
+            if width % vector == 0:
+                found = PackedRows(flat.view(blocks, width // vector, rows, vector), packed)
+                if _reads(found, weight):
+                    return found
+    return None
+
+
+def _reads(found: PackedRows, weight: Tensor) -> bool:
+    """Whether all rows read so are the weight's, bit for bit; a wrong layout fails in the first block."""
+    # In parts: one gather of a whole vocabulary would double the memory of the embedding.
+    for start in range(0, len(weight), 1024):
+        ids = torch.arange(start, min(start + 1024, len(weight)))
+        if not torch.equal(found.rows(ids), weight[ids]):
+            return False
+    return True

@@ -1,0 +1,64 @@
+"""Pre-norm transformers: layers that normalise what they read and add to what came in.
+
+Decides the order of norms, residuals, attention and feed-forward. Knows nothing of which attention or feed-forward a layer
+has, nor of checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from lorax_core.modeling.batch import Batch
+from lorax_core.modeling.blocks import Block
+from lorax_core.modeling.config import ModelConfig
+from lorax_core.modeling.embedding import Embedding
+from lorax_core.modeling.norm import Norm
+
+
+class DecoderLayer(Block):
+    """Attention and feed-forward, each on normalised input and added to what came in.
+
+    `norm` makes a norm. With `parallel` both read the layer's input; otherwise the feed-forward reads attention's result.
+    """
+
+    def __init__(self, attention: Block, mlp: Block, norm: Callable[[], Norm], *, parallel: bool = False) -> None:
+        super().__init__()
+        self.parallel = parallel
+        self.input_layernorm = norm()
+        self.self_attn = attention
+        self.post_attention_layernorm = norm()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x, batch), batch)  # [tokens, hidden]
+        # GPT-NeoX: both blocks read x, so the two norms cannot be chained with a residual.
+        if self.parallel:
+            return x + attended + self.mlp(self.post_attention_layernorm(x, batch), batch)
+        normed, x = self.post_attention_layernorm.add(attended, x, batch)
+        return x + self.mlp(normed, batch)
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and the final norm: a batch to hidden rows `[tokens, hidden]`.
+
+    `max_positions` is the length of a table of learned positions, None without one.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layers: Iterable[Block], norm: Norm, *, max_positions: int | None = None
+    ) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = None if max_positions is None else Embedding(max_positions, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.embed_tokens(batch.input_ids, batch)  # [tokens, hidden]
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(batch.position_ids, batch)
+        for layer in self.layers:
+            x = layer(x, batch)
+        return self.norm(x, batch)

@@ -1,0 +1,157 @@
+"""Everything that can be said of an engine.
+
+Decides which options exist and which values they take, as far as that needs neither the checkpoint nor the machine. Knows
+nothing of torch or plugins: options are plain data, so they pickle, become command-line flags, and travel to other processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from lorax_core.errors import RequestError, listed, nearest
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+KVDtype = Literal["auto", "fp8_e4m3"]
+CACHE_SIZES = ("kv_cache_tokens", "kv_cache_pages", "kv_cache_bytes", "kv_cache_fraction")
+
+
+class EngineOptions(BaseModel):
+    """The options of `load`; raises RequestError naming the option, its value and what is valid.
+
+    - `checkpoint`: a folder, or a hub id with `revision` and `token`.
+    - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
+    - `device`: "auto" is a GPU where there is one, else the CPU.
+    - `adapters`: names to sources, loaded with the engine.
+    - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
+      in host memory, four times as many when None. The least recently used makes room, and is loaded again when a request
+      names it.
+    - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
+    - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
+    - `kv_cache_tokens`, `_pages`, `_bytes` or `_fraction` (of the free memory): how much all running sequences share; by
+      default a quarter of the free memory, up to 65,536 tokens. `kv_dtype` "fp8_e4m3" stores it in 8 bits.
+    - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
+    - `attention`: a backend by name, instead of the first that supports the model.
+    - `speculate`: draft up to so many tokens ahead from the sequence itself; answers are the same, repetitive ones come faster.
+    - `threads`: of the whole process, by torch's rule; a second engine cannot ask for another number.
+    - `seed`: of requests without one.
+    """
+
+    # Inputs are hidden, so that a traceback through pydantic's own error does not show the token either.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    checkpoint: str
+    revision: str | None = None
+    token: SecretStr | None = None
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    adapters: dict[str, str] = Field(default_factory=dict)
+    max_adapters: int | None = Field(default=None, ge=1)
+    max_cpu_adapters: int | None = Field(default=None, ge=0)
+    pooling: Literal["cls", "mean", "last"] | None = None
+    normalize: bool | None = None
+    embedding_dim: int | None = Field(default=None, ge=1)
+    kv_cache_tokens: int | None = Field(default=None, ge=1)
+    kv_cache_pages: int | None = Field(default=None, ge=1)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    kv_cache_fraction: float | None = Field(default=None, gt=0, le=1)
+    kv_dtype: KVDtype = "auto"
+    max_batch_tokens: int = Field(default=2048, ge=1)
+    max_batch_rows: int = Field(default=256, ge=1)
+    attention: str | None = None
+    speculate: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    seed: int = 0
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            # Callers meet one tree of errors, and no pydantic.
+            raise invalid(type(self), error) from error
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def _path_to_text(cls, value: Any) -> Any:
+        # Before validation: strict mode would refuse a Path, and plain text is what pickles and travels.
+        return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _adapter_sources(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            return value
+        return {name: fspath(source) if isinstance(source, PathLike) else source for name, source in value.items()}
+
+    @field_validator("token", mode="before")
+    @classmethod
+    def _secret(cls, value: Any) -> Any:
+        # A token that is no string must not be shown by the error about it either.
+        if value is not None and not isinstance(value, (str, SecretStr)):
+            raise ValueError(f"a token is a string, not {type(value).__name__}")
+        return SecretStr(value) if isinstance(value, str) else value
+
+    @field_validator("pooling", mode="before")
+    @classmethod
+    def _plain_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, str) else value  # members of StrEnum too
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _some_checkpoint(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("Input should be a folder or a hub id, not empty")
+        return value
+
+    @field_validator("adapters")
+    @classmethod
+    def _adapter_names(cls, value: dict[str, str]) -> dict[str, str]:
+        if any(not name.strip() for name in value):
+            raise ValueError("an adapter's name must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        given = [name for name in CACHE_SIZES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{listed(given)} exclude each other; give one of them")
+        if self.max_cpu_adapters is not None and self.max_adapters is None:
+            raise ValueError("max_cpu_adapters needs max_adapters: without it every adapter stays on the device")
+        return self
+
+
+def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
+    """What pydantic found wrong with the values of a model of ours, as an error with the nearest valid option."""
+    found: dict[str, tuple[int, str]] = {}  # by option: how deep the problem lies, and what it is
+    hint = None
+    for problem in error.errors(include_url=False):
+        option = str(problem["loc"][0]) if problem["loc"] else ""
+        depth = len(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            found[option] = (1, f"{kind.__name__} has no option {option!r}")
+            close = nearest(option, kind.model_fields)
+            hint = f"did you mean {close!r}?" if close else f"options are {listed(kind.model_fields, limit=40)}"
+        # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
+        elif option not in found or depth > found[option][0]:
+            message = problem["msg"].removeprefix("Value error, ")
+            # Of a missing option, or of several that do not agree, pydantic calls all options the input.
+            hidden = option in ("", "token") or problem["type"] == "missing"
+            shown = "" if hidden else f" (found {problem['input']!r:.80})"
+            inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
+            found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{shown}" if option else message)
+            hint = hint or _nearest_value(problem)
+    return RequestError("; ".join(line for _, line in found.values()), hint=hint)
+
+
+def _nearest_value(problem: Any) -> str | None:
+    """The valid word most like a misspelt one."""
+    if problem["type"] != "literal_error" or not isinstance(problem["input"], str):
+        return None
+    expected = str(problem["ctx"]["expected"]).replace(" or ", ", ").split(", ")
+    close = nearest(problem["input"], [word.strip("'") for word in expected])
+    return f"did you mean {close!r}?" if close else None

@@ -1,0 +1,304 @@
+"""Requests that were made together, and their state.
+
+Decides how callers wait: in a thread, in an event loop, or event by event. A call may exist before its sequences do, while an
+adapter is being fetched. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from lorax_core.engine.sequence import Sequence, SequenceUpdate, discard
+from lorax_core.errors import LoraxError, StepError
+from lorax_core.serving.prepare import Prepared, Result
+from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
+
+Sequences = list[Sequence]
+
+
+@dataclass(slots=True)
+class _Answer:
+    """One answer to one request: its index, and the output so far."""
+
+    index: int
+    choice: int
+    sequence: Sequence
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    completion: Completion | None = None
+
+
+class Call:
+    """`count` requests that were submitted together. Made by `Engine.submit`; safe to use from any thread.
+
+    Wait for the results with `wait()` or `await call`. Cancelling the task that awaits it, or `cancel()`, takes its sequences
+    out of the engine before the next step. Dropping a call does not: its results may be unused, but the work goes on.
+    """
+
+    def __init__(self, count: int, abort: Callable[[Sequences], None]) -> None:
+        self.results: list[Result | LoraxError | None] = [None] * count
+        self._abort = abort
+        self._prepared: list[Prepared] = []
+        self._answers: list[_Answer] = []
+        self._choices: list[list[_Answer]] = [[] for _ in range(count)]
+        self._open: int | None = None  # answers that are not complete; None before the call starts
+        # (place in `_answers`, update), put by the engine's thread and taken by the callers' threads.
+        self._updates: deque[tuple[int, SequenceUpdate]] = deque()
+        self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        # Guards `_updates`, `_open` and `_wakers`. Lock order: `_taking` before `_changed`, never the reverse.
+        self._changed = threading.Condition()
+        # Reentrant: `cancel` and `done` take all updates while they hold it.
+        self._taking = threading.RLock()  # one thread at a time turns updates into results
+        self._cancelled = False
+
+    # --- from the engine ---
+
+    def start(self, prepared: SequenceOf[Prepared], submit: Callable[[Sequences], None]) -> None:
+        """Submit the sequences of all requests together; no-op for a call that was cancelled before."""
+        with self._changed:
+            if self._cancelled:
+                return
+            self._prepared = list(prepared)
+            for index, one in enumerate(self._prepared):
+                # Forks are submitted with their first sequence, not beside it: they start once its prompt is computed.
+                for choice, sequence in enumerate((one.sequence, *one.sequence.forks)):
+                    answer = _Answer(index, choice, sequence)
+                    sequence.sink = partial(self._put, len(self._answers))
+                    self._answers.append(answer)
+                    self._choices[index].append(answer)
+            # Under the lock, so that a cancellation comes before or after, and finds the sequences then.
+            submit([one.sequence for one in self._prepared])
+            # After the submission: when that raises, the call has not started and `fail` may end it.
+            self._open = len(self._answers)
+            self._wake()
+
+    def fail(self, error: LoraxError) -> None:
+        """End a call that has not started: every request has this error. No-op for one that was cancelled."""
+        with self._changed:
+            if self._cancelled:
+                return
+            self.results = [error] * len(self.results)
+            self._open = 0
+            self._wake()
+
+    def _put(self, place: int, update: SequenceUpdate) -> None:
+        with self._changed:
+            if self._open != 0:  # a step may be in progress while its call is cancelled
+                self._updates.append((place, update))
+                self._wake()
+
+    def _wake(self) -> None:
+        """Wake all waiters. The caller holds `_changed`."""
+        self._changed.notify_all()
+        wakers, self._wakers = self._wakers, []
+        for loop, event in wakers:
+            try:
+                # asyncio.Event is not thread-safe: only its own loop may set it.
+                loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # the event loop was closed, so nothing waits in it any more
+                continue
+
+    # --- for callers ---
+
+    @property
+    def done(self) -> bool:
+        """Whether every request has its result or error."""
+        with self._taking:
+            self._take_all()
+            return self._open == 0
+
+    def wait(self, timeout: float | None = None) -> list[Result]:
+        """Every result, in order.
+
+        A single failure raises its own error; failures among several raise StepError, whose `results` has both. After
+        `timeout` seconds raises TimeoutError, and the call goes on. An interruption (KeyboardInterrupt) cancels it.
+        """
+        # Every comparison with NaN is false, so the wait would never end.
+        if timeout is not None and math.isnan(timeout):
+            raise ValueError("timeout is not a number of seconds")
+        deadline = None if timeout is None or timeout == math.inf else time.monotonic() + timeout
+        try:
+            while not self.done:
+                self._wait_for_update(deadline)
+        # The only end that leaves the call running; all others, KeyboardInterrupt included, cancel it.
+        except TimeoutError:
+            raise
+        except BaseException:
+            self.cancel()
+            raise
+        return self._outcome()
+
+    def __await__(self) -> Generator[Any, None, list[Result]]:
+        return self._result().__await__()
+
+    def cancel(self) -> None:
+        """Take out what has not finished; pages are free before the engine's next step. Idempotent, no-op once it is done."""
+        with self._taking:
+            self._take_all()
+            with self._changed:
+                if self._open == 0:
+                    return
+                self._cancelled, self._open = True, 0
+                unfinished = [answer.sequence for answer in self._answers if not answer.sequence.finished]
+                error = LoraxError("the call was cancelled")
+                self.results = [error if result is None else result for result in self.results]
+                self._updates.clear()
+                # A step in progress may still give these an update, which must not reach the call.
+                for sequence in unfinished:
+                    sequence.sink = discard
+                self._wake()
+        # Outside both locks: the engine's thread takes its own, and calls `_put` under `_changed`.
+        if unfinished:
+            self._abort(unfinished)
+
+    def next_event(self) -> Event | None:
+        """The next event of any answer, None once there will be none; raises as `wait` does when all others were given."""
+        while True:
+            event, over = self._next()
+            if event is not None or over:
+                return event
+            self._wait_for_update(None)
+
+    async def next_event_async(self) -> Event | None:
+        """`next_event` for an event loop."""
+        while True:
+            event, over = self._next()
+            if event is not None or over:
+                return event
+            await self._update_async()
+
+    async def _result(self) -> list[Result]:
+        try:
+            while not self.done:
+                await self._update_async()
+        except BaseException:  # the task was cancelled
+            self.cancel()
+            raise
+        return self._outcome()
+
+    def _wait_for_update(self, deadline: float | None) -> None:
+        with self._changed:
+            while not self._updates and self._open != 0:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError("the call is still running; wait() again, or cancel() it")
+                self._changed.wait(left)
+
+    async def _update_async(self) -> None:
+        with self._changed:
+            if self._updates or self._open == 0:
+                return
+            # Made under `_changed`: an update cannot come between the check above and the registration.
+            event = asyncio.Event()
+            self._wakers.append((asyncio.get_running_loop(), event))
+        await event.wait()
+
+    # --- from updates to results ---
+
+    def _next(self) -> tuple[Event | None, bool]:
+        """An event that has already arrived (if any), and whether the stream has ended."""
+        with self._taking:
+            while (found := self._pop()) is not None:
+                event = self._take(*found)
+                if event is not None:
+                    return event, False
+            over = self._open == 0
+        if over:
+            self._outcome()
+        return None, over
+
+    def _take_all(self) -> None:
+        while (found := self._pop()) is not None:
+            self._take(*found)
+
+    def _pop(self) -> tuple[int, SequenceUpdate] | None:
+        with self._changed:
+            return self._updates.popleft() if self._updates else None
+
+    def _take(self, place: int, update: SequenceUpdate) -> Event | None:
+        """Account for an update; the event that it makes for a stream, None when there is nothing to show."""
+        answer = self._answers[place]
+        try:
+            event = self._account(answer, update)
+        except Exception as error:  # a tokenizer that cannot read its own tokens, say
+            failure = StepError(f"an answer could not be read: {type(error).__name__}: {error}", results=[])
+            # `raise ... from` without raising: the error is kept as a result.
+            failure.__cause__ = error
+            self.results[answer.index], event = failure, None
+        # Also after an error above, or the call would never end.
+        if update.last:
+            answer.sequence.sink = discard  # the sequence, and with it its adapter, is freed with the call
+            self._close_one()
+        return event
+
+    def _account(self, answer: _Answer, update: SequenceUpdate) -> Event | None:
+        if update.error is not None:
+            self.results[answer.index] = update.error
+            return None
+        # Pieces are joined once at the end; adding strings per token would be quadratic.
+        answer.text.append(update.text)
+        answer.logprobs += update.logprobs
+        if update.answer is not None:
+            self.results[answer.index] = self._prepared[answer.index].result(update.answer)
+        if update.finish_reason is not None:
+            answer.completion = _completion(answer, update.finish_reason)
+            self._settle(answer.index)
+        tokens = list(update.token_ids)
+        return Event(answer.index, update.text, tokens, update.finish_reason, answer.completion, answer.choice)
+
+    def _close_one(self) -> None:
+        with self._changed:
+            assert self._open is not None
+            self._open -= 1
+            if self._open == 0:
+                self._wake()  # others may wait for the same call
+
+    def _settle(self, index: int) -> None:
+        """The result of a request, once all of its answers are there."""
+        completions = [answer.completion for answer in self._choices[index]]
+        whole = [completion for completion in completions if completion is not None]
+        # An error of one choice is the result already, and stays.
+        if len(whole) == len(completions) and self.results[index] is None:
+            self.results[index] = replace(whole[0], alternatives=whole[1:])
+
+    def _outcome(self) -> list[Result]:
+        results: list[Result] = []
+        failed: list[LoraxError] = []
+        for result in self.results:
+            if isinstance(result, LoraxError):
+                failed.append(result)
+            elif result is not None:
+                results.append(result)
+        # One error object for all requests (`fail`, a stopped engine) is that error, and no StepError around it.
+        if failed and (len(self.results) == 1 or all(error is failed[0] for error in self.results)):
+            raise failed[0]
+        if failed:
+            raise StepError(
+                f"{len(failed)} of {len(self.results)} requests failed; the first: {failed[0].message}",
+                results=list(self.results),
+                hint="the error's .results has every request's result or error, in order",
+            ) from failed[0]
+        return results
+
+
+def _completion(answer: _Answer, reason: FinishReason) -> Completion:
+    sequence = answer.sequence
+    usage = Usage(len(sequence.prompt), len(sequence.output), sequence.reused, sequence.accepted_drafts)
+    return Completion(
+        text="".join(answer.text),
+        token_ids=list(sequence.output),
+        finish_reason=reason,
+        usage=usage,
+        logprobs=answer.logprobs if sequence.sampling.logprobs is not None else None,
+        # The first token has nothing before it, so no probability, as OpenAI and vLLM give it.
+        prompt_logprobs=[None, *sequence.prompt_scores] if sequence.prompt_logprobs is not None else None,
+    )

@@ -1,0 +1,41 @@
+"""What an engine is made of, as its users see it.
+
+Decides which facts are shown. Knows nothing of how they came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lorax_core.engine.stats import StepStats
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine is made of.
+
+    `max_tokens` is the longest sequence, `max_text_tokens` the longest input to embed or classify (tokenizers and sentence
+    files may allow less than the model), `kv_cache_tokens` what all sequences share. `step_bytes`, known after `warmup`: what
+    the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
+    `steps` counts the steps so far, and `last_step` has the numbers of the last one. `linear_methods` counts the layers that
+    each linear method computes, `linear_notes` say why others were passed over, and `lora_kernel` is the kernel of low-rank
+    products with the reason for it.
+    """
+
+    model_type: str
+    tasks: tuple[str, ...]
+    dtype: str
+    device: str
+    attention: str
+    passed_over: tuple[tuple[str, str], ...]
+    max_tokens: int
+    max_text_tokens: int
+    kv_cache_tokens: int | None
+    kv_cache_bytes: int
+    linear_methods: Mapping[str, int] = field(default_factory=dict)
+    linear_notes: tuple[str, ...] = ()
+    lora_kernel: tuple[str, str] | None = None
+    step_bytes: int | None = None
+    steps: int = 0
+    last_step: StepStats | None = None

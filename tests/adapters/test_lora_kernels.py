@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorax_core.adapters.deltas import LowRank, RankBlock
+from lorax_core.adapters.lora_kernels.base import LoraPlan, Segment, Updates
+from lorax_core.adapters.lora_kernels.native import NativeKernel
+from lorax_core.adapters.lora_kernels.select import select_kernel, wrong_numbers
+from lorax_core.adapters.lora_kernels.torch import TorchKernel
+from lorax_core.kernels.native.low_rank import load_low_rank
+from lorax_core.settings import Settings
+
+HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler is installed")
+
+
+def make_update(generator, inputs, outputs, ranks, dtype):
+    """Blocks side by side, one for each rank; a rank of 0 leaves its columns alone."""
+    width = outputs // len(ranks)
+    starts = [sum(ranks[:at]) for at in range(len(ranks))]
+    return LowRank(
+        torch.randn(sum(ranks), inputs, generator=generator).to(dtype),
+        tuple(
+            RankBlock(slice(start, start + rank), at * width, torch.randn(rank, width, generator=generator).to(dtype))
+            for at, (start, rank) in enumerate(zip(starts, ranks, strict=True))
+            if rank
+        ),
+    )
+
+
+def make_work(seed, inputs, outputs, runs, dtype):
+    """x, y, and segments of runs `(rows, ranks)`; every second run has no adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(rows for rows, _ in runs)
+    x = torch.randn(total, inputs + 3, generator=generator).to(dtype)[:, 1:-2]  # rows that lie apart
+    y = torch.randn(total, outputs + 5, generator=generator).to(dtype)[:, 2:-3]
+    found, start = [], 0
+    for number, (rows, ranks) in enumerate(runs):
+        if number % 2 == 0:
+            updates = {"here": make_update(generator, inputs, outputs, ranks, dtype)}
+            updates |= {"elsewhere": make_update(generator, inputs, outputs, ranks, dtype)}
+            found.append(Segment(start, start + rows, Updates(updates)))
+        start += rows
+    return x, y, found
+
+
+def expected(x, y, segments, site="here"):
+    """The definition, in 64 bit."""
+    result = y.double().clone()
+    for segment in segments:
+        update, rows = segment.updates.by_site[site], slice(segment.start, segment.stop)
+        for block in update.blocks:
+            added = x[rows].double() @ update.a[block.ranks].double().t() @ block.b.double()
+            result[rows, block.columns] += added
+    return result
+
+
+@pytest.fixture(scope="module")
+def product():
+    found, reason = load_low_rank(Settings.from_env())
+    assert found is not None, reason
+    return found
+
+
+@needs_compiler
+def test_where_there_is_a_compiler_the_native_kernel_is_selected():
+    choice = select_kernel(torch.float32, torch.device("cpu"), Settings.from_env())
+
+    assert choice.kernel.name == "native"
+    assert choice.reason.endswith(".so")
+
+
+@pytest.mark.parametrize("worth", [None, 0, 40, 1_000_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    inputs=st.sampled_from([1, 7, 64, 130]),
+    outputs=st.sampled_from([6, 48, 1200]),
+    runs=st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from([(1,), (3, 0), (8, 4), (16,), (5, 1, 2)])), min_size=1, max_size=7
+    ),
+)
+def test_every_kernel_computes_the_definition_at_every_site(worth, dtype, seed, inputs, outputs, runs):
+    """`worth` decides which segments the native kernel leaves to torch; None is torch's own."""
+    if worth is None:
+        kernel = TorchKernel()
+    elif HAS_COMPILER:
+        kernel = NativeKernel(load_low_rank(Settings.from_env())[0], worth)
+    else:
+        pytest.skip("no C++ compiler is installed")
+    x, y, segments = make_work(seed, inputs, outputs, runs, dtype)
+    plan = kernel.plan(segments)
+
+    for site in ("here", "elsewhere", "here"):
+        wanted = expected(x, y, segments, site)
+        plan.add(site, x, y)
+        off = (y.double() - wanted).abs().max() / wanted.abs().max()
+        # In 16 bit torch rounds between the two products and the native kernel only at the end.
+        assert off < (2e-6 if dtype is torch.float32 else 2e-2)
+    before = y.clone()
+    plan.add("nowhere", x, y)
+    assert torch.equal(before, y)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none(dtype, number, product):
+    x, y, segments = make_work(1, 64, 48, [(2, (8,))], dtype)
+    x[1, 5] = number
+
+    NativeKernel(product).plan(segments).add("here", x, y)
+
+    assert y[0].isfinite().all()
+    assert not y[1].isfinite().any()
+
+
+@needs_compiler
+def test_outputs_and_inputs_that_lie_column_by_column_are_computed_too(product):
+    x, y, segments = make_work(1, 64, 48, [(2, (8,)), (1, (1,)), (3, (4,))], torch.float32)
+    x, y = x.t().contiguous().t(), y.t().contiguous().t()
+    wanted = expected(x, y, segments)
+
+    NativeKernel(product).plan(segments).add("here", x, y)
+
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+class Spy(NativeKernel):
+    """Which segments got which form."""
+
+    def chosen(self, segments):
+        plan = self.plan(segments)
+        plans = getattr(plan, "_plans", [plan])
+        return [type(one).__name__ for one in plans]
+
+
+@needs_compiler
+def test_the_form_depends_on_the_shapes_of_the_step_alone(product):
+    spy = Spy(product)
+
+    def step(*runs):
+        generator = torch.Generator().manual_seed(0)
+        starts = [sum(rows for rows, _ in runs[:at]) for at in range(len(runs))]
+        return [
+            Segment(start, start + rows, Updates({"here": make_update(generator, 8, 8, (rank,), torch.float32)}))
+            for start, (rows, rank) in zip(starts, runs, strict=True)
+        ]
+
+    assert spy.chosen(step((16, 16))) == ["NativePlan"]
+    assert spy.chosen(step((17, 16))) == ["TorchPlan"]
+    assert spy.chosen(step(*[(64, 16)] * 4)) == ["NativePlan"]
+    assert spy.chosen(step(*[(1, 8)] * 3, (200, 8))) == ["NativePlan", "TorchPlan"]
+    assert [spy.chosen(step((17, 16), (3, 4))) for _ in range(2)] == [["NativePlan"]] * 2
+
+
+def test_a_kernel_with_wrong_numbers_is_found_out():
+    class Plan(LoraPlan):
+        def __init__(self, right):
+            self._right = right
+
+        def add(self, site, x, y):
+            self._right.add(site, x, y)
+            y[0, 1] += 0.5
+
+    class Wrong(TorchKernel):
+        def plan(self, segments):
+            return Plan(super().plan(segments))
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "is off by" in wrong_numbers(Wrong(), dtype)
+        assert wrong_numbers(TorchKernel(), dtype) is None
+
+
+def test_without_a_compiler_or_when_switched_off_torch_computes(monkeypatch, tmp_path):
+    off = select_kernel(torch.float32, torch.device("cpu"), Settings(cache=tmp_path, native=False))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = select_kernel(torch.float32, torch.device("cpu"), Settings(cache=tmp_path))
+
+    assert [choice.kernel.name for choice in (off, without)] == ["torch", "torch"]
+    assert "LORAX_NATIVE is off" in off.reason
+    assert "none of the compilers" in without.reason
+
+
+@needs_compiler
+def test_other_dtypes_and_devices_are_torch_s():
+    settings = Settings.from_env()
+
+    assert "not in float16" in select_kernel(torch.float16, torch.device("cpu"), settings).reason
+    assert "not on meta" in select_kernel(torch.float32, torch.device("meta"), settings).reason
+
+
+def test_an_engine_without_adapters_compiles_nothing(qwen2, tmp_path):
+    code = (
+        "import lorax_core, sys\n"
+        "with lorax_core.load(sys.argv[1]) as engine:\n"
+        "    engine.generate([1, 2, 3], max_tokens=2)\n"
+    )
+    environment = {**os.environ, "LORAX_CACHE": str(tmp_path / "cache")}
+
+    subprocess.run([sys.executable, "-c", code, str(qwen2)], env=environment, check=True, timeout=120)
+
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_compiler
+def test_rows_of_another_dtype_than_the_adapters_are_refused(product):
+    update = LowRank.whole(torch.ones(2, 8, dtype=torch.bfloat16), torch.ones(4, 2, dtype=torch.bfloat16))
+    plan = NativeKernel(product).plan([Segment(0, 3, Updates({"here": update}))])
+
+    with pytest.raises(RuntimeError, match=r"here computes in torch\.float32, its adapters in torch\.bfloat16"):
+        plan.add("here", torch.ones(3, 8), torch.zeros(3, 4))
+
+
+@needs_compiler
+def test_a_single_column_of_any_strides_is_added_to(product):
+    update = LowRank.whole(torch.ones(2, 8), torch.ones(1, 2))
+    y = torch.zeros(1, 3).t()  # [3, 1], strides (1, 3)
+    plan = NativeKernel(product).plan([Segment(0, 3, Updates({"here": update}))])
+
+    plan.add("here", torch.ones(3, 8), y)
+
+    assert y.tolist() == [[16.0]] * 3
+
+
+def test_the_scratch_of_a_plan_has_room_for_its_largest_site(product):
+    generator = torch.Generator().manual_seed(4)
+    ranks = {"wide": 16, "narrow": 1}
+    updates = {site: make_update(generator, 8, 6, (rank,), torch.float32) for site, rank in ranks.items()}
+    segments = [Segment(0, 4, Updates(updates))]
+    x, y = torch.randn(4, 8, generator=generator), torch.zeros(4, 6)
+
+    plan = NativeKernel(product).plan(segments)
+
+    assert plan._scratch.numel() == 4 * 16
+    for site in ranks:
+        wanted = expected(x, y, segments, site)
+        plan.add(site, x, y)
+        torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)

@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorax_core.errors import RequestError
+from lorax_core.kernels import onednn
+from lorax_core.linear_methods.base import LinearMethod
+from lorax_core.linear_methods.plain import Plain, PlainKernel
+from lorax_core.linear_methods.select import METHODS, LinearPolicy, choose
+from lorax_core.modeling import Embedding, Linear
+from lorax_core.modeling.batch import NoAdapters
+from lorax_core.modeling.linear import prepare_linears
+
+_sizes = itertools.count(17)  # verdicts are kept by shape, so every test has shapes of its own
+
+
+class Rows:
+    adapters = NoAdapters()
+
+
+class Doubled(LinearMethod):
+    """Gives twice the numbers that it should."""
+
+    name = "doubled"
+
+    def supports(self, shape, dtype, device):
+        return None
+
+    def prepare(self, weight, bias, *, rows=False):
+        return PlainKernel(2 * weight, bias)
+
+
+class Crashes(Doubled):
+    """Cannot be made at all."""
+
+    name = "crashes"
+
+    def prepare(self, weight, bias, *, rows=False):
+        raise RuntimeError("no such instruction")
+
+
+class Halved(LinearMethod):
+    """Refuses to be used."""
+
+    name = "halved"
+
+    def supports(self, shape, dtype, device):
+        return f"not for {list(shape)}"
+
+    def prepare(self, weight, bias, *, rows=False):
+        raise AssertionError("prepared although it supports nothing")
+
+
+def make_weight(out=None, width=12, dtype=torch.float32):
+    out = out or next(_sizes)
+    return torch.randn(out, width, generator=torch.Generator().manual_seed(out)).to(dtype)
+
+
+def make_layer(out, width=12, bias=True):
+    layer = Linear(width, out, bias)
+    layer.weight.data = make_weight(out, width)
+    if bias:
+        layer.bias.data = torch.linspace(-1, 1, out)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (Doubled(), "gives other numbers than the plain product"),
+        (Crashes(), "failed when it was tried: no such instruction"),
+        (Halved(), "not for"),
+    ],
+)
+def test_a_method_that_is_wrong_fails_or_refuses_is_passed_over_with_the_reason(method, reason):
+    weight = make_weight()
+
+    first, why = choose(weight, (method, Plain()))
+    again, why_again = choose(weight, (method, Plain()))
+
+    assert first.method == again.method == "plain"
+    assert reason in why[method.name]
+    assert why_again == why
+    assert torch.equal(first.dense(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_gets_a_method_and_a_reason_for_each_passed_over(dtype):
+    kernel, passed_over = choose(make_weight(dtype=dtype), METHODS)
+
+    names = [method.name for method in METHODS]
+    assert [*passed_over, kernel.method] == names[: len(passed_over) + 1]
+
+
+def test_a_policy_picks_a_method_by_the_path_of_a_layer():
+    layers = torch.nn.ModuleDict({"up": make_layer(9), "down": make_layer(10)})
+
+    report = prepare_linears(layers, LinearPolicy({"up": "plain"}))
+
+    assert [choice.path for choice in report.choices] == ["up", "down"]
+    assert report.choices[0].method == "plain"
+    assert sum(report.methods.values()) == 2
+    assert report.choices[1].method == ("onednn" if onednn.works(torch.float32) else "plain")
+
+
+def test_a_method_that_is_not_there_is_refused_with_the_nearest_name():
+    with pytest.raises(RequestError, match="no linear method 'plian'") as caught:
+        prepare_linears(make_layer(9), LinearPolicy({"*": "plian"}))
+
+    assert "'plain'" in caught.value.hint
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_prepared_layer_keeps_its_numbers_and_lets_its_parameter_go(bias):
+    layer = make_layer(next(_sizes), bias=bias)
+    weight, x = layer.weight.detach().clone(), make_weight(3)
+    expected = F.linear(x, weight, layer.bias)
+
+    prepare_linears(layer)
+    prepare_linears(layer)  # once more changes nothing
+
+    torch.testing.assert_close(layer(x, Rows()), expected)
+    assert layer.weight is None
+    assert torch.equal(layer.dense_weight(), weight)
+
+
+def make_tied(vocab, dim, dtype=torch.float32):
+    table, head = Embedding(vocab, dim), Linear(dim, vocab, bias=False)
+    table.weight = torch.nn.Parameter(make_weight(vocab, dim, dtype), requires_grad=False)
+    head.weight = table.weight
+    return torch.nn.ModuleDict({"table": table, "head": head})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(131, 64), (256, 128), (5, 8), (1030, 96), (200, 7)])
+def test_a_tied_embedding_reads_the_bits_of_the_weight_that_the_head_prepared(shape, dtype):
+    tied = make_tied(*shape, dtype)
+    weight = tied["table"].weight.detach().clone()
+    ids = torch.tensor([shape[0] - 1, 0, 1, shape[0] // 2, 0])
+
+    prepare_linears(tied)
+
+    assert torch.equal(tied["table"](ids, Rows()), weight[ids])
+    assert torch.equal(tied["table"].dense_weight(), weight)
+    assert torch.equal(tied["head"].dense_weight(), weight)
+
+
+@pytest.mark.skipif(not onednn.works(torch.float32), reason="this build of torch packs nothing")
+def test_where_the_layout_is_not_recognised_the_embedding_keeps_its_weight_and_the_report_says_so(monkeypatch):
+    tied = make_tied(131, 64)
+    weight = tied["table"].weight.detach().clone()
+    monkeypatch.setattr(onednn, "_ROWS_IN_A_BLOCK", (7,))
+
+    report = prepare_linears(tied)
+
+    assert torch.equal(tied["table"].weight, weight)
+    assert torch.equal(tied["table"](torch.tensor([130, 0]), Rows()), weight[[130, 0]])
+    assert any("head: a second, plain weight" in reason for reason in report.reasons)
+
+
+def test_a_weight_that_is_not_finite_does_not_speak_against_a_method():
+    weight = make_weight()
+    broken = weight.clone()
+    broken[0, 0] = float("nan")
+
+    methods = [choose(one, METHODS)[0].method for one in (broken, weight)]
+
+    assert methods[0] == methods[1]
+    assert choose(make_weight(), METHODS)[0].method == methods[0]
+
+
+class WrongAlone(Doubled):
+    """Gives wrong numbers for exactly one row."""
+
+    name = "wrong-alone"
+
+    def prepare(self, weight, bias, *, rows=False):
+        return WrongAloneKernel(weight, bias)
+
+
+class WrongAloneKernel(PlainKernel):
+    def __call__(self, x):
+        return super().__call__(x) * (2 if len(x) == 1 else 1)
+
+
+def test_a_method_that_is_wrong_for_exactly_one_row_is_passed_over():
+    kernel, passed_over = choose(make_weight(), (WrongAlone(), Plain()))
+
+    assert kernel.method == "plain"
+    assert "gives other numbers" in passed_over["wrong-alone"]
+
+
+class Counted(Doubled):
+    """Counts how often it is prepared."""
+
+    name = "counted"
+    prepared = 0
+
+    def prepare(self, weight, bias, *, rows=False):
+        self.prepared += 1
+        return super().prepare(weight, bias, rows=rows)
+
+
+def test_a_method_that_was_refused_is_not_prepared_again_for_the_same_shape():
+    method, weight = Counted(), make_weight()
+
+    for _ in range(3):
+        choose(weight, (method, Plain()))
+
+    assert method.prepared == 1
+
+
+class Rounded(Doubled):
+    """Rounds its weight, and says how far that may take it."""
+
+    name = "rounded"
+
+    def prepare(self, weight, bias, *, rows=False):
+        return PlainKernel((weight * 16).round() / 16, bias)
+
+    def tolerance(self, dtype):
+        return 0.1
+
+
+def test_a_method_that_rounds_weights_is_measured_by_its_own_tolerance():
+    kernel, passed_over = choose(make_weight(), (Rounded(), Plain()))
+
+    assert passed_over == {}
+    assert not torch.equal(kernel.dense(), make_weight(len(kernel.dense())))

@@ -342,15 +342,21 @@ def environment_names(source: Source) -> list[str]:
     ]
 
 
+def packages(source: Source) -> list[str]:
+    """The packages that a module is in, dotted."""
+    parts = source.parent.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
 def own_init_imports(source: Source) -> list[str]:
     """Names that a module takes from the `__init__` of its own package, which may import the module itself."""
     if source.path.endswith("__init__.py"):
         return []
-    known = {one.module for one in CORE}
+    known, above = {one.module for one in CORE}, [name for name in packages(source) if "." in name]
     return [
         f"{source.name}:{found.line}: import {found.of} from its own module, not from {found.module}"
         for found in imports(source)
-        if found.module == source.parent and found.of is not None and f"{found.module}.{found.of}" not in known
+        if found.module in above and found.of is not None and f"{found.module}.{found.of}" not in known
     ]
 
 

@@ -146,6 +146,8 @@ PLANTED = {
     "a mask as index": lambda x: x[x[:, 0] == x[:, 0]],
     "another device": lambda x: x + x.to("cpu"),
     "repeats from a tensor": lambda x: x + x[:, 0].repeat_interleave(torch.ones_like(x[:, 0]).long())[:, None],
+    "an address of a storage": lambda x: x + (x.untyped_storage().data_ptr() and 0),
+    "a wait for the device": lambda x: [x, torch.cuda.synchronize(None)][0],
     "bincount": lambda x: x + (x[:, 0] > 0).long().bincount().sum(),
     "unique_consecutive": lambda x: x + x[:, 0].unique_consecutive().sum(),
     "nonzero": lambda x: x + x.nonzero().shape[1],

@@ -18,7 +18,7 @@ import lorax_core
 
 CORE = Path(lorax_core.__file__).parent
 KERNELS = CORE / "kernels"
-READS = ("tolist", "numpy", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
+READS = ("tolist", "numpy", "item", "cpu", "cuda", "__bool__", "__int__", "__float__", "__index__", "__array__")
 MAKES = (torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, torch.frombuffer, torch.scalar_tensor)
 # Operators that wait for the device: their results, or the shapes of these, depend on numbers in it.
 WAITS = (
@@ -31,6 +31,7 @@ WAITS = (
     "aten::bincount",
     "aten::unique_consecutive",
     "aten::unique_dim",
+    "aten::unique_dim_consecutive",
 )
 
 
@@ -41,13 +42,13 @@ class HostTraffic(AssertionError):
 def _has_mask(args) -> bool:
     """Whether an operator indexes with a mask: how many rows that gives is known only on the device."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
-    return any(index is not None and index.dtype is torch.bool for index in indices)
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def _names_a_device(args, kwargs) -> bool:
     """Whether `Tensor.to` was given a device, or another tensor to follow."""
     given = [*args, *(kwargs or {}).values()]
-    return any(isinstance(one, str | torch.device | torch.Tensor) for one in given)
+    return any(isinstance(one, str | int | torch.device | torch.Tensor) and not isinstance(one, bool) for one in given)
 
 
 class _Functions(TorchFunctionMode):
@@ -76,9 +77,9 @@ class _Operators(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _patched(**methods) -> Iterator[None]:
-    """`torch.Tensor` with other methods, each given the usual one and the caller's file."""
-    usual = {name: getattr(torch.Tensor, name) for name in methods}
+def _patched(of: type = torch.Tensor, **methods) -> Iterator[None]:
+    """A class with checks before some of its methods; each check is given the object, the name and the caller's file."""
+    usual = {name: getattr(of, name) for name in methods}
 
     def make(name, check):
         def method(self, *args, **kwargs):
@@ -91,16 +92,20 @@ def _patched(**methods) -> Iterator[None]:
         return method
 
     for name, check in methods.items():
-        setattr(torch.Tensor, name, make(name, check))
+        setattr(of, name, make(name, check))
     try:
         yield
     finally:
         for name, method in usual.items():
-            setattr(torch.Tensor, name, method)
+            setattr(of, name, method)
 
 
 def _refuse(tensor, name, file) -> None:
     raise HostTraffic(f"a tensor is read: {name}")
+
+
+def _refuse_waiting(device, name, file) -> None:
+    raise HostTraffic(f"the device is waited for: {name}")
 
 
 def _refuse_outside_kernels(tensor, name, file) -> None:
@@ -112,7 +117,12 @@ def _refuse_outside_kernels(tensor, name, file) -> None:
 def no_host_traffic() -> Iterator[None]:
     """Raises HostTraffic for code that makes a tensor of host values, reads one, or takes its address outside `kernels/`."""
     reads = dict.fromkeys(("tolist", "numpy", "item"), _refuse)
-    with _patched(**reads, data_ptr=_refuse_outside_kernels), _Functions(), _Operators():
+    with contextlib.ExitStack() as held:
+        held.enter_context(_patched(**reads, data_ptr=_refuse_outside_kernels))
+        held.enter_context(_patched(torch.UntypedStorage, data_ptr=_refuse_outside_kernels))
+        held.enter_context(_patched(torch.cuda, synchronize=_refuse_waiting))
+        held.enter_context(_Functions())
+        held.enter_context(_Operators())
         yield
 
 

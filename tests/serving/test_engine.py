@@ -174,7 +174,7 @@ def test_requests_of_every_task_share_a_batch(engine):
 
 
 def test_what_is_no_request_is_refused_and_nothing_is_started(engine):
-    with pytest.raises(lorax.RequestError, match=r"run\(\) takes .* not dict"):
+    with pytest.raises(lorax.RequestError, match=r"requests are .* not dict"):
         engine.run([lorax.GenerateRequest(prompt="a"), {"prompt": "a"}])
 
 

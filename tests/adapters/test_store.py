@@ -229,3 +229,13 @@ def test_what_is_freed_late_leaves_content_that_was_loaded_again(base, folders):
 
     assert identity in store.bound
     store.check()
+
+
+def test_a_closed_store_loads_nothing(base, folders):
+    store = make_adapters(base)
+    store.close()
+
+    with pytest.raises(AdapterError, match="'late' was not loaded: the engine is closed"):
+        store.load("late", folders["first"])
+
+    assert len(store.bound) == 0

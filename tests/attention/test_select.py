@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import fakes
 import pytest
 import torch
 from fakes import WindowlessBackend, make_backend_spec, with_backends
@@ -151,3 +152,25 @@ def test_an_engine_has_the_pages_that_its_backend_asked_for(qwen2, host):
     assert info.kv_cache_tokens == 128  # two pages of 64
     with lorax.load(qwen2, kv_cache_tokens=100) as engine:
         assert engine.generate(list(range(40)), max_tokens=8).token_ids == long
+
+
+class Breaks(TorchBackend):
+    """A backend with a fault in its code."""
+
+    def layout(self, specs, dtype, kv_dtype, device, page_size=None):
+        raise KeyError("heads")
+
+
+def test_a_backend_that_breaks_is_passed_over_and_does_not_keep_others_from_being_used(monkeypatch):
+    monkeypatch.setattr(fakes, "WindowlessBackend", Breaks)
+
+    selection = selected(WINDOWLESS, TORCH)
+
+    assert isinstance(selection.backend, TorchBackend)
+    assert selection.passed_over == (("windowless", "its layout() failed: KeyError: 'heads'"),)
+
+
+@pytest.mark.parametrize(("page_size", "dtype"), [(0, torch.float32), (16, torch.int32)])
+def test_a_layout_that_cannot_hold_keys_and_values_is_refused(page_size, dtype):
+    with pytest.raises(ValueError, match="pages hold tokens in a float dtype"):
+        CacheLayout(page_size, dtype)

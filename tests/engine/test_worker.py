@@ -163,12 +163,17 @@ def test_a_closed_engine_refuses_work_and_may_be_closed_again(make_worker):
 
 
 def test_many_threads_may_close_one_engine(make_worker):
-    worker, _ = make_worker()
-    worker.submit([make_sequence([7], 400)])
+    worker, loop = make_worker()
+    sequence = make_sequence([7], 400)
+    worker.submit([sequence])
 
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(worker.close) for _ in range(8)]:
             done.result(LIMIT)
+
+    assert sequence.sink.finished.is_set()
+    assert "closed" in str(sequence.sink.error)
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
 def test_a_step_that_breaks_answers_with_an_error_and_the_engine_serves_on(base, make_worker):

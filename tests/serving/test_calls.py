@@ -540,3 +540,11 @@ def test_cancelled_sequences_leave_the_numbers_of_the_last_step(qwen2):
 def test_one_request_in_place_of_a_list_is_refused_by_what_it_is(engine):
     with pytest.raises(lorax.RequestError, match="one GenerateRequest where a list belongs"):
         engine.submit(lorax.GenerateRequest(prompt=[1]))
+
+
+def test_a_time_limit_may_be_infinite_and_must_be_a_number(engine):
+    call = engine.submit([lorax.GenerateRequest(prompt=[1, 2], max_tokens=2)])
+
+    with pytest.raises(ValueError, match="not a number"):
+        call.wait(float("nan"))
+    assert len(within(LIMIT, lambda: call.wait(float("inf")))) == 1

@@ -188,3 +188,8 @@ def test_end_tokens_are_the_generation_configurations_else_the_models_else_the_t
         }
 
     assert {token for token, completion in forced.items() if completion.finish_reason == "stop"} == ends
+
+
+def test_a_device_that_torch_knows_and_core_does_not_is_refused(qwen2):
+    with pytest.raises(lorax.RequestError, match="device 'mps' is not supported"):
+        lorax.load(qwen2, device="mps")

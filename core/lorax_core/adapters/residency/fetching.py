@@ -97,5 +97,5 @@ def _settle(future: Future[None], error: BaseException | None) -> None:
             future.set_result(None)
         else:
             future.set_exception(error)
-    except InvalidStateError:  # it was too late, or was cancelled
+    except InvalidStateError:  # the time limit or close() ended it first, and its waiters have that error
         pass

@@ -162,7 +162,7 @@ FILES = {
         "not a readable safetensors file",
     ),
     "no settings": (lambda folder: (folder / "adapter_config.json").unlink(), "has no adapter_config.json"),
-    "settings cut short": (lambda folder: (folder / "adapter_config.json").write_text('{"r": '), "is not valid JSON"),
+    "settings cut short": (lambda folder: (folder / "adapter_config.json").write_text('{"r": '), "is not JSON"),
     "settings that are a list": (lambda folder: (folder / "adapter_config.json").write_text("[]"), "'list'"),
     "nothing there": (shutil.rmtree, "there is no adapter folder"),
 }

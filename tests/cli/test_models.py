@@ -183,7 +183,7 @@ def test_show_has_the_whole_declaration_as_json(main):
     ("config", "message", "hint"),
     [
         (None, "has no config.json", "is this its folder?"),
-        ('{"model_type": "qwen2",}', "is not JSON: ", "download the checkpoint again"),
+        ('{"model_type": "qwen2",}', "is not JSON: ", "download or copy it again"),
         ('{"model_type": "gpt3"}', "no plugin provides model type 'gpt3'; installed: ", "did you mean 'gpt2'?"),
         ('{"model_type": "qwen22"}', "no plugin provides model type 'qwen22'", "did you mean 'qwen2'?"),
     ],

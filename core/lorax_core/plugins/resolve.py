@@ -7,12 +7,12 @@ architecture. Knows nothing of discovery, and imports torch only where the reque
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CheckpointError, PluginError, nearest
 from lorax_core.plugins.cases import ArchitectureCases
+from lorax_core.untrusted import read_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -108,16 +108,7 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
     if not file.is_file():
         hint = "a checkpoint holds config.json and *.safetensors; is this its folder?"
         raise CheckpointError(f"'{folder}' has no config.json", hint=hint)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(
-            f"'{file}' is not JSON: {error.msg} in line {error.lineno}, column {error.colno}",
-            hint="download the checkpoint again",
-        ) from error
-    # RecursionError: json's parser recurses, so deep nesting in a damaged file ends there.
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"'{file}' cannot be read: {error}", hint="download the checkpoint again") from error
+    config = read_json(file, CheckpointError)
     if not isinstance(config, dict):
         raise CheckpointError(f"'{file}' holds {_kind(config)} where a JSON object belongs")
     model_type = config.get("model_type")

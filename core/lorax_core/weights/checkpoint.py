@@ -6,7 +6,6 @@ them. Knows nothing of architectures. Only safetensors is read; a pickle can run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lorax_core.errors import CheckpointError, listed
 from lorax_core.plugins.resolve import read_config
+from lorax_core.untrusted import file_in, read_json
 
 _CONVERT = "python -c \"from transformers import AutoModel; AutoModel.from_pretrained('PATH').save_pretrained('NEW')\""
 
@@ -46,10 +46,7 @@ class Checkpoint:
         file = self.path / name
         if not file.is_file():
             return None
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+        found = read_json(file, CheckpointError)
         if not isinstance(found, (dict, list)):
             raise CheckpointError(f"{file} holds {type(found).__name__}, not an object or a list")
         return found
@@ -99,7 +96,7 @@ class Checkpoint:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{self.path / 'model.safetensors.index.json'} has no 'weight_map'")
-        files = sorted({self.path / str(name) for name in weight_map.values()})
+        files = sorted({file_in(self.path, name, CheckpointError) for name in weight_map.values()})
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(

@@ -7,7 +7,6 @@ base's, and beside them a LoRA adapter in the same folder. Knows nothing of veri
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.adapters.formats.peft import content, read_tensors
 from lorax_core.errors import AdapterError, listed
 from lorax_core.types import Task
+from lorax_core.untrusted import read_json
 from lorax_core.weights.loader import LoadedModel
 
 _PREFIX = re.compile(r"^medusa_heads?\.")
@@ -124,11 +124,9 @@ class MedusaAdapter(Adapter):
 
 def is_medusa(folder: Path) -> bool:
     """Whether a folder's `config.json` describes Medusa heads."""
-    try:
-        config = _read_config(folder)
-    # No config.json, or none that is JSON: PEFT folders have none, and their own reader reports what is bad.
-    except (OSError, ValueError):
+    if not (folder / "config.json").is_file():  # PEFT's folders have none
         return False
+    config = _read_config(folder)
     return isinstance(config, dict) and "medusa_num_heads" in config
 
 
@@ -138,7 +136,7 @@ def read_adapter(folder: Path, head: HeadRequest | None = None) -> LoraAdapter |
 
 
 def _read_config(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "config.json", AdapterError)
 
 
 def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:

@@ -6,6 +6,7 @@ everything else. Knows nothing of models: whether a module exists is decided in 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from lorax_core.errors import AdapterError, CheckpointError, listed
+from lorax_core.patterns import UntrustedPattern
 from lorax_core.types import Task
+from lorax_core.untrusted import read_json
 from lorax_core.weights.checkpoint import opened
 
 TASKS = {
@@ -138,11 +141,20 @@ class PeftFiles:
             raise AdapterError(
                 f"{self.path} has an update of rank 0 for {module!r}", hint="leave the module out of the adapter"
             )
-        patterns = self.config.get("alpha_pattern") or {}
-        # PEFT matches patterns so: the whole name, or its end from a dot on; the first that matches counts.
-        matched = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-        alpha = float(patterns[matched] if matched is not None else self.config["lora_alpha"])
+        matched = (alpha for pattern, alpha in self._alphas if pattern.fullmatch(module))
+        alpha = next(matched, float(self.config["lora_alpha"]))
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
+
+    @functools.cached_property
+    def _alphas(self) -> list[tuple[UntrustedPattern, float]]:
+        """Modules whose alpha is their own, in order: the first that matches counts."""
+        patterns = self.config.get("alpha_pattern") or {}
+        source = f"alpha_pattern of {self.path}"
+        # As PEFT matches them: the whole name, or its end from a dot on.
+        return [
+            (UntrustedPattern(rf"(.*\.)?({key})", source, AdapterError), float(alpha))
+            for key, alpha in patterns.items()
+        ]
 
     def token_ids(self, module: str) -> list[int]:
         """Ids whose rows were trained in a module."""
@@ -269,10 +281,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path} has no adapter_config.json; it holds {listed(sorted(p.name for p in path.iterdir()))}"
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{file} is not valid JSON: {error}") from error
+    config = read_json(file, AdapterError)
     # Other kinds (IA3, prompt tuning) use the same two file names.
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__

@@ -1,0 +1,108 @@
+"""Reading what anybody may have written.
+
+Decides what is refused before it is parsed: names that leave their folder, files that are none, JSON that is too large, too
+deep or no valid text; and that whatever else goes wrong while something untrusted is read becomes one error of ours. Knows
+nothing of what the files mean. The one gate: checkpoints, adapters, tokenizers and templates are read through it.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from lorax_core.errors import LoraxError
+
+JSON_BYTES: Final = 64 * 2**20
+"""The largest JSON file that is read: ten times the largest index and configuration in use."""
+JSON_DEPTH: Final = 100
+
+
+def file_in(folder: Path, name: object, kind: type[LoraxError]) -> Path:
+    """The path of `name` in a folder, when `name` is a relative path that stays inside.
+
+    Links are not followed: a hub's snapshot is links to its `blobs/`. Raises `kind`, naming folder and name.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
+        raise kind(f"'{folder}' names the file {name!r:.120}, which is no file name")
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise kind(
+            f"'{folder}' names the file {name!r:.120}, which lies outside that folder",
+            hint="the files of a checkpoint or adapter lie in its own folder: do not use this one",
+        )
+    return folder / relative
+
+
+def regular(file: Path, kind: type[LoraxError]) -> int:
+    """The size in bytes of a regular file, links followed; raises `kind` for a pipe, device or folder, and if there is none."""
+    with guarded(kind, f"'{file}' cannot be read"):
+        found = file.stat()
+    # Opening a pipe blocks until somebody writes, and a device may have no end.
+    if not stat.S_ISREG(found.st_mode):
+        raise kind(f"'{file}' is not a regular file", hint="replace it by the file itself")
+    return found.st_size
+
+
+def read_json(file: Path, kind: type[LoraxError]) -> Any:
+    """The value of a JSON file; raises `kind`, naming the file and what is wrong with it."""
+    again = "download or copy it again"
+    size = regular(file, kind)
+    if size > JSON_BYTES:
+        raise kind(f"'{file}' has {size:,} bytes; at most {JSON_BYTES:,} are read", hint=again)
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # some editors on Windows put a mark first
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise kind(
+            f"'{file}' is not JSON: {error.msg} in line {error.lineno}, column {error.colno}", hint=again
+        ) from error
+    # ValueError: a number of more digits than Python converts; RecursionError: json's parser recurses.
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise kind(f"'{file}' cannot be read: {cause}", hint=again) from error
+    problem = _unusable(found)
+    if problem is not None:
+        raise kind(f"'{file}' {problem}", hint=again)
+    return found
+
+
+@contextmanager
+def guarded(kind: type[LoraxError], message: str, hint: str | None = None) -> Iterator[None]:
+    """Any exception inside that is no LoraxError becomes `kind`: "{message}: {type}: {what it says}"."""
+    try:
+        yield
+    except LoraxError:
+        raise
+    except Exception as error:
+        raise kind(f"{message}: {type(error).__name__}: {str(error)[:500]}", hint=hint) from error
+
+
+def _unusable(value: Any) -> str | None:
+    """What makes a parsed value unusable, None when nothing does."""
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        if not level:
+            return None
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += [*item, *item.values()]
+            elif isinstance(item, list):
+                below += item
+            # Half of a pair: valid JSON, but no text, so nothing can print, encode or hash it.
+            elif isinstance(item, str) and not _is_text(item):
+                return f"holds {item!r:.60}, which is not valid Unicode"
+        level = below
+    return f"is nested more than {JSON_DEPTH} levels deep" if level else None
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -45,3 +45,8 @@ class UntrustedPattern:
     def fullmatch(self, text: str) -> bool:
         """Whether it matches the whole of `text`."""
         return self._compiled.fullmatch(text) is not None
+
+    def group(self, text: str, name: str) -> str | None:
+        """What the group of this name holds in a match of the whole of `text`; None without one."""
+        found = self._compiled.fullmatch(text)
+        return None if found is None else found.group(name)

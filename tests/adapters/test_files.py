@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 import torch
 from builders import change_json, change_tensors, make_bert_model, make_lora, make_qwen2_model, with_lora
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 
 import lorax_core as lorax
+from lorax_core.adapters.formats.lora import LoraAdapter
+from lorax_core.adapters.formats.settings import PeftSettings
 from lorax_core.errors import AdapterError
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -44,6 +49,7 @@ def refusal(engine, folder):
     return caught.value
 
 
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
     "dora": ({"use_dora": True}, "use_dora=True"),
     "lora's own biases": ({"lora_bias": True}, "lora_bias=True"),
@@ -57,6 +63,24 @@ SETTINGS = {
     "no kind": ({"peft_type": None}, "None"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
     "olora": ({"init_lora_weights": "olora"}, "'olora'"),
+    "olora in another case": ({"init_lora_weights": "OLoRA"}, "'OLoRA'"),
+    "modules that are updated and not targets": ({"target_modules": ["k_proj"]}, "target_modules=['k_proj']"),
+    "an expression that names other modules": ({"target_modules": ".*mlp.*"}, "target_modules='.*mlp.*'"),
+    "excluded modules that are updated": ({"exclude_modules": ["q_proj"]}, "exclude_modules=['q_proj']"),
+    "saved modules that are updated": ({"modules_to_save": ["self_attn"]}, "modules_to_save=['self_attn']"),
+    "layers that are updated and not transformed": (
+        {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+        "layers_to_transform=[1]",
+    ),
+    "another rank": ({"r": 8}, "r=8"),
+    "another rank of a module": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern={'q_proj': 2}"),
+    "rank zero": ({"r": 0}, "(found 0)"),
+    "a rank in words": ({"r": "four"}, "'four'"),
+    "an infinite alpha of a module": ({"alpha_pattern": {"q_proj": float("inf")}}, "inf"),
+    "an expression that nothing can match": ({"alpha_pattern": {"(a": 1.0}}, "alpha_pattern of"),
+    "an expression that looks around": ({"target_modules": "(?!x).*"}, "target_modules of"),
+    "a switch in words": ({"use_rslora": "yes"}, "use_rslora"),
+    "token ids below zero": ({"trainable_token_indices": [-1]}, "-1"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha"),
     "alpha in words": ({"lora_alpha": "eight"}, "'eight'"),
     "alphas of modules in a list": ({"alpha_pattern": ["q_proj"]}, "['q_proj']"),
@@ -74,6 +98,52 @@ def test_a_setting_that_is_not_served_is_refused_by_name_and_value(engine, sound
 
     assert named in error.message
     assert str(folder) in error.message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ".*_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": [*TARGETS, "of_no_model"]},
+        {"target_modules": TARGETS, "layers_to_transform": [0, 1]},
+        {"target_modules": TARGETS, "layers_to_transform": [0, 1], "layers_pattern": ["layers"]},
+        {"r": 64, "rank_pattern": {r"layers\.\d+\.self_attn\..*": 4, "mlp.*": 4}},
+        {"exclude_modules": ".*lm_head"},
+    ],
+    ids=str,
+)
+def test_settings_that_say_the_same_otherwise_are_the_same_adapter(sound, tmp_path, changes):
+    folder = make_copy(sound, tmp_path)
+    change_json(folder / "adapter_config.json", **changes)
+
+    assert LoraAdapter(folder).identity == LoraAdapter(sound).identity
+
+
+def test_what_settings_leave_out_is_what_peft_drops(tmp_path):
+    model = make_qwen2_model()
+    folder = make_lora(model, tmp_path / "lora", target_modules=["q_proj", "v_proj"])
+    statements = [
+        {"target_modules": ["v_proj"]},
+        {"target_modules": r".*\.0\..*"},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": r".*v_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1},
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "layers_pattern": ["ayers"]},
+        {"modules_to_save": ["layers.1"]},
+    ]
+    modules = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    stated = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+
+    for statement in statements:
+        changed = {**stated, **statement}
+        settings = PeftSettings(path=folder, **changed)
+        config = LoraConfig(**{name: changed[name] for name in (*statement, "target_modules")})
+        left_out = [name for name in modules if not bool(check_target_module_exists(config, name))]
+
+        assert [name for name in modules if settings.leaves_out(name) is not None] == left_out, statement
+        assert left_out
 
 
 def without(name):
@@ -118,7 +188,7 @@ TENSORS = {
     "no tensors": (lambda tensors: {}, ["no tensors"]),
     "ranks that differ": (with_one(B, lambda t: t[B][:, :3]), ["[64, 3]"]),
     "one dimension": (with_one(B, lambda t: t[B][:, 0]), ["[64]"]),
-    "no dimension": (with_one(A, lambda t: t[A][0, 0]), ["'lora_A': []"]),
+    "no dimension": (with_one(A, lambda t: t[A][0, 0]), ["'a' of ", "has shape []"]),
     "four dimensions": (lambda tensors: {key: t[:, :, None, None] for key, t in tensors.items()}, [", 1, 1]"]),
     "NaN": (with_one(A, lambda t: t[A].masked_fill(t[A] == t[A].max(), torch.nan)), [repr(A), "NaN"]),
     "infinity": (with_one(B, lambda t: t[B].masked_fill(t[B] == t[B].max(), torch.inf)), [repr(B), "infinite"]),
@@ -141,6 +211,7 @@ TENSORS = {
 def test_a_tensor_without_a_place_is_refused_by_name(engine, sound, tmp_path, change, named):
     folder = make_copy(sound, tmp_path)
     change_tensors(folder / "adapter_model.safetensors", change)
+    change_json(folder / "adapter_config.json", target_modules=None)  # so that the base alone decides
 
     told = str(refusal(engine, folder))
 

@@ -91,7 +91,7 @@ def deltas(folder):
     found = {}
     for module, tensors in files.modules.items():
         a, b = (tensors.a, tensors.b) if tensors.a is not None else (tensors.embedding_a, tensors.embedding_b)
-        found[module] = files.scale(module, a.shape[0]) * b.float() @ a.float()
+        found[module] = files.settings.scale(module, a.shape[0]) * b.float() @ a.float()
     return found
 
 
@@ -380,8 +380,8 @@ def test_settings_on_which_the_adapters_differ_are_reported(pair, tmp_path):
 
     done = merge_adapters(adapters, tmp_path / "out")
 
-    assert read_peft(done.path).config["base_model_name_or_path"] == "first/base"
-    assert read_peft(done.path).config["task_type"] is None
+    assert read_peft(done.path).settings.base_model_name_or_path == "first/base"
+    assert read_peft(done.path).settings.task_type is None
     assert "'first/base', 'second/base'; written is 'first/base'" in done.notes[0]
     assert "'CAUSAL_LM', None; written is None" in done.notes[1]
 

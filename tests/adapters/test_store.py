@@ -99,7 +99,10 @@ def test_two_names_of_one_content_share_one_adapter(base, folders, tmp_path):
 
 def test_content_counts_and_not_how_it_was_trained(folders, tmp_path):
     copies = {}
-    for name, changes in {"same": {"lora_dropout": 0.3, "r": 99}, "scaled": {"lora_alpha": 9}}.items():
+    for name, changes in {
+        "same": {"lora_dropout": 0.3, "r": 99, "rank_pattern": {".*": 4}},
+        "scaled": {"lora_alpha": 9},
+    }.items():
         shutil.copytree(folders["first"], tmp_path / name)
         change_json(tmp_path / name / "adapter_config.json", **changes)
         copies[name] = LoraAdapter(tmp_path / name)

@@ -219,14 +219,15 @@ def _about(adapter: LoraAdapter | MedusaAdapter) -> dict[str, Any]:
     lora = adapter.lora if isinstance(adapter, MedusaAdapter) else adapter
     files = lora.files if lora is not None else None
     held = files.modules if files is not None else {}
-    config = files.config if files is not None else {}
+    settings = files.settings if files is not None else None
     modules = _modules(files) if files is not None else []
     tensors = [tensor for one in held.values() for _, tensor in one.items()]
     tensors += [tensor for head in (medusa.heads if medusa is not None else ()) for tensor in head.tensors]
     return {
         "kind": adapter.kind,
-        "task_type": config.get("task_type"),
-        "base_model": config.get("base_model_name_or_path") or (medusa.trained_on if medusa is not None else None),
+        "task_type": settings.task_type if settings is not None else None,
+        "base_model": (settings and settings.base_model_name_or_path)
+        or (medusa.trained_on if medusa is not None else None),
         "ranks": sorted({rank for row in modules for rank in row["ranks"]}),
         "alphas": sorted({alpha for row in modules for alpha in row["alphas"]}),
         "features": _features(files) if files is not None else [],
@@ -267,7 +268,7 @@ def _sizes(tensors: list[Tensor]) -> dict[str, Any]:
 def _modules(files: PeftFiles) -> list[dict[str, Any]]:
     """Modules that differ only in the number of their layer, together."""
     rows: dict[str, dict[str, Any]] = {}
-    root = bool(files.config.get("use_rslora"))
+    root = bool(files.settings.use_rslora)
     for module, tensors in files.modules.items():
         # Only a number that is a whole part of the path: the 1 of `fc1` stays.
         name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", module)
@@ -277,7 +278,7 @@ def _modules(files: PeftFiles) -> list[dict[str, Any]]:
         if rank is not None:
             row["ranks"].add(rank)
             # The scale times its divisor is alpha again; rounded, since the root makes 15.999999.
-            row["alphas"].add(round(files.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
+            row["alphas"].add(round(files.settings.scale(module, rank) * (math.sqrt(rank) if root else rank), 6))
         # What has no name of its own is A or B.
         holds = [_FEATURES.get(role, "weight" if role == "weight" else "low rank") for role, _ in tensors.items()]
         row["holds"] += [one for one in dict.fromkeys(holds) if one not in row["holds"]]
@@ -290,7 +291,7 @@ def _features(files: PeftFiles) -> list[str]:
         if tensors.weight is not None:
             # A weight beside a low-rank update is the base's, which PEFT saves beneath it.
             found.add("saved modules" if tensors.rank is None else "base weights")
-    if files.config.get("use_rslora"):
+    if files.settings.use_rslora:
         found.add("rslora")
     return sorted(found, key=str.lower)
 

@@ -63,8 +63,10 @@ def build_head(
     Raises AdapterError when a head is there but not for which task, or the base lacks what it needs.
     """
     candidates = _head_tensors(files, base)
-    if wanted.task is not None and files.task in CLASSIFICATION and files.task is not wanted.task:
-        raise AdapterError(f"{files.path} says that it is for {files.task.value!r}, not for {wanted.task.value!r}")
+    if wanted.task is not None and files.settings.task in CLASSIFICATION and files.settings.task is not wanted.task:
+        raise AdapterError(
+            f"{files.path} says that it is for {files.settings.task.value!r}, not for {wanted.task.value!r}"
+        )
     # Tensors beyond the backbone could be of any head; a wrong task would give plausible nonsense.
     if task is None and candidates and not any(module in base.model.sites for module in candidates):
         raise AdapterError(

@@ -129,7 +129,7 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
         )
     if tensors.b_bias is not None and list(tensors.b_bias.shape) != [out]:
         raise _misfit(files, layer, f"lora_B.bias is {list(tensors.b_bias.shape)}, the base has {out} outputs")
-    scale = files.scale(layer.module, a.shape[0])
+    scale = files.settings.scale(layer.module, a.shape[0])
     a, b = a.float(), layer.rows(b.float()) * scale  # [rank, in], [out, rank]
     if tensors.magnitude is None:
         bias = layer.rows(tensors.b_bias.float()) * scale if tensors.b_bias is not None else None
@@ -154,7 +154,7 @@ def _embedding(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: T
             f"lora_embedding_A is {list(a.shape)} and lora_embedding_B {list(b.shape)}, the base is "
             f"{'an embedding' if layer.embeds else 'no embedding'} of {list(layer.shape)}",
         )
-    a, b = a.float().t().contiguous(), b.float() * files.scale(layer.module, a.shape[0])
+    a, b = a.float().t().contiguous(), b.float() * files.settings.scale(layer.module, a.shape[0])
     if tensors.magnitude is None:
         return EmbeddingLowRank(a, b)
     norm = (_beneath(layer, weight) + a @ b.t()).norm(dim=0)  # [dim]
@@ -195,6 +195,6 @@ def _tokens(files: PeftFiles, rows: Tensor, ids: tuple[int, ...], layer: Layer) 
 
 def _misfit(files: PeftFiles, layer: Layer, what: str) -> AdapterError:
     return AdapterError(
-        f"{files.path} does not fit {layer.module!r}: {what}; it was trained on {files.trained_on}",
+        f"{files.path} does not fit {layer.module!r}: {what}; it was trained on {files.settings.trained_on}",
         hint="use the base that it was trained on",
     )

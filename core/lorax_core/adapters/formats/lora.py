@@ -40,7 +40,7 @@ class LoraAdapter(Adapter):
         self.files = read_peft(path)
         self.head_request = head or HeadRequest()
         self.identity = self.files.identity(self.head_request.settings)
-        self.task = self.head_request.task or self.files.task
+        self.task = self.head_request.task or self.files.settings.task
         self.ranks = self.files.ranks
 
     def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
@@ -141,7 +141,7 @@ def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: Lo
     close = nearest(base.weight_map.canonical(module), names)
     return AdapterError(
         f"{files.path} changes {module!r}, which {base.spec.model_type!r} does not have here; it was trained on "
-        f"{files.trained_on}",
+        f"{files.settings.trained_on}",
         hint=f"the nearest layer here is {close!r}" if close else "load it with the base that it was trained on",
     )
 

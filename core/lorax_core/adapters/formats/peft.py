@@ -1,50 +1,24 @@
 """The files that PEFT writes.
 
-Decides what of `adapter_config.json` is supported, and sorts the tensors by module and role. An error names
-everything else. Knows nothing of models: whether a module exists is decided in `lora`.
+Sorts the tensors by module and role, and holds them against `adapter_config.json`: an error names what does not agree or is not
+supported. Knows nothing of models: whether a module exists is decided in `lora`.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorax_core.adapters.formats.settings import PeftSettings, read_settings
 from lorax_core.errors import AdapterError, CheckpointError, listed
-from lorax_core.patterns import UntrustedPattern
-from lorax_core.types import Task
-from lorax_core.untrusted import read_json
 from lorax_core.weights.checkpoint import opened
-
-TASKS = {
-    "CAUSAL_LM": Task.GENERATE,
-    "FEATURE_EXTRACTION": Task.EMBED,
-    "TOKEN_CLS": Task.TOKEN_CLASSIFICATION,
-    "SEQ_CLS": Task.SEQUENCE_CLASSIFICATION,
-}
-
-# Fields that say how an adapter was trained or stored, or whose effect is in the tensors.
-_HARMLESS = frozenset(
-    """
-    alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
-    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
-    lora_alpha lora_bias lora_dropout lora_ga_config megatron_config megatron_core modules_to_save monteclora_config
-    peft_type peft_version qalora_group_size r rank_pattern revision runtime_config target_modules task_type
-    trainable_token_indices use_dora use_rslora velora_config
-    """.split()  # noqa: SIM905
-)
-
-# Initialisations that subtract from the base's weights: such files fit only the changed base.
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 # What stands behind the module in a tensor's name, the adapter's own name left out. Magnitudes and embeddings are stored with
 # and without a leaf, by version.
@@ -61,6 +35,13 @@ _ROLES = {
     "weight": "weight",
     "bias": "bias",
 }
+_DIMENSIONS = {
+    **dict.fromkeys(("a", "b", "embedding_a", "embedding_b", "tokens"), (2,)),
+    **dict.fromkeys(("b_bias", "bias"), (1,)),
+    "weight": (1, 2),
+    "magnitude": (1, 2),  # DoRA of old versions keeps a dimension of 1
+}
+_CLAIM = "adapter_config.json and the tensors are not of one adapter: take both from where it was trained"
 _NAMED = re.compile(
     r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)[^.]+(?=\.weight$|\.bias$|$)"
 )
@@ -116,62 +97,20 @@ class PeftFiles:
     """An adapter folder, read and sorted."""
 
     path: Path
-    config: dict[str, Any]
+    settings: PeftSettings
     modules: dict[str, ModuleTensors] = field(default_factory=dict)
-
-    @property
-    def trained_on(self) -> str:
-        """The base that the files name, for errors."""
-        name = self.config.get("base_model_name_or_path")
-        return repr(name) if name else "a base that it does not name"
-
-    @property
-    def task(self) -> Task | None:
-        """The task that the files name."""
-        return TASKS.get(str(self.config.get("task_type")))
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The distinct ranks of its low-rank updates, ascending."""
         return tuple(sorted({one.rank for one in self.modules.values() if one.rank is not None}))
 
-    def scale(self, module: str, rank: int) -> float:
-        """`alpha / r`, or `alpha / sqrt(r)`; alpha may be the module's own. Raises AdapterError for a rank of 0."""
-        if rank < 1:
-            raise AdapterError(
-                f"{self.path} has an update of rank 0 for {module!r}", hint="leave the module out of the adapter"
-            )
-        matched = (alpha for pattern, alpha in self._alphas if pattern.fullmatch(module))
-        alpha = next(matched, float(self.config["lora_alpha"]))
-        return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
-
-    @functools.cached_property
-    def _alphas(self) -> list[tuple[UntrustedPattern, float]]:
-        """Modules whose alpha is their own, in order: the first that matches counts."""
-        patterns = self.config.get("alpha_pattern") or {}
-        source = f"alpha_pattern of {self.path}"
-        # As PEFT matches them: the whole name, or its end from a dot on.
-        return [
-            (UntrustedPattern(rf"(.*\.)?({key})", source, AdapterError), float(alpha))
-            for key, alpha in patterns.items()
-        ]
-
-    def token_ids(self, module: str) -> list[int]:
-        """Ids whose rows were trained in a module."""
-        indices = self.config.get("trainable_token_indices")
-        if isinstance(indices, dict):
-            matched = next((key for key in indices if module == key or module.endswith(f".{key}")), None)
-            indices = indices.get(matched)
-        if not isinstance(indices, list) or not all(isinstance(index, int) for index in indices):
-            raise AdapterError(f"{self.path} trains rows of {module!r}, but trainable_token_indices does not say which")
-        return indices
-
     def identity(self, extra: Iterable[object] = ()) -> str:
         """Hash of the tensors and of the settings that change their effect, with `extra` settings given at load."""
         digest = hashlib.sha256()
         # The rank is not among them: the shapes of the tensors, which are hashed too, hold it.
         names = ("lora_alpha", "use_rslora", "task_type", "alpha_pattern", "trainable_token_indices")
-        digest.update(json.dumps([self.config.get(name) for name in names], sort_keys=True).encode())
+        digest.update(json.dumps([getattr(self.settings, name) for name in names], sort_keys=True).encode())
         digest.update(repr(list(extra)).encode())
         # Sorted, since the order in which a file lists its tensors must not change the identity.
         for module in sorted(self.modules):
@@ -183,8 +122,7 @@ class PeftFiles:
 def read_peft(path: str | Path) -> PeftFiles:
     """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not supported."""
     folder = Path(path)
-    config = _read_config(folder)
-    files = PeftFiles(folder, config)
+    files = PeftFiles(folder, read_settings(folder))
     leftover: list[str] = []
     doubled: set[tuple[str, str]] = set()
     # The base's own numbers beside a saved module, which PEFT writes with bias="all".
@@ -215,14 +153,13 @@ def read_peft(path: str | Path) -> PeftFiles:
     if not files.modules:
         raise AdapterError(f"{folder} holds no tensors")
     for module, tensors in files.modules.items():
+        _check_shapes(folder, module, tensors)
         _check_pairs(folder, module, tensors)
         _check_claims(files, module, tensors)
         if tensors.tokens is not None:
-            tensors.token_ids = tuple(files.token_ids(module))
+            tensors.token_ids = _token_ids(files, module)
     _check_saved(files)
-    if config.get("trainable_token_indices") and all(tensors.tokens is None for tensors in files.modules.values()):
-        stated = f"trainable_token_indices={config['trainable_token_indices']!r:.60}"
-        raise AdapterError(f"{folder} says {stated}, but holds no trained tokens")
+    _check_tokens(files)
     return files
 
 
@@ -248,24 +185,44 @@ def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
             raise AdapterError(f"{folder}: {module!r} is no pair of {names}: {shapes}")
 
 
+def _check_shapes(folder: Path, module: str, tensors: ModuleTensors) -> None:
+    for role, tensor in tensors.items():
+        # How large they are depends on the base; what they are does not.
+        if tensor.dim() not in _DIMENSIONS[role] or not tensor.numel():
+            raise AdapterError(
+                f"{folder}: {role!r} of {module!r} has shape {list(tensor.shape)}, with which nothing can be computed",
+                hint="save the adapter again with PEFT's save_pretrained",
+            )
+
+
 def _check_claims(files: PeftFiles, module: str, tensors: ModuleTensors) -> None:
     """What the settings say must be in the tensors, and what is in the tensors must be said."""
+    settings = files.settings
     for setting, name, tensor, expected in (
         ("use_dora", "lora_magnitude_vector", tensors.magnitude, tensors.pair is not None),
         ("lora_bias", "lora_B.bias", tensors.b_bias, tensors.a is not None),
     ):
-        said = bool(files.config.get(setting))
+        said = bool(getattr(settings, setting))
         if tensor is not None and not said:
-            raise AdapterError(f"{files.path} holds {module}.{name}, but {setting} is not set")
+            raise AdapterError(f"{files.path} holds {module}.{name}, but {setting} is not set", hint=_CLAIM)
         if tensor is None and said and expected:
-            raise AdapterError(f"{files.path} says {setting}=True, but {module!r} has no {name}")
+            raise AdapterError(f"{files.path} says {setting}=True, but {module!r} has no {name}", hint=_CLAIM)
+    if tensors.rank is None:
+        return
+    # PEFT drops such an update without an error, so the file does not do there what it does here.
+    out = settings.leaves_out(module)
+    if out is not None:
+        raise AdapterError(f"{files.path} holds an update of {module!r}, which {out} leaves out", hint=_CLAIM)
+    if tensors.rank != settings.rank(module):
+        stated = f"r={settings.r}, rank_pattern={settings.rank_pattern or {}!r:.80}"
+        raise AdapterError(
+            f"{files.path} says {stated}, but the update of {module!r} has rank {tensors.rank}", hint=_CLAIM
+        )
 
 
 def _check_saved(files: PeftFiles) -> None:
-    """PEFT's conversion of PiSSA and its like drops saved modules. Which are there cannot be asked: PEFT names more heads
-    than a model has, and versions name modules differently.
-    """
-    wanted = files.config.get("modules_to_save")
+    """PEFT's conversion of PiSSA and its like drops saved modules. Which of them a model has is not known here."""
+    wanted = files.settings.modules_to_save
     if wanted and not any(tensors.is_saved for tensors in files.modules.values()):
         raise AdapterError(
             f"{files.path} says modules_to_save={wanted!r:.60}, but holds no saved module",
@@ -273,41 +230,22 @@ def _check_saved(files: PeftFiles) -> None:
         )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise AdapterError(f"there is no adapter folder {str(path)!r}", hint="give the folder that PEFT wrote")
-    file = path / "adapter_config.json"
-    if not file.is_file():
+def _token_ids(files: PeftFiles, module: str) -> tuple[int, ...]:
+    """Whose rows were trained in a module."""
+    ids = files.settings.token_ids(module)
+    if ids is None:
         raise AdapterError(
-            f"{path} has no adapter_config.json; it holds {listed(sorted(p.name for p in path.iterdir()))}"
+            f"{files.path} trains rows of {module!r}, but trainable_token_indices does not say which", hint=_CLAIM
         )
-    config = read_json(file, AdapterError)
-    # Other kinds (IA3, prompt tuning) use the same two file names.
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} is an adapter of kind {kind!r}; supported is 'LORA'")
-    # A setting off or empty is harmless whatever it means: newer versions of PEFT write many such.
-    unsupported = [
-        name for name, value in config.items() if name not in _HARMLESS and value not in (None, False, "none", {}, [])
-    ]
-    if unsupported:
-        stated = ", ".join(f"{name}={config[name]!r:.60}" for name in unsupported)
-        raise AdapterError(f"{path} uses what is not supported: {stated}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGED_BASE):
+    return tuple(ids)
+
+
+def _check_tokens(files: PeftFiles) -> None:
+    stated = files.settings.trainable_token_indices
+    if stated and all(tensors.tokens is None for tensors in files.modules.values()):
         raise AdapterError(
-            f"{path} was initialised with {start!r}, which changes the base's weights",
-            hint="convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+            f"{files.path} says trainable_token_indices={stated!r:.60}, but holds no trained tokens", hint=_CLAIM
         )
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise AdapterError(f"{file} has no number 'lora_alpha' (found {alpha!r})")
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict) or not all(isinstance(one, (int, float)) for one in patterns.values()):
-        raise AdapterError(
-            f"{file} has an 'alpha_pattern' that does not map patterns to numbers (found {patterns!r:.80})"
-        )
-    return config
 
 
 def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:

@@ -183,7 +183,7 @@ class _Plan:
         model_type = self.checkpoint.config["model_type"]
         return AdapterError(
             f"{self.files.path} changes {change.module!r}, which the {model_type!r} checkpoint {self.checkpoint.path} does "
-            f"not have; it was trained on {self.files.trained_on}",
+            f"not have; it was trained on {self.files.settings.trained_on}",
             hint=f"the nearest layer here is {close!r}" if close else "merge it into the base that it was trained on",
         )
 

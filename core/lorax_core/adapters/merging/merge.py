@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.adapters.formats.settings import FILE, PeftSettings
 from lorax_core.adapters.merging.combining import (
     Mask,
     MergeOptions,
@@ -36,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 # Roles that a sum of low-rank updates has no place for, and how they are called.
 _NO_SUM = {"magnitude": "a DoRA magnitude", "b_bias": "a bias of lora_B (lora_bias)", "tokens": "trained token rows"}
-_BASE_FILE, _SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
+_TENSORS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def merge_adapters(
     options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
     files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
     with new_folder(out, overwrite=overwrite) as folder:
-        save_file(_named(files), folder / _BASE_FILE, metadata={"format": "pt"})
-        (folder / _SETTINGS_FILE).write_text(json.dumps(files.config, indent=2, sort_keys=True) + "\n", "utf-8")
+        save_file(_named(files), folder / _TENSORS, metadata={"format": "pt"})
+        written = files.settings.model_dump(exclude={"path"}, exclude_unset=True)
+        (folder / FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
     return MergedAdapter(Path(out), strategy, len(files.modules), files.ranks, tuple(notes))
 
 
@@ -131,7 +133,7 @@ def combine(
             modules[module] = ModuleTensors(a=a, b=b, weight=weight)
     config, notes = _settings(adapters, ranks)
     path = adapters[0].path if len(adapters) == 1 else Path(" + ".join(files.path.name for files in adapters))
-    return PeftFiles(path, config, modules), notes
+    return PeftFiles(path, PeftSettings(path=path, **config), modules), notes
 
 
 def _refuse_more_than_updates(files: PeftFiles) -> None:
@@ -170,9 +172,8 @@ def _refuse_two_spellings(adapters: Sequence[PeftFiles]) -> None:
 
 def _stated_rank(files: PeftFiles) -> int:
     """The largest rank of an adapter as PEFT counts it: what the settings say, used or not."""
-    said = [files.config.get("r"), *(files.config.get("rank_pattern") or {}).values()]
     # PEFT sizes the default of svd by r even where no module uses it, so reading tensors alone would differ.
-    return max([rank for rank in said if isinstance(rank, int)] or files.ranks)
+    return max(files.settings.ranks)
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) 
             continue
         # [rank, in] and [out, rank]; of an embedding [rank, vocab] and [dim, rank]
         a, b = tensors.pair
-        update = ScaledPair(a.float(), b.float(), weight * files.scale(module, a.shape[0]))
+        update = ScaledPair(a.float(), b.float(), weight * files.settings.scale(module, a.shape[0]))
         found.append(_Member(files.path, update, tensors.embedding_a is not None, tensors.weight))
         _check_together(module, found[0], found[-1], options)
     return found
@@ -241,7 +242,7 @@ def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dic
     notes: list[str] = []
     agreed: dict[str, Any] = {}
     for name in ("base_model_name_or_path", "revision", "task_type"):
-        said = list(dict.fromkeys(files.config.get(name) for files in adapters))
+        said = list(dict.fromkeys(getattr(files.settings, name) for files in adapters))
         # A missing name or revision is no contradiction; a missing task type is: it is then not one task.
         known = [value for value in said if value is not None]
         agreed[name] = known[0] if known and (name != "task_type" or len(said) == 1) else None
@@ -262,7 +263,7 @@ def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dic
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(ranks),  # in full, for short names may reach what no adapter changed
-        "fan_in_fan_out": any(files.config.get("fan_in_fan_out") for files in adapters),
+        "fan_in_fan_out": any(files.settings.fan_in_fan_out for files in adapters),
         "init_lora_weights": True,
     }
     return config, notes

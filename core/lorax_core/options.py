@@ -16,6 +16,7 @@ from lorax_core.errors import RequestError, listed, nearest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "fp8_e4m3"]
+SOURCE_KINDS = ("folder", "hub", "url")
 CACHE_SIZES = ("kv_cache_tokens", "kv_cache_pages", "kv_cache_bytes", "kv_cache_fraction")
 
 
@@ -29,6 +30,9 @@ class EngineOptions(BaseModel):
     - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
       in host memory, four times as many when None. The least recently used makes room, and is loaded again when a request
       names it.
+    - `adapter_sources`: what a request may name as an adapter beside those loaded: "folder", "hub", "url", a folder
+      ("/srv/adapters", with all below it) or the beginning of a URL ("s3://bucket/adapters/"). Of the adapters that requests
+      brought, the `max_fetched_adapters` last used stay loaded. Any source is given up after `adapter_timeout` seconds.
     - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
     - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
     - `kv_cache_tokens`, `_pages`, `_bytes` or `_fraction` (of the free memory): how much all running sequences share; by
@@ -51,6 +55,9 @@ class EngineOptions(BaseModel):
     adapters: dict[str, str] = Field(default_factory=dict)
     max_adapters: int | None = Field(default=None, ge=1)
     max_cpu_adapters: int | None = Field(default=None, ge=0)
+    adapter_sources: tuple[str, ...] = ("folder", "hub")
+    max_fetched_adapters: int = Field(default=64, ge=1)
+    adapter_timeout: float = Field(default=600.0, gt=0, le=86_400)
     pooling: Literal["cls", "mean", "last"] | None = None
     normalize: bool | None = None
     embedding_dim: int | None = Field(default=None, ge=1)
@@ -87,6 +94,21 @@ class EngineOptions(BaseModel):
         if not isinstance(value, Mapping):
             return value
         return {name: fspath(source) if isinstance(source, PathLike) else source for name, source in value.items()}
+
+    @field_validator("adapter_sources", mode="before")
+    @classmethod
+    def _any_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, (list, set, frozenset)) else value
+
+    @field_validator("adapter_sources")
+    @classmethod
+    def _kinds_or_roots(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if entry not in SOURCE_KINDS and "/" not in entry:
+                close = nearest(entry, SOURCE_KINDS)
+                meant = f"; did you mean {close!r}?" if close else ""
+                raise ValueError(f"{entry!r:.80} is none of {listed(SOURCE_KINDS)}, and no folder or URL{meant}")
+        return value
 
     @field_validator("token", mode="before")
     @classmethod

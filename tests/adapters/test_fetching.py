@@ -29,13 +29,20 @@ class Slow:
             raise AdapterError("it is bad")
 
 
-def late(name):
-    return AdapterError(f"{name} is late")
+class Limits:
+    def __init__(self, seconds=600.0):
+        self.seconds = seconds
+
+    def late(self, name):
+        return AdapterError(f"{name} is late")
+
+    def full(self, name):
+        return AdapterError(f"{name} came when too many waited")
 
 
 def test_many_who_want_one_name_have_it_fetched_once():
     slow = Slow()
-    fetcher = Fetcher(slow, late, 600)
+    fetcher = Fetcher(slow, Limits(600))
 
     with ThreadPoolExecutor(8) as pool:
         futures = list(pool.map(lambda _: fetcher.fetch(["one"]), range(8)))
@@ -50,7 +57,7 @@ def test_many_who_want_one_name_have_it_fetched_once():
 def test_one_that_fails_fails_those_who_want_it_alone_and_can_be_fetched_again():
     slow = Slow()
     slow.may_end.set()
-    fetcher = Fetcher(slow, late, 600)
+    fetcher = Fetcher(slow, Limits(600))
 
     both, good = fetcher.fetch(["good", "bad"]), fetcher.fetch(["good"])
 
@@ -64,7 +71,7 @@ def test_one_that_fails_fails_those_who_want_it_alone_and_can_be_fetched_again()
 
 def test_waiting_ends_and_the_name_can_be_fetched_again():
     slow = Slow()
-    fetcher = Fetcher(slow, late, 0.01)
+    fetcher = Fetcher(slow, Limits(0.01))
 
     with pytest.raises(AdapterError, match="one is late"):
         within(60, fetcher.fetch(["one"]).result)
@@ -75,7 +82,7 @@ def test_waiting_ends_and_the_name_can_be_fetched_again():
 
 
 def test_nothing_to_fetch_is_done_at_once():
-    assert Fetcher(Slow(), late, 600).fetch([]).done()
+    assert Fetcher(Slow(), Limits(600)).fetch([]).done()
 
 
 def test_names_that_are_sources_are_missing_until_they_are_fetched(qwen2, host, tmp_path):
@@ -95,12 +102,12 @@ def test_names_that_are_sources_are_missing_until_they_are_fetched(qwen2, host, 
 
 def test_fetches_that_hang_give_their_turns_back_when_their_time_is_over():
     slow, quick = Slow(), []
-    fetcher = Fetcher(lambda name: slow(name) if name.startswith("slow") else quick.append(name), late, 0.05)
+    fetcher = Fetcher(lambda name: slow(name) if name.startswith("slow") else quick.append(name), Limits(0.05))
 
     for number in range(4):
         with pytest.raises(AdapterError, match="is late"):
             within(60, lambda number=number: fetcher.fetch([f"slow{number}"]).result())
-    patient = Fetcher(quick.append, late, 600)
+    patient = Fetcher(quick.append, Limits(600))
     patient._turns = fetcher._turns  # the turns of those that hang, and time enough
     within(60, lambda: patient.fetch(["good"]).result())
 

@@ -8,6 +8,7 @@ import torch
 from builders import change_json, change_tensors, make_bert_model, make_lora, make_qwen2_model, with_lora
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors.torch import load_file
 
 import lorax_core as lorax
 from lorax_core.adapters.formats.lora import LoraAdapter
@@ -288,29 +289,61 @@ def test_the_base_s_own_weight_beside_an_adapter_changes_nothing(engine, tmp_pat
     engine.adapters.unload("without")
 
 
-def test_a_part_of_an_encoder_that_embeddings_do_not_use_is_refused_by_name(bert, tmp_path):
-    folder = make_lora(make_bert_model(), tmp_path, target_modules=["pooler.dense"])
-
-    with pytest.raises(AdapterError, match=r"changes 'pooler\.dense', which 'bert' does not have"):
-        lorax.load(bert, adapters={"pooled": folder})
-
-
-def test_a_pooler_that_training_did_not_reach_stands_in_nobodys_way(bert, tmp_path):
+def test_a_module_that_no_loaded_task_reads_is_listed_and_logged_once(bert, tmp_path, caplog):
     folder = make_lora(make_bert_model(), tmp_path / "all")  # "all-linear" has the pooler too
-    with pytest.raises(AdapterError, match=r"changes 'pooler\.dense'"):
-        lorax.load(bert, adapters={"all": folder})
-    change_tensors(
-        folder / "adapter_model.safetensors",
-        lambda found: {name: t * 0 if "pooler" in name and "lora_B" in name else t for name, t in found.items()},
-    )
     ids = [5, 9, 2, 77]
     with torch.no_grad():
         expected = with_lora(make_bert_model(), folder)(torch.tensor([ids])).last_hidden_state[0].mean(0)
 
     with lorax.load(bert, adapters={"all": folder}, pooling="mean", normalize=False) as engine:
         found = engine.embed(ids, adapter="all")
+        engine.adapters.load("again", folder)
+        listed = engine.adapters.list()
 
+    assert [info.unread for info in listed] == [("pooler.dense",)] * 2
+    assert [record.message for record in caplog.records] == [
+        f"{folder} changes 'pooler.dense', which no loaded task reads: no answer differs"
+    ]
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_module_that_no_loaded_task_reads_is_listed_too(bert, tmp_path):
+    model = make_bert_model()
+    with torch.no_grad():
+        folder = make_lora(model, tmp_path / "it", target_modules=["query"], modules_to_save=["pooler"])
+
+    with lorax.load(bert, adapters={"it": folder}) as engine:
+        assert [info.unread for info in engine.adapters.list()] == [("pooler.dense",)]
+
+
+def test_a_module_that_the_checkpoint_lacks_is_refused_and_not_unread(tmp_path):
+    whole = make_bert_model()
+    whole.save_pretrained(tmp_path / "base")
+    change_tensors(
+        tmp_path / "base/model.safetensors",
+        lambda found: {name: tensor for name, tensor in found.items() if not name.startswith("pooler.")},
+    )
+    folder = make_lora(whole, tmp_path / "all")
+
+    with pytest.raises(AdapterError, match=r"changes 'pooler\.dense', which 'bert' does not have"):
+        lorax.load(tmp_path / "base", adapters={"all": folder})
+
+
+@pytest.mark.parametrize("saved", ["lm_head", "embed_tokens", "norm"])
+@pytest.mark.parametrize("lost", [0, -1])
+def test_a_saved_module_that_was_cut_short_is_refused_by_name(tmp_path, saved, lost):
+    model = make_qwen2_model()
+    model.save_pretrained(tmp_path / "base")
+    folder = make_lora(model, tmp_path / "it", target_modules=["q_proj"], modules_to_save=[saved, "v_proj"])
+    held = sorted(name for name in load_file(folder / "adapter_model.safetensors") if "lora_" not in name)
+    change_tensors(
+        folder / "adapter_model.safetensors", lambda found: {n: t for n, t in found.items() if n != held[lost]}
+    )
+
+    with pytest.raises(AdapterError, match=r"modules_to_save=.*but does not hold '") as caught:
+        lorax.load(tmp_path / "base", adapters={"it": folder})
+
+    assert repr(held[lost].removeprefix("base_model.model.")) in caught.value.message
 
 
 @pytest.mark.parametrize("name", ["", "  ", None, 7])

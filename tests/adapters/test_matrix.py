@@ -25,8 +25,6 @@ from matrix import (
     answers,
     make_cell,
     make_head_cell,
-    saved,
-    trained,
 )
 from oracles import TOLERANCE
 
@@ -253,15 +251,6 @@ def test_an_adapter_may_bring_its_own_pooler(tmp_path, host):
         bench = Bench(ARCHS[0], whole, engine, {None: answers(whole)})
         bench.load("it", made)
         bench.check(None, "it")
-
-
-def test_an_adapter_of_a_pooler_is_refused_where_nothing_reads_it(tmp_path, host):
-    model = ARCHS[0].model()
-    model.save_pretrained(tmp_path / "base")
-    folder = saved(trained(model, 1, target_modules="all-linear"), tmp_path / "lora")
-
-    with lorax.load(tmp_path / "base", host=host) as engine, pytest.raises(AdapterError, match=r"'pooler\.dense'"):
-        engine.adapters.load("it", folder)
 
 
 def test_the_committed_page_is_the_one_that_is_made(repository):

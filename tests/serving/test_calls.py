@@ -27,7 +27,7 @@ LIMIT = 60  # seconds: for a call that hangs, not for one that is slow
 
 @pytest.fixture(scope="module")
 def engine(qwen2):
-    with lorax.load(qwen2, kv_cache_tokens=2048) as engine:
+    with lorax.load(qwen2, kv_cache_tokens=2048, adapter_sources=["folder", "gated://bucket"]) as engine:
         yield engine
 
 
@@ -381,7 +381,7 @@ def test_a_call_that_is_cancelled_while_its_adapter_is_fetched_never_starts(engi
 
 
 def test_closing_the_engine_ends_calls_whose_adapters_are_still_fetched(qwen2, gated):
-    engine = lorax.load(qwen2, kv_cache_tokens=256)
+    engine = lorax.load(qwen2, kv_cache_tokens=256, adapter_sources=["url"])
     call = engine.submit([lorax.GenerateRequest(prompt=[5], adapter=gated)])
     assert Gated.asked.wait(LIMIT)
     with ThreadPoolExecutor(1) as pool:
@@ -441,7 +441,7 @@ def _interrupt_who_waits(call):
 
 
 def test_a_closed_engine_fetches_nothing_any_more(qwen2, gated):
-    engine = lorax.load(qwen2, kv_cache_tokens=256)
+    engine = lorax.load(qwen2, kv_cache_tokens=256, adapter_sources=["url"])
     engine.close()
     Gated.gate.set()
 

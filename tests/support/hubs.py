@@ -167,6 +167,6 @@ def write(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def held(folder: str) -> dict[str, str]:
-    """Every file below a folder, by its path in it."""
-    files = (file for file in Path(folder).rglob("*") if file.is_file())
+    """Every file below a folder, by its path in it, but for the hashes that a cache keeps beside them."""
+    files = (file for file in Path(folder).rglob("*") if file.is_file() and file.name != ".sha256.json")
     return {file.relative_to(folder).as_posix(): file.read_text() for file in files}

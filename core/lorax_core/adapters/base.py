@@ -44,12 +44,14 @@ class Delta(Protocol):
 class Bound:
     """What a model holds of one adapter. Dropping the object frees its memory.
 
-    `deltas` maps the path of a site to its changes, in order; `head` and `speculator` are the adapter's own.
+    `deltas` maps the path of a site to its changes, in order; `head` and `speculator` are the adapter's own. `unread` are
+    modules of its files that the checkpoint has, but none of the loaded tasks reads.
     """
 
     deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
     head: Head | None = None
     speculator: Speculator | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -86,11 +88,12 @@ class Fit:
     nbytes: int
     head: Head | None
     not_a_sum: str | None
+    unread: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, bound: Bound) -> Fit:
         """The facts of what was bound on the meta device."""
-        return cls(bound.targets, bound.nbytes, bound.head, bound.not_a_sum)
+        return cls(bound.targets, bound.nbytes, bound.head, bound.not_a_sum, bound.unread)
 
 
 class Adapter(ABC):
@@ -127,7 +130,7 @@ def known(what: str, word: str, words: Iterable[str]) -> str:
         close = nearest(str(word), words)
         raise AdapterError(
             f"there is no {what} {word!r}; there are {listed(words)}",
-            hint=f"did you mean {close!r}?" if close else None,
+            hint=f"did you mean {close!r}?" if close else "leave it out where the files say it",
         )
     return word
 

@@ -346,16 +346,18 @@ def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any
     try:
         found = adapter.check(loaded)
     except AdapterError as error:
-        return {**facts, "fits": False, "problem": error.message, "sites": [], "head": None}, error
+        return {**facts, "fits": False, "problem": error.message, "sites": [], "unread": [], "head": None}, error
     head = found.head
     labels = list(getattr(head, "labels", ()))
     about = {"task": str(head.task), "labels": labels} if head is not None else None
-    return {**facts, "sites": sorted(found.targets), "head": about}, None
+    return {**facts, "sites": sorted(found.targets), "unread": list(found.unread), "head": about}, None
 
 
 def _fit_rows(fit: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "base", f"{fit['path']} ({fit['model_type']})"
     sites = f", at {len(fit['sites']):,} sites" if fit["sites"] else ""
     yield "fits", f"yes{sites}" if fit["fits"] else "no"
+    if fit["unread"]:
+        yield "not read", ", ".join(fit["unread"])
     if fit["head"]:
         yield "head", f"{fit['head']['task']}: {_listed(fit['head']['labels'])}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
@@ -109,8 +110,14 @@ def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
 
 
 def _load_adapters(options: EngineOptions, base: LoadedModel) -> AdapterStore:
+    settings = Settings.from_env()
     store = AdapterStore(
-        base, Settings.from_env(), max_adapters=options.max_adapters, max_cpu_adapters=options.max_cpu_adapters
+        base,
+        settings,
+        max_adapters=options.max_adapters,
+        max_cpu_adapters=options.max_cpu_adapters,
+        max_fetched=options.max_fetched_adapters,
+        sources=AdapterSources(settings.cache, options.adapter_sources, options.adapter_timeout),
     )
     for name, source in options.adapters.items():
         store.load(name, source)

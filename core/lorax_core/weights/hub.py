@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lorax_core.errors import CheckpointError, LoraxError, listed, nearest
+from lorax_core.untrusted import guarded
 
 # Exactly owner/name: "./folder", "/abs" and "a/b/c" are paths, and must not become requests to the hub.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,6 +48,11 @@ _CHECKPOINT = Kind(
 )
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source has the form of a hub id; a folder of the same spelling is still a folder."""
+    return _HUB_ID.fullmatch(source) is not None
+
+
 def find_checkpoint(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
     """The folder of `source`: itself when it is one, else the hub's files for the id.
 
@@ -60,21 +66,25 @@ def find_files(kind: Kind, source: str | Path, revision: str | None, token: str 
 
     Raises the kind's error when it is neither, or the hub does not give it, or has its weights only as pickles.
     """
-    path = Path(source).expanduser()
+    shown = f"{str(source)!r:.200}"
+    if not isinstance(source, (str, Path)):
+        raise kind.error(f"a {kind.noun} is named by a string or a Path, not by {shown}", hint=kind.forms)
+    # A NUL, a name too long for the file system, a home folder that nobody has: each raises in its own way.
+    with guarded(kind.error, f"{shown} is no {kind.noun}", kind.forms):
+        path = Path(source).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
     # A folder wins over a hub id of the same spelling, so a local copy is never downloaded again.
-    if path.is_dir():
+    if is_folder:
         if revision is not None:
-            raise kind.error(
-                f"{str(source)!r} is a folder, which has no revision {revision!r}", hint="leave revision out"
-            )
+            raise kind.error(f"{shown} is a folder, which has no revision {revision!r}", hint="leave revision out")
         return path, None
-    if path.exists():
+    if exists:
         raise kind.error(
-            f"{str(source)!r} is a file; the folder of the {kind.noun} is needed", hint=f"try {str(path.parent)!r}"
+            f"{shown} is a file; the folder of the {kind.noun} is needed", hint=f"try {str(path.parent)!r}"
         )
-    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+    if not isinstance(source, str) or not is_hub_id(source):
         raise kind.error(
-            f"there is no {kind.noun} folder {str(source)!r}, and it is no hub id either",
+            f"there is no {kind.noun} folder {shown}, and it is no hub id either",
             hint=f"{_neighbour(path)}{kind.forms}",
         )
     return _download(kind, source, revision, token)

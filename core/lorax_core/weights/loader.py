@@ -54,6 +54,12 @@ class LoadedModel:
         stored = {self.weight_map.resolve(tensor).name for tensor in self.checkpoint.tensors}
         return name in self.weight_map.tie and name not in stored
 
+    def holds(self, module: str) -> bool:
+        """Whether the checkpoint has numbers for a module, of its own or by a tie, whatever reads them here."""
+        name = self.weight_map.resolve_module(module).name
+        stored = {self.weight_map.resolve(tensor).name.rpartition(".")[0] for tensor in self.checkpoint.tensors}
+        return name in stored or f"{name}.weight" in self.weight_map.tie
+
 
 @dataclass
 class Account:

@@ -41,7 +41,9 @@ class HeadRequest:
             try:  # JSON has text for keys
                 labels = {int(index): str(name) for index, name in id2label.items()}
             except (TypeError, ValueError, AttributeError) as error:
-                raise AdapterError(f"id2label maps numbers to names; this is {id2label!r:.80}") from error
+                raise AdapterError(
+                    f"id2label maps numbers to names; this is {id2label!r:.80}", hint='id2label={0: "no", 1: "yes"}'
+                ) from error
         return cls(
             Task(known("task", task, Task)) if task is not None else None,
             Problem(known("problem_type", problem_type, Problem)) if problem_type is not None else None,
@@ -68,7 +70,8 @@ def build_head(
             f"{files.path} says that it is for {files.settings.task.value!r}, not for {wanted.task.value!r}"
         )
     # Tensors beyond the backbone could be of any head; a wrong task would give plausible nonsense.
-    if task is None and candidates and not any(module in base.model.sites for module in candidates):
+    strange = [module for module in candidates if module not in base.model.sites and not base.holds(module)]
+    if task is None and strange and not any(module in base.model.sites for module in candidates):
         raise AdapterError(
             f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",

@@ -19,8 +19,9 @@ from lorax_core.adapters.deltas import LowRank, Part, Shift, placed, summed
 from lorax_core.adapters.formats.head import HeadRequest, build_head
 from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
-from lorax_core.errors import AdapterError, nearest
+from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.embedding import Embedding
+from lorax_core.modeling.heads import Head
 from lorax_core.modeling.linear import Linear
 from lorax_core.modeling.site import Site
 from lorax_core.weights.loader import LoadedModel
@@ -50,13 +51,14 @@ class LoraAdapter(Adapter):
         sites = {**base.model.sites, **own}
         # On the host in float32 first: scales and norms are not rounded to 16 bit before they are used.
         made_on = torch.device("meta" if meta else "cpu")
-        changes = _changes(self.files, taken, sites, base, made_on)
+        _check_saved(self.files, head, base)
+        changes, unread = _changes(self.files, taken, sites, base, made_on)
         _share_ties(self.files, changes, base, made_on)
         made = {
             path: _site_deltas(self.files, changed, sites[path].out_features, device, base.model.dtype, meta)
             for path, changed in changes.items()
         }
-        return Bound({path: deltas for path, deltas in made.items() if deltas}, head)
+        return Bound({path: deltas for path, deltas in made.items() if deltas}, head, unread=unread)
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,18 @@ class _Change:
 
 def _changes(
     files: PeftFiles, taken: frozenset[str], sites: Mapping[str, Site], base: LoadedModel, device: torch.device
-) -> dict[str, list[_Change]]:
-    """The modules of the files by the site that they change."""
+) -> tuple[dict[str, list[_Change]], tuple[str, ...]]:
+    """The modules of the files by the site that they change, and those that no loaded task reads."""
     changes: dict[str, list[_Change]] = {}
+    unread: list[str] = []
     for module, tensors in files.modules.items():
-        if module in taken or _is_idle(module, tensors, sites, base):
+        if module in taken:
             continue
         target = base.weight_map.resolve_module(module)
         site = sites.get(target.name)
+        if site is None and base.holds(module):
+            unread.append(module)
+            continue
         if site is None:
             raise _no_place(files, module, sites, base)
         others = changes.setdefault(site.path, [])
@@ -85,7 +91,7 @@ def _changes(
         if any(other.part in (None, change.part) for other in others):
             raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
         others.append(change)
-    return changes
+    return changes, tuple(unread)
 
 
 def _change(
@@ -123,17 +129,45 @@ def _shape(site: Site, out: int) -> tuple[int, ...]:
     return (site.in_features, out) if isinstance(site, Embedding) else tuple(site.dense_weight().shape)
 
 
-def _is_idle(module: str, tensors: ModuleTensors, sites: Mapping[str, Site], base: LoadedModel) -> bool:
-    """Whether a module of the base that nothing here reads, such as BERT's pooler under embeddings, was left untrained:
-    "all-linear" names it, no gradient reaches it, and its update is zero."""
+def _check_saved(files: PeftFiles, head: Head | None, base: LoadedModel) -> None:
+    """Modules of `modules_to_save` are saved whole: one that lacks a tensor was cut short, and would get the base's numbers."""
+    wanted = tuple(files.settings.modules_to_save or ())
+    if not wanted:
+        return
     weight_map = base.weight_map
-    if weight_map.resolve_module(module).name in sites or not weight_map.ignores(f"{module}.weight"):
-        return False
-    only_low_rank = {role for role, _ in tensors.items()} == {"a", "b"}
-    # B starts at zero, so any other number in it was trained, and dropping it would change answers.
-    if not only_low_rank or tensors.b is None or tensors.b.any():
-        return False
-    return weight_map.canonical(f"{module}.weight") in {weight_map.canonical(name) for name in base.checkpoint.tensors}
+    own = {name: name for name, _ in head.named_parameters()} if head is not None else {}
+    backbone = {path for path, _ in base.model.backbone.named_modules()}
+    stored = {weight_map.canonical(name): name for name in base.checkpoint.tensors}
+    needed = own | {
+        canonical: name
+        for canonical, name in stored.items()
+        # Without a head of its own, an adapter may have saved the base's.
+        if (site := weight_map.resolve(name).name.rpartition(".")[0]) in backbone
+        or (not own and site in base.model.sites)
+    }
+    held = {
+        weight_map.canonical(f"{module}.{leaf}")
+        for module, tensors in files.modules.items()
+        for leaf in ("weight", "bias")
+        if getattr(tensors, leaf) is not None
+    }
+    # PEFT saves every module whose path ends so, and all that is in it.
+    missing = [
+        name
+        for canonical, name in needed.items()
+        if canonical not in held and any(path.endswith(wanted) for path in _parents(name))
+    ]
+    if missing:
+        raise AdapterError(
+            f"{files.path} says modules_to_save={list(wanted)!r:.60}, but does not hold {listed(missing)}",
+            hint="copy or download it again, or take the name out of modules_to_save",
+        )
+
+
+def _parents(name: str) -> list[str]:
+    """The paths of the modules that a tensor is in."""
+    steps = name.split(".")[:-1]
+    return [".".join(steps[: count + 1]) for count in range(len(steps))]
 
 
 def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: LoadedModel) -> AdapterError:

@@ -111,7 +111,7 @@ class MedusaAdapter(Adapter):
         beside = self.lora.bind(base, meta=meta) if self.lora is not None else Bound()
         device = torch.device("meta") if meta else model.device
         heads = MedusaHeads([head.to(device, model.dtype) for head in self.heads])
-        return Bound(beside.deltas, beside.head, heads)
+        return Bound(beside.deltas, beside.head, heads, beside.unread)
 
     def _hash(self) -> str:
         digest = hashlib.sha256((self.lora.identity if self.lora is not None else "medusa").encode())

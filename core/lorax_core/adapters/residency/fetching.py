@@ -5,23 +5,38 @@ Decides how the same name is fetched once for all who wait for it, and when wait
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
+from typing import Protocol, TypeVar
 
 _AT_ONCE = 4
+WAITING = 64
+"""Names that are fetched, or wait for their turn, at once; each has a thread."""
+
+T = TypeVar("T")
+
+
+class FetchLimits(Protocol):
+    """How long a name is awaited, in seconds, and the errors of one that is late or comes when too many wait."""
+
+    seconds: float
+
+    def late(self, name: str, /) -> Exception: ...
+
+    def full(self, name: str, /) -> Exception: ...
 
 
 class Fetcher:
-    """Calls `work(name)` in threads of its own. `late(name)` is the error of one that takes longer than `seconds`.
+    """Calls `work(name)` in threads of its own.
 
     A download that hangs cannot be stopped; its thread is left behind, and the name can be fetched again.
     """
 
-    def __init__(self, work: Callable[[str], object], late: Callable[[str], Exception], seconds: float) -> None:
+    def __init__(self, work: Callable[[str], object], limits: FetchLimits) -> None:
         self._work = work
-        self._late = late
-        self._seconds = seconds
+        self._limits = limits
         self._running: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
         self._turns = threading.BoundedSemaphore(_AT_ONCE)
@@ -60,8 +75,11 @@ class Fetcher:
             if running is not None:
                 return running
             future: Future[None] = Future()
+            if len(self._running) >= WAITING:
+                future.set_exception(self._limits.full(name))
+                return future
             self._running[name] = future
-        timer = threading.Timer(self._seconds, self._end, (name, future, self._late(name)))
+        timer = threading.Timer(self._limits.seconds, self._end, (name, future, self._limits.late(name)))
         # Daemons, both: a hung download must not keep the process from ending.
         timer.daemon = True
         timer.start()
@@ -72,14 +90,21 @@ class Fetcher:
     def _run(self, name: str, future: Future[None]) -> None:
         error: BaseException | None = None
         self._turns.acquire()
+        turn = [self._turns]
+
+        def give_back() -> None:
+            with contextlib.suppress(IndexError):  # given back already
+                turn.pop().release()
+
         # Work that hangs gives its turn back when its time is over.
-        future.add_done_callback(lambda _: self._turns.release())
+        future.add_done_callback(lambda _: give_back())
         try:
             # The time may be over while it waited for its turn; then none awaits the result.
             if not future.done():
                 self._work(name)
         except BaseException as failure:
             error = failure
+        give_back()  # before those who wait go on, in this thread: they may fetch again
         self._end(name, future, error)
 
     def _end(self, name: str, future: Future[None], error: BaseException | None) -> None:
@@ -89,6 +114,22 @@ class Fetcher:
                 del self._running[name]
         # Outside the lock: callbacks run in this thread, and may ask for another fetch.
         _settle(future, error)
+
+
+def within(seconds: float, work: Callable[[], T], late: Callable[[], Exception]) -> T:
+    """What `work` gives, computed in a thread of its own that is left behind when it takes longer; raises `late` then."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="lorax-fetch", daemon=True).start()
+    if not wait([future], seconds).done:
+        raise late()
+    return future.result()
 
 
 def _settle(future: Future[None], error: BaseException | None) -> None:

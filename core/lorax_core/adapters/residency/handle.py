@@ -80,7 +80,8 @@ class AdapterHandle:
 class AdapterInfo:
     """What is known of a loaded adapter.
 
-    `targets` are module paths of the base; `nbytes` is on the device; `where` is "device", "memory" or "disk"; `revision` is
+    `targets` are module paths of the base; `unread` are modules that it changes and no loaded task reads; `nbytes` is on the
+    device; `where` is "device", "memory" or "disk"; `revision` is
     what a remote source was at loading.
     """
 
@@ -91,6 +92,7 @@ class AdapterInfo:
     task: str | None
     ranks: tuple[int, ...]
     targets: tuple[str, ...]
+    unread: tuple[str, ...]
     nbytes: int
     where: str
     pinned: bool
@@ -109,6 +111,7 @@ class AdapterInfo:
             task=handle.task.value if handle.task is not None else None,
             ranks=handle.ranks,
             targets=handle.fit.targets,
+            unread=handle.fit.unread,
             nbytes=bound.nbytes if bound is not None else 0,
             where="device" if bound is not None else "memory" if handle.adapter is not None else "disk",
             pinned=pinned,

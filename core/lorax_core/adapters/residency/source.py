@@ -6,21 +6,32 @@ and keeps those of URLs in a cache, by what they were when they were fetched. Kn
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.errors import AdapterError, nearest
+from lorax_core.untrusted import read_json
 from lorax_core.weights.hub import Kind, find_files, refuse_pickles
 
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://.*", re.DOTALL)
+# Filesystems that read through another: what they are given would reach what a plain URL may not.
+_WRAPPERS = frozenset(
+    """
+    arrow_hdfs async_wrapper asyncwrapper blockcache cached dask data dir filecache generic libarchive reference simplecache tar
+    zip
+    """.split()  # noqa: SIM905
+)
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)(?:://|::).*", re.DOTALL)
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_QUERY = re.compile(r"(?<=[?&])([^=&#\s]+)=[^&#\s'\"]+")
 _COLLAPSED = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)", re.DOTALL)  # what Path makes of one
 _ADAPTER = Kind(
     noun="adapter",
@@ -34,12 +45,15 @@ _ADAPTER = Kind(
 _TAGS = ("ETag", "etag", "md5Hash", "version_id", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
+_DIGESTS = ".sha256.json"  # beside the files of a download: the hash of each
+
+
 @dataclass(frozen=True, slots=True)
 class FoundAdapter:
     """A folder of this machine with an adapter's files, and where they came from.
 
-    `origin` is the source as it was given. `revision` says exactly what was found there: the hub's commit, a hash of a
-    URL's listing or content, and None for a folder, which may change. Remote files are not to be changed.
+    `origin` is the source as given, without credentials. `revision` says exactly what was found there: the hub's commit, a
+    hash of a URL's listing or content, and None for a folder, which may change. Remote files are not to be changed.
     """
 
     folder: Path
@@ -70,12 +84,13 @@ def find_adapter(
 
     Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
     """
-    url = _URL.fullmatch(source) if isinstance(source, str) else None
-    if url is not None:
-        _refuse_pages(url[0], url["scheme"])
-        _refuse_options(url[0], revision, token)
-        root = cache / "adapters"
-        return _from_url(url[0], url["scheme"], root)
+    scheme = url_scheme(source) if isinstance(source, str) else None
+    if scheme is not None:
+        url = str(source)
+        with _masked_errors():
+            _refuse_schemes(url, scheme)
+            _refuse_options(url, revision, token)
+            return _from_url(url, scheme, cache / "adapters")
     collapsed = _COLLAPSED.fullmatch(str(source))
     if isinstance(source, Path) and collapsed is not None and not source.exists():
         raise AdapterError(
@@ -86,8 +101,34 @@ def find_adapter(
     return FoundAdapter(folder, str(source), commit)
 
 
-def _refuse_pages(url: str, scheme: str) -> None:
-    """The address of a web page is no folder that can be listed."""
+def url_scheme(source: str) -> str | None:
+    """The scheme of a source that is a URL; None for any other."""
+    found = _URL.fullmatch(source)
+    return found["scheme"] if found is not None else None
+
+
+def masked(text: str) -> str:
+    """A text without the credentials of the URLs in it: users, passwords, and the values of queries."""
+    return _QUERY.sub(r"\1=***", _USER.sub("***@", text))
+
+
+@contextlib.contextmanager
+def _masked_errors() -> Iterator[None]:
+    """Whatever an error says of a URL, it is read by people who may not have its password."""
+    try:
+        yield
+    except AdapterError as error:
+        hint = masked(error.hint) if error.hint is not None else None
+        raise AdapterError(masked(error.message), hint=hint) from error.__cause__
+
+
+def _refuse_schemes(url: str, scheme: str) -> None:
+    """The address of a web page is no folder that can be listed, and a chain of filesystems is none to trust."""
+    if "::" in url or scheme.lower() in _WRAPPERS:
+        raise AdapterError(
+            f"{url!r} chains filesystems, which is not supported",
+            hint="give the URL of the folder itself, such as 's3://bucket/folder'",
+        )
     if scheme.lower() in ("http", "https"):
         parts = [part for part in url.split("/")[3:] if part]
         close = f", for this page perhaps {'/'.join(parts[:2])!r}" if len(parts) > 1 else ""
@@ -115,21 +156,23 @@ def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
     sure = all(file.tag is not None and file.size is not None for file in remote)
     try:
         root = root.expanduser()
-        if sure and _whole(root / version, remote):
-            return FoundAdapter(root / version, url, version)
+        if sure and _intact(root / version, remote):
+            return FoundAdapter(root / version, masked(url), version)
         root.mkdir(parents=True, exist_ok=True)
         # In the same folder, so that the move to its final name is one step; a download that fails leaves nothing.
         with tempfile.TemporaryDirectory(dir=root, prefix=".part-") as scratch:
             part = Path(scratch) / "files"
             part.mkdir()
             _fetch(files, remote, part, url)
+            found = dict(map(_content, sorted(part.iterdir())))
             # Files may be replaced one by one: a mixture of two versions would pass every other check.
             if _listing(files, path, url) != remote:
                 raise AdapterError(f"{url!r} changed while it was downloaded", hint="try again")
             # Without tags only the content can tell versions apart.
-            key = version if sure else _digest([url.rstrip("/"), *map(_content, sorted(part.iterdir()))])
+            key = version if sure else _digest([url.rstrip("/"), *found.items()])
+            (part / _DIGESTS).write_text(json.dumps(found), encoding="utf-8")
             _settle(part, root / key, remote)
-            return FoundAdapter(root / key, url, key)
+            return FoundAdapter(root / key, masked(url), key)
     except (OSError, RuntimeError) as error:  # no space, no permission, no home folder
         raise AdapterError(
             f"{url!r} could not be kept in {str(root)!r}: {type(error).__name__}: {error}",
@@ -182,9 +225,7 @@ def _listing(filesystem: Any, path: str, url: str) -> list[_File]:
     names = sorted(file.name for file in found)
     refuse_pickles(_ADAPTER, url, names)
     if not {"adapter_config.json", "config.json"} & set(names):  # the latter is Medusa's
-        raise AdapterError(
-            f"{url!r} has no adapter_config.json; it holds {listed(names)}", hint="give the folder that PEFT wrote"
-        )
+        raise AdapterError(f"{url!r} has no adapter_config.json", hint="give the folder that PEFT wrote")
     wanted = (file for file in found if any(fnmatch(file.name, pattern) for pattern in _ADAPTER.wanted))
     return sorted(wanted, key=lambda file: file.name)
 
@@ -211,22 +252,26 @@ def _fetch(filesystem: Any, remote: Iterable[_File], folder: Path, url: str) -> 
 
 def _settle(part: Path, folder: Path, remote: Iterable[_File]) -> None:
     """Moves a finished download to its place, unless another one got there first."""
-    if folder.is_dir() and not _whole(folder, remote):
+    if folder.is_dir() and not _intact(folder, remote):
         # Into the scratch folder, which is deleted: rename does not replace a folder that holds files.
         os.rename(folder, part.with_name("incomplete"))
     try:
         os.rename(part, folder)
     except OSError:
         # Another process was first; what it left is the same version.
-        if not _whole(folder, remote):
+        if not _intact(folder, remote):
             raise
 
 
-def _whole(folder: Path, remote: Iterable[_File]) -> bool:
-    """Whether a folder of the cache holds every file that is listed: files may have been deleted from it."""
-    return all(
-        (folder / file.name).is_file() and file.size in (None, (folder / file.name).stat().st_size) for file in remote
-    )
+def _intact(folder: Path, remote: Iterable[_File]) -> bool:
+    """Whether a folder of the cache holds every listed file as it was downloaded: disks fail, and people edit files."""
+    try:
+        digests = read_json(folder / _DIGESTS, AdapterError)
+        return isinstance(digests, dict) and all(
+            digests.get(file.name) == _content(folder / file.name)[1] for file in remote
+        )
+    except (AdapterError, OSError):
+        return False
 
 
 def _content(file: Path) -> tuple[str, str]:

@@ -8,13 +8,13 @@ is reached through messages alone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from lorax_core.adapters.base import Adapter
@@ -23,29 +23,24 @@ from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.medusa import read_adapter
 from lorax_core.adapters.residency.fetching import Fetcher
 from lorax_core.adapters.residency.handle import AdapterHandle, AdapterInfo
+from lorax_core.adapters.residency.names import Named, NameTable
 from lorax_core.adapters.residency.slots import AdapterSlots
-from lorax_core.adapters.residency.source import FoundAdapter, find_adapter
+from lorax_core.adapters.residency.source import FoundAdapter, masked
+from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.stack import StackedAdapter, stack_identity
-from lorax_core.errors import AdapterError, LoraxError, listed, nearest
+from lorax_core.errors import AdapterError, LoraxError, listed
 from lorax_core.settings import Settings
+from lorax_core.untrusted import guarded
 from lorax_core.weights.loader import LoadedModel
 
+_log = logging.getLogger(__name__)
+_AGAIN = "`lorax adapters inspect SOURCE` shows what its files hold"
 _RECENT_STACKS = 8
 """Weighted sums that are kept for the next request where nothing limits the adapters on the device."""
-_FETCH_SECONDS = 600.0  # how long requests wait for the source that they name
 
 Listener = Callable[[AdapterHandle, LoraxError | None], None]
 Choice = str | Mapping[str, float]
 """A name, or names with weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Name:
-    """What a name means."""
-
-    handle: AdapterHandle
-    found: FoundAdapter
-    pinned: bool
 
 
 class AdapterStore:
@@ -53,11 +48,11 @@ class AdapterStore:
 
     `max_adapters` of them are on the device at once, all when None. The least recently used is evicted, pinned ones stay, and
     one that a sequence computes with is never taken away. Of the named ones, the `max_cpu_adapters` last used keep a copy in
-    host memory (four times `max_adapters` when None); the others are read from their source again.
+    host memory (four times `max_adapters` when None); the others are read from their source again. Of the sources that requests
+    named, the `max_fetched` last used stay named.
 
     The scheduler calls `acquire` for each sequence that is to run. An adapter that is not on the device is bound by a thread of
-    the store, beside the running steps; `listener` is called when it is there, or with the error. `bound` is what the device
-    holds, by identity.
+    the store, beside the running steps; then `listener` is called. `bound` is what the device holds, by identity.
     """
 
     def __init__(
@@ -67,13 +62,15 @@ class AdapterStore:
         *,
         max_adapters: int | None = None,
         max_cpu_adapters: int | None = None,
-        fetch_seconds: float = _FETCH_SECONDS,
+        max_fetched: int = 64,
+        sources: AdapterSources | None = None,
     ) -> None:
         self.listener: Listener | None = None
         self._settings = settings or Settings()
         self.bound = BoundAdapters(base, self._settings)
         self._base = base
-        self._names: dict[str, _Name] = {}
+        self._names = NameTable(max_fetched)
+        self._sources = sources or AdapterSources(self._settings.cache)
         self._slots = AdapterSlots(max_adapters)
         self._handles: weakref.WeakValueDictionary[str, AdapterHandle] = weakref.WeakValueDictionary()
         self._max_copies = 4 * (max_adapters or 0) if max_cpu_adapters is None else max_cpu_adapters
@@ -81,8 +78,7 @@ class AdapterStore:
         self._stacks: OrderedDict[str, AdapterHandle] = OrderedDict()
         self._clock = 0
         self._lock = threading.RLock()
-        self._fetch_seconds = fetch_seconds
-        self._fetcher = Fetcher(lambda name: self.load(name, name), self._late, fetch_seconds)
+        self._fetcher = Fetcher(self._fetch, self._sources)
         self._binder: ThreadPoolExecutor | None = None
         self._closed = False
 
@@ -107,9 +103,20 @@ class AdapterStore:
         Raises AdapterError, with the engine unharmed, when the files are bad or do not fit the base.
         """
         if not isinstance(name, str) or not name.strip():
-            raise AdapterError(f"an adapter's name must be a non-empty string, not {name!r}")
-        request = HeadRequest.of(task, problem_type, id2label)
-        found = find_adapter(source, revision=revision, token=token, cache=self._settings.cache)
+            raise AdapterError(
+                f"an adapter's name must be a non-empty string, not {name!r:.200}", hint="load('name', source)"
+            )
+        for option, value, kind in (("revision", revision, str), ("token", token, str), ("pin", pin, bool)):
+            if value is not None and not isinstance(value, kind):
+                raise AdapterError(f"{option} is a {kind.__name__}, not a {type(value).__name__}", hint="leave it out")
+        # The last net: what a library raises over bad files is one error here too.
+        with guarded(AdapterError, f"{name!r:.200} was not loaded", _AGAIN):
+            request = HeadRequest.of(task, problem_type, id2label)
+            return self._load(name, self._sources.find(source, revision, token), request, pin=pin)
+
+    def _load(
+        self, name: str, found: FoundAdapter, request: HeadRequest, *, pin: bool = False, fetched: bool = False
+    ) -> AdapterInfo:
         handle = self._read(found, request)
         with self._lock:
             if self._closed:
@@ -127,23 +134,20 @@ class AdapterStore:
                 self._forget(handle)
                 raise error
             self._keep_copies(handle)
-            before = self._names.pop(name, None)
-            self._names[name] = _Name(handle, found, pin)
-            if before is not None:
-                self._forget(before.handle)
-            return self._info(name)
+            named = Named(handle, found, pin, fetched)
+            for gone in self._names.put(name, named):
+                self._forget(gone.handle)
+            return self._info(name, named)
 
     def unload(self, name: str) -> None:
         """Forget `name`; raises AdapterError when there is none."""
         with self._lock:
-            handle = self._find(name).handle
-            del self._names[name]
-            self._forget(handle)
+            self._forget(self._names.remove(name).handle)
 
     def list(self) -> Sequence[AdapterInfo]:
         """What is loaded, by name."""
         with self._lock:
-            return [self._info(name) for name in sorted(self._names)]
+            return [self._info(*item) for item in self._names.items]
 
     def get(self, wanted: Choice) -> AdapterHandle:
         """The adapter of this name now, or the weighted sum of several. Never blocks.
@@ -152,13 +156,13 @@ class AdapterStore:
         """
         with self._lock:
             if isinstance(wanted, str):
-                return self._find(wanted).handle
+                return self._names.find(wanted).handle
             if not wanted:
                 raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
             for name, weight in wanted.items():
                 if not math.isfinite(weight):
                     raise AdapterError(f"adapter {name!r} has weight {weight}, which is no finite number")
-            members = [(self._find(name).handle, float(weight)) for name, weight in wanted.items()]
+            members = [(self._names.find(name).handle, float(weight)) for name, weight in wanted.items()]
             if len(members) == 1 and members[0][1] == 1.0:
                 return members[0][0]
             for (member, _), name in zip(members, wanted, strict=True):
@@ -172,14 +176,16 @@ class AdapterStore:
     def missing(self, wanted: Choice) -> tuple[str, ...]:
         """The names among them that are sources (they have a slash) and are not loaded yet; `fetch` loads them.
 
-        Raises AdapterError for other names that are not loaded.
+        Raises AdapterError for other names that are not loaded, and for sources that requests may not name.
         """
         names = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         with self._lock:
             absent = tuple(name for name in names if name not in self._names)
             for name in absent:
                 if "/" not in name and "\\" not in name:
-                    self._find(name)
+                    self._names.find(name)
+        for name in absent:
+            self._sources.check(name)
         return absent
 
     def fetch(self, names: Iterable[str]) -> Future[None]:
@@ -193,7 +199,7 @@ class AdapterStore:
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
+        return iter(self._names)
 
     def start_plan(self) -> None:
         """The scheduler begins a plan, and will ask for adapters in the order of its queue."""
@@ -237,7 +243,7 @@ class AdapterStore:
             self._slots.check()
             ready = {key for key in self._slots if self._slots.ready(key)}
             assert ready <= set(self.bound), "an adapter has a slot and is not on the device"
-            named = {name.handle.identity: name.handle for name in self._names.values()}
+            named = self._names.handles
             kept = {key for key in self.bound if key in self._handles and key not in named}  # sequences wait for them
             assert set(self.bound) <= {*self._slots, *kept}, "an adapter without a slot is on the device"
             copies = sum(handle.adapter is not None for handle in named.values())
@@ -250,6 +256,10 @@ class AdapterStore:
             known = self._handles.get(adapter.identity)
         if known is None:
             known = AdapterHandle.of(adapter, adapter.check(self._base), found.folder, request)
+            if unread := known.fit.unread:
+                _log.warning(
+                    "%s changes %s, which no loaded task reads: no answer differs", found.origin, listed(unread)
+                )
         with self._lock:
             known = self._kept(known)
             known.adapter, known.folder, known.request = adapter, found.folder, request
@@ -343,7 +353,7 @@ class AdapterStore:
     def _keep_copies(self, handle: AdapterHandle) -> None:
         """The copy of this one in host memory is the last used; the oldest beyond the limit are dropped."""
         self._touch(handle)
-        named = {name.handle.identity: name.handle for name in self._names.values()} | {handle.identity: handle}
+        named = self._names.handles | {handle.identity: handle}
         copies = [one for one in named.values() if one.adapter is not None and one.names and one.folder is not None]
         copies.sort(key=lambda one: one.used)
         for oldest in copies[: max(len(copies) - self._max_copies, 0)]:
@@ -355,7 +365,7 @@ class AdapterStore:
         if not handle.names:  # no request can name a sum with this member again
             for stack in [one for one in self._stacks.values() if any(member is handle for member, _ in one.members)]:
                 self._retire(self._stacks.pop(stack.identity))
-        if not any(other.pinned for other in self._names.values() if other.handle is handle):
+        if not self._names.is_pinned(handle):
             self._slots.pin(handle.identity, False)
         self._retire(handle)
 
@@ -365,25 +375,15 @@ class AdapterStore:
         if not handle.names and not kept_sum:
             self._slots.retire(handle.identity)
 
-    def _find(self, name: str) -> _Name:
-        found = self._names.get(name)
-        if found is None:
-            close = nearest(str(name), self._names)
-            raise AdapterError(
-                f"no adapter is called {name!r}; loaded are {listed(sorted(self._names))}",
-                hint=f"did you mean {close!r}?" if close else "load it with engine.adapters.load(name, folder)",
-            )
-        return found
+    def _info(self, name: str, one: Named) -> AdapterInfo:
+        return AdapterInfo.of(name, one.handle, one.found, self.bound.get(one.handle.identity), one.pinned)
 
-    def _late(self, name: str) -> AdapterError:
-        return AdapterError(
-            f"{name!r} was not loaded within {self._fetch_seconds:g} seconds",
-            hint="load it ahead with engine.adapters.load(name, source)",
-        )
-
-    def _info(self, name: str) -> AdapterInfo:
-        entry = self._names[name]
-        return AdapterInfo.of(name, entry.handle, entry.found, self.bound.get(entry.handle.identity), entry.pinned)
+    def _fetch(self, source: str) -> None:
+        try:  # an error says nothing of files beside the one that a request names
+            with guarded(AdapterError, f"{masked(source)!r:.200} was not loaded", _AGAIN):
+                self._load(source, self._sources.find(source), HeadRequest(), fetched=True)
+        except AdapterError as error:
+            raise AdapterError(error.message, hint="engine.adapters.load(name, source) says more") from error
 
 
 def _drop(store: weakref.ref[AdapterStore], identity: str) -> None:

@@ -346,6 +346,46 @@ def test_a_saved_module_that_was_cut_short_is_refused_by_name(tmp_path, saved, l
     assert repr(held[lost].removeprefix("base_model.model.")) in caught.value.message
 
 
+def raised(word, by):
+    """Adds to the numbers of the tensors whose names have a word."""
+    return lambda tensors: {name: tensor + by * (word in name) for name, tensor in tensors.items()}
+
+
+BEYOND = {  # in float64 or float32, what the base's dtype cannot hold
+    "A": ("float32", {}, lambda t: t | {A: t[A].double() * 1e300}),
+    "B": ("float16", {}, raised(B, 1e6)),
+    "a scale": ("float16", {"lora_alpha": 1e9}, lambda t: t),
+    "a magnitude": ("float16", {"use_dora": True}, raised("magnitude", 1e9)),
+    "a saved weight": (
+        "float16",
+        {"modules_to_save": ["o_proj"]},
+        raised("o_proj", 1e6),
+    ),
+    "tokens": (
+        "float16",
+        {"trainable_token_indices": [3]},
+        raised("tokens", 1e6),
+    ),
+}
+
+
+@pytest.mark.parametrize(("dtype", "options", "change"), BEYOND.values(), ids=BEYOND)
+def test_numbers_that_the_bases_dtype_cannot_hold_are_refused(qwen2, tmp_path, dtype, options, change):
+    settings = {name: value for name, value in options.items() if name != "lora_alpha"}
+    folder = make_lora(make_qwen2_model(), tmp_path / "it", target_modules=["q_proj"], **settings)
+    change_tensors(folder / "adapter_model.safetensors", change)
+    change_json(folder / "adapter_config.json", **{name: options[name] for name in options if name == "lora_alpha"})
+
+    with lorax.load(qwen2, dtype=dtype) as engine:
+        before = engine.generate([1, 2, 3], max_tokens=4)
+        with pytest.raises(AdapterError, match=rf"larger than {dtype} can hold") as caught:
+            engine.adapters.load("it", folder)
+        assert engine.generate([1, 2, 3], max_tokens=4) == before
+
+    assert str(folder) in caught.value.message
+    assert caught.value.hint
+
+
 @pytest.mark.parametrize("name", ["", "  ", None, 7])
 def test_a_name_that_is_none_is_refused(engine, sound, name):
     with pytest.raises(AdapterError, match="non-empty string"):

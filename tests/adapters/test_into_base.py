@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -456,3 +457,62 @@ def test_the_public_face_takes_the_installed_plugins(plain, tmp_path):
 
     assert done.path == tmp_path / "out"
     assert done.changed == tuple(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+
+
+def as_snapshot(base, root):
+    """A checkpoint as the hub's cache has it: a folder of links into `blobs/`."""
+    snapshot = root / "models--acme--base/snapshots/0123abcd"
+    blobs = root / "models--acme--base/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(base.iterdir())):
+        (blobs / f"blob{number}").write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(f"../../blobs/blob{number}")
+    return snapshot
+
+
+def test_a_snapshot_of_the_hubs_cache_is_merged_whole(plain, tmp_path, host):
+    model, base = plain
+    folder, expected = make_adapter(model, tmp_path / "lora")
+    snapshot = as_snapshot(base, tmp_path)
+    (snapshot / "notes.txt").symlink_to("../../blobs/blob0")
+
+    done = merge_into_base(snapshot, folder, tmp_path / "out", host)
+
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert written == {file.name for file in base.iterdir()} | {"notes.txt"}
+    assert not any(file.is_symlink() for file in (tmp_path / "out").iterdir())
+    assert done.notes == ()
+    assert difference(answers(loaded(ARCHS[2], tmp_path / "out")), expected) < TOLERANCE
+
+
+def test_a_link_out_of_the_base_is_not_copied_and_named(plain, tmp_path, host):
+    model, base = plain
+    folder, _ = make_adapter(model, tmp_path / "lora")
+    (tmp_path / "secret").write_text("secret")
+    snapshot = as_snapshot(base, tmp_path)
+    (snapshot / "vocab.txt").symlink_to(tmp_path / "secret")
+    (snapshot / "merges.txt").symlink_to("../../../secret")
+
+    done = merge_into_base(snapshot, folder, tmp_path / "out", host)
+
+    assert "secret" not in [file.read_text(errors="replace") for file in (tmp_path / "out").iterdir()]
+    assert done.notes == ("not copied, for they are links out of the base's folder: 'merges.txt', 'vocab.txt'",)
+
+
+@pytest.mark.parametrize("name", ["../stolen.safetensors", "{root}/stolen.safetensors", "a/../../stolen.safetensors"])
+def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_written_there(plain, tmp_path, host, name):
+    model, base = plain
+    folder, _ = make_adapter(model, tmp_path / "lora")
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base/model.safetensors").rename(tmp_path / "stolen.safetensors")
+    before = (tmp_path / "stolen.safetensors").read_bytes()
+    names = load_file(tmp_path / "stolen.safetensors")
+    index = {"weight_map": dict.fromkeys(names, name.format(root=tmp_path))}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(CheckpointError, match="which lies outside that folder"):
+        merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
+
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "stolen.safetensors").read_bytes() == before

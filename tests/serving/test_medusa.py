@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from builders import make_lora, make_qwen2_model
+from builders import change_json, make_lora, make_qwen2_model
 from rigs import within
 from safetensors.torch import load_file, save_file
 
@@ -192,6 +192,15 @@ def of_no_heads(folder):
     (folder / "config.json").write_text('{"medusa_num_heads": 0}', encoding="utf-8")
 
 
+def of_numbers(**changes):
+    return lambda folder: change_json(folder / "config.json", **changes)
+
+
+def of_no_object(folder):
+    (folder / "config.json").write_text('["medusa_num_heads"]', encoding="utf-8")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
 def with_nan(folder):
     tensors = load_file(folder / "medusa_lm_head.safetensors")
     tensors["0.1.weight"][0, 0] = float("nan")
@@ -206,6 +215,11 @@ def with_nan(folder):
         (of_another_width, "the base is 64 wide and has 320 tokens"),
         (as_a_pickle, "a pickle, which can run code"),
         (of_no_heads, "medusa_num_heads=0"),
+        (of_numbers(medusa_num_heads=10**9), "medusa_num_heads=1000000000, and holds"),
+        (of_numbers(medusa_num_layers=10**9), "medusa_num_layers=1000000000, and holds"),
+        (of_numbers(medusa_num_heads=True), "medusa_num_heads=True"),
+        (of_numbers(medusa_num_heads="3"), "medusa_num_heads='3'"),
+        (of_no_object, "holds no object"),
         (with_nan, "NaN"),
     ],
 )

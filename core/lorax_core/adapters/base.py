@@ -5,8 +5,9 @@ Decides the interface that file formats, the store and the batches share. Knows 
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -121,6 +122,15 @@ class Adapter(ABC):
         """What `bind` would give; raises what it would raise. Takes no memory on the device."""
         # The same code as binding, so a check cannot pass what binding would refuse.
         return Fit.of(self.bind(base, meta=True))
+
+
+@contextlib.contextmanager
+def fits_dtype(what: str) -> Iterator[None]:
+    """Numbers that the model's dtype cannot hold are an AdapterError that names what they are of."""
+    try:
+        yield
+    except OverflowError as error:
+        raise AdapterError(f"{what}: {error}", hint="load the base in float32: load(..., dtype='float32')") from error
 
 
 def known(what: str, word: str, words: Iterable[str]) -> str:

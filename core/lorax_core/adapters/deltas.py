@@ -28,12 +28,23 @@ def placed(delta: T, part: Part, device: torch.device, dtype: torch.dtype) -> T:
     """The same delta for a part of a site, its floating-point tensors in `dtype`, all of them on `device`."""
     changes: dict[str, object] = {
         # Token ids are tensors too, and stay integers.
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        name: cast_to(tensor, device, dtype) if tensor.is_floating_point() else tensor.to(device)
         for name, tensor in _tensors(delta).items()
     }
     if part is not None:
         changes["part"] = part
     return dataclasses.replace(delta, **changes)  # type: ignore[type-var]
+
+
+def cast_to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype` on `device`; raises OverflowError for numbers that `dtype` cannot hold.
+
+    They would be infinite there, and every answer NaN without an error.
+    """
+    made = tensor.to(device, dtype)
+    if not made.is_meta and not torch.isfinite(made).all():
+        raise OverflowError(f"its numbers are larger than {str(dtype).removeprefix('torch.')} can hold")
+    return made
 
 
 def _tensors(delta: object) -> dict[str, Tensor]:
@@ -94,21 +105,25 @@ class LowRank:
         return self.a.nbytes + blocks + (self.bias.nbytes if self.bias is not None else 0)
 
     def times(self, weight: float) -> LowRank:
-        """What it adds, times a number."""
-        blocks = tuple(RankBlock(block.ranks, block.column, block.b * weight) for block in self.blocks)
+        """What it adds, times a number; raises OverflowError when that is more than its dtype can hold."""
+        blocks = tuple(
+            RankBlock(block.ranks, block.column, cast_to(block.b * weight, block.b.device, block.b.dtype))
+            for block in self.blocks
+        )
         return LowRank(self.a, blocks, self.bias * weight if self.bias is not None else None)
 
     def placed(self, part: Part, out: int, device: torch.device, dtype: torch.dtype) -> LowRank:
         """The same update, of a part of a layer with `out` columns, in `dtype` on `device`."""
         columns = part or slice(0, out)
         blocks = (
-            RankBlock(block.ranks, columns.start + block.column, block.b.to(device, dtype)) for block in self.blocks
+            RankBlock(block.ranks, columns.start + block.column, cast_to(block.b, device, dtype))
+            for block in self.blocks
         )
         bias: Tensor | None = None
         if self.bias is not None:
             bias = torch.zeros(out, device=device, dtype=dtype)
-            bias[columns] = self.bias.to(device, dtype)
-        return LowRank(self.a.to(device, dtype), tuple(blocks), bias)
+            bias[columns] = cast_to(self.bias, device, dtype)
+        return LowRank(cast_to(self.a, device, dtype), tuple(blocks), bias)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """The product alone, added to y `[rows, out]` for x `[rows, in]`."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lorax_core.adapters.base import Adapter, Bound, Delta
-from lorax_core.adapters.deltas import EmbeddingLowRank, LowRank, summed
+from lorax_core.adapters.base import Adapter, Bound, Delta, fits_dtype
+from lorax_core.adapters.deltas import EmbeddingLowRank, LowRank, cast_to, summed
 from lorax_core.errors import AdapterError
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
@@ -57,7 +57,8 @@ class StackedAdapter(Adapter):
                 )
             for path, deltas in bound.deltas.items():
                 found.setdefault(path, []).extend((delta, weight) for delta in deltas)
-        return Bound({path: (_summed(deltas),) for path, deltas in found.items()})
+        with fits_dtype("a weighted sum of adapters"):
+            return Bound({path: (_summed(deltas),) for path, deltas in found.items()})
 
 
 def _summed(deltas: Sequence[tuple[Delta, float]]) -> LowRank | EmbeddingLowRank:
@@ -66,5 +67,6 @@ def _summed(deltas: Sequence[tuple[Delta, float]]) -> LowRank | EmbeddingLowRank
     embedding = [(delta, weight) for delta, weight in deltas if isinstance(delta, EmbeddingLowRank)]
     if embedding:
         a = torch.cat([delta.a for delta, _ in embedding], dim=1)  # [vocab, sum of ranks]
-        return EmbeddingLowRank(a, torch.cat([delta.b * weight for delta, weight in embedding], dim=1))
+        b = torch.cat([delta.b * weight for delta, weight in embedding], dim=1)  # [dim, sum of ranks]
+        return EmbeddingLowRank(a, cast_to(b, b.device, b.dtype))
     return summed(delta.times(weight) for delta, weight in deltas if isinstance(delta, LowRank))

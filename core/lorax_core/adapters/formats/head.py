@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lorax_core.adapters.base import known
+from lorax_core.adapters.base import fits_dtype, known
+from lorax_core.adapters.deltas import cast_to
 from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.errors import AdapterError, listed
 from lorax_core.modeling.config import ModelConfig, Problem
@@ -185,7 +186,8 @@ def _fill(
                 raise AdapterError(
                     f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}"
                 )
-            setattr(module, name, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+            with fits_dtype(f"{files.path}: {full!r}"):
+                setattr(module, name, nn.Parameter(cast_to(tensor, device, dtype), requires_grad=False))
     # Packing reads numbers, which a check has none of.
     if device.type != "meta":
         prepare_linears(head)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter, Bound, Delta
+from lorax_core.adapters.base import Adapter, Bound, Delta, fits_dtype
 from lorax_core.adapters.deltas import LowRank, Part, Shift, placed, summed
 from lorax_core.adapters.formats.head import HeadRequest, build_head
 from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie
@@ -54,10 +54,11 @@ class LoraAdapter(Adapter):
         _check_saved(self.files, head, base)
         changes, unread = _changes(self.files, taken, sites, base, made_on)
         _share_ties(self.files, changes, base, made_on)
-        made = {
-            path: _site_deltas(self.files, changed, sites[path].out_features, device, base.model.dtype, meta)
-            for path, changed in changes.items()
-        }
+        made: dict[str, tuple[Delta, ...]] = {}
+        for path, changed in changes.items():
+            with fits_dtype(f"{self.files.path} at {path!r}"):
+                out = sites[path].out_features
+                made[path] = _site_deltas(self.files, changed, out, device, base.model.dtype, meta)
         return Bound({path: deltas for path, deltas in made.items() if deltas}, head, unread=unread)
 
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorax_core.adapters.base import Adapter, Bound
+from lorax_core.adapters.base import Adapter, Bound, fits_dtype
+from lorax_core.adapters.deltas import cast_to
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.adapters.formats.peft import content, read_tensors
@@ -26,6 +27,8 @@ from lorax_core.types import Task
 from lorax_core.untrusted import read_json
 from lorax_core.weights.loader import LoadedModel
 
+_COUNTS = (("medusa_num_heads", None), ("medusa_num_layers", 1))
+_AGAIN = "copy or download the adapter again"
 _PREFIX = re.compile(r"^medusa_heads?\.")
 
 
@@ -44,8 +47,8 @@ class MedusaHead:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> MedusaHead:
         """The same head in this dtype on a device."""
-        blocks = tuple((weight.to(device, dtype), bias.to(device, dtype)) for weight, bias in self.blocks)
-        return MedusaHead(blocks, self.out.to(device, dtype) if self.out is not None else None)
+        blocks = tuple((cast_to(weight, device, dtype), cast_to(bias, device, dtype)) for weight, bias in self.blocks)
+        return MedusaHead(blocks, cast_to(self.out, device, dtype) if self.out is not None else None)
 
 
 class MedusaHeads:
@@ -85,8 +88,9 @@ class MedusaAdapter(Adapter):
         self.lora = LoraAdapter(path, head) if (self.path / "adapter_config.json").is_file() else None
         if self.lora is None and head is not None and any(setting is not None for setting in head.settings):
             raise AdapterError(f"{path} holds Medusa heads alone, which have no task, problem_type or id2label")
-        self.trained_on: str | None = _read_config(self.path).get("base_model_name_or_path")
-        self.heads = _read_heads(self.path)
+        config = _read_config(self.path)
+        self.trained_on: str | None = config.get("base_model_name_or_path")
+        self.heads = _read_heads(self.path, config)
         self.identity = self._hash()
         self.task = self.lora.task if self.lora is not None else Task.GENERATE
         self.ranks = self.lora.ranks if self.lora is not None else ()
@@ -99,7 +103,9 @@ class MedusaAdapter(Adapter):
         hidden, vocab = model.config.hidden_size, model.config.vocab_size
         for number, head in enumerate(self.heads):
             wide = [
-                weight for weight, bias in head.blocks if list(weight.shape) != [hidden, hidden] or len(bias) != hidden
+                weight
+                for weight, bias in head.blocks
+                if list(weight.shape) != [hidden, hidden] or list(bias.shape) != [hidden]
             ]
             if wide or (head.out is not None and list(head.out.shape) != [vocab, hidden]):
                 shapes = [list(tensor.shape) for tensor in head.tensors]
@@ -110,7 +116,8 @@ class MedusaAdapter(Adapter):
                 )
         beside = self.lora.bind(base, meta=meta) if self.lora is not None else Bound()
         device = torch.device("meta") if meta else model.device
-        heads = MedusaHeads([head.to(device, model.dtype) for head in self.heads])
+        with fits_dtype(f"{self.path}"):
+            heads = MedusaHeads([head.to(device, model.dtype) for head in self.heads])
         return Bound(beside.deltas, beside.head, heads, beside.unread)
 
     def _hash(self) -> str:
@@ -126,8 +133,7 @@ def is_medusa(folder: Path) -> bool:
     """Whether a folder's `config.json` describes Medusa heads."""
     if not (folder / "config.json").is_file():  # PEFT's folders have none
         return False
-    config = _read_config(folder)
-    return isinstance(config, dict) and "medusa_num_heads" in config
+    return "medusa_num_heads" in _read_config(folder)
 
 
 def read_adapter(folder: Path, head: HeadRequest | None = None) -> LoraAdapter | MedusaAdapter:
@@ -135,16 +141,20 @@ def read_adapter(folder: Path, head: HeadRequest | None = None) -> LoraAdapter |
     return MedusaAdapter(folder, head) if is_medusa(folder) else LoraAdapter(folder, head)
 
 
-def _read_config(folder: Path) -> Any:
-    return read_json(folder / "config.json", AdapterError)
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json", AdapterError)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder}/config.json holds no object", hint=_AGAIN)
+    return config
 
 
-def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
-    config = _read_config(folder)
-    counts = config.get("medusa_num_heads"), config.get("medusa_num_layers", 1)
-    if not all(isinstance(count, int) and count > 0 for count in counts):
-        raise AdapterError(f"{folder} says medusa_num_heads={counts[0]!r} and medusa_num_layers={counts[1]!r}")
-    heads, layers = counts
+def _read_heads(folder: Path, config: dict[str, Any]) -> tuple[MedusaHead, ...]:
+    stored = dict(read_tensors([_tensor_file(folder)]))
+    heads, layers = (_count(folder, config, name, default, len(stored)) for name, default in _COUNTS)
+    if heads * layers > len(stored):
+        raise AdapterError(
+            f"{folder} says {heads} Medusa heads of {layers} blocks, and holds {len(stored)} tensors", hint=_AGAIN
+        )
     blocks = [
         f"{head}.{layer}.linear.{leaf}"
         for head in range(heads)
@@ -152,11 +162,14 @@ def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
         for leaf in ("weight", "bias")
     ]
     outs = [f"{head}.{layers}.weight" for head in range(heads)]
+    known = {*blocks, *outs}
     tensors: dict[str, Tensor] = {}
-    for name, tensor in read_tensors([_tensor_file(folder)]):
+    for name, tensor in stored.items():
         key = _PREFIX.sub("", name)
-        if key in tensors or key not in {*blocks, *outs}:
-            raise AdapterError(f"{folder} holds {name!r}, which {heads} Medusa heads of {layers} blocks do not have")
+        if key in tensors or key not in known:
+            raise AdapterError(
+                f"{folder} holds {name!r}, which {heads} Medusa heads of {layers} blocks do not have", hint=_AGAIN
+            )
         tensors[key] = tensor
     # One output layer saved means that all must be: the rest may not fall back on the base's.
     wanted = [*blocks, *(outs if any(key in tensors for key in outs) else [])]
@@ -173,6 +186,14 @@ def _read_heads(folder: Path) -> tuple[MedusaHead, ...]:
         )
         for head in range(heads)
     )
+
+
+def _count(folder: Path, config: dict[str, Any], name: str, default: int | None, most: int) -> int:
+    """A number of the settings; every head and every block has a tensor, so more cannot be meant."""
+    count = config.get(name, default)
+    if type(count) is not int or not 0 < count <= most:
+        raise AdapterError(f"{folder} says {name}={count!r:.40}, and holds {most} tensors", hint=_AGAIN)
+    return count
 
 
 def _tensor_file(folder: Path) -> Path:

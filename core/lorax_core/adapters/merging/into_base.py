@@ -304,6 +304,8 @@ class _Plan:
     def _copy_others(self, folder: Path) -> None:
         written = {file.relative_to(self.checkpoint.path) for file in self.checkpoint.files} | {Path(_INDEX)}
         left: list[str] = []
+        outside: list[str] = []
+        roots = _roots(self.checkpoint.path.resolve())
         for path in sorted(self.checkpoint.path.rglob("*")):
             relative = path.relative_to(self.checkpoint.path)
             top = len(relative.parts) == 1
@@ -313,10 +315,22 @@ class _Plan:
             if path.suffix in _EXPORTS or (top and path.suffix in _OTHER_WEIGHTS):
                 left.append(relative.as_posix())
                 continue
+            # A link may lead to any file of this machine, and the result may be published.
+            if not any(path.resolve().is_relative_to(root) for root in roots):
+                outside.append(relative.as_posix())
+                continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
         if left:
             self.notes.append(f"not copied, for they hold the base's weights in other formats: {listed(left)}")
+        if outside:
+            self.notes.append(f"not copied, for they are links out of the base's folder: {listed(outside)}")
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where the files of a checkpoint may lie: in its folder, or for a snapshot of the hub's cache in that model's blobs."""
+    is_snapshot = folder.parent.name == "snapshots"
+    return [folder, folder.parent.parent / "blobs"] if is_snapshot else [folder]
 
 
 def _leaves(tensors: ModuleTensors) -> list[str]:

@@ -33,6 +33,7 @@ EVERYTHING = {
     "max_batch_tokens": 64,
     "max_batch_rows": 8,
     "attention": "torch",
+    "linear_methods": {"layers.*": "plain"},
     "speculate": 3,
     "threads": 2,
     "seed": 7,

@@ -39,6 +39,8 @@ class EngineOptions(BaseModel):
       default a quarter of the free memory, up to 65,536 tokens. `kv_dtype` "fp8_e4m3" stores it in 8 bits.
     - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
     - `attention`: a backend by name, instead of the first that supports the model.
+    - `linear_methods`: patterns of module paths ("layers.*.mlp.*") to the linear method that computes those layers; `lorax
+      doctor` lists the methods. Other layers take the first that supports them.
     - `speculate`: draft up to so many tokens ahead from the sequence itself; answers are the same, repetitive ones come faster.
     - `threads`: of the whole process, by torch's rule; a second engine cannot ask for another number.
     - `seed`: of requests without one.
@@ -69,6 +71,7 @@ class EngineOptions(BaseModel):
     max_batch_tokens: int = Field(default=2048, ge=1)
     max_batch_rows: int = Field(default=256, ge=1)
     attention: str | None = None
+    linear_methods: dict[str, str] = Field(default_factory=dict)
     speculate: int = Field(default=0, ge=0)
     threads: int | None = Field(default=None, ge=1)
     seed: int = 0

@@ -63,6 +63,9 @@ def expected(x, y, segments, site="here"):
     return result
 
 
+CPU = torch.device("cpu")
+
+
 @pytest.fixture(scope="module")
 def product():
     found, reason = load_low_rank(Settings.from_env())
@@ -177,8 +180,43 @@ def test_a_kernel_with_wrong_numbers_is_found_out():
             return Plan(super().plan(segments))
 
     for dtype in (torch.float32, torch.bfloat16):
-        assert "is off by" in wrong_numbers(Wrong(), dtype)
-        assert wrong_numbers(TorchKernel(), dtype) is None
+        assert "is off by" in wrong_numbers(Wrong(), dtype, CPU)
+        assert wrong_numbers(TorchKernel(), dtype, CPU) is None
+
+
+def test_the_first_kernel_that_can_be_used_is_taken_and_the_others_have_a_reason():
+    class Named(TorchKernel):
+        def __init__(self, name, problem=None, fault=None):
+            self.name, self.problem, self.fault = name, problem, fault
+
+        def supports(self, dtype, device):
+            return self.problem
+
+        def plan(self, segments):
+            if self.fault is not None:
+                raise self.fault
+            return super().plan(segments)
+
+    def source(*given, **options):
+        return given[0], lambda settings: (Named(*given, **options), "it is here")
+
+    offered = [
+        ("absent", lambda settings: (None, "nobody built it")),
+        source("picky", "not on a Thursday"),
+        source("broken", fault=RuntimeError("no such instruction")),
+        source("good"),
+        source("late"),
+    ]
+
+    good = select_kernel(torch.float32, CPU, Settings(), offered)
+    none = select_kernel(torch.float32, CPU, Settings(), offered[:3])
+
+    assert (good.kernel.name, good.reason) == ("good", "it is here")
+    assert none.kernel.name == "torch"
+    assert none.reason == (
+        "no absent kernel: nobody built it; no picky kernel: not on a Thursday; "
+        "no broken kernel: it failed on a small product: RuntimeError: no such instruction"
+    )
 
 
 def test_without_a_compiler_or_when_switched_off_torch_computes(monkeypatch, tmp_path):

@@ -193,3 +193,14 @@ def test_end_tokens_are_the_generation_configurations_else_the_models_else_the_t
 def test_a_device_that_torch_knows_and_core_does_not_is_refused(qwen2):
     with pytest.raises(lorax.RequestError, match="device 'mps' is not supported"):
         lorax.load(qwen2, device="mps")
+
+
+def test_an_option_names_the_linear_method_of_layers(qwen2):
+    with lorax.load(qwen2, kv_cache_tokens=64, linear_methods={"layers.*": "plain"}) as engine:
+        assert engine.info().linear_methods["plain"] >= 2 * 4
+        named = engine.embed([1, 2, 3])
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        np.testing.assert_allclose(named, engine.embed([1, 2, 3]), atol=1e-5)
+    with pytest.raises(lorax.RequestError, match="there is no linear method 'plane'") as caught:
+        lorax.load(qwen2, linear_methods={"layers.*": "plane"})
+    assert caught.value.hint == "did you mean 'plain'?"

@@ -23,7 +23,7 @@ from lorax_core.errors import RequestError
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
-from lorax_core.linear_methods.select import fast_in_bfloat16
+from lorax_core.linear_methods.select import LinearPolicy, fast_in_bfloat16
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
@@ -106,7 +106,8 @@ def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
     device = find_device(options.device)
     token = options.token.get_secret_value() if options.token is not None else None
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
-    return load_model(files, host, dtype=choose_dtype(options.dtype, files, device), device=device)
+    dtype = choose_dtype(options.dtype, files, device)
+    return load_model(files, host, dtype=dtype, device=device, linear_policy=LinearPolicy(options.linear_methods))
 
 
 def _load_adapters(options: EngineOptions, base: LoadedModel) -> AdapterStore:

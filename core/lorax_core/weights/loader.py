@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax_core.errors import CheckpointError, listed, nearest
+from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
@@ -91,9 +92,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     model_class: type[Model] = Model,
+    linear_policy: LinearPolicy | None = None,
 ) -> LoadedModel:
     """Build the architecture that `config.json` names and fill it. `dtype` None keeps the checkpoint's own.
 
+    `linear_policy` names linear methods for layers; by default each takes the first that supports it.
     A `model_class` that fixes a task gets the head of that task alone.
     Raises PluginError when nothing serves the `model_type`, CheckpointError when a tensor is missing, unused or misshapen.
     """
@@ -104,7 +107,7 @@ def load_model(
             hint="`lorax models check PATH` tells what the checkpoint holds",
         )
     # Last, as preparing may copy the numbers into another layout and drops the parameters.
-    built.model.linears = prepare_linears(built.model)
+    built.model.linears = prepare_linears(built.model, linear_policy)
     return built
 
 

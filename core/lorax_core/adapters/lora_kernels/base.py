@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lorax_core.adapters.deltas import LowRank
@@ -49,6 +50,10 @@ class LoraKernel(ABC):
     """A way to compute low-rank products."""
 
     name: ClassVar[str]
+
+    @abstractmethod
+    def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """None when it computes in `dtype` on `device`, else the reason why not."""
 
     @abstractmethod
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lorax_core.adapters.lora_kernels.base import LoraKernel, LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.torch import TorchPlan
-from lorax_core.kernels.native.low_rank import Jobs, LowRankProduct
+from lorax_core.kernels.native.low_rank import Jobs, LowRankProduct, load_low_rank
+from lorax_core.settings import Settings
 
 WORTH = 256
 """A segment is computed natively while its rows times its rank are at most so many for each segment, up to four, of the step.
@@ -138,3 +139,9 @@ class NativeKernel(LoraKernel):
         jobs = self._product.jobs(pairs)
         made = self._tables[updates] = _Table(jobs, np.array(sites, np.int64), int(jobs["rank"].max(initial=0)))
         return made
+
+
+def load_native_kernel(settings: Settings) -> tuple[NativeKernel | None, str]:
+    """The kernel, compiled at its first use, and where it is; or None, and why it cannot be."""
+    product, reason = load_low_rank(settings)
+    return (NativeKernel(product) if product is not None else None), reason

@@ -1,22 +1,27 @@
 """Which kernel computes low-rank products on this machine.
 
-Decides by rule: the native one where it can compute in the model's dtype on its device, is there, and gives torch's numbers;
-torch's otherwise. The choice is made once, when the first adapter is bound, and never by the clock.
+Decides by rule: the first of `KERNELS` that is there, computes in the model's dtype on its device, and gives torch's numbers.
+The choice is made once, when the first adapter is bound, and never by the clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import LoraKernel, LoraPlan, Segment, Updates
-from lorax_core.adapters.lora_kernels.native import NativeKernel
+from lorax_core.adapters.lora_kernels.native import load_native_kernel
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
-from lorax_core.kernels.native.low_rank import load_low_rank
 from lorax_core.settings import Settings
+
+LoadKernel = Callable[[Settings], tuple[LoraKernel | None, str]]
+"""Gives a kernel and where it comes from, or None and why it is not there."""
+
+KERNELS: tuple[tuple[str, LoadKernel], ...] = (("native", load_native_kernel),)
+"""What core offers beside torch's, by name, the first choice first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +32,31 @@ class Choice:
     reason: str
 
 
-def select_kernel(dtype: torch.dtype, device: torch.device, settings: Settings) -> Choice:
-    """The kernel for a model of this dtype on this device."""
-    product, reason = load_low_rank(settings)
-    if product is None:
-        return Choice(TorchKernel(), f"no native kernel: {reason}")
-    native = NativeKernel(product)
-    problem = native.supports(dtype, device) or wrong_numbers(native, dtype)
-    return Choice(TorchKernel(), f"no native kernel: {problem}") if problem else Choice(native, reason)
+def select_kernel(
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: Settings,
+    offered: Sequence[tuple[str, LoadKernel]] = KERNELS,
+) -> Choice:
+    """The kernel for a model of this dtype on this device: torch's where no other can be used, with each reason."""
+    passed_over: list[str] = []
+    for name, load in offered:
+        kernel, reason = load(settings)
+        if kernel is not None:
+            problem = kernel.supports(dtype, device) or wrong_numbers(kernel, dtype, device)
+            if problem is None:
+                return Choice(kernel, reason)
+            reason = problem
+        passed_over.append(f"no {name} kernel: {reason}")
+    return Choice(TorchKernel(), "; ".join(passed_over))
 
 
-def wrong_numbers(kernel: LoraKernel, dtype: torch.dtype) -> str | None:
+def wrong_numbers(kernel: LoraKernel, dtype: torch.dtype, device: torch.device) -> str | None:
     """How far a kernel is from torch's on a small product of two adapters, over blocks of uneven sizes; None when it is not."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+        return torch.randn(*shape, generator=generator).to(device, dtype)
 
     # Uneven sizes, columns that begin inside, rows 2 and 5 of no adapter: mistakes of indexing show.
     two = LowRank(drawn(5, 13), (RankBlock(slice(0, 5), 1, drawn(5, 7)),))
@@ -50,7 +64,10 @@ def wrong_numbers(kernel: LoraKernel, dtype: torch.dtype) -> str | None:
     segments = [Segment(at, at + 2, Updates({"site": update})) for at, update in ((0, two), (3, parts))]
     x, y = drawn(6, 13), drawn(6, 9)  # [rows, in], [rows, out]
     found, expected = y.clone(), y.float()
-    kernel.plan(segments).add("site", x, found)
+    try:
+        kernel.plan(segments).add("site", x, found)
+    except Exception as error:  # a kernel may be compiled only now, and fails in its own way
+        return f"it failed on a small product: {type(error).__name__}: {error}"
     for segment in segments:
         rows = slice(segment.start, segment.stop)
         # In float32 whatever the dtype: the error measured is the kernel's, not that of torch in 16 bit.
@@ -83,6 +100,9 @@ class AutoKernel(LoraKernel):
         if self._choice is None:
             return "none", "no adapter has been loaded yet"
         return self._choice.kernel.name, self._choice.reason
+
+    def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None
 
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:
         return self.prepare().kernel.plan(segments)

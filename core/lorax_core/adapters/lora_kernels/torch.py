@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lorax_core.adapters.deltas import LowRank
@@ -33,6 +34,9 @@ class TorchKernel(LoraKernel):
     """One pair of matrix products for each segment at each site."""
 
     name = "torch"
+
+    def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return None
 
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:
         return TorchPlan(segments)

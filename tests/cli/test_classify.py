@@ -107,7 +107,7 @@ def test_tokens_are_shown_where_labels_make_no_entities(main, folders):
 def test_a_text_in_which_nothing_is_found_is_told_on_stderr(main, folders):
     code, out, err = main("classify", str(folders / "plain"), "")
 
-    assert (code, out.split()) == (0, ["INDEX", "LABEL", "SCORE"])
+    assert (code, out.split()) == (0, ["INDEX", "LABEL", "SCORE", "TOKEN", "START", "END"])
     assert err == "text 0: nothing was found\n"
 
 
@@ -135,7 +135,7 @@ def test_json_of_texts_has_no_entities(main, folders):
 
 
 def test_lines_of_stdin_are_texts(main, folders, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS) + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(TEXTS).encode())))
 
     _, out, _ = main("classify", str(folders / "tone"), "-", "--json")
 

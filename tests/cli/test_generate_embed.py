@@ -40,7 +40,7 @@ def test_the_text_is_all_that_stdout_gets(main, engine):
 
 
 def test_a_dash_reads_the_prompt_from_stdin_without_its_last_line_break(main, engine, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT + "\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((PROMPT + "\n").encode())))
 
     _, out, _ = main("generate", MODEL, "-", "--max-tokens", "8")
 
@@ -160,7 +160,7 @@ def test_embed_json_is_a_line_for_each_text_with_the_whole_vector(main, engine):
 
 
 def test_embed_reads_lines_of_stdin(main, engine, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The list of files\nAn iterator\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The list of files\nAn iterator\n")))
 
     _, out, _ = main("embed", MODEL, "-", "--json")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lorax_core
+from lorax_core.cli.main import EXIT_CODES
 
 LIGHT = """
 import sys
@@ -45,6 +47,16 @@ def test_help_is_data_for_those_who_ask(main, words):
 
     assert (code, err) == (0, "")
     assert " ".join(["Usage: lorax", *words]) in out
+
+
+def test_exit_codes_are_in_the_help_and_in_the_documentation(main):
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
+
+    _, out, _ = main("--help")
+
+    shown = " ".join(out.split())
+    assert [f"{code}: {meaning}." for code, meaning in EXIT_CODES.items() if f"{code}: {meaning}." not in shown] == []
+    assert "".join(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items()) in page
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,21 @@ answering are those of the Python interface, imported when the command runs.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 import lorax_core
-from lorax_core.cli.options import Truncate, chosen_adapter, named_sources, print_truncated, read_texts
-from lorax_core.cli.render import SCHEMA, data_only_stdout, print_message, show_table
+from lorax_core.cli.batches import Texts, answers, print_truncated
+from lorax_core.cli.options import Truncate, chosen_adapter, named_sources
+from lorax_core.cli.render import Table, data_only_stdout, print_message, show_line
+from lorax_core.types import Classification
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
-    from lorax_core.types import Classification
 
 app = typer.Typer(add_completion=False)
 
@@ -53,7 +56,7 @@ def classify(
     ] = Truncate.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each text.")] = False,
 ) -> None:
-    """Classify texts, or the tokens of texts, all in one batch.
+    """Classify texts, or the tokens of texts; a line of stdin is a text, an empty one too.
 
     A head that an adapter brings comes before that of the checkpoint.
     """
@@ -61,7 +64,11 @@ def classify(
     chosen = chosen_adapter(adapters, use)
     about = _head_options(chosen, label, task)
     cut: Any = truncate.value  # a Literal there
-    requests = [lorax_core.ClassifyRequest(input=text, adapter=chosen, truncate=cut) for text in read_texts(texts)]
+    given = Texts(texts)
+
+    def request(text: str) -> lorax_core.ClassifyRequest:
+        return lorax_core.ClassifyRequest(input=text, adapter=chosen, truncate=cut)
+
     with data_only_stdout():
         # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
         engine = lorax_core.load(
@@ -70,12 +77,21 @@ def classify(
     with engine:
         if about:
             _load_head(engine, cast("str", chosen), adapters, about)
-        answers = cast("list[Classification]", engine.run(requests))
-    if json:
-        _show_lines(answers)
-    else:
-        _show_table(answers)
-    print_truncated(answers)
+        columns: list[str] = []
+        for first, found in answers(engine, given, request):
+            if json:
+                _show_lines(found, first)
+            else:
+                # All texts are answered by one head, so the first answer says what there is to show.
+                if not columns:
+                    columns = _columns(found[0])
+                    table = Table(columns)
+                table.add(_rows(found, first, columns))
+            # Whoever reads a pipe has these while the next are computed.
+            sys.stdout.flush()
+            if not json:
+                _print_empty(found, given, first)
+            print_truncated(found, given, first)
 
 
 def _head_options(
@@ -106,20 +122,17 @@ def _load_head(engine: Engine, name: str, adapters: dict[str, str], about: dict[
         engine.adapters.load(name, adapters[name], **about)
 
 
-def _show_lines(answers: list[Classification]) -> None:
-    """One JSON object a line, so that a long list can be read while it arrives."""
-    from json import dumps
-
-    for index, answer in enumerate(answers):
-        line = {
-            "schema": SCHEMA,
-            "index": index,
-            "tokens": answer.usage.prompt_tokens,
-            "truncated": answer.truncated,
-            "labels": list(_labels(answer)),
-            "entities": _entities(answer) if answer.entities is not None else None,
-        }
-        print(dumps(line))
+def _show_lines(answers: list[Classification], first: int) -> None:
+    for index, answer in enumerate(answers, first):
+        show_line(
+            {
+                "index": index,
+                "tokens": answer.usage.prompt_tokens,
+                "truncated": answer.truncated,
+                "labels": list(_labels(answer)),
+                "entities": _entities(answer) if answer.entities is not None else None,
+            }
+        )
 
 
 def _labels(answer: Classification) -> list[dict[str, Any]]:
@@ -142,25 +155,30 @@ def _entities(answer: Classification) -> list[dict[str, Any]]:
     ]
 
 
-def _show_table(answers: list[Classification]) -> None:
-    """A row for each entity where labels make entities, else for each token, else for each label of a text."""
-    columns = ["index", "label", "score"]
-    # One answer with entities is enough: all texts were answered by the same head.
-    if any(answer.entities is not None for answer in answers):
-        found = [_entities(answer) for answer in answers]
-        columns += ["text", "start", "end"]
-    else:
-        found = [_labels(answer) for answer in answers]
-        columns += [name for name in ("token", "start", "end") if any(name in row for rows in found for row in rows)]
-    lines = [
-        [str(index), *(_cell(row.get(name)) for name in columns[1:])]
-        for index, rows in enumerate(found)
-        for row in rows
-    ]
-    show_table(columns, lines)
-    for index, rows in enumerate(found):
-        if not rows:
-            print_message(f"text {index}: nothing was found", style="dim")
+def _shown(answer: Classification) -> list[dict[str, Any]]:
+    """Entities where labels make entities, else tokens, else labels of a text."""
+    return _labels(answer) if answer.entities is None else _entities(answer)
+
+
+def _columns(answer: Classification) -> list[str]:
+    if answer.entities is not None:
+        return ["index", "label", "score", "text", "start", "end"]
+    # Of a text without tokens, only the (empty) offsets say that tokens were asked for.
+    of_tokens = answer.tokens is not None or answer.offsets is not None
+    offsets = ["start", "end"] if answer.offsets is not None else []
+    return ["index", "label", "score", *(["token"] if of_tokens else []), *offsets]
+
+
+def _rows(answers: list[Classification], first: int, columns: list[str]) -> Iterator[list[str]]:
+    for index, answer in enumerate(answers, first):
+        for row in _shown(answer):
+            yield [str(index), *(_cell(row.get(name)) for name in columns[1:])]
+
+
+def _print_empty(answers: list[Classification], texts: Texts, first: int) -> None:
+    for index, answer in enumerate(answers, first):
+        if not _shown(answer):
+            print_message(f"{texts.name(index)}: nothing was found", style="dim")
 
 
 def _cell(value: object) -> str:

@@ -6,17 +6,16 @@ when the command runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, cast
+import sys
+from typing import Annotated, Any
 
 import typer
 
 import lorax_core
-from lorax_core.cli.options import Truncate, print_truncated, read_texts
-from lorax_core.cli.render import SCHEMA, data_only_stdout, show_table
-from lorax_core.types import Pooling
-
-if TYPE_CHECKING:
-    from lorax_core.types import Embedding
+from lorax_core.cli.batches import Texts, answers, print_truncated
+from lorax_core.cli.options import Truncate
+from lorax_core.cli.render import Table, data_only_stdout, show_line
+from lorax_core.types import Embedding, Pooling
 
 app = typer.Typer(add_completion=False)
 
@@ -35,38 +34,41 @@ def embed(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each text.")] = False,
 ) -> None:
-    """Embed texts, all in one batch.
+    """Embed texts; a line of stdin is a text, an empty one too.
 
     Without --json only the first numbers of each vector are shown.
     """
     chosen: Any = truncate.value  # a Literal there
-    requests = [lorax_core.EmbedRequest(input=text, truncate=chosen) for text in read_texts(texts)]
+    given = Texts(texts)
+
+    def request(text: str) -> lorax_core.EmbedRequest:
+        return lorax_core.EmbedRequest(input=text, truncate=chosen)
+
+    table = Table(("index", "tokens", "dim", "first values"))
     with data_only_stdout():
         engine = lorax_core.load(path, pooling=pooling)
     with engine:
-        embeddings = cast("list[Embedding]", engine.run(requests))
-    if json:
-        _show_lines(embeddings)
-    else:
-        show_table(("index", "tokens", "dim", "first values"), [_row(*at) for at in enumerate(embeddings)])
-    print_truncated(embeddings)
+        for first, found in answers(engine, given, request):
+            if json:
+                _show_lines(found, first)
+            else:
+                table.add(_row(*at) for at in enumerate(found, first))
+            # Whoever reads a pipe has these while the next are computed.
+            sys.stdout.flush()
+            print_truncated(found, given, first)
 
 
-def _show_lines(embeddings: list[Embedding]) -> None:
-    """One JSON object a line, so that a long list can be read while it arrives."""
-    from json import dumps
-
-    for index, embedding in enumerate(embeddings):
-        line = {
-            "schema": SCHEMA,
-            "index": index,
-            "dim": len(embedding.vector),
-            "tokens": embedding.usage.prompt_tokens,
-            "truncated": embedding.truncated,
-            "vector": embedding.vector.tolist(),
-        }
-        # Not show_json: that indents, and a line must be one object.
-        print(dumps(line))
+def _show_lines(embeddings: list[Embedding], first: int) -> None:
+    for index, embedding in enumerate(embeddings, first):
+        show_line(
+            {
+                "index": index,
+                "dim": len(embedding.vector),
+                "tokens": embedding.usage.prompt_tokens,
+                "truncated": embedding.truncated,
+                "vector": embedding.vector.tolist(),
+            }
+        )
 
 
 def _row(index: int, embedding: Embedding) -> list[str]:

@@ -87,7 +87,7 @@ def _follow(stream: Stream, quiet: bool) -> Completion:
         # Only the last event has one.
         completion = event.completion
     if not quiet:
-        print()
+        print(flush=True)
     assert completion is not None, "a stream ended without its completion"
     return completion
 

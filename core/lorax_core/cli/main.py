@@ -1,7 +1,7 @@
 """The entry of the `lorax` command: which subcommands there are, and how an error ends the process.
 
-Decides exit codes: 0 done, 1 a `LoraxError` (printed to stderr with its hint), 2 a wrong command line. Knows nothing of
-what a subcommand does; each is a module of this package with a typer `app`, imported when it is asked for.
+Decides exit codes, `EXIT_CODES`. Knows nothing of what a subcommand does; each is a module of this package with a typer
+`app`, imported when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,17 @@ import typer
 from typer.core import TyperGroup
 
 import lorax_core
+from lorax_core.cli.streams import OutputError, standard_streams
 from lorax_core.errors import LoraxError
+
+EXIT_CODES: Final = {
+    0: "done, and all output is written",
+    1: "an error, told on stderr; or a check that found a problem",
+    2: "a wrong command line",
+    130: "interrupted by Ctrl-C",
+    141: "whoever read the output has closed it, as `head` does",
+}
+"""What `lorax --help` and docs/cli.md say of exit codes."""
 
 SUBCOMMANDS: Final = ("models", "plugins", "adapters", "generate", "embed", "classify", "doctor")
 
@@ -40,6 +50,8 @@ class Subcommands(TyperGroup):
         """Runs the subcommand; a `LoraxError` becomes a message and exit code 1."""
         try:
             return super().invoke(ctx)
+        except OutputError:  # help pages may fail like this too, so `main` reports it
+            raise
         except LoraxError as error:
             # Before the message, which then stands last, next to the prompt.
             if ctx.params.get("debug"):
@@ -52,7 +64,13 @@ class Subcommands(TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(cls=Subcommands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Subcommands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="\n\n".join(["Exit codes:", *(f"{code}: {meaning}." for code, meaning in EXIT_CODES.items())]),
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,8 +90,17 @@ def lorax(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line `arguments`, `sys.argv` by default. Ends in `SystemExit`."""
-    app(args=arguments, prog_name="lorax")
+    """Runs the command line `arguments`, `sys.argv` by default. Ends in `SystemExit`, with a code of `EXIT_CODES`."""
+    try:
+        with standard_streams():
+            app(args=arguments, prog_name="lorax")
+    except OutputError as error:
+        if error.unwanted:
+            raise SystemExit(141) from error
+        from lorax_core.cli.render import print_error
+
+        print_error(error)
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

@@ -1,22 +1,18 @@
-"""What commands that load a checkpoint have in common: adapters by name, texts, and texts that are too long.
+"""What commands that load a checkpoint have in common: adapters by name, a prompt, and texts that are too long.
 
 Decides how `--adapter`, `--use`, `--truncate` and `-` are read. Knows nothing of models or of what adapters hold.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import typer
 
-from lorax_core.cli.render import print_message
+from lorax_core.cli.batches import as_text
+from lorax_core.cli.streams import read_prompt
 from lorax_core.errors import AdapterError, listed, nearest
-
-if TYPE_CHECKING:
-    from lorax_core.types import Classification, Embedding
 
 
 class Truncate(StrEnum):
@@ -68,19 +64,4 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
 
 def read_text(given: str) -> str:
     """The text itself, or for - all of stdin without its last line break."""
-    # One line break only, which echo adds; further ones are part of the prompt.
-    return sys.stdin.read().removesuffix("\n") if given == "-" else given
-
-
-def read_texts(given: list[str]) -> list[str]:
-    """The texts themselves, or for a single - the lines of stdin."""
-    return sys.stdin.read().splitlines() if given == ["-"] else given
-
-
-def print_truncated(answers: Sequence[Embedding | Classification]) -> None:
-    """On stderr, each text that was cut."""
-    for index, answer in enumerate(answers):
-        if answer.truncated:
-            print_message(
-                f"text {index} was cut to {answer.usage.prompt_tokens} tokens", label="warning", style="yellow"
-            )
+    return read_prompt() if given == "-" else as_text(given)

@@ -42,28 +42,55 @@ def show_json(data: dict[str, Any]) -> None:
     print(json.dumps({"schema": SCHEMA, **data}, indent=2))
 
 
+def show_line(data: dict[str, Any]) -> None:
+    """One JSON object on a line of stdout, with its schema version first."""
+    print(json.dumps({"schema": SCHEMA, **data}))
+
+
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout: for people on a terminal; in a pipe plain columns, neither wrapped nor coloured."""
-    # Rows may be a generator, and are read twice.
-    lines = [list(row) for row in rows]
-    if sys.stdout.isatty():
-        _show_rich_table(columns, lines)
-        return
-    # Tables of names and values have empty headings, which are left out.
-    if any(columns):
-        lines.insert(0, [name.upper() for name in columns])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for row in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    """A whole table on stdout."""
+    Table(columns).add(rows)
 
 
-def _show_rich_table(columns: Sequence[str], rows: list[list[str]]) -> None:
+class Table:
+    """A table on stdout, written as its rows come.
+
+    For people on a terminal; in a pipe plain columns, neither wrapped nor coloured.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = columns
+        # Tables of names and values have empty headings, which are left out.
+        self._headed = any(columns)
+        self._widths = [len(name) for name in columns]
+
+    def add(self, rows: Iterable[Sequence[str]]) -> None:
+        """Writes rows, below the headings when they are the first. A column is as wide as it was, or wider."""
+        # Rows may be a generator, and are read twice.
+        lines = [[printable(cell) for cell in row] for row in rows]
+        if sys.stdout.isatty():
+            _show_rich_table(self._columns, lines, self._headed)
+        else:
+            shown = [[name.upper() for name in self._columns], *lines] if self._headed else lines
+            self._widths = [max([width, *map(len, cells)]) for width, *cells in zip(self._widths, *lines, strict=True)]
+            for row in shown:
+                cells = [cell.ljust(width) for cell, width in zip(row, self._widths, strict=True)]
+                print("  ".join(cells).rstrip())
+        self._headed = False
+
+
+def printable(text: str) -> str:
+    """Text with its line breaks, and whatever else a terminal would obey, as escapes: names come from anybody's files."""
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
+
+
+def _show_rich_table(columns: Sequence[str], rows: list[list[str]], headed: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     # Without rules: seven columns must fit on 80 characters, and what does not fit folds but is never cut off.
-    table = Table(box=None, show_header=any(columns), header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, show_header=headed, header_style="bold", padding=(0, 2, 0, 0), pad_edge=False)
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
@@ -77,9 +104,11 @@ def print_message(message: str, hint: str | None = None, *, label: str = "", sty
     from rich.console import Console
     from rich.text import Text
 
+    # Line by line: some messages have several.
+    message = "\n".join(map(printable, message.split("\n")))
     text = Text.assemble((f"{label}: " if label else "", f"bold {style}"), message)
     if hint is not None:
-        text.append_text(Text.assemble("\n  ", ("hint: ", "bold"), hint))
+        text.append_text(Text.assemble("\n  ", ("hint: ", "bold"), printable(hint)))
     # Soft: a path or a command must stay whole when it is copied.
     Console(stderr=True, highlight=False).print(text, soft_wrap=True)
 

@@ -1,8 +1,7 @@
 """From a C++ source to a loaded library.
 
-Decides how a source is compiled (once for each processor, compiler, flags and source), where the library is kept, and whether
-the folder and the library are safe to load from: code in a place that another user can write to is never loaded. Knows
-nothing of what a library computes.
+Decides how a source is compiled (once for each processor, compiler, flags and source) and where the library is kept. What is
+loaded is a private copy of the bytes that were checked, so nothing can come between. Knows nothing of what a library computes.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import ctypes
 import hashlib
 import os
 import platform
-import shutil
-import stat
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorax_core.kernels.native.compiler import Compiler, find_compiler
+from lorax_core.kernels.native.trust import file_problem, folder_problem
 from lorax_core.settings import Settings
 
 # Sums may be reordered freely, which is what lets them be vectorised; NaN stays NaN.
@@ -25,9 +23,8 @@ _FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
-_COMPILERS = ("c++", "g++", "clang++")
-_TIMEOUT = 120  # seconds
 _HASH_BYTES = hashlib.sha256().digest_size
+_MOST_BYTES = 64 * 2**20  # of a library; ours has some 20,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,92 +40,93 @@ def load_native(source: Path, settings: Settings) -> Native:
     if not settings.native:
         return Native(None, "LORAX_NATIVE is off")
     try:
-        library = _built(source, settings.cache.expanduser() / "native")
-        return Native(ctypes.CDLL(str(library)), str(library))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        library, code = _built(source, settings.cache.expanduser() / "native")
+        return Native(_load(library.name, code), str(library))
+    # ValueError: a NUL in a path.
+    except (OSError, RuntimeError, ValueError) as error:
         return Native(None, str(error))
 
 
-def folder_problem(folder: Path, user: int) -> str | None:
-    """Why libraries in a resolved folder must not be loaded by a user id; None when only that user can have put them there.
-
-    The folder must be the user's, and no other user may write to it. A user who may rename a folder above it could put another
-    in its place, so those must belong to the user or to root, and no other user may write to them unless they are sticky.
-    """
-    found = folder.stat()
-    if found.st_uid != user:
-        return f"{folder} belongs to user {found.st_uid}, not to you: set LORAX_CACHE to a folder of your own"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{folder} can be written to by other users: chmod 700 {folder}"
-    for above in folder.parents:
-        found = above.stat()
-        if found.st_uid not in (0, user):
-            return f"{above} belongs to user {found.st_uid}: set LORAX_CACHE to a folder below one of your own"
-        foreign_group = found.st_mode & stat.S_IWGRP and found.st_gid not in (0, os.getegid())
-        if (found.st_mode & stat.S_IWOTH or foreign_group) and not found.st_mode & stat.S_ISVTX:
-            return f"{above} can be written to by other users: chmod go-w {above}"
-    return None
-
-
-def library_problem(library: Path, user: int) -> str | None:
-    """Why a file must not be loaded by a user id; None when it is a regular file that only that user can have written."""
-    # lstat: a link is refused as such, since its target could be exchanged after the check.
-    found = library.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        return f"{library} is no regular file: rm {library}"
-    if found.st_uid != user:
-        return f"{library} belongs to user {found.st_uid}, not to you: rm {library}"
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"{library} can be written to by other users: rm {library}"
-    return None
-
-
-def _built(source: Path, folder: Path) -> Path:
-    """The library, compiled unless the cache has it; raises RuntimeError or OSError with the reason when there is none."""
-    if not hasattr(os, "geteuid"):
-        raise RuntimeError("the owner of files cannot be checked on this system")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
+    """The library and what it holds, compiled unless the cache has it; raises RuntimeError or OSError when there is none."""
+    if not hasattr(os, "memfd_create"):
+        raise RuntimeError("native code is loaded on Linux alone")
+    _make_private(folder)
     # Links are followed first: the checks hold for the folder that is opened in the end.
-    folder = folder.resolve()
-    user = os.geteuid()
+    folder, user = folder.resolve(), os.geteuid()
     # Before anything is read from there or written to it.
-    problem = folder_problem(folder, user)
-    if problem is not None:
-        raise RuntimeError(f"native code is not loaded: {problem}")
-    compiler = next((found for name in _COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise RuntimeError(f"none of the compilers {', '.join(_COMPILERS)} is installed")
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=_TIMEOUT).stdout
+    _refuse(folder_problem(folder, user))
+    compiler = find_compiler(user)
     # A library is made for the processor that made it, and a home may be shared by several.
+    version = compiler.run("--version", folder=Path("/"))
     key = (source.read_bytes(), " ".join(_FLAGS).encode(), version, _processor())
     library = folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
-    if os.path.lexists(library):
-        problem = library_problem(library, user)
-        if problem is not None:
-            raise RuntimeError(f"native code is not loaded: {problem}")
-        if _is_whole(library):
-            return library
-    _compile(compiler, source, library)
-    return library
+    code = _read(library, user)
+    if code is None:
+        _compile(compiler, source.resolve(), library)
+        code = _read(library, user)
+    if code is None:
+        raise RuntimeError(f"{library} was cut short as soon as it was written: is the disk full?")
+    return library, code
 
 
-def _is_whole(library: Path) -> bool:
-    """Whether a library ends with the hash of what stands before: one cut short would kill the process when it is loaded."""
-    data = library.read_bytes()
-    return hashlib.sha256(data[:-_HASH_BYTES]).digest() == data[-_HASH_BYTES:]
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise RuntimeError(f"native code is not loaded: {problem}")
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, for this user alone, whatever the umask."""
+    for place in reversed((folder, *folder.parents)):
+        # Not mkdir(parents=True): that leaves the mode of those above to the umask.
+        if not place.exists():
+            place.mkdir(mode=0o700, exist_ok=True)
+
+
+def _read(library: Path, user: int) -> bytes | None:
+    """A whole library that only this user can have written; None when there is none, or it was cut short; else RuntimeError."""
+    try:
+        # No link, whose target could be anybody's; and no waiting for a pipe to be written to.
+        number = os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RuntimeError(f"native code is not loaded: {error}: rm {library}") from error
+    try:
+        # Of the open file and not of its name, which may mean another one by now.
+        _refuse(file_problem(library, os.fstat(number), user))
+        with open(number, "rb", closefd=False) as file:
+            data = file.read(_MOST_BYTES)
+    finally:
+        os.close(number)
+    # It ends with the hash of what stands before: one cut short would kill the process when it is loaded.
+    whole = hashlib.sha256(data[:-_HASH_BYTES]).digest() == data[-_HASH_BYTES:]
+    return data if whole else None
+
+
+def _load(name: str, code: bytes) -> ctypes.CDLL:
+    """Loads code from memory, where nobody can change it between the check and the load."""
+    import fcntl  # late: Windows has none
+
+    number = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(number, "wb", closefd=False) as file:
+            file.write(code)
+        fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        # Left open for good: the loader knows libraries by their path, and would take the next of this number for it.
+        return ctypes.CDLL(f"/proc/self/fd/{number}")
+    except BaseException:
+        os.close(number)
+        raise
+
+
+def _compile(compiler: Compiler, source: Path, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        compiled, linked = Path(scratch) / "code.o", Path(scratch) / "code.so"
+        folder = Path(scratch)
+        linked = folder / "code.so"
         # Linked on its own, without an OpenMP library: torch's is in the process already, and two would fight for the cores.
-        for command in (
-            [compiler, *_FLAGS, "-c", str(source), "-o", str(compiled)],
-            [compiler, "-shared", str(compiled), "-o", str(linked)],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT)
-            if done.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()[-400:]}")
+        compiler.run(*_FLAGS, "-c", str(source), "-o", "code.o", folder=folder)
+        compiler.run("-shared", "code.o", "-o", linked.name, folder=folder)
         with linked.open("r+b") as file:
             code = file.read()
             file.write(hashlib.sha256(code).digest())  # loaders ignore what follows the last section

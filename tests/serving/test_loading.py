@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,17 @@ def test_the_threads_of_a_process_are_one_number_for_all_engines(qwen2):
         assert "threads=1" in error.hint
         assert torch.get_num_threads() == 1
         assert len(engine.generate([5], max_tokens=1).token_ids) == 1
+
+
+def test_more_threads_than_a_machine_can_start_are_refused_with_how_many_it_has(qwen2):
+    before = torch.get_num_threads()
+
+    error = refusal(qwen2, threads=10**9)
+
+    assert isinstance(error, lorax.RequestError)
+    assert f"this machine has {os.cpu_count()} cores" in error.message
+    assert f"threads={os.cpu_count()}" in error.hint
+    assert torch.get_num_threads() == before
 
 
 def test_sixteen_bits_become_thirty_two_where_the_processor_has_no_fast_ones(tmp_path):

@@ -6,6 +6,7 @@ large the cache. The parts themselves know nothing of each other's files.
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass
 
@@ -43,6 +44,7 @@ _KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 # torch has one pool of threads for the process, so two engines cannot have different numbers.
 _threads_lock = threading.Lock()
 _threads: int | None = None
+_THREADS_A_CORE = 8  # far beyond what is of use
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,13 @@ def _set_threads(threads: int | None) -> None:
     global _threads
     if threads is None:
         return
+    cores = os.cpu_count() or 1
+    # The system refuses to start a million threads by ending the process.
+    if threads > cores * _THREADS_A_CORE:
+        raise RequestError(
+            f"threads={threads} was asked for, but this machine has {cores} cores: {cores * _THREADS_A_CORE} are the most",
+            hint=f"load with threads={cores}, or leave threads out",
+        )
     with _threads_lock:
         # Refused and not changed: the engine that runs would silently become slower, or disturb others.
         if _threads is not None and _threads != threads:

@@ -284,6 +284,17 @@ def test_a_plugin_without_metadata_has_a_name_all_the_same(importable_strangers)
     assert host.records[1].title == "lorax-stranger"
 
 
+def test_metadata_that_cannot_be_read_are_the_plugins_status(importable_strangers):
+    importable_strangers.install(code="raise AssertionError('imported')")
+    (importable_strangers.folder / "lorax_stranger-1.0.dist-info/METADATA").write_bytes(b"Name: caf\xe9\n")
+
+    record = record_of(discover(importable_strangers), "lorax-stranger")
+
+    assert record.status is PluginStatus.BROKEN
+    assert record.cause.startswith("UnicodeDecodeError: ")
+    assert isinstance(record.exception, UnicodeDecodeError)
+
+
 def test_torch_that_was_there_before_is_nobody_s_slow_import(
     importable_strangers, declaration, spec_fields, monkeypatch
 ):

@@ -80,7 +80,9 @@ def identity(entry: EntryPoint) -> tuple[str, str]:
         metadata = entry.dist.metadata if entry.dist is not None else None
         if metadata is not None and metadata["Name"]:
             return canonical(metadata["Name"]), metadata["Version"] or ""
-    except Exception:  # unreadable metadata: loading the plugin reports what is wrong
+    except (
+        Exception
+    ):  # not lost: `_check_requirements` reads the same metadata, and its error becomes the plugin's status
         pass
     package = canonical(entry.value.partition(":")[0].partition(".")[0])
     return package, __version__ if package == CORE else ""

@@ -8,11 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Final, Self
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, model_validator
+from pydantic_core import to_json
 
 from lorax_core.errors import CheckpointError
+
+MAX_LAYERS: Final = 10_000
+"""The most layers that are read, ten times those of the deepest transformer that was published."""
+MAX_LABELS: Final = 1_000_000
+_COMPARE: Final = "compare it with the config.json that transformers writes for this architecture"
+_SHOWN: Final = 8  # wrong fields that an error names
+# Fields of `Rope` that files spell otherwise.
+_ROTARY: Final = {
+    "theta": "rope_theta",
+    "partial": "partial_rotary_factor",
+    "original_length": "original_max_position_embeddings",
+}
 
 
 class Problem(StrEnum):
@@ -32,7 +45,8 @@ class ModelConfig(BaseModel):
     """
 
     # `protected_namespaces=()`: pydantic reserves names that begin with `model_`, and `model_type` is the key in files.
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    # Python's JSON reads NaN and Infinity; a field that may hold them says so itself.
+    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
 
     aliases: ClassVar[Mapping[str, str]] = {}
     own_head_dim: ClassVar[bool] = False
@@ -46,7 +60,7 @@ class ModelConfig(BaseModel):
     architectures: tuple[str, ...] | None = None
     pad_token_id: int | None = None
     id2label: dict[int, str] | None = None
-    num_labels: int | None = None
+    num_labels: Annotated[int, Field(ge=0, le=MAX_LABELS)] | None = None
     problem_type: Problem | None = None
 
     @property
@@ -82,6 +96,15 @@ class ModelConfig(BaseModel):
             raise ValueError(f"{width} {self.hidden_size} is not a multiple of {heads} {self.num_attention_heads}")
         return self
 
+    @model_validator(mode="after")
+    def _labels_are_an_answer(self) -> Self:
+        # transformers refuses it, too: one class of one is always the answer.
+        if self.problem_type is Problem.SINGLE_LABEL and len(self.labels) == 1:
+            raise ValueError(
+                "problem_type 'single_label_classification' needs more than one label; one alone is a 'regression'"
+            )
+        return self
+
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
         """Derive fields that a file leaves out, before validation; keys have their common names. A plugin overrides this."""
@@ -94,28 +117,48 @@ class ModelConfig(BaseModel):
         own = {key: common for key, common in cls.aliases.items() if raw.get(common) is None}
         named = {**raw, **{common: raw[key] for key, common in own.items() if raw.get(key) is not None}}
         spelt = {common: key for key, common in own.items() if raw.get(key) is not None or common not in raw}
+        layers = named.get("num_hidden_layers")
+        # Before `normalise`, which may make a list of the layers.
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise CheckpointError(
+                f"config.json has {layers} for {spelt.get('num_hidden_layers', 'num_hidden_layers')}; at most {MAX_LAYERS:,} "
+                "layers are read",
+                hint=_COMPARE,
+            )
         try:
-            return cls.model_validate(dict(cls.normalise(named)), context={"spelt": spelt})
-        except (
+            normalised = to_json(dict(cls.normalise(named)))
+        except (  # the plugin's normalise read what is not there, or is of another type
             KeyError,
             TypeError,
             AttributeError,
             ArithmeticError,
-        ) as error:  # the plugin's normalise read what is not there
+            ValueError,  # a value that is no JSON, among others
+        ) as error:
             raise CheckpointError(
                 f"config.json does not describe a {raw.get('model_type')}: {cls.__name__}.normalise failed with "
                 f"{type(error).__name__}: {error}",
-                hint="compare it with the config.json that transformers writes for this architecture",
+                hint=_COMPARE,
             ) from error
+        try:
+            # Strict: else true and "64" would be read as numbers, and "false" as a truth value. As JSON, for a list there is
+            # also a tuple, and a string a member of an enum.
+            return cls.model_validate_json(normalised, strict=True, context={"spelt": spelt})
         except ValidationError as error:
+            problems = [_problem(item, spelt) for item in error.errors(include_url=False)]
+            more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
             raise CheckpointError(
                 f"config.json does not describe a {raw.get('model_type')} that {cls.__module__.split('.')[0]} supports: "
-                + "; ".join(_problem(item, spelt) for item in error.errors()),
-                hint="compare it with the config.json that transformers writes for this architecture",
+                + "; ".join([*problems[:_SHOWN], *more]),
+                hint=_COMPARE,
             ) from error
 
 
 def _problem(item: Mapping[str, Any], spelt: Mapping[str, str]) -> str:
     """One failed field, by the name that the file gives it."""
-    where = ".".join(spelt.get(str(step), str(step)) for step in item["loc"]) or "config"
-    return f"{where}: {item['msg']} (found {item['input']!r:.60})"
+    # What a validator raised, without pydantic's words before it.
+    said = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+    names = _ROTARY if item["loc"][:1] == ("rope",) else spelt
+    where = ".".join(names.get(str(step), str(step)) for step in item["loc"])
+    # A whole object says less than the sentence does.
+    found = "" if isinstance(item["input"], dict) else f" (found {item['input']!r:.60})"
+    return f"{where}: {said}{found}" if where else said

@@ -29,7 +29,9 @@ class GPTNeoXConfig(ModelConfig):
         """Read the rotary parameters; by default a quarter of each head rotates."""
         # Before read_rope, which takes the length from it.
         config = {"max_position_embeddings": 2048, **raw}
-        return {**config, "rope": read_rope(config, partial=0.25)}
+        # Outside `rope_parameters` transformers reads the old names alone.
+        old = {"rope_theta": raw.get("rotary_emb_base"), "partial_rotary_factor": raw.get("rotary_pct")}
+        return {**config, "rope": read_rope({**config, **old}, partial=0.25)}
 
     @property
     def max_tokens(self) -> int:

@@ -39,7 +39,11 @@ class Qwen2Config(ModelConfig):
             config["num_key_value_heads"] = heads
         if config.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             config["head_dim"] = hidden // heads
-        return {**config, "rope": read_rope(config)}
+        rope = read_rope(config)
+        # Heads turn whole: transformers' Qwen2 reads no fraction here, and fails on one with any other type.
+        if rope["type"] == "default":
+            rope["partial"] = 1.0
+        return {**config, "rope": rope}
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Qwen2Config:
@@ -48,6 +52,8 @@ class Qwen2Config(ModelConfig):
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
+        if self.rope.partial != 1.0:
+            raise ValueError(f"partial_rotary_factor {self.rope.partial}: Qwen2 turns whole heads")
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_hidden_layers}")
         return self

@@ -127,7 +127,7 @@ def test_rotary_parameters_are_read_in_their_old_names(old, tmp_path):
 @pytest.mark.parametrize(
     ("raw", "told"),
     [
-        ({"rotary_pct": 1.5}, "rope.partial.*1.5"),
+        ({"rotary_pct": 1.5}, "rope.partial_rotary_factor.*1.5"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope.type.*'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' needs factor"),
         ({"num_attention_heads": 7}, "hidden_size 60 is not a multiple of num_attention_heads 7"),

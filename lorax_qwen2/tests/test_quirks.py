@@ -105,6 +105,13 @@ def test_frequencies_are_those_of_transformers_to_the_last_bit(scaling, theta, o
     assert factor == oracle.attention_scaling
 
 
+def test_a_fraction_of_the_head_is_not_read_as_in_transformers(tmp_path):
+    folder = saved(make_model(Qwen2ForCausalLM, QWEN2), tmp_path, partial_rotary_factor=0.5)
+    oracle = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+    assert_same(our_hidden(ours(folder)), their_hidden(oracle))
+
+
 def test_dynamic_positions_are_exact_up_to_their_length_and_refused_beyond(tmp_path):
     rope = {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "rope_theta": 5000.0, "rope_parameters": None}
     folder = saved(make_model(Qwen2ForCausalLM, QWEN2), tmp_path, **rope)
@@ -128,6 +135,7 @@ def test_dynamic_positions_are_exact_up_to_their_length_and_refused_beyond(tmp_p
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}}, "rope.type.*'mrope'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "stretch": 3}}, "rope.stretch"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": None}}, "rope type 'yarn' needs factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "0.5: Qwen2 turns whole heads"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers of 2"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types.1.*'linear_attention'"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, model_validator
 from torch import Tensor
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -25,23 +25,27 @@ _NEEDED = {
 
 
 class Rope(BaseModel):
-    """Rotary parameters of one model. `original_length` is the length that the base was trained for."""
+    """Rotary parameters of one model. `original_length` is the length that the base was trained for.
+
+    Numbers for which transformers computes NaN, or no rotation at all, are refused.
+    """
 
     # Frozen, thus hashable: it is the key under which layers share angles. Unknown keys mean a scaling not computed here.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
-    theta: float = 10000.0
+    theta: PositiveFloat = 10000.0
     partial: float = Field(default=1.0, ge=0, le=1)
-    factor: float | None = None
-    original_length: int
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
+    factor: PositiveFloat | None = None
+    original_length: int = Field(gt=0, lt=2**53)
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    attention_factor: PositiveFloat | None = None
+    # 0 means unset in these.
+    beta_fast: NonNegativeFloat | None = None
+    beta_slow: NonNegativeFloat | None = None
+    mscale: NonNegativeFloat | None = None
+    mscale_all_dim: NonNegativeFloat | None = None
     truncate: bool = True
 
     @model_validator(mode="after")
@@ -49,6 +53,9 @@ class Rope(BaseModel):
         missing = [name for name in _NEEDED[self.type] if getattr(self, name) is None]
         if missing:
             raise ValueError(f"rope type {self.type!r} needs {', '.join(missing)}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.type == "llama3" and low is not None and high is not None and low >= high:
+            raise ValueError(f"low_freq_factor {low} is not below high_freq_factor {high}")
         return self
 
     @property
@@ -60,12 +67,33 @@ class Rope(BaseModel):
         """Inverse frequencies `[dim / 2]` in float32, and the factor on cos and sin.
 
         Operations stand in transformers' order, to the last bit: far out in a text an angle multiplies any difference.
+        Raises ValueError where the parameters give no finite numbers for heads of `dim`.
         """
+        if self.type == "yarn" and dim % 2:
+            raise ValueError(f"rope type 'yarn' blends pairs of dimensions, and {dim} rotary dimensions are odd")
+        try:
+            inverse, factor = self._frequencies(dim, device)
+        except ArithmeticError as error:  # yarn divides by the logarithm of theta, which is 0 for 1
+            raise ValueError(f"rotary parameters ({self._stated()}) that cannot be computed: {error}") from error
+        if not (inverse.isfinite().all() and math.isfinite(factor)):
+            raise ValueError(f"rotary parameters ({self._stated()}) whose frequencies are not finite")
+        return inverse, factor
+
+    def _stated(self) -> str:
+        fields = self.model_dump(exclude_none=True, exclude={"partial", "truncate"})
+        return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+    def _frequencies(self, dim: int, device: str | torch.device | None) -> tuple[Tensor, float]:
+        theta = self.theta
+        if self.type == "dynamic":
+            # What transformers computes up to the length that the base was trained for, where `max_tokens` ends sequences:
+            # theta itself, unless the factor is so large that it rounds away.
+            factor = self.factor or 1.0
+            theta = theta * (factor - (factor - 1)) ** (dim / (dim - 2))
         # int64 first: transformers does so too, and a float32 arange could round differently.
-        powers = self.theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)  # [dim / 2]
+        powers = theta ** (torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim)  # [dim / 2]
         inverse = 1.0 / powers
         match self.type:
-            # `dynamic` is the default up to its length, where `max_tokens` ends sequences.
             case "linear":
                 return inverse / (self.factor or 1.0), 1.0
             case "llama3":
@@ -125,18 +153,23 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
 
     Unknown keys are kept, so that validation names them: a scaling that is not understood must not be ignored.
     """
-    nested = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+    # Not merged: where a file has both, transformers reads the old key alone.
+    nested = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     kind = nested.pop("rope_type", None)
     old_kind = nested.pop("type", None)
-    length = nested.pop("original_max_position_embeddings", None)
+    inner = nested.pop("original_max_position_embeddings", None)
     kind = kind or old_kind or "default"
     longest = raw.get("max_position_embeddings")
+    # Phi-3 states it outside; transformers lets that win for every architecture.
+    length = raw.get("original_max_position_embeddings", inner)
     # Some files state only the two lengths; transformers derives the factor so.
     if kind == "yarn" and nested.get("factor") is None and length and longest:
         nested["factor"] = longest / length
     # These know only one length, and `dynamic` ends at it.
     if kind in ("default", "linear", "dynamic"):
         length = longest
+    if "truncate" in nested:
+        nested["truncate"] = nested["truncate"] or False  # null is none of the default, which is true
 
     def stated(name: str, default: float) -> Any:
         # Popped, as what is left in `nested` goes to validation, which refuses unknown keys. `rope_theta` stood
@@ -148,6 +181,6 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
         "type": kind,
         "theta": stated("rope_theta", theta),
         "partial": stated("partial_rotary_factor", partial),
-        "original_length": length or longest,
+        "original_length": longest if length is None else length,
     }
     return {**fields, **{name: value for name, value in nested.items() if value is not None}}

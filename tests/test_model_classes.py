@@ -14,7 +14,7 @@ from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.resolve import load_cases, load_class
 from lorax_core.settings import Settings
 from lorax_core.testing import reference
-from lorax_core.testing.texts import Text
+from lorax_core.testing.inputs import Input
 from lorax_core.types import Task
 
 HOST = PluginHost.discover(Settings())
@@ -49,7 +49,7 @@ def checkpoint(tmp_path):
 
 def expected_answer(oracle, model, task, types):
     """What transformers gives for SHORT, in the shape of the model's answer."""
-    found = [reference.expect(oracle, Text(tuple(ids), (0,) * len(ids)), types=types) for ids in SHORT]
+    found = [reference.expect(oracle, Input(tuple(ids), (0,) * len(ids)), types=types) for ids in SHORT]
     if task is Task.EMBED:
         spans = [model.head(task).span(ids, 0) for ids in SHORT]
         return torch.stack([one.hidden[span.start : span.stop].sum(0) for one, span in zip(found, spans, strict=True)])

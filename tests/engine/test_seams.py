@@ -65,11 +65,11 @@ def make_mixed_batch(case, task):
     store = make_adapters(loaded, one=folders[0], two=folders[1])
     one, two = (store.bound[store.get(name).identity] for name in ("one", "two"))
     adapters = [None, one, two, one]
-    texts = [case.texts[at] for at in (1, 2, 3, 2)]
-    bench = case.bench(loaded, texts=texts)
+    inputs = [case.inputs[at] for at in (1, 2, 3, 2)]
+    bench = case.bench(loaded, inputs=inputs)
     shares = [
-        Share(text, 0, len(text), pages, adapter)
-        for text, pages, adapter in zip(texts, bench.give_pages(texts), adapters, strict=True)
+        Share(tokens, 0, len(tokens), pages, adapter)
+        for tokens, pages, adapter in zip(inputs, bench.give_pages(inputs), adapters, strict=True)
     ]
     bench.run(bench.batch(shares))  # what is made once, at a site's first use, is made here
     return loaded.model, planned(bench, shares)
@@ -79,13 +79,13 @@ def make_decoding_batch(case):
     """A model that generates, and a batch of one token of each sequence, under adapters of every kind of delta."""
     loaded = case.loaded(Task.GENERATE)
     bounds = [None, *(Bound({path: (delta,)}) for path, delta in make_deltas(loaded.model))]
-    texts = [case.texts[1 + at % 3] for at in range(len(bounds))]
-    bench = case.bench(loaded, texts=texts)
-    pages = bench.give_pages(texts)
-    whole = list(zip(texts, pages, bounds, strict=True))
-    bench.run(bench.batch([Share(text, 0, len(text), held, bound) for text, held, bound in whole]))
+    inputs = [case.inputs[1 + at % 3] for at in range(len(bounds))]
+    bench = case.bench(loaded, inputs=inputs)
+    pages = bench.give_pages(inputs)
+    whole = list(zip(inputs, pages, bounds, strict=True))
+    bench.run(bench.batch([Share(tokens, 0, len(tokens), held, bound) for tokens, held, bound in whole]))
     return loaded.model, planned(
-        bench, [Share(text, len(text) - 1, len(text), held, bound) for text, held, bound in whole]
+        bench, [Share(tokens, len(tokens) - 1, len(tokens), held, bound) for tokens, held, bound in whole]
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing.checks import CHECKS
 from lorax_core.testing.compare import TOLERANCES
+from lorax_core.testing.inputs import LONGEST
 from lorax_core.testing.suite import known_keys
-from lorax_core.testing.texts import LONGEST
 
 
 @pytest.fixture(scope="module")

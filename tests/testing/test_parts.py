@@ -1,4 +1,4 @@
-"""The kit's own parts: its measure, its texts, its random checkpoints."""
+"""The kit's own parts: its measure, its inputs, its random checkpoints."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing import CheckFailed
 from lorax_core.testing.case import Case
 from lorax_core.testing.compare import Worst
+from lorax_core.testing.inputs import make_inputs
 from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
 from lorax_core.testing.reference import build, quiet, randomise, reload
-from lorax_core.testing.texts import make_texts
 from lorax_core.types import Task
 
 
@@ -63,26 +63,26 @@ def test_another_shape_and_nothing_at_all_are_failures():
         Worst(1.0).measured()
 
 
-# --- texts ---
+# --- inputs ---
 
 
-def test_texts_are_of_one_token_of_a_few_and_of_as_many_as_there_may_be():
-    texts = make_texts(vocab=50, types=2, max_tokens=64, pad=None)
+def test_inputs_are_of_one_token_of_a_few_and_of_as_many_as_there_may_be():
+    inputs = make_inputs(vocab=50, types=2, max_tokens=64, pad=None)
 
-    assert [len(text) for text in texts] == [1, 2, 5, 17, 40, 64]
-    assert all(len(text.types) == len(text) for text in texts)
-    assert {kind for text in texts for kind in text.types} == {0, 1}
-
-
-def test_no_text_is_longer_than_the_model_or_than_tests_need():
-    assert len(make_texts(vocab=50, types=1, max_tokens=9000, pad=None)[-1]) == 192
-    assert [len(text) for text in make_texts(vocab=50, types=1, max_tokens=4, pad=None)] == [1, 2, 4]
+    assert [len(tokens) for tokens in inputs] == [1, 2, 5, 17, 40, 64]
+    assert all(len(tokens.types) == len(tokens) for tokens in inputs)
+    assert {kind for tokens in inputs for kind in tokens.types} == {0, 1}
 
 
-def test_padding_stands_in_one_text_only_inside_and_at_the_end():
-    texts = make_texts(vocab=50, types=1, max_tokens=64, pad=7)
+def test_no_input_is_longer_than_the_model_or_than_tests_need():
+    assert len(make_inputs(vocab=50, types=1, max_tokens=9000, pad=None)[-1]) == 192
+    assert [len(tokens) for tokens in make_inputs(vocab=50, types=1, max_tokens=4, pad=None)] == [1, 2, 4]
 
-    (padded,) = [text for text in texts if 7 in text.ids]
+
+def test_padding_stands_in_one_input_only_inside_and_at_the_end():
+    inputs = make_inputs(vocab=50, types=1, max_tokens=64, pad=7)
+
+    (padded,) = [tokens for tokens in inputs if 7 in tokens.ids]
     assert [at for at, token in enumerate(padded.ids) if token == 7] == [4, 8]
 
 

@@ -25,10 +25,10 @@ from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing import reference
 from lorax_core.testing.compare import TOLERANCES
+from lorax_core.testing.inputs import Input, make_inputs
 from lorax_core.testing.packed import Bench, PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, NotApplicable
-from lorax_core.testing.texts import Text, make_texts
 from lorax_core.types import Pooling, Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.loader import Account, LoadedModel, assemble, load_model
@@ -101,10 +101,10 @@ class Case:
         return self.tasks if self.variant == BASE else self.tasks[:1]
 
     @cached_property
-    def texts(self) -> list[Text]:
+    def inputs(self) -> list[Input]:
         """What the models read. The last one is the longest that the model takes, 192 tokens at most."""
         config = self.reference(self.main).config
-        return make_texts(
+        return make_inputs(
             vocab=config.vocab_size,
             types=self.type_count,
             max_tokens=self.loaded(self.main).model.max_tokens,
@@ -112,9 +112,9 @@ class Case:
         )
 
     @property
-    def long_text(self) -> Text:
-        """The longest of the texts."""
-        return self.texts[-1]
+    def long_input(self) -> Input:
+        """The longest of the inputs."""
+        return self.inputs[-1]
 
     @property
     def type_count(self) -> int:
@@ -130,7 +130,7 @@ class Case:
         # Written once and read by both sides, so that ours and theirs start from the same files.
         folder = self.folder / task
         if not folder.exists():
-            # hash() of a text differs from process to process; a failure must come back with the same numbers.
+            # hash() of a string differs from process to process; a failure must come back with the same numbers.
             seed = zlib.crc32(f"{self.variant} {task}".encode())
             reference.build(self.cases, task, self.config, folder, seed)
         return folder
@@ -143,17 +143,17 @@ class Case:
         return self._made[key]
 
     def expected(self, task: Task) -> list[Expected]:
-        """What the oracle says of each text."""
+        """What the oracle says of each input."""
         key = ("expected", task)
         if key not in self._made:
-            self._made[key] = self.expect(self.reference(task), self.texts)
+            self._made[key] = self.expect(self.reference(task), self.inputs)
         return cast("list[Expected]", self._made[key])
 
-    def expect(self, oracle: nn.Module, texts: Sequence[Text]) -> list[Expected]:
-        """What an oracle says of some texts, one by one."""
+    def expect(self, oracle: nn.Module, inputs: Sequence[Input]) -> list[Expected]:
+        """What an oracle says of some inputs, one by one."""
         types = "token_types" in self.spec.features
         with reference.quiet():
-            return [reference.expect(oracle, text, types=types) for text in texts]
+            return [reference.expect(oracle, tokens, types=types) for tokens in inputs]
 
     # --- ours ---
 
@@ -217,24 +217,24 @@ class Case:
         """The page sizes that the backend takes, of those to try."""
         return [size for size in PAGE_SIZES if self._select(model, size, model.dtype) is not None]
 
-    def bench(self, base: LoadedModel, page_size: int | None = None, texts: Sequence[Text] | None = None) -> Bench:
-        """A bench for a model, with room for some texts (those of the case unless given)."""
+    def bench(self, base: LoadedModel, page_size: int | None = None, inputs: Sequence[Input] | None = None) -> Bench:
+        """A bench for a model, with room for some inputs (those of the case unless given)."""
         model = base.model
         # A backend may refuse some sizes; the first that it takes will do.
         for size in PAGE_SIZES if page_size is None else (page_size,):
             chosen = self._select(model, size, model.dtype)
             if chosen is not None:
-                return Bench(model, chosen.backend, chosen.layout, self.texts if texts is None else texts)
+                return Bench(model, chosen.backend, chosen.layout, self.inputs if inputs is None else inputs)
         # The backend's limits are not the architecture's mistakes.
         raise NotApplicable(self._refusal(model))
 
     def alone(self, task: Task) -> list[PackedAnswer]:
-        """Our answers of each text, every one in a batch of its own: what all other ways must come to."""
+        """Our answers of each input, every one in a batch of its own: what all other ways must come to."""
         key = ("alone", task)
         if key not in self._made:
             bench = self.bench(self.loaded(task))
             # Kept: nearly every check compares with these.
-            self._made[key] = [bench.whole([text])[0] for text in self.texts]
+            self._made[key] = [bench.whole([tokens])[0] for tokens in self.inputs]
         return cast("list[PackedAnswer]", self._made[key])
 
     def _select(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection | None:

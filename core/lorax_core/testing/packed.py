@@ -24,7 +24,7 @@ from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.model import Model
 from lorax_core.settings import Settings
-from lorax_core.testing.texts import Text
+from lorax_core.testing.inputs import Input
 from lorax_core.types import Task
 
 POISON = 1000.0
@@ -35,7 +35,7 @@ POISON = 1000.0
 class Share:
     """Tokens `start` to `stop` of an input; those before are in the cache on its `pages` already."""
 
-    text: Text
+    input: Input
     start: int
     stop: int
     pages: tuple[int, ...] = ()
@@ -62,15 +62,15 @@ class PackedAnswer:
 class Bench:
     """One model on one attention backend, with a cache whose unwritten memory is poison."""
 
-    def __init__(self, model: Model, backend: AttentionBackend, layout: CacheLayout, texts: Sequence[Text]) -> None:
+    def __init__(self, model: Model, backend: AttentionBackend, layout: CacheLayout, inputs: Sequence[Input]) -> None:
         self.model = model
         self.page_size = layout.page_size
         self._backend = backend
         self._pool: KVPool | None = None
         if model.needs_kv_cache:
             spec = model.attention_specs[0]
-            # Twice what the texts need, so that shuffled pages leave unwritten ones between; scratch is one more.
-            pages = 2 + 2 * sum(self._pages_for(text) for text in texts)
+            # Twice what the inputs need, so that shuffled pages leave unwritten ones between; scratch is one more.
+            pages = 2 + 2 * sum(self._pages_for(tokens) for tokens in inputs)
             self._pool = KVPool(
                 layers=len(model.attention_layers),
                 pages=pages,
@@ -86,13 +86,13 @@ class Bench:
         self._batcher = Batcher(model, layout.page_size if self._pool is not None else None, self._adapters, kernel)
         backend.bind(model.attention_specs, model.dtype, self._pool)
 
-    def whole(self, texts: Sequence[Text], adapters: Sequence[Bound | None] | None = None) -> list[PackedAnswer]:
+    def whole(self, inputs: Sequence[Input], adapters: Sequence[Bound | None] | None = None) -> list[PackedAnswer]:
         """Each input in one share, all in one batch."""
-        return self.stepwise(texts, [[len(text)] for text in texts], adapters)
+        return self.stepwise(inputs, [[len(tokens)] for tokens in inputs], adapters)
 
     def stepwise(
         self,
-        texts: Sequence[Text],
+        inputs: Sequence[Input],
         cuts: Sequence[Sequence[int]],
         adapters: Sequence[Bound | None] | None = None,
         *,
@@ -102,29 +102,29 @@ class Bench:
 
         `shuffle` seeds a random order of pages, which separates the pages of an input; without it they lie end to end.
         """
-        pages = self.give_pages(texts, shuffle)
-        adapters = adapters or [None] * len(texts)
-        rows: list[list[Rows]] = [[] for _ in texts]
+        pages = self.give_pages(inputs, shuffle)
+        adapters = adapters or [None] * len(inputs)
+        rows: list[list[Rows]] = [[] for _ in inputs]
         for step in range(max(len(cut) for cut in cuts)):
             running = [at for at, cut in enumerate(cuts) if step < len(cut)]
             shares = [
-                Share(texts[at], cuts[at][step - 1] if step else 0, cuts[at][step], pages[at], adapters[at])
+                Share(inputs[at], cuts[at][step - 1] if step else 0, cuts[at][step], pages[at], adapters[at])
                 for at in running
             ]
             for at, given in zip(running, self.run(self.batch(shares)), strict=True):
                 rows[at].append(given)
-        return [self._join(text, given) for text, given in zip(texts, rows, strict=True)]
+        return [self._join(tokens, given) for tokens, given in zip(inputs, rows, strict=True)]
 
-    def give_pages(self, texts: Sequence[Text], shuffle: int | None = None) -> list[tuple[int, ...]]:
+    def give_pages(self, inputs: Sequence[Input], shuffle: int | None = None) -> list[tuple[int, ...]]:
         """Pages for whole inputs, from page 1 up or in a shuffled order of all pages."""
         if self._pool is None:
-            return [() for _ in texts]
+            return [() for _ in inputs]
         # Page 0 is the scratch page, which padding writes to.
         order = list(range(1, self._pool.pages))
         if shuffle is not None:
             random.Random(shuffle).shuffle(order)
         free = iter(order)
-        return [tuple(next(free) for _ in range(self._pages_for(text))) for text in texts]
+        return [tuple(next(free) for _ in range(self._pages_for(tokens))) for tokens in inputs]
 
     def batch(self, shares: Sequence[Share]) -> Batch:
         """The batch of some shares, in their order; valid until the next one is made."""
@@ -158,25 +158,25 @@ class Bench:
         """All rows as they are, then for each head those that it reads."""
         reads = [HeadRead(None, range(share.stop - share.start))]
         for task in self.model.tasks:
-            span = self.span(task, share.text)
+            span = self.span(task, share.input)
             first, last = max(span.start, share.start), min(span.stop, share.stop)
             reads.append(HeadRead(task, range(first - share.start, max(first, last) - share.start)))
         return ChunkInput(
             sequence=at,
             start=share.start,
-            tokens=array("q", share.text.ids[share.start : share.stop]),
+            tokens=array("q", share.input.ids[share.start : share.stop]),
             reads=tuple(reads),
             pages=array("i", self._held(share)),
-            token_types=array("q", share.text.types[share.start : share.stop]),
+            token_types=array("q", share.input.types[share.start : share.stop]),
             adapter=_identity(share.adapter) if share.adapter is not None else None,
         )
 
-    def span(self, task: Task, text: Text) -> range:
+    def span(self, task: Task, tokens: Input) -> range:
         """The tokens of an input that a head reads; to generate, all of them."""
-        return range(len(text)) if task is Task.GENERATE else self.model.head(task).span(text.ids, 0)
+        return range(len(tokens)) if task is Task.GENERATE else self.model.head(task).span(tokens.ids, 0)
 
     @torch.inference_mode()
-    def _join(self, text: Text, given: Sequence[Rows]) -> PackedAnswer:
+    def _join(self, tokens: Input, given: Sequence[Rows]) -> PackedAnswer:
         """An input's shares put together, as the engine does."""
         parts: dict[Task, Tensor] = {}
         answers: dict[Task, Tensor] = {}
@@ -184,11 +184,11 @@ class Bench:
             head, found = self.model.head(task), [rows.parts[task] for rows in given if task in rows.parts]
             # Parts of a pooled head are sums over rows, so that a prompt in chunks can be added up.
             joined = torch.stack(found).sum(0) if head.pooled else torch.cat(found)
-            finished = joined if task is Task.GENERATE else head.finish([joined], [len(self.span(task, text))])[0]
+            finished = joined if task is Task.GENERATE else head.finish([joined], [len(self.span(task, tokens))])[0]
             parts[task], answers[task] = joined.float().cpu(), finished.float().cpu()
         return PackedAnswer(torch.cat([rows.hidden for rows in given]), parts, answers)
 
-    def _pages_for(self, tokens: Text | int) -> int:
+    def _pages_for(self, tokens: Input | int) -> int:
         return -(-(tokens if isinstance(tokens, int) else len(tokens)) // self.page_size)
 
     def _held(self, share: Share) -> tuple[int, ...]:

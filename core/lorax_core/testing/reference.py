@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.resolve import load_class
+from lorax_core.testing.inputs import Input
 from lorax_core.testing.result import CheckFailed
-from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 
 # Ten times transformers' usual 0.02, so that attention is far from uniform.
@@ -31,7 +31,7 @@ _LABELS = {Task.TOKEN_CLASSIFICATION: 5, Task.SEQUENCE_CLASSIFICATION: 3}
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the oracle says of one text: hidden rows `[tokens, hidden]`, and logits where its class has a head."""
+    """What the oracle says of one input: hidden rows `[tokens, hidden]`, and logits where its class has a head."""
 
     hidden: Tensor
     logits: Tensor | None
@@ -103,12 +103,12 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 @torch.inference_mode()
-def expect(model: nn.Module, text: Text, *, types: bool) -> Expected:
-    """The oracle's answers for one text alone: no padding, nothing shared with other texts."""
+def expect(model: nn.Module, tokens: Input, *, types: bool) -> Expected:
+    """The oracle's answers for one input alone: no padding, nothing shared with other inputs."""
     # [1, tokens] each: the reference takes batches, ours are packed
-    given = {"input_ids": torch.tensor([text.ids]), "attention_mask": torch.ones(1, len(text), dtype=torch.int64)}
+    given = {"input_ids": torch.tensor([tokens.ids]), "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64)}
     if types:
-        given["token_type_ids"] = torch.tensor([text.types])
+        given["token_type_ids"] = torch.tensor([tokens.types])
     base = cast("nn.Module", model.base_model)
     seen: list[Tensor] = []
 

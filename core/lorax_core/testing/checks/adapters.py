@@ -21,10 +21,10 @@ from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.checks.packing import see_answers
 from lorax_core.testing.compare import Worst
+from lorax_core.testing.inputs import Input
 from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
 from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
-from lorax_core.testing.texts import Text
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
 
@@ -46,7 +46,7 @@ def _identity(case: Case) -> Measured:
             raise CheckFailed(
                 f"an adapter of every linear layer of the reference does not reach {listed(sorted(missed))}"
             )
-        _see(worst, task, _texts(case), _answers(case, base, adapter), _answers(case, base, None))
+        _see(worst, task, _inputs(case), _answers(case, base, adapter), _answers(case, base, None))
         reached += len(adapter.targets)
     return worst.measured(f"{reached} layers reached")
 
@@ -62,7 +62,7 @@ def _merged(case: Case) -> Measured:
                     whole.save_pretrained(folder)  # type: ignore[operator]
             base = case.load(folder)
             unmerged = _answers(case, case.loaded(task), _bound(case, task, options))
-            _see(worst, task, _texts(case), unmerged, _answers(case, base, None))
+            _see(worst, task, _inputs(case), unmerged, _answers(case, base, None))
     return worst.measured()
 
 
@@ -83,35 +83,35 @@ def _peft(case: Case) -> Measured:
 
 
 def _see_oracle(worst: Worst, task: Task, ours: Sequence[PackedAnswer], case: Case, oracle: nn.Module) -> None:
-    for text, mine, theirs in zip(_texts(case), ours, case.expect(oracle, _texts(case)), strict=True):
-        worst.see("hidden rows", f"of a text of {len(text)} tokens ({task} checkpoint)", mine.hidden, theirs.hidden)
+    for tokens, mine, theirs in zip(_inputs(case), ours, case.expect(oracle, _inputs(case)), strict=True):
+        worst.see("hidden rows", f"of an input of {len(tokens)} tokens ({task} checkpoint)", mine.hidden, theirs.hidden)
         if theirs.logits is not None:
-            worst.see(f"logits to {task}", f"of a text of {len(text)} tokens", mine.parts[task], theirs.logits)
+            worst.see(f"logits to {task}", f"of an input of {len(tokens)} tokens", mine.parts[task], theirs.logits)
 
 
 def _mixed(case: Case) -> Measured:
-    """Texts of the base and of two adapters in one batch, in no order."""
+    """Inputs under the base and under two adapters in one batch, in no order."""
     worst = Worst(case.tolerance)
     for task in case.chosen:
         base = case.loaded(task)
         kinds = [None, _bound(case, task, _FULL), _bound(case, task, _SPARSE)]
-        texts = [text for text in case.texts[:-1] for _ in range(2)]
+        inputs = [tokens for tokens in case.inputs[:-1] for _ in range(2)]
         # Mixed, in runs of one and of two: rows of one adapter stand alone, and side by side.
-        adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(texts))]
-        bench = case.bench(base, texts=texts)
-        together = bench.whole(texts, adapters)
-        for text, adapter, ours in zip(texts, adapters, together, strict=True):
+        adapters = [kinds[(at * 2 + at // 3) % 3] for at in range(len(inputs))]
+        bench = case.bench(base, inputs=inputs)
+        together = bench.whole(inputs, adapters)
+        for tokens, adapter, ours in zip(inputs, adapters, together, strict=True):
             name = "the base" if adapter is None else f"adapter {kinds.index(adapter)}"
-            alone = bench.whole([text], [adapter])[0]
-            see_answers(worst, f"of a text of {len(text)} tokens under {name}", ours, alone)
+            alone = bench.whole([tokens], [adapter])[0]
+            see_answers(worst, f"of an input of {len(tokens)} tokens under {name}", ours, alone)
     return worst.measured("the base and two adapters in one batch")
 
 
 def _see(
-    worst: Worst, task: Task, texts: Sequence[Text], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
+    worst: Worst, task: Task, inputs: Sequence[Input], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
 ) -> None:
-    for text, one, other in zip(texts, ours, theirs, strict=True):
-        see_answers(worst, f"of a text of {len(text)} tokens ({task} checkpoint)", one, other)
+    for tokens, one, other in zip(inputs, ours, theirs, strict=True):
+        see_answers(worst, f"of an input of {len(tokens)} tokens ({task} checkpoint)", one, other)
 
 
 def _options(case: Case) -> tuple[LoraOptions, ...]:
@@ -119,14 +119,14 @@ def _options(case: Case) -> tuple[LoraOptions, ...]:
     return (_FULL, _SPARSE) if case.variant == BASE else (_FULL,)
 
 
-def _texts(case: Case) -> list[Text]:
+def _inputs(case: Case) -> list[Input]:
     # A single token, a few, and the longest but one: every answer is computed several times here.
-    return [case.texts[0], case.texts[2], case.texts[-2]]
+    return [case.inputs[0], case.inputs[2], case.inputs[-2]]
 
 
 def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[PackedAnswer]:
-    texts = _texts(case)
-    return case.bench(base, texts=texts).whole(texts, [adapter] * len(texts))
+    inputs = _inputs(case)
+    return case.bench(base, inputs=inputs).whole(inputs, [adapter] * len(inputs))
 
 
 def _bound(case: Case, task: Task, options: LoraOptions) -> Bound:

@@ -42,10 +42,10 @@ def _accuracy(case: Case, dtype: torch.dtype) -> Measured:
 
 def _errors(case: Case, task: Task, dtype: torch.dtype) -> Iterable[tuple[str, int, float, float]]:
     """What is compared, how many numbers that is, our error in 16 bit and the reference's."""
-    texts, exact = case.texts[:-1], case.expected(task)[:-1]  # 16 bit is slow on a CPU: without the longest
+    inputs, exact = case.inputs[:-1], case.expected(task)[:-1]  # 16 bit is slow on a CPU: without the longest
     # A copy: `to` would turn the oracle that other checks use into 16 bit.
-    rounded = case.expect(copy.deepcopy(case.reference(task)).to(dtype), texts)
-    ours = case.bench(case.loaded(task, dtype)).whole(texts)
+    rounded = case.expect(copy.deepcopy(case.reference(task)).to(dtype), inputs)
+    ours = case.bench(case.loaded(task, dtype)).whole(inputs)
     yield _judged(
         "hidden rows", [one.hidden for one in ours], [one.hidden for one in rounded], [e.hidden for e in exact]
     )

@@ -15,19 +15,19 @@ from torch import Tensor
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
+from lorax_core.testing.inputs import Input
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
-from lorax_core.testing.texts import Text
 
 # A change of the reference's row that is large enough to ask for one of ours, and the least that ours must then be.
 _CLEAR, _LEAST = 1e-2, 1e-3
 
 
 def _rows(case: Case) -> Measured:
-    text = next(text for text in reversed(case.texts) if len(text) <= 40)
+    tokens = next(tokens for tokens in reversed(case.inputs) if len(tokens) <= 40)
     # First, middle and last: a causal row must not see the last, and every row the first.
-    probes = sorted({0, len(text) // 2, len(text) - 1})
+    probes = sorted({0, len(tokens) // 2, len(tokens) - 1})
     causal = case.loaded(case.main).model.needs_kv_cache
-    return _probe(case, text, probes, "backwards only" if causal else "both ways")
+    return _probe(case, tokens, probes, "backwards only" if causal else "both ways")
 
 
 def _window(case: Case) -> Measured:
@@ -37,22 +37,22 @@ def _window(case: Case) -> Measured:
     widest = max(filter(None, (*windows, stated)), default=None)
     if widest is None:
         raise NotApplicable("this variant has no window")
-    text = case.long_text
-    if len(text) <= widest:
+    tokens = case.long_input
+    if len(tokens) <= widest:
         raise CheckFailed(
-            f"the window of {widest} tokens is never left: the longest text has {len(text)}; use a smaller one here"
+            f"the window of {widest} tokens is never left: the longest input has {len(tokens)}; use a smaller one here"
         )
-    return _probe(case, text, [0, len(text) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
+    return _probe(case, tokens, [0, len(tokens) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
 
 
-def _probe(case: Case, text: Text, probes: Sequence[int], note: str) -> Measured:
+def _probe(case: Case, tokens: Input, probes: Sequence[int], note: str) -> Measured:
     bench, oracle = case.bench(case.loaded(case.main)), case.reference(case.main)
     # [tokens, hidden], as is theirs
-    ours = bench.whole([text])[0].hidden
-    theirs = case.expect(oracle, [text])[0].hidden
+    ours = bench.whole([tokens])[0].hidden
+    theirs = case.expect(oracle, [tokens])[0].hidden
     worst, where = 0.0, ""
     for probe in probes:
-        changed = text.with_id(probe, _other(text.ids[probe], case))
+        changed = tokens.with_id(probe, _other(tokens.ids[probe], case))
         mine = _change(bench.whole([changed])[0].hidden, ours)
         right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
         for row, error in enumerate(_errors(mine, right).tolist()):

@@ -1,6 +1,6 @@
 """The numbers are those of the reference: hidden rows, and what each head makes of them.
 
-Decides what is compared with what, task by task. Knows nothing of batches of several texts: each runs alone.
+Decides what is compared with what, task by task. Knows nothing of batches of several inputs: each runs alone.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
+from lorax_core.testing.inputs import Input
 from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
-from lorax_core.testing.texts import Text
 from lorax_core.types import Pooling, Task
 
 
 def _hidden(case: Case) -> Measured:
     worst = Worst(case.tolerance)
-    for text, ours, theirs in zip(case.texts, case.alone(case.main), case.expected(case.main), strict=True):
-        worst.see("hidden rows", f"of a text of {len(text)} tokens", ours.hidden, theirs.hidden)
+    for tokens, ours, theirs in zip(case.inputs, case.alone(case.main), case.expected(case.main), strict=True):
+        worst.see("hidden rows", f"of an input of {len(tokens)} tokens", ours.hidden, theirs.hidden)
     return worst.measured()
 
 
@@ -44,20 +44,22 @@ def _head(case: Case, task: Task) -> Measured:
     worst = Worst(case.tolerance)
     # It decides softmax, sigmoid or neither, as transformers' problem_type does for its loss.
     problem = base.model.config.problem
-    for text, ours, theirs in zip(case.texts, case.alone(task), case.expected(task), strict=True):
-        _see_logits(worst, task, text, ours, theirs, problem)
+    for tokens, ours, theirs in zip(case.inputs, case.alone(task), case.expected(task), strict=True):
+        _see_logits(worst, task, tokens, ours, theirs, problem)
     return worst.measured()
 
 
-def _see_logits(worst: Worst, task: Task, text: Text, ours: PackedAnswer, theirs: Expected, problem: Problem) -> None:
+def _see_logits(
+    worst: Worst, task: Task, tokens: Input, ours: PackedAnswer, theirs: Expected, problem: Problem
+) -> None:
     """Both what the head computes and what it answers: probabilities near 0 or 1 hide differences of logits."""
     if theirs.logits is None:
         raise CheckFailed(f"the reference for {str(task)!r} has no head: it gives no logits")
-    where = f"of a text of {len(text)} tokens"
+    where = f"of an input of {len(tokens)} tokens"
     if task is Task.GENERATE:
         worst.see("logits", where, ours.answers[task], theirs.logits)
         return
-    # [tokens, labels] of tokens, [labels] of a whole text
+    # [tokens, labels] of tokens, [labels] of a whole input
     answer = theirs.logits.softmax(-1)
     if task is Task.SEQUENCE_CLASSIFICATION and problem is not Problem.SINGLE_LABEL:
         answer = theirs.logits.sigmoid() if problem is Problem.MULTI_LABEL else theirs.logits
@@ -75,9 +77,9 @@ def _embeddings(case: Case) -> Measured:
     try:
         for pooling in Pooling:
             head.pooling = pooling
-            answers = bench.whole(case.texts)
-            for text, ours, theirs in zip(case.texts, answers, case.expected(Task.EMBED), strict=True):
-                where = f"of a text of {len(text)} tokens"
+            answers = bench.whole(case.inputs)
+            for tokens, ours, theirs in zip(case.inputs, answers, case.expected(Task.EMBED), strict=True):
+                where = f"of an input of {len(tokens)} tokens"
                 worst.see(f"{pooling} vectors", where, ours.answers[Task.EMBED], _pooled(theirs.hidden, pooling))
     finally:
         # The model is shared with the checks that follow.
@@ -88,7 +90,7 @@ def _embeddings(case: Case) -> Measured:
 def _pooled(hidden: Tensor, pooling: Pooling) -> Tensor:
     match pooling:
         case Pooling.CLS:
-            # hidden is [tokens, hidden], of one text without padding, so the last row is the last token
+            # hidden is [tokens, hidden], of one input without padding, so the last row is the last token
             return hidden[0]
         case Pooling.LAST:
             return hidden[-1]

@@ -13,9 +13,9 @@ import torch
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
+from lorax_core.testing.inputs import Input
 from lorax_core.testing.packed import PackedAnswer, Share
 from lorax_core.testing.result import CheckFailed, Measured
-from lorax_core.testing.texts import Text
 
 
 def see_answers(worst: Worst, where: str, ours: PackedAnswer, theirs: PackedAnswer) -> None:
@@ -30,7 +30,7 @@ def _together(case: Case) -> Measured:
     worst = Worst(case.tolerance)
     for task in case.chosen:
         bench = case.bench(case.loaded(task))
-        _see_all(worst, "in one batch", case.texts, bench.whole(case.texts), case.alone(task))
+        _see_all(worst, "in one batch", case.inputs, bench.whole(case.inputs), case.alone(task))
     return worst.measured()
 
 
@@ -39,26 +39,26 @@ def _order(case: Case) -> Measured:
     bench = case.bench(case.loaded(case.main))
     # Seeded: an order that fails must fail again.
     for seed in range(2):
-        order = random.Random(seed).sample(range(len(case.texts)), len(case.texts))
-        texts = [case.texts[at] for at in order]
+        order = random.Random(seed).sample(range(len(case.inputs)), len(case.inputs))
+        inputs = [case.inputs[at] for at in order]
         alone = [case.alone(case.main)[at] for at in order]
-        lengths = ", ".join(str(len(text)) for text in texts)
-        _see_all(worst, f"in the order {lengths}", texts, bench.whole(texts), alone)
+        lengths = ", ".join(str(len(tokens)) for tokens in inputs)
+        _see_all(worst, f"in the order {lengths}", inputs, bench.whole(inputs), alone)
     return worst.measured()
 
 
 def _see_all(
-    worst: Worst, how: str, texts: Sequence[Text], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
+    worst: Worst, how: str, inputs: Sequence[Input], ours: Sequence[PackedAnswer], theirs: Sequence[PackedAnswer]
 ) -> None:
-    for text, one, other in zip(texts, ours, theirs, strict=True):
-        see_answers(worst, f"of a text of {len(text)} tokens {how}", one, other)
+    for tokens, one, other in zip(inputs, ours, theirs, strict=True):
+        see_answers(worst, f"of an input of {len(tokens)} tokens {how}", one, other)
 
 
 def _repeat(case: Case) -> Measured:
     worst = Worst(case.tolerance)
     bench = case.bench(case.loaded(case.main))
-    pages = bench.give_pages(case.texts)
-    shares = [Share(text, 0, len(text), given) for text, given in zip(case.texts, pages, strict=True)]
+    pages = bench.give_pages(case.inputs)
+    shares = [Share(tokens, 0, len(tokens), given) for tokens, given in zip(case.inputs, pages, strict=True)]
     batch = bench.batch(shares)
     fields = ("input_ids", "position_ids", "token_type_ids", "slots")
     # A model that writes into its inputs may still give the right numbers the first time.
@@ -66,8 +66,8 @@ def _repeat(case: Case) -> Measured:
     first = bench.run(batch)
     # The same batch: its keys and values are written to the same slots once more.
     second = bench.run(batch)
-    for text, one, other in zip(case.texts, second, first, strict=True):
-        worst.see("hidden rows", f"of a text of {len(text)} tokens, the second time", one.hidden, other.hidden)
+    for tokens, one, other in zip(case.inputs, second, first, strict=True):
+        worst.see("hidden rows", f"of an input of {len(tokens)} tokens, the second time", one.hidden, other.hidden)
     changed = [name for name, value in before.items() if not torch.equal(getattr(batch, name), value)]
     measured = worst.measured(f"the model changed the batch's {', '.join(changed)} in place" if changed else "")
     if changed and measured.ok:
@@ -76,7 +76,7 @@ def _repeat(case: Case) -> Measured:
 
 
 CHECKS = (
-    Check("packing-together", "a text gets the same alone and in a batch with others", _together),
+    Check("packing-together", "an input gets the same alone and in a batch with others", _together),
     Check("packing-order", "the order of a batch does not matter", _order),
     Check("packing-repeat", "a forward pass is pure: the same batch twice gives the same", _repeat),
 )

@@ -14,7 +14,7 @@ _LENGTHS = (1, 2, 5, 17, 40)
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Input:
     """One sequence: token ids and, running parallel, token types."""
 
     ids: tuple[int, ...]
@@ -23,15 +23,15 @@ class Text:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def with_id(self, at: int, token: int) -> Text:
-        """The same text with another token in one place."""
-        return Text((*self.ids[:at], token, *self.ids[at + 1 :]), self.types)
+    def with_id(self, at: int, token: int) -> Input:
+        """The same input with another token in one place."""
+        return Input((*self.ids[:at], token, *self.ids[at + 1 :]), self.types)
 
 
-def make_texts(*, vocab: int, types: int, max_tokens: int, pad: int | None, seed: int = 0) -> list[Text]:
-    """Texts of one token, of a few, and of as many as the model takes (192 at most), the last one.
+def make_inputs(*, vocab: int, types: int, max_tokens: int, pad: int | None, seed: int = 0) -> list[Input]:
+    """Inputs of one token, of a few, and of as many as the model takes (192 at most), the last one.
 
-    One text has the padding id inside and at its end, as a real token: the reference sees ids, not intentions.
+    One input has the padding id inside and at its end, as a real token: the reference sees ids, not intentions.
     """
     chosen = random.Random(seed)
     longest = min(max_tokens, LONGEST)
@@ -39,18 +39,18 @@ def make_texts(*, vocab: int, types: int, max_tokens: int, pad: int | None, seed
     lengths = [length for length in _LENGTHS if length < longest]
     # Padding goes in on purpose only, further below: some architectures give it no position.
     ids = [token for token in range(vocab) if token != pad]
-    texts = [_make(chosen, ids, types, length) for length in (*lengths, longest)]
+    inputs = [_make(chosen, ids, types, length) for length in (*lengths, longest)]
     if pad is not None and longest > 9:
-        text = _make(chosen, ids, types, 9)
-        # In the middle: the last text must stay the longest.
-        texts.insert(3, text.with_id(4, pad).with_id(8, pad))
-    return texts
+        tokens = _make(chosen, ids, types, 9)
+        # In the middle: the last input must stay the longest.
+        inputs.insert(3, tokens.with_id(4, pad).with_id(8, pad))
+    return inputs
 
 
-def _make(chosen: random.Random, ids: list[int], types: int, length: int) -> Text:
-    edge = chosen.randint(0, length)  # token types come in two runs, as those of a pair of texts
+def _make(chosen: random.Random, ids: list[int], types: int, length: int) -> Input:
+    edge = chosen.randint(0, length)  # token types come in two runs, as those of a pair of inputs
     second = [chosen.randrange(types) for _ in range(2)]
-    return Text(
+    return Input(
         tuple(chosen.choices(ids, k=length)),
         tuple(second[0] if at < edge else second[1] for at in range(length)),
     )

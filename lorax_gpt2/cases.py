@@ -17,8 +17,8 @@ GPT2 = ArchitectureCases(
     },
     variants={
         "untied": {"tie_word_embeddings": False},
-        # One layer: unscaled scores of random weights are so large that errors of rounding grow with each.
-        "unscaled": {"scale_attn_weights": False, "n_layer": 1},
+        # Smaller weights: unscaled scores are so large that errors of rounding grow with each layer.
+        "unscaled": {"scale_attn_weights": False, "initializer_range": 0.1},
         "scaled_by_layer": {"scale_attn_by_inverse_layer_idx": True},
         "upcast": {"reorder_and_upcast_attn": True},
         # Not 4 times the width, which is what a missing n_inner means.

@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gemma2
 import pytest
 
 from lorax_core.plugins import ArchitectureCases, ArchitectureSpec, BackendSpec
@@ -24,7 +25,15 @@ VARIANTS = {
         "padding": {"pad_token_id": 0},
         "tied": {"tie_word_embeddings": True},
     },
+    "gpt2": {
+        # Scores that are not scaled grow with the weights, and with them what rounding does.
+        "rough": {"scale_attn_weights": False, "n_layer": 3, "initializer_range": 0.17},
+        "hopeless": {"scale_attn_weights": False, "n_layer": 6, "initializer_range": 0.4},
+    },
+    "gemma2": {},
 }
+SPECIMENS = {"gemma2": gemma2.SPEC}
+"""Architectures that no plugin of this repository has."""
 """Few and of our own, so that these tests do not lean on what the plugins try of themselves."""
 
 
@@ -41,7 +50,7 @@ def make_spec(host: PluginHost) -> Iterator[Callable[..., ArchitectureSpec]]:
     sys.modules["kit_cases"] = module
 
     def make(model_type: str, **changes: Any) -> ArchitectureSpec:
-        spec = host.architecture(model_type)
+        spec = SPECIMENS.get(model_type) or host.architecture(model_type)
         fields, of_cases = dict(spec), {**dict(load_cases(spec, None)), "variants": VARIANTS[model_type]}
         for name, value in changes.items():
             place = of_cases if name in of_cases else fields

@@ -76,6 +76,23 @@ def test_what_failed_is_told_and_what_is_known_too(lorax, broken_bert):
     assert "1 failed, 1 known" in err
 
 
+def test_a_variant_that_cannot_be_judged_is_told_once_and_is_no_success(lorax, host, make_spec, monkeypatch):
+    record = PluginRecord("gpt2", "x", "1", "x", PluginStatus.READY, architectures=(make_spec("gpt2"),))
+    alone = PluginHost([host.records[0], record])
+    monkeypatch.setattr(PluginHost, "discover", classmethod(lambda cls, *arguments: alone))
+    checks = ("--check", "numbers-hidden", "--check", "packing-order", "--check", "weights-missing")
+
+    code, out, err = lorax("gpt2", "--variant", "hopeless", "--variant", "rough", *checks)
+
+    statuses = {row.split()[0]: row.split()[-1] for row in out.splitlines()}
+    assert code == 1
+    assert statuses["weights-missing"] == "passed"
+    assert statuses["packing-order"] == "badly-conditioned"
+    assert err.count("badly conditioned: variant hopeless: in float32 the reference itself loses ") == 1
+    assert "smaller initializer_range" in err
+    assert "2 badly conditioned, 4 passed, in " in err
+
+
 def test_json(lorax, broken_bert):
     code, out, err = lorax("bert", "--json", "--variant", "base", "--check", "masking", "--check", "numbers-hidden")
 
@@ -92,7 +109,7 @@ def test_json(lorax, broken_bert):
         "device": "cpu",
         "backend": None,
         "ok": False,
-        "counts": {"passed": 0, "failed": 1, "known": 1, "skipped": 0},
+        "counts": {"failed": 1, "badly-conditioned": 0, "known": 1, "passed": 0, "skipped": 0},
     }
     assert [(result["check"], result["variant"], result["status"]) for result in results] == [
         ("numbers-hidden", "base", "known"),

@@ -102,6 +102,65 @@ def test_every_tensor_of_a_checkpoint_is_random(case):
     assert (norm - 1).abs().mean() > 0.2
 
 
+def test_norms_that_add_one_to_their_weight_get_weights_about_zero(make_spec, host, tmp_path):
+    spec = make_spec("gemma2")
+    case = Case(spec, load_cases(spec, None), host, "base", tmp_path)
+
+    weight = case.reference(Task.GENERATE).model.norm.weight
+
+    assert -0.6 <= weight.min() < weight.max() <= 0.6
+    assert weight.abs().mean() > 0.2
+
+
+def test_matrices_are_as_large_as_the_config_asks(make_spec, host, tmp_path):
+    spec = make_spec(
+        "qwen2", tiny_config={**load_cases(make_spec("qwen2"), None).tiny_config, "initializer_range": 0.05}
+    )
+    case = Case(spec, load_cases(spec, None), host, "base", tmp_path)
+
+    assert case.reference(Task.EMBED).layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.05, rel=0.1)
+
+
+def test_the_oracle_answers_in_float64_wherever_its_code_asks_for_float32(case):
+    exact, rounded = case.exact(Task.GENERATE), case.reference(Task.GENERATE)
+    # A norm of transformers goes to float32 and back; in float64 its result has digits that float32 lacks.
+    seen = []
+    hook = exact.model.layers[0].input_layernorm.register_forward_hook(lambda *given: seen.append(given[2]))
+    wide = case.expect(exact, case.inputs[2:3])[0].hidden
+    hook.remove()
+
+    assert not torch.equal(seen[0].float().double(), seen[0])
+    apart = (wide - case.expect(rounded, case.inputs[2:3])[0].hidden).abs().max() / wide.abs().max()
+    assert 0 < apart < 1e-5
+
+
+def test_angles_are_those_of_float32_in_both(case):
+    exact, rounded = case.exact(Task.GENERATE), case.reference(Task.GENERATE)
+    found = {}
+    for oracle in (exact, rounded):
+        hook = oracle.model.rotary_emb.register_forward_hook(lambda *given, key=oracle: found.update({key: given[2]}))
+        case.expect(oracle, case.inputs[-1:])
+        hook.remove()
+
+    assert torch.equal(found[exact][0], found[rounded][0].double())
+
+
+def test_an_oracle_that_takes_no_float64_answers_in_float32(make_spec, host, tmp_path):
+    spec = make_spec("gpt2", variants={"upcast": {"reorder_and_upcast_attn": True}})
+    case = Case(spec, load_cases(spec, None), host, "upcast", tmp_path)
+
+    assert case.exact(Task.EMBED) is case.reference(Task.EMBED)
+    assert case.loss < 1e-4
+
+
+def test_what_the_oracle_loses_widens_the_tolerance(make_spec, host, tmp_path):
+    spec = make_spec("gpt2")
+    rough = Case(spec, load_cases(spec, None), host, "rough", tmp_path)
+
+    assert 2e-5 < rough.loss < 2.5e-4
+    assert rough.tolerance == 4 * rough.loss
+
+
 def test_tied_weights_stay_tied(make_spec, host, tmp_path):
     spec = make_spec("qwen2")
     tied = Case(spec, load_cases(spec, None), host, "tied", tmp_path)

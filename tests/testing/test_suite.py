@@ -8,7 +8,16 @@ import pytest
 from fakes import make_backend_spec, with_backends
 
 from lorax_core.errors import PluginError, RequestError
-from lorax_core.testing import Check, CheckFailed, CheckStatus, Measured, NotApplicable, Suite, run_checks
+from lorax_core.testing import (
+    BadlyConditioned,
+    Check,
+    CheckFailed,
+    CheckStatus,
+    Measured,
+    NotApplicable,
+    Suite,
+    run_checks,
+)
 from lorax_core.testing.checks import CHECKS
 
 
@@ -44,6 +53,11 @@ def raises(error):
         (lambda case: Measured(note="yes"), CheckStatus.PASSED, "yes"),
         (raises(CheckFailed("not so")), CheckStatus.FAILED, "not so"),
         (raises(NotApplicable("not here")), CheckStatus.SKIPPED, "not here"),
+        (
+            raises(BadlyConditioned("too rough")),
+            CheckStatus.BADLY_CONDITIONED,
+            f"too rough; {BadlyConditioned.REMEDY}",
+        ),
     ],
 )
 def test_an_outcome(outcome, run, status, detail):
@@ -87,6 +101,12 @@ def test_a_known_failure_elsewhere_is_no_excuse(outcome, key):
 
 def test_what_does_not_apply_is_neither_known_nor_unexpected(outcome):
     assert outcome(raises(NotApplicable("not here")), {"masking": "a reason"}).status is CheckStatus.SKIPPED
+
+
+def test_a_known_failure_neither_hides_nor_settles_what_was_not_judged(outcome):
+    result = outcome(raises(BadlyConditioned("too rough")), {"masking": "a reason"})
+
+    assert result.status is CheckStatus.BADLY_CONDITIONED
 
 
 def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, host):

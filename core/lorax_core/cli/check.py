@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     Progress = Callable[[CheckResult], None]
 
+_STATUSES = ("failed", "badly-conditioned", "known", "passed", "skipped")
+"""The worst first: one failed variant makes the row of a check failed."""
 _COLUMNS = ("check", "proves", "variants", "error", "tolerance", "status")
 
 
@@ -33,7 +35,7 @@ def check_plugin(
     variant: Annotated[list[str] | None, typer.Option(help="Only this tiny variant; may be repeated.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Test an architecture against its reference, check by check. Exits with 1 when a check fails or none could run."""
+    """Test an architecture against its reference, check by check. Exits with 1 when a check fails or proves nothing."""
     from lorax_core.plugins.host import PluginHost
 
     with data_only_stdout():
@@ -61,9 +63,13 @@ def check_plugin(
     else:
         show_table(_COLUMNS, _rows(results))
         _print_results(results, counts)
-    # A run that tested nothing must not look like a success in CI.
-    if counts["failed"] or _all_refused(results):
+    if not _is_proof(results, counts):
         raise typer.Exit(1)
+
+
+def _is_proof(results: Sequence[CheckResult], counts: Counter[str]) -> bool:
+    """Whether nothing failed, and nothing was left open: a run that judged nothing must not look like a success in CI."""
+    return not counts["failed"] and not counts["badly-conditioned"] and not _all_refused(results)
 
 
 def _all_refused(results: Sequence[CheckResult]) -> bool:
@@ -101,8 +107,8 @@ def _report(
         "version": owner.version,
         "device": device,
         "backend": backend,
-        "ok": not counts["failed"] and not _all_refused(results),
-        "counts": {status: counts[status] for status in ("passed", "failed", "known", "skipped")},
+        "ok": _is_proof(results, counts),
+        "counts": {status: counts[status] for status in _STATUSES},
         "results": [result.to_json() for result in results],
     }
 
@@ -116,9 +122,8 @@ def _rows(results: Sequence[CheckResult]) -> Iterator[Sequence[str]]:
         if not found:
             continue
         counts = Counter(str(result.status) for result in found)
-        # The worst first: one failed variant makes the row failed.
-        worst = next(status for status in ("failed", "known", "passed", "skipped") if counts[status])
-        ran = [result for result in found if result.status != "skipped"]
+        worst = next(status for status in _STATUSES if counts[status])
+        ran = [result for result in found if result.status not in ("skipped", "badly-conditioned")]
         most = max((result for result in ran if result.ratio is not None), key=lambda r: r.ratio or 0.0, default=None)
         yield (
             check.name,
@@ -141,10 +146,13 @@ def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None
             print_message(f"{result.key}: {result.detail}{excess}", label="failed", style="red")
         elif result.status == "known":
             print_message(f"{result.key}: {result.detail}", label="known", style="yellow")
-    # Once a variant: all of its checks were skipped for the same reason.
-    refused = {result.variant: result.detail for result in results if result.refused}
-    for variant, reason in refused.items():
-        print_message(f"variant {variant}: {reason}", label="skipped", style="yellow")
+    # Once a variant: all of its checks were skipped, or left open, for the same reason.
+    for label, alike in (
+        ("skipped", [result for result in results if result.refused]),
+        ("badly conditioned", [result for result in results if result.status == "badly-conditioned"]),
+    ):
+        for variant, reason in {(result.variant, result.detail): None for result in alike}:
+            print_message(f"variant {variant}: {reason}", label=label, style="yellow")
     if _all_refused(results):
         print_message(
             "nothing was tested: the attention backend supports none of the variants",
@@ -152,7 +160,5 @@ def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None
             label="failed",
             style="red",
         )
-    summary = ", ".join(
-        f"{counts[status]} {status}" for status in ("passed", "failed", "known", "skipped") if counts[status]
-    )
+    summary = ", ".join(f"{counts[status]} {status.replace('-', ' ')}" for status in _STATUSES if counts[status])
     print_message(f"{summary}, in {sum(result.seconds for result in results):.1f} s")

@@ -18,7 +18,8 @@ class ArchitectureCases(BaseModel):
     A plugin makes one in its `cases.py`; the `cases` of its `ArchitectureSpec` names it. Building one raises
     `pydantic.ValidationError` for a field that is missing, misspelt or invalid. Like `plugin.py`, it never imports torch.
 
-    - `tiny_config`: a `config.json` with fewer than a million parameters, spelt as the reference spells it.
+    - `tiny_config`: a `config.json` with fewer than a million parameters, spelt as the reference spells it. Its
+      `initializer_range` (0.2 unless stated) is the deviation of the random numbers in the checkpoints.
     - `variants`: named changes to it, one for each decision that the code makes.
     - `references`: by task, the class that computes the same independently, such as `"transformers:GPT2LMHeadModel"`.
     - `known_failures`: `{check: reason}` or `{"check[variant]": reason}`.

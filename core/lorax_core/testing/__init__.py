@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "BadlyConditioned": "result",
     "Check": "check",
     "CheckFailed": "result",
     "CheckResult": "result",
@@ -25,6 +26,7 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from lorax_core.testing.check import Check as Check
+    from lorax_core.testing.result import BadlyConditioned as BadlyConditioned
     from lorax_core.testing.result import CheckFailed as CheckFailed
     from lorax_core.testing.result import CheckResult as CheckResult
     from lorax_core.testing.result import CheckStatus as CheckStatus

@@ -5,6 +5,10 @@ Decides the measure and the tolerances of the kit. Knows nothing of where tensor
 The measure is the largest absolute difference, as a share of the reference's largest absolute number. float32 carries
 about 1.2e-7 of a number; a few dozen operations in another order move results by some 1e-6, a mistake in the model moves
 them by 1e-2 and more. 2e-5 lies between, far from both.
+
+Some models magnify rounding: attention that is all but a choice, layers that each add a hundredfold. What the reference loses
+in float32 against itself in float64 says how much, and a right model may lose as much again. Where that comes near to what a
+mistake would do, nothing can be told apart, and the verdict is "badly conditioned".
 """
 
 from __future__ import annotations
@@ -14,10 +18,29 @@ import math
 import torch
 from torch import Tensor
 
-from lorax_core.testing.result import CheckFailed, Measured
+from lorax_core.testing.result import BadlyConditioned, CheckFailed, Measured
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-2, torch.bfloat16: 2.5e-1}
 """By the dtype that a model computes in. The 16-bit ones are for backends without float32."""
+
+
+# Ours and the reference's rounding are independent, and the largest of so many differences varies from order to order.
+_FACTOR = 4
+_LARGEST = 1e-3
+"""The largest tolerance in float32: a tenth of what the smallest mistakes do."""
+
+
+def tolerance(dtype: torch.dtype, loss: float) -> float:
+    """How far numbers in `dtype` may be from a reference that itself loses `loss` in float32.
+
+    Raises BadlyConditioned where that is so much that no tolerance tells rounding from mistakes.
+    """
+    if not _FACTOR * loss <= _LARGEST:
+        raise BadlyConditioned(
+            f"in float32 the reference itself loses {loss:.1e} of its largest number against float64, where "
+            f"{_LARGEST / _FACTOR:.1e} is the most that can be judged",
+        )
+    return max(TOLERANCES[dtype], _FACTOR * loss)
 
 
 class Worst:

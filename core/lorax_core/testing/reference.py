@@ -4,21 +4,26 @@ Decides how a tiny checkpoint is made of a declaration and what the oracle answe
 
 Fresh transformers weights hide mistakes: biases are 0 and norm weights 1, so a dropped one changes nothing, and matrices are
 so small that attention is nearly uniform and positions hardly matter. Here every tensor is drawn anew.
+
+The oracle answers in float64. What it loses in float32 is what any right model may lose, too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lorax_core.plugins.cases import ArchitectureCases
+from lorax_core.plugins.record import explain
 from lorax_core.plugins.resolve import load_class
 from lorax_core.testing.inputs import Input
 from lorax_core.testing.result import CheckFailed
@@ -31,7 +36,10 @@ _LABELS = {Task.TOKEN_CLASSIFICATION: 5, Task.SEQUENCE_CLASSIFICATION: 3}
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What the oracle says of one input: hidden rows `[tokens, hidden]`, and logits where its class has a head."""
+    """What the oracle says of one input: hidden rows `[tokens, hidden]`, and logits where its class has a head.
+
+    In float64, so that no rounding is lost on the way to a comparison.
+    """
 
     hidden: Tensor
     logits: Tensor | None
@@ -67,44 +75,115 @@ def reference_class(cases: ArchitectureCases, task: Task) -> Any:
     return found
 
 
+@contextlib.contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """An exception of the reference's own code becomes a CheckFailed that says whose it is."""
+    try:
+        yield
+    except CheckFailed:
+        raise
+    except Exception as error:
+        raise CheckFailed(
+            f"the reference, not the plugin, fails: {what} raises {explain(error)}; does the reference take this config?"
+        ) from error
+
+
 def build(cases: ArchitectureCases, task: Task, config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     """A checkpoint of the oracle for `task`, written to `folder` as its users would."""
     oracle = reference_class(cases, task)
     fields = {"initializer_range": INITIALIZER_RANGE, **config}
     if task in _LABELS and "num_labels" not in fields and "id2label" not in fields:
         fields["num_labels"] = _LABELS[task]
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with blamed(f"building {cases.references[task]}"), quiet(), torch.random.fork_rng(devices=[]):
         # fork_rng: building draws from the global generator, which is the caller's.
         model = oracle(oracle.config_class(**fields))
-        randomise(model, seed)
+        randomise(model, seed, fields["initializer_range"])
         model.save_pretrained(folder)
     return folder
 
 
 def reload(cases: ArchitectureCases, task: Task, folder: Path) -> nn.Module:
     """The oracle back from its files, in float32, with its readable attention."""
-    with quiet():
-        oracle = reference_class(cases, task)
+    oracle = reference_class(cases, task)
+    with blamed(f"loading {cases.references[task]}"), quiet():
         model = oracle.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     return cast("nn.Module", model.eval())
 
 
-def randomise(model: nn.Module, seed: int) -> None:
-    """Every parameter anew: matrices and biases spread about 0, norm weights about 1 but hardly ever near it."""
+def randomise(model: nn.Module, seed: int, spread: float = INITIALIZER_RANGE) -> None:
+    """Every parameter anew: matrices and biases spread about 0, norm weights about their neutral value but hardly near it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if tensor.ndim < 2 and name.rpartition(".")[2] in ("weight", "gamma"):
+                # A fresh norm changes nothing, so its weight is 1, or 0 where it computes with `1 + weight`. In sum
                 # 0.4 to 1.6: never 0, which would hide what the norm is given.
-                drawn = 0.4 + 1.2 * torch.rand(tensor.shape, generator=generator)
+                drawn = tensor.mean() - 0.6 + 1.2 * torch.rand(tensor.shape, generator=generator)
             else:
-                drawn = INITIALIZER_RANGE * torch.randn(tensor.shape, generator=generator)
+                drawn = spread * torch.randn(tensor.shape, generator=generator)
             tensor.copy_(drawn)
+
+
+class _Float64(TorchFunctionMode):
+    """Float64 where the code of a model asks for float32, as norms and softmax do.
+
+    Not in modules that only make tables, of the angles of positions: a right model makes them to the last bit as the reference
+    does, so their rounding is no loss.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._inside = 0
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Self:
+        for module in filter(_is_table, self._model.modules()):
+            self._hooks += [
+                module.register_forward_pre_hook(lambda *_: self._step(1)),
+                module.register_forward_hook(lambda *_: self._step(-1), always_call=True),
+            ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if self._inside:
+            return func(*args, **(kwargs or {}))
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        return func(*map(_wide, args), **{name: _wide(value) for name, value in (kwargs or {}).items()})
+
+    def _step(self, by: int) -> None:
+        self._inside += by
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def _is_table(module: nn.Module) -> bool:
+    """Whether a module has numbers, and none of them are parameters."""
+    return next(module.buffers(), None) is not None and next(module.parameters(), None) is None
+
+
+def widened(model: nn.Module) -> nn.Module:
+    """A copy of an oracle in float64, but for its tables."""
+    wide = copy.deepcopy(model).double()
+    for module in filter(_is_table, wide.modules()):
+        module.float()  # back again, which loses nothing
+    return wide
 
 
 @torch.inference_mode()
 def expect(model: nn.Module, tokens: Input, *, types: bool) -> Expected:
-    """The oracle's answers for one input alone: no padding, nothing shared with other inputs."""
+    """The oracle's answers for one input alone, in the oracle's dtype: no padding, nothing shared with other inputs."""
     # [1, tokens] each: the reference takes batches, ours are packed
     given = {"input_ids": torch.tensor([tokens.ids]), "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64)}
     if types:
@@ -117,8 +196,25 @@ def expect(model: nn.Module, tokens: Input, *, types: bool) -> Expected:
 
     # Classes with a head return logits and no last_hidden_state, so the base inside is listened to.
     hook = base.register_forward_hook(remember)
+    wide = next(model.parameters()).dtype is torch.float64
     try:
-        logits = getattr(model(**given), "logits", None)
+        with (
+            blamed(f"{type(model).__name__} on {len(tokens)} tokens"),
+            _Float64(model) if wide else contextlib.nullcontext(),
+        ):
+            logits = getattr(model(**given), "logits", None)
     finally:
         hook.remove()
-    return Expected(seen[-1][0].float(), None if logits is None else logits[0].float())
+    return Expected(seen[-1][0].double(), None if logits is None else logits[0].double())
+
+
+def loss(rounded: Sequence[Expected], exact: Sequence[Expected]) -> float:
+    """How far an oracle's answers in float32 are from those in float64, as a share of the largest number of each kind."""
+    found = 0.0
+    for kind in ("hidden", "logits"):
+        pairs = [(getattr(one, kind), getattr(other, kind)) for one, other in zip(rounded, exact, strict=True)]
+        pairs = [(one, other) for one, other in pairs if other is not None]
+        if pairs:
+            apart = max(float((one - other).abs().max()) for one, other in pairs)
+            found = max(found, apart / max(float(other.abs().max()) for _, other in pairs))
+    return found

@@ -16,17 +16,28 @@ class CheckStatus(StrEnum):
 
     - `passed`, `failed`;
     - `known`: failed, as `known_failures` says it would (one that passes all the same is `failed`);
+    - `badly-conditioned`: not judged, for the reference itself loses too much to rounding; the variant must change;
     - `skipped`: it does not apply, or the named attention backend does not support the variant; `detail` says why.
     """
 
     PASSED = "passed"
     FAILED = "failed"
     KNOWN = "known"
+    BADLY_CONDITIONED = "badly-conditioned"
     SKIPPED = "skipped"
 
 
 class CheckFailed(Exception):
     """Raised inside a check: what is wrong, where no number can say it."""
+
+
+class BadlyConditioned(Exception):
+    """Raised inside a check that cannot tell mistakes from rounding: how much the reference itself loses."""
+
+    REMEDY = "give this variant a smaller initializer_range (0.2 unless stated), fewer layers or narrower heads"
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}; {self.REMEDY}"
 
 
 class NotApplicable(Exception):

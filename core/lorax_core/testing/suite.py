@@ -27,7 +27,7 @@ from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.checks import CHECKS
-from lorax_core.testing.result import CheckFailed, CheckResult, CheckStatus, NotApplicable
+from lorax_core.testing.result import BadlyConditioned, CheckFailed, CheckResult, CheckStatus, NotApplicable
 
 Planned = tuple[str | None, Check]
 """A variant (None: the architecture as a whole) and a check that applies to it."""
@@ -114,6 +114,8 @@ class Suite:
             measured = check.run(case)
         except NotApplicable as reason:
             return replace(result, status=CheckStatus.SKIPPED, detail=str(reason))
+        except BadlyConditioned as reason:
+            return replace(result, status=CheckStatus.BADLY_CONDITIONED, detail=str(reason))
         except CheckFailed as failure:
             return replace(result, detail=str(failure))
         # A plugin's code runs in here: whatever it raises is a finding, not the end of the run.
@@ -181,7 +183,7 @@ def _judged(result: CheckResult, known: Mapping[str, str]) -> CheckResult:
     """A result after `known_failures` was taken into account."""
     # The entry for one variant counts before the one for all.
     name = result.key if result.key in known else result.check
-    if name not in known or result.status is CheckStatus.SKIPPED:
+    if name not in known or result.status in (CheckStatus.SKIPPED, CheckStatus.BADLY_CONDITIONED):
         return result
     if result.status is CheckStatus.FAILED:
         return replace(result, status=CheckStatus.KNOWN, detail=f"{known[name]} ({result.detail})")

@@ -45,6 +45,9 @@ def conformance(
             pytest.skip(result.detail)
         if result.status is CheckStatus.KNOWN:
             pytest.xfail(result.detail)
+        # No verdict on the plugin, but no proof either: a green run must not hide that nothing was judged.
+        if result.status is CheckStatus.BADLY_CONDITIONED:
+            pytest.fail(f"badly conditioned, not judged: {failure_text(check, result)}", pytrace=False)
         if result.status is CheckStatus.FAILED:
             # Without a traceback: it would show the kit, and the mistake is in the plugin.
             pytest.fail(failure_text(check, result), pytrace=False)

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from gemma2 import Gemma2Config
 from torch import Tensor, nn
+from transformers import Qwen2ForCausalLM
 
 from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import HostAndDevice, StepAttention
@@ -240,6 +242,23 @@ class ReadsTheSecondRow(EmbeddingHead):
         return range(min(1, len(ids) - 1), min(1, len(ids) - 1) + 1) if self.pooling is Pooling.CLS else usual
 
 
+# --- references ---
+
+
+class RaisesItself(Qwen2ForCausalLM):
+    """A reference that does not run what its config says."""
+
+    def forward(self, *given, **named):
+        raise NotImplementedError("no windows today")
+
+
+class DoesNotLoad(Qwen2ForCausalLM):
+    """A reference that cannot be made."""
+
+    def __init__(self, config):
+        raise KeyError("a missing key")
+
+
 # --- Qwen2 ---
 
 
@@ -324,3 +343,14 @@ class CountsPadding(LastTokenClassificationHead):
 
     def span(self, ids, pool_from):
         return range(len(ids) - 1, len(ids))
+
+
+# --- Gemma-2 ---
+
+
+class ForgetsWindows(Gemma2Config):
+    """Lets every layer see everything."""
+
+    @classmethod
+    def normalise(cls, raw):
+        return {**super().normalise(raw), "sliding_window": None}

@@ -30,7 +30,12 @@ VARIANTS = {
         "rough": {"scale_attn_weights": False, "n_layer": 3, "initializer_range": 0.17},
         "hopeless": {"scale_attn_weights": False, "n_layer": 6, "initializer_range": 0.4},
     },
-    "gemma2": {},
+    "gemma2": {
+        # The config states a window that no layer uses, and one that a layer below makes invisible.
+        "full": {"layer_types": ["full_attention", "full_attention"]},
+        "mixed": {"layer_types": ["full_attention", "sliding_attention"]},
+        "sliding": {"layer_types": ["sliding_attention", "sliding_attention"]},
+    },
 }
 SPECIMENS = {"gemma2": gemma2.SPEC}
 """Architectures that no plugin of this repository has."""

@@ -108,7 +108,7 @@ class Case:
             vocab=config.vocab_size,
             types=self.type_count,
             max_tokens=self.loaded(self.main).model.max_tokens,
-            pad=config.pad_token_id,
+            pad=getattr(config, "pad_token_id", None),
         )
 
     @property

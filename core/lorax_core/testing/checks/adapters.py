@@ -75,7 +75,7 @@ def _peft(case: Case) -> Measured:
     for task in case.chosen:
         for options in _options(case):
             ours = _answers(case, case.loaded(task), _bound(case, task, options))
-            with reference.quiet():
+            with reference.blamed("PEFT on it"), reference.quiet():
                 # A copy: PEFT puts its layers into the model that it is given.
                 oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, options))
             _see_oracle(worst, task, ours, case, oracle.eval().base_model.model)

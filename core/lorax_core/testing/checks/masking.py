@@ -26,15 +26,13 @@ def _rows(case: Case) -> Measured:
     tokens = next(tokens for tokens in reversed(case.inputs) if len(tokens) <= 40)
     # First, middle and last: a causal row must not see the last, and every row the first.
     probes = sorted({0, len(tokens) // 2, len(tokens) - 1})
-    causal = case.loaded(case.main).model.needs_kv_cache
-    return _probe(case, tokens, probes, "backwards only" if causal else "both ways")
+    return _judged(case, _probe(case, tokens, probes), "backwards only" if _causal(case) else "both ways")
 
 
 def _window(case: Case) -> Measured:
-    windows = {spec.window for spec in case.loaded(case.main).model.attention_specs}
+    windows = {spec.window for spec in case.loaded(case.main).model.attention_specs if spec.window}
     # The reference's own too: ours may have forgotten the window altogether.
-    stated = getattr(case.reference(case.main).config, "sliding_window", None)
-    widest = max(filter(None, (*windows, stated)), default=None)
+    widest = max(windows | _stated(case), default=None)
     if widest is None:
         raise NotApplicable("this variant has no window")
     tokens = case.long_input
@@ -42,19 +40,41 @@ def _window(case: Case) -> Measured:
         raise CheckFailed(
             f"the window of {widest} tokens is never left: the longest input has {len(tokens)}; use a smaller one here"
         )
-    return _probe(case, tokens, [0, len(tokens) // 3], f"windows of the model: {sorted(w for w in windows if w)}")
+    changes = _probe(case, tokens, [0, len(tokens) // 3])
+    # Causal rows before the probe are blind to it, window or not.
+    if not any((rows[probe if _causal(case) else 0 :] == 0).any() for probe, *both in changes for rows in both):
+        raise NotApplicable("a layer of this variant sees everything, so no row shows the edge of a window")
+    return _judged(case, changes, f"windows of the model: {sorted(windows)}")
 
 
-def _probe(case: Case, tokens: Input, probes: Sequence[int], note: str) -> Measured:
-    bench, oracle = case.bench(case.loaded(case.main)), case.reference(case.main)
+def _stated(case: Case) -> set[int]:
+    """The window of the reference's configuration, where it says that some layer uses it."""
+    config = case.reference(case.main).config
+    window, layers = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    return {window} if window and (layers is None or "sliding_attention" in layers) else set()
+
+
+def _causal(case: Case) -> bool:
+    return case.loaded(case.main).model.needs_kv_cache
+
+
+def _probe(case: Case, tokens: Input, probes: Sequence[int]) -> list[tuple[int, Tensor, Tensor]]:
+    """Of each place whose token is changed, by how much each row of ours and of the reference's changes `[rows]`."""
+    bench, oracle = case.bench(case.loaded(case.main)), case.exact(case.main)
     # [tokens, hidden], as is theirs
     ours = bench.whole([tokens])[0].hidden
     theirs = case.expect(oracle, [tokens])[0].hidden
-    worst, where = 0.0, ""
+    found = []
     for probe in probes:
         changed = tokens.with_id(probe, _other(tokens.ids[probe], case))
         mine = _change(bench.whole([changed])[0].hidden, ours)
-        right = _change(case.expect(oracle, [changed])[0].hidden, theirs)
+        found.append((probe, mine, _change(case.expect(oracle, [changed])[0].hidden, theirs)))
+    return found
+
+
+def _judged(case: Case, changes: Sequence[tuple[int, Tensor, Tensor]], note: str) -> Measured:
+    worst, where = 0.0, ""
+    for probe, mine, right in changes:
         for row, error in enumerate(_errors(mine, right).tolist()):
             if not error <= worst:
                 # Below _CLEAR only rows that the reference left alone can be in error.
@@ -79,7 +99,8 @@ def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
 def _other(token: int, case: Case) -> int:
     """Another token, neither the same nor padding, which some architectures give no position."""
     config = case.reference(case.main).config
-    return next(other for other in range(config.vocab_size) if other not in (token, config.pad_token_id))
+    padding = getattr(config, "pad_token_id", None)
+    return next(other for other in range(config.vocab_size) if other not in (token, padding))
 
 
 def _windowed(spec: ArchitectureSpec) -> str | None:

@@ -287,6 +287,16 @@ class ForgetsTheBase(Qwen2Config):
         return {**config, "rope": {**config["rope"], "theta": 10000.0}}
 
 
+class RoundsHeadsUp(FlashQwen2Model):
+    """Scales scores as if heads were as wide as the next power of two, as a kernel that pads would."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        padded = 2 ** (config.head_dim - 1).bit_length()
+        for layer in self.layers:
+            layer.self_attn.attention.q_factor = (config.head_dim / padded) ** 0.5
+
+
 class MissesATranspose(FlashQwen2Model):
     """Takes a square matrix the wrong way round."""
 

@@ -115,7 +115,8 @@ def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, 
 
     assert len(planned) == len(set(planned))
     assert planned[:2] == [(None, "light-import"), (None, "round-trip")]
-    assert {variant for variant, _ in planned} == {None, "base", "relu"}
+    sizes = {"heads_of_32", "heads_of_80", "heads_of_96", "heads_of_128"}
+    assert {variant for variant, _ in planned} == {None, "base", "relu", *sizes}
     assert ("relu", "masking") in planned
     assert not any(name.startswith("cache") or "window" in name or "generate" in name for _, name in planned)
 

@@ -13,21 +13,25 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 
 from lorax_core.attention.select import check_usable
-from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.errors import LoraxError, RequestError, listed, nearest
 from lorax_core.plugins.cases import ArchitectureCases
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord, PluginStatus, explain
-from lorax_core.plugins.resolve import load_cases
+from lorax_core.plugins.resolve import load_cases, load_class
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.checks import CHECKS
 from lorax_core.testing.result import BadlyConditioned, CheckFailed, CheckResult, CheckStatus, NotApplicable
+from lorax_core.testing.sizes import with_head_sizes
+
+if TYPE_CHECKING:
+    from lorax_core.modeling.config import ModelConfig
 
 Planned = tuple[str | None, Check]
 """A variant (None: the architecture as a whole) and a check that applies to it."""
@@ -59,7 +63,7 @@ class Suite:
         self.spec = self.host.architecture(model_type)
         # A spec given by hand has an owner without a module; its classes are then imported from anywhere.
         owner = self.host.owner(model_type)
-        self.cases = load_cases(self.spec, owner if owner.module else None)
+        self.cases = with_head_sizes(load_cases(self.spec, owner if owner.module else None), self._aliases())
         self.device = device
         self.backend = backend
         self._dtype = dtype
@@ -70,7 +74,7 @@ class Suite:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """`base`, which is `tiny_config` itself, and the `variants` of the cases."""
+        """`base`, which is `tiny_config` itself, sizes of heads that the kit adds, and the `variants` of the cases."""
         return (BASE, *self.cases.variants)
 
     def plan(self, checks: Collection[str] = (), variants: Collection[str] = ()) -> list[Planned]:
@@ -103,6 +107,14 @@ class Suite:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _aliases(self) -> Mapping[str, str]:
+        owner = self.host.owner(self.spec.model_type)
+        try:
+            return cast("type[ModelConfig]", load_class(self.spec.config, owner if owner.module else None)).aliases
+        # The checks of the declaration report a class that is not there, or is no configuration.
+        except (LoraxError, AttributeError):
+            return {}
 
     def _outcome(self, variant: str | None, check: Check) -> CheckResult:
         result = CheckResult(check.name, variant, CheckStatus.FAILED)

@@ -39,7 +39,7 @@ def file_in(folder: Path, name: object, kind: type[LoraxError]) -> Path:
 
 def regular(file: Path, kind: type[LoraxError]) -> int:
     """The size in bytes of a regular file, links followed; raises `kind` for a pipe, device or folder, and if there is none."""
-    with guarded(kind, f"'{file}' cannot be read"):
+    with guarded(kind, f"'{file}' cannot be read", hint="download or copy it again"):
         found = file.stat()
     # Opening a pipe blocks until somebody writes, and a device may have no end.
     if not stat.S_ISREG(found.st_mode):
@@ -77,7 +77,10 @@ def guarded(kind: type[LoraxError], message: str, hint: str | None = None) -> It
         yield
     except LoraxError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic of a library in Rust is no Exception, and pyo3 exports no class of it to catch.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise kind(f"{message}: {type(error).__name__}: {str(error)[:500]}", hint=hint) from error
 
 

@@ -7,22 +7,17 @@ Knows nothing of models; a checkpoint without a tokenizer takes ids only.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lorax_core.errors import CheckpointError, RequestError
+from lorax_core.errors import RequestError
+from lorax_core.serving.tokenizer import load_tokenizer
 from lorax_core.types import Task
+from lorax_core.untrusted import guarded
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
-# Looked for first, as AutoTokenizer's error for a folder without any does not differ from that for a broken file.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+if TYPE_CHECKING:
+    from lorax_core.serving.templates import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +45,7 @@ class TextFront:
         self._sentence = sentence
         # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: int | None = None
+        self._template: ChatTemplate | None = None  # likewise
 
     @property
     def tokenizer(self) -> Any | None:
@@ -81,7 +77,8 @@ class TextFront:
         tokenizer = self._require("text")
         # No cleaning up of spaces: it changes text that was generated already, and stop strings and streams need prefixes
         # to stay what they were.
-        text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with guarded(RequestError, f"the tokenizer cannot read the ids {ids!r:.60}"):
+            text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     def tokens(self, ids: list[int]) -> list[str]:
@@ -123,14 +120,16 @@ class TextFront:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
         fast = bool(getattr(tokenizer, "is_fast", False))
-        # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
-        made = tokenizer(
-            *parts,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            return_offsets_mapping=fast,
-            verbose=False,
-        )
+        # A file's regular expressions may give up on a text; the library panics then.
+        with guarded(RequestError, f"the tokenizer cannot read {text!r:.60}"):
+            # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
+            made = tokenizer(
+                *parts,
+                return_special_tokens_mask=True,
+                return_attention_mask=False,
+                return_offsets_mapping=fast,
+                verbose=False,
+            )
         return Encoded(
             ids=list(made["input_ids"]),
             token_types=made.get("token_type_ids"),
@@ -143,12 +142,17 @@ class TextFront:
         tokenizer = self._require("chat messages")
         if not getattr(tokenizer, "chat_template", None):
             raise RequestError("this checkpoint has no chat template", hint="give the prompt as one string")
-        from jinja2 import TemplateError
+        with guarded(
+            RequestError, f"the chat template refused {messages!r:.120}", hint="give the prompt as one string"
+        ):
+            if self._template is None:
+                # Late: most checkpoints have no template, and jinja is no small import.
+                from lorax_core.serving.templates import ChatTemplate
 
-        try:
-            made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        except (TemplateError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"the chat template refused {messages!r:.120}: {error}") from error
+                self._template = ChatTemplate(tokenizer.get_chat_template())
+            text = self._template.render(messages, tokenizer.special_tokens_map)
+            # The template writes the special tokens itself.
+            made = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return list(made["input_ids"])
 
     def _require(self, what: str) -> Any:
@@ -205,12 +209,4 @@ def _texts(special: tuple[bool, ...]) -> list[list[int]]:
 
 def load_text_front(checkpoint: Checkpoint, sentence: SentenceFiles | None) -> TextFront:
     """The tokenizer beside a checkpoint, when there is one; raises CheckpointError when its files are broken."""
-    if not any((checkpoint.path / name).is_file() for name in _TOKENIZER_FILES):
-        return TextFront(None, sentence)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.path), local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exception for a broken file
-        raise CheckpointError(f"the tokenizer in {checkpoint.path} cannot be read: {error}") from error
-    return TextFront(tokenizer, sentence)
+    return TextFront(load_tokenizer(checkpoint), sentence)

@@ -135,7 +135,10 @@ def test_dynamic_positions_are_exact_up_to_their_length_and_refused_beyond(tmp_p
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}}, "rope.type.*'mrope'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "stretch": 3}}, "rope.stretch"),
         ({"rope_scaling": {"type": "yarn", "original_max_position_embeddings": None}}, "rope type 'yarn' needs factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, "0.5: Qwen2 turns whole heads"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "0.5: Qwen2 turns whole heads",
+        ),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"layer_types": ["full_attention"]}, "layer_types names 1 layers of 2"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types.1.*'linear_attention'"),

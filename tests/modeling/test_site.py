@@ -124,3 +124,14 @@ def test_other_arithmetic_of_an_embedding_holds_for_trained_tokens_and_low_rank_
 
     torch.testing.assert_close(tokens, 3 * trained[x])
     torch.testing.assert_close(low_rank, 3 * updated[x])
+
+
+@pytest.mark.parametrize("name", ["forward", "_call_impl"])
+def test_a_layer_that_is_given_another_forward_keeps_its_adapters(name):
+    layer = Linear(SIZE, SIZE)
+
+    with pytest.raises(TypeError, match=f"cannot be given another '{name}'"):
+        setattr(layer, name, lambda x, batch: x)
+
+    layer.bias = None  # everything else is set as in any module
+    assert layer.bias is None

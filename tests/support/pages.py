@@ -45,6 +45,9 @@ A source is a folder, a hub id or a URL; only `*.json` and `*.safetensors` at it
 
 `engine.adapters.load(name, source)` finds, reads and checks one. A request may also name a source itself
 (`adapter="org/name"`): whatever has a slash and is no loaded name is loaded under that name first, once.
+What a request may name so is `load(..., adapter_sources=...)`: kinds ("folder", "hub", "url"), folders with all below them,
+and beginnings of URLs. By default folders and hub ids; with `[]` loaded names only. The `max_fetched_adapters` last used stay
+loaded, and no source is awaited longer than `adapter_timeout` seconds.
 
 ## Where they are kept
 

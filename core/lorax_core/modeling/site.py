@@ -39,7 +39,8 @@ class Site(nn.Module):
     fused layer gives `parts`, the output rows of each of its members in order; others have one part.
 
     `forward` is final, so that no layer loses its adapters. A subclass with other arithmetic overrides `compute`, through which
-    the base's numbers and those of adapters both go; a subclass that defines `forward` or `__call__` raises TypeError.
+    the base's numbers and those of adapters both go; a subclass that defines `forward` or `__call__`, and a layer that is given
+    one, raises TypeError.
     """
 
     path: str = ""
@@ -60,6 +61,15 @@ class Site(nn.Module):
                 f"{cls.__name__} defines {defined!r}, which would bypass the adapters of its rows; override 'compute' instead: "
                 f"it takes the rows and the numbers to compute with, the base's or an adapter's"
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Patching the layers of a model is common elsewhere, and would bypass the adapters as a subclass would.
+        if name in ("forward", "_call_impl"):
+            raise TypeError(
+                f"{self.path or type(self).__name__} cannot be given another {name!r}, which would bypass the adapters of its "
+                f"rows; override 'compute' in a subclass instead"
+            )
+        super().__setattr__(name, value)
 
     @property
     def parts(self) -> tuple[int, ...]:

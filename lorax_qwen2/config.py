@@ -25,25 +25,30 @@ class Qwen2Config(ModelConfig):
     max_position_embeddings: PositiveInt = 32768
     rope: Rope
     use_sliding_window: bool = False
-    sliding_window: int | None = 4096
+    sliding_window: int | None
     max_window_layers: int = 28
-    layer_types: tuple[LayerType, ...] | None = None
+    layer_types: tuple[LayerType, ...]
     is_causal: bool = True
 
     @classmethod
     def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Fill in what transformers derives: key heads, head size, rotary parameters in either spelling."""
+        """Fill in what transformers derives: key heads, head size, which layers slide, rotary parameters in either spelling."""
         config = {"max_position_embeddings": 32768, **raw}
         heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         if config.get("num_key_value_heads") is None:
             config["num_key_value_heads"] = heads
         if config.get("head_dim") is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             config["head_dim"] = hidden // heads
+        window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+        if config.get("layer_types") is None and isinstance(layers := config.get("num_hidden_layers"), int):
+            # Without a window all layers see everything, whatever their number.
+            first = layers if window is None else config.get("max_window_layers", 28)
+            config["layer_types"] = ["full_attention" if at < first else "sliding_attention" for at in range(layers)]
         rope = read_rope(config)
         # Heads turn whole: transformers' Qwen2 reads no fraction here, and fails on one with any other type.
         if rope["type"] == "default":
             rope["partial"] = 1.0
-        return {**config, "rope": rope}
+        return {**config, "sliding_window": window, "rope": rope}
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Qwen2Config:
@@ -54,17 +59,16 @@ class Qwen2Config(ModelConfig):
             )
         if self.rope.partial != 1.0:
             raise ValueError(f"partial_rotary_factor {self.rope.partial}: Qwen2 turns whole heads")
-        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+        if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(f"layer_types names {len(self.layer_types)} layers of {self.num_hidden_layers}")
         return self
 
     def window(self, layer: int) -> int | None:
         """Keys that a query of this layer sees in either direction, itself included; None is all."""
-        if not self.use_sliding_window or self.sliding_window is None:
+        if self.sliding_window is None or self.layer_types[layer] != "sliding_attention":
             return None
-        slides = self.layer_types[layer] == "sliding_attention" if self.layer_types else layer >= self.max_window_layers
         # transformers counts the query among `sliding_window` keys, but not where it attends in both directions.
-        return self.sliding_window + (not self.is_causal) if slides else None
+        return self.sliding_window + (not self.is_causal)
 
     @property
     def generates(self) -> bool:

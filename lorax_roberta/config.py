@@ -12,6 +12,8 @@ from lorax_core.modeling import PostNormConfig
 class RobertaConfig(PostNormConfig):
     """The fields of an encoder with BERT's blocks, and positions that are counted from the padding id."""
 
+    pad_token_id: int | None = 1
+
     @model_validator(mode="after")
     def _positions_are_left(self) -> Self:
         if self.padding < 0 or self.max_tokens < 1:
@@ -23,7 +25,7 @@ class RobertaConfig(PostNormConfig):
     @property
     def padding(self) -> int:
         """`pad_token_id`, which positions are counted from; RoBERTa's own is 1."""
-        # transformers' default, for files that leave the key out.
+        # For files that have null there.
         return 1 if self.pad_token_id is None else self.pad_token_id
 
     @property

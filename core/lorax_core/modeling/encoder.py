@@ -26,6 +26,8 @@ class PostNormConfig(ModelConfig):
     layer_norm_eps: float = 1e-12
     max_position_embeddings: PositiveInt = 512
     type_vocab_size: PositiveInt = 2
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
 

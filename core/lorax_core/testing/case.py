@@ -6,8 +6,10 @@ nothing of what is checked.
 
 from __future__ import annotations
 
+import json
+import tempfile
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -135,6 +137,10 @@ class Case:
             reference.build(self.cases, task, self.config, folder, seed)
         return folder
 
+    def stated(self, task: Task) -> dict[str, Any]:
+        """The `config.json` of a checkpoint for `task`, as the oracle writes it: every key, default or not."""
+        return dict(json.loads((self.checkpoint(task) / "config.json").read_text(encoding="utf-8")))
+
     def reference(self, task: Task) -> Any:
         """The oracle, reloaded from that folder."""
         key = ("reference", task)
@@ -195,6 +201,16 @@ class Case:
     def load(self, folder: Path) -> LoadedModel:
         """Our model of any whole checkpoint of this architecture."""
         return _mean(load_model(Checkpoint(folder), self.host, dtype=self.dtype, device=self.device))
+
+    def respelt(self, task: Task, config: Mapping[str, Any]) -> LoadedModel:
+        """Our model of the task's checkpoint under another `config.json`."""
+        source = self.checkpoint(task)
+        with tempfile.TemporaryDirectory(dir=self.folder) as name:
+            folder = Path(name)
+            (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            for file in source.glob("*.safetensors"):
+                (folder / file.name).hardlink_to(file)
+            return self.load(folder)
 
     def _filled(self, task: Task, dtype: torch.dtype) -> tuple[LoadedModel, Account]:
         key = ("filled", task, dtype)

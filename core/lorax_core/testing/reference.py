@@ -88,16 +88,21 @@ def blamed(what: str) -> Iterator[None]:
         ) from error
 
 
+def fields(task: Task, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the oracle's configuration is made of: that of the variant, and what the kit decides where it says nothing."""
+    stated = {"initializer_range": INITIALIZER_RANGE, **config}
+    if task in _LABELS and "num_labels" not in stated and "id2label" not in stated:
+        stated["num_labels"] = _LABELS[task]
+    return stated
+
+
 def build(cases: ArchitectureCases, task: Task, config: Mapping[str, Any], folder: Path, seed: int) -> Path:
     """A checkpoint of the oracle for `task`, written to `folder` as its users would."""
-    oracle = reference_class(cases, task)
-    fields = {"initializer_range": INITIALIZER_RANGE, **config}
-    if task in _LABELS and "num_labels" not in fields and "id2label" not in fields:
-        fields["num_labels"] = _LABELS[task]
+    oracle, stated = reference_class(cases, task), fields(task, config)
     with blamed(f"building {cases.references[task]}"), quiet(), torch.random.fork_rng(devices=[]):
         # fork_rng: building draws from the global generator, which is the caller's.
-        model = oracle(oracle.config_class(**fields))
-        randomise(model, seed, fields["initializer_range"])
+        model = oracle(oracle.config_class(**stated))
+        randomise(model, seed, stated["initializer_range"])
         model.save_pretrained(folder)
     return folder
 

@@ -6,12 +6,13 @@ Decides that order, and no more. Each module beside this one holds the checks of
 from __future__ import annotations
 
 from lorax_core.testing.check import Check
-from lorax_core.testing.checks import adapters, cache, declaration, dtypes, masking, numbers, packing, weights
+from lorax_core.testing.checks import adapters, cache, configs, declaration, dtypes, masking, numbers, packing, weights
 
 CHECKS: tuple[Check, ...] = (
     *declaration.CHECKS,
     *weights.CHECKS,
     *numbers.CHECKS,
+    *configs.CHECKS,
     *packing.CHECKS,
     *cache.CHECKS,
     *masking.CHECKS,

@@ -16,7 +16,6 @@ from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.compare import Worst
-from lorax_core.testing.inputs import Input
 from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
@@ -45,17 +44,14 @@ def _head(case: Case, task: Task) -> Measured:
     # It decides softmax, sigmoid or neither, as transformers' problem_type does for its loss.
     problem = base.model.config.problem
     for tokens, ours, theirs in zip(case.inputs, case.alone(task), case.expected(task), strict=True):
-        _see_logits(worst, task, tokens, ours, theirs, problem)
+        see_head(worst, task, f"of an input of {len(tokens)} tokens", ours, theirs, problem)
     return worst.measured()
 
 
-def _see_logits(
-    worst: Worst, task: Task, tokens: Input, ours: PackedAnswer, theirs: Expected, problem: Problem
-) -> None:
+def see_head(worst: Worst, task: Task, where: str, ours: PackedAnswer, theirs: Expected, problem: Problem) -> None:
     """Both what the head computes and what it answers: probabilities near 0 or 1 hide differences of logits."""
     if theirs.logits is None:
         raise CheckFailed(f"the reference for {str(task)!r} has no head: it gives no logits")
-    where = f"of an input of {len(tokens)} tokens"
     if task is Task.GENERATE:
         worst.see("logits", where, ours.answers[task], theirs.logits)
         return

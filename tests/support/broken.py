@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from gemma2 import Gemma2Config
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
@@ -24,6 +25,7 @@ from lorax_core.modeling import EmbeddingHead, GatedMLP, LastTokenClassification
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.site import NoAdapters
 from lorax_core.types import Pooling
+from lorax_gpt2.config import GPT2Config
 from lorax_qwen2.config import Qwen2Config
 from lorax_qwen2.modeling import FlashQwen2Model
 
@@ -297,6 +299,72 @@ class RoundsHeadsUp(FlashQwen2Model):
             layer.self_attn.attention.q_factor = (config.head_dim / padded) ** 0.5
 
 
+class TiesByDefault(Qwen2Config):
+    """Ties where the file says nothing."""
+
+    tie_word_embeddings: bool = True
+
+
+class HasAnotherBaseByDefault(Qwen2Config):
+    """Turns by another base where the file says nothing."""
+
+    @classmethod
+    def normalise(cls, raw):
+        stated = raw.get("rope_parameters") or raw.get("rope_scaling") or raw.get("rope_theta")
+        return super().normalise(raw if stated else {**raw, "rope_theta": 1000000.0})
+
+
+class HasAnotherEpsilonByDefault(Qwen2Config):
+    """Has a wider epsilon where the file says nothing."""
+
+    rms_norm_eps: float = 1e-5
+
+
+class ActsOtherwiseByDefault(Qwen2Config):
+    """Has another activation where the file says nothing."""
+
+    hidden_act: str = "gelu"
+
+
+class PadsByDefault(Qwen2Config):
+    """Takes token 0 for padding where the file says nothing."""
+
+    pad_token_id: int | None = 0
+
+
+class SlidesInEveryLayerByDefault(Qwen2Config):
+    """Has windows from the first layer on where the file says nothing."""
+
+    @classmethod
+    def normalise(cls, raw):
+        return super().normalise({"max_window_layers": 0, **raw})
+
+
+class KnowsNoBaseOutside(Qwen2Config):
+    """Reads `rope_theta` in `rope_parameters` only."""
+
+    @classmethod
+    def normalise(cls, raw):
+        return super().normalise({key: value for key, value in raw.items() if key != "rope_theta"})
+
+
+class KnowsNoTypeOfRope(Qwen2Config):
+    """Reads `rope_type`, and not the `type` that it was called before."""
+
+    @classmethod
+    def normalise(cls, raw):
+        scaling = {key: value for key, value in (raw.get("rope_scaling") or {}).items() if key != "type"}
+        return super().normalise({**raw, "rope_scaling": scaling})
+
+
+class KnowsItsOwnNamesOnly(GPT2Config):
+    """Does not know that `hidden_size` is `n_embd`."""
+
+    @classmethod
+    def parse(cls, raw):
+        return super().parse({key: value for key, value in raw.items() if key not in cls.aliases.values()})
+
+
 class MissesATranspose(FlashQwen2Model):
     """Takes a square matrix the wrong way round."""
 
@@ -356,6 +424,27 @@ class CountsPadding(LastTokenClassificationHead):
 
 
 # --- Gemma-2 ---
+
+
+class HasSmallHeadsByDefault(Gemma2Config):
+    """Has heads of 64 where the file says nothing."""
+
+    head_dim: PositiveInt = 64
+
+
+class HasNoCapByDefault(Gemma2Config):
+    """Caps no logits where the file says nothing."""
+
+    final_logit_softcapping: float | None = None
+
+
+class SlidesInOddLayersByDefault(Gemma2Config):
+    """Has its windows in the other half of the layers where the file says nothing."""
+
+    @classmethod
+    def normalise(cls, raw):
+        types = super().normalise(raw)["layer_types"]
+        return super().normalise({**raw, "layer_types": raw.get("layer_types") or [*types[1:], *types[:1]]})
 
 
 class ForgetsWindows(Gemma2Config):

@@ -22,6 +22,7 @@ VARIANTS = {
     "qwen2": {
         "windows": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
         "other_base": {"rope_theta": 1000000.0},
+        "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
         "padding": {"pad_token_id": 0},
         "tied": {"tie_word_embeddings": True},
     },

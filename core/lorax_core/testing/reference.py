@@ -90,7 +90,8 @@ def blamed(what: str) -> Iterator[None]:
 
 def fields(task: Task, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the oracle's configuration is made of: that of the variant, and what the kit decides where it says nothing."""
-    stated = {"initializer_range": INITIALIZER_RANGE, **config}
+    # Deep: transformers writes into the rotary parameters that it is given.
+    stated = {"initializer_range": INITIALIZER_RANGE, **copy.deepcopy(dict(config))}
     if task in _LABELS and "num_labels" not in stated and "id2label" not in stated:
         stated["num_labels"] = _LABELS[task]
     return stated

@@ -6,6 +6,7 @@ Knows nothing of how lorax-core reads one.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,9 +33,12 @@ class Spellings:
         """The whole `config.json` that the reference makes of one, None where it refuses."""
         try:
             with quiet():
-                made = json.loads(self._class.from_dict(dict(config)).to_json_string(use_diff=False))
+                # Deep: transformers writes into the rotary parameters that it is given.
+                made = json.loads(self._class.from_dict(copy.deepcopy(dict(config))).to_json_string(use_diff=False))
         except Exception:  # whatever the reference raises: it takes no such file
             return None
+        if isinstance(rope := made.get("rope_parameters"), dict) and "rope_type" in rope:
+            rope.pop("type", None)  # it keeps the old name beside the new one
         stated = {key: value for key, value in self.full.items() if key in _KEPT}
         return {**{key: value for key, value in made.items() if key not in _ASIDE}, **stated}
 
@@ -88,6 +92,7 @@ def _flat_rope(config: Config) -> Config:
     del config["rope_parameters"]
     rope = dict(rope)
     config |= {key: rope.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    rope.pop("type", None)
     kind = rope.get("rope_type", "default")
     return {**config, "rope_scaling": None if kind == "default" else rope}
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+from pydantic import BaseModel
+
 from lorax_core.errors import LoraxError, listed
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.plugins.resolve import load_class
@@ -38,7 +40,7 @@ def _defaults(case: Case) -> Measured:
 
 
 def _spelt(case: Case) -> Measured:
-    ours, worst = _config_class(case), Worst(case.tolerance)
+    ours, worst, count = _config_class(case), Worst(case.tolerance), 0
     for task in case.chosen:
         spellings = _spellings(case, task)
         stated = {key: spellings.full[key] for key in ("model_type", "architectures")}
@@ -48,7 +50,8 @@ def _spelt(case: Case) -> Measured:
             if spellings.is_same(config):
                 _compare(ours, spellings, config, how)
                 _see_loaded(case, worst, task, config, how)
-    return worst.measured()
+                count += 1
+    return worst.measured(f"{count} files")
 
 
 def _compare(
@@ -98,9 +101,15 @@ def _insists(ours: type[ModelConfig], whole: Mapping[str, Any], key: str) -> boo
 
 
 def _fields(config: ModelConfig) -> dict[str, Any]:
-    # Labels have three spellings, which `labels` makes one; the class is stated in every file.
-    aside = ("architectures", "id2label", "num_labels")
-    return {**{name: value for name, value in config if name not in aside}, "labels": config.labels}
+    """All fields by name, those of a nested model by dotted names."""
+    found: dict[str, Any] = {"labels": config.labels}
+    for name, value in config:
+        if isinstance(value, BaseModel):
+            found |= {f"{name}.{inner}": one for inner, one in value}
+        # Labels have three spellings, which `labels` makes one; the class is stated in every file.
+        elif name not in ("architectures", "id2label", "num_labels"):
+            found[name] = value
+    return found
 
 
 def _see_loaded(case: Case, worst: Worst, task: Task, config: Mapping[str, Any], how: str) -> None:

@@ -58,7 +58,10 @@ def select_backend(
             return Selection(backend, layout, tuple(passed))
         passed.append((spec.name, layout or "it gives no reason"))
     reasons = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in passed)
-    raise RequestError(f"no attention backend supports this model on {device!r}: {reasons}")
+    raise RequestError(
+        f"no attention backend supports this model on {device!r}: {reasons}",
+        hint="`lorax doctor` lists the backends of this machine; the backend 'torch' supports most on a CPU",
+    )
 
 
 def check_backend_name(declared: Sequence[BackendSpec], name: str | None) -> None:
@@ -78,7 +81,10 @@ def check_usable(declared: Sequence[BackendSpec], name: str | None, device: str)
     for spec in declared:
         reason = why_not(spec, device) if spec.name == name else None
         if reason is not None:
-            raise RequestError(f"attention backend {name!r} cannot be used on {device!r}: {reason}")
+            raise RequestError(
+                f"attention backend {name!r} cannot be used on {device!r}: {reason}",
+                hint="leave attention out, and the first that can be used is taken; `lorax doctor` lists them",
+            )
 
 
 def why_not(spec: BackendSpec, device: str) -> str | None:

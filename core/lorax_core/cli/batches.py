@@ -32,7 +32,7 @@ def as_text(argument: str) -> str:
     except UnicodeEncodeError:  # Python marks bytes that the locale does not have; fsencode gives them back
         try:
             return os.fsencode(argument).decode()
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise typer.BadParameter(f"{argument!r:.80} is not UTF-8", param_hint="TEXT") from error
 
 

@@ -85,7 +85,10 @@ def _pages(size: CacheSize, shape: CacheShape, free: int) -> int:
         # At least one page: make_pool() then reports what is missing.
         wanted = max(min(_TOKENS // shape.page_size, int(free * _FRACTION) // shape.page_bytes), 1)
     if wanted < 1:
-        raise CapacityError(f"that is less than one page of the KV cache, which takes {shape.page_bytes} bytes")
+        raise CapacityError(
+            f"that is less than one page of the KV cache, which takes {shape.page_bytes} bytes",
+            hint=f"kv_cache_bytes={shape.page_bytes} is the least; the longest request needs more",
+        )
     return wanted
 
 

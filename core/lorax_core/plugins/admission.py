@@ -121,7 +121,10 @@ def _check_requirements(distribution: Distribution) -> None:
         try:
             wanted = Requirement(line)
         except InvalidRequirement as error:
-            raise PluginError(f"its metadata requires {line!r}, which is not a requirement") from error
+            raise PluginError(
+                f"its metadata requires {line!r}, which is not a requirement",
+                hint=f"reinstall it: pip install --force-reinstall {distribution.name}",
+            ) from error
         # extra "": requirements of optional extras do not bind the plugin.
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
@@ -139,7 +142,10 @@ def _admit(
     plugin = entry.load()
     # Two entry points of one module; pluggy would raise a ValueError that names neither.
     if manager.is_registered(plugin):
-        raise PluginError(f"its module {entry.value} was registered already, by {manager.get_name(plugin)}")
+        raise PluginError(
+            f"its module {entry.value} was registered already, by {manager.get_name(plugin)}",
+            hint="name a module of its own in each entry point of the group lorax.plugins",
+        )
     _check_hook_names(manager, plugin)
     manager.register(plugin, name)
     try:
@@ -174,7 +180,10 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
                 f"{hook!r} is not a hook; hooks are {listed(hooks)}", hint=f"did you mean {close!r}?" if close else None
             )
     if not found:
-        raise PluginError(f"{plugin!r} implements none of the hooks {listed(hooks)}")
+        raise PluginError(
+            f"{plugin!r} implements none of the hooks {listed(hooks)}",
+            hint="write a function lorax_architectures with @hookimpl above it; docs/plugins.md shows one",
+        )
 
 
 def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) -> tuple[_T, ...]:
@@ -190,14 +199,22 @@ def _ask(manager: pluggy.PluginManager, name: str, hook: str, kind: type[_T]) ->
         answer = impl.function()
         # A str and a pydantic model are iterable too, and would fail below with a misleading message.
         if isinstance(answer, (str, kind)) or not isinstance(answer, Iterable):
-            raise PluginError(f"{hook} returned {reprlib.repr(answer)}; it returns an iterable of {kind.__name__}")
+            raise PluginError(
+                f"{hook} returned {reprlib.repr(answer)}; it returns an iterable of {kind.__name__}",
+                hint=f"return [{kind.__name__}(...)]",
+            )
         for item in answer:
             if not isinstance(item, kind):
-                raise PluginError(f"{hook} yielded {reprlib.repr(item)}, which is not an instance of {kind.__name__}")
+                raise PluginError(
+                    f"{hook} yielded {reprlib.repr(item)}, which is not an instance of {kind.__name__}",
+                    hint=f"yield {kind.__name__}(...), imported from lorax_core.plugins",
+                )
             # Validated again: model_copy(update=...) and model_construct() skip validation.
             specs.append(kind.model_validate(dict(item)))
     keys = [key_of(spec) for spec in specs]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
-        raise PluginError(f"{hook} declares {listed(twice)} more than once")
+        raise PluginError(
+            f"{hook} declares {listed(twice)} more than once", hint="declare each once, with one model_type or name"
+        )
     return tuple(specs)

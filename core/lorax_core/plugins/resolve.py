@@ -110,7 +110,9 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"'{folder}' has no config.json", hint=hint)
     config = read_json(file, CheckpointError)
     if not isinstance(config, dict):
-        raise CheckpointError(f"'{file}' holds {_kind(config)} where a JSON object belongs")
+        raise CheckpointError(
+            f"'{file}' holds {_kind(config)} where a JSON object belongs", hint="download or copy it again"
+        )
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         says = "names no model_type" if model_type is None else f"has {model_type!r} for model_type"

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
+
+LOAD_AGAIN: Final = "load an engine again: lorax_core.load(...)"
+"""The hint of all errors about a closed engine."""
 
 
 class LoraxError(Exception):

@@ -50,10 +50,14 @@ class StackedAdapter(Adapter):
             # A Bound has no __bool__ or __len__, so `or` passes over a missing one only.
             bound = bounds.get(identity) or (others or {}).get(identity)
             if bound is None:
-                raise AdapterError(f"the adapter {identity[:12]} of a weighted sum is not on the device any more")
+                raise AdapterError(
+                    f"the adapter {identity[:12]} of a weighted sum is not on the device any more",
+                    hint="ask again, and it is loaded again",
+                )
             if bound.not_a_sum is not None:
                 raise AdapterError(
-                    f"the adapter {identity[:12]} cannot be part of a weighted sum: it has {bound.not_a_sum}"
+                    f"the adapter {identity[:12]} cannot be part of a weighted sum: it has {bound.not_a_sum}",
+                    hint="name it alone: adapter=NAME",
                 )
             for path, deltas in bound.deltas.items():
                 found.setdefault(path, []).extend((delta, weight) for delta in deltas)

@@ -68,7 +68,8 @@ def build_head(
     candidates = _head_tensors(files, base)
     if wanted.task is not None and files.settings.task in CLASSIFICATION and files.settings.task is not wanted.task:
         raise AdapterError(
-            f"{files.path} says that it is for {files.settings.task.value!r}, not for {wanted.task.value!r}"
+            f"{files.path} says that it is for {files.settings.task.value!r}, not for {wanted.task.value!r}",
+            hint="leave task out: the adapter's files say it",
         )
     # Tensors beyond the backbone could be of any head; a wrong task would give plausible nonsense.
     strange = [module for module in candidates if module not in base.model.sites and not base.holds(module)]
@@ -80,10 +81,16 @@ def build_head(
     # Generating and embedding use the base's head; what is saved for it is changed like any layer.
     if task not in CLASSIFICATION or not candidates:
         if wanted.id2label is not None or wanted.problem is not None:
-            raise AdapterError(f"{files.path} has no head of its own, so id2label and problem_type do not apply")
+            raise AdapterError(
+                f"{files.path} has no head of its own, so id2label and problem_type do not apply",
+                hint="leave them out: the base's config.json names the labels",
+            )
         return None, frozenset()
     if task not in base.spec.tasks:
-        raise AdapterError(f"{files.path} is for {task.value!r}, for which {base.spec.model_type!r} has no head")
+        raise AdapterError(
+            f"{files.path} is for {task.value!r}, for which {base.spec.model_type!r} has no head",
+            hint="load it on a base with such a head; `lorax models list` shows the tasks of each architecture",
+        )
     kind = cast("type[Head]", load_class(base.spec.head(task), base.owner))
     own = {f"{module}.{leaf}": tensor for module, leafs in candidates.items() for leaf, tensor in leafs.items()}
     tensors = _with_base(own, base)
@@ -93,7 +100,8 @@ def build_head(
         lacking = [name for name in getattr(kind, "needed", ()) if name not in tensors]
         raise AdapterError(
             f"{files.path} holds {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
-            + (f": {listed(lacking)}" if lacking else "")
+            + (f": {listed(lacking)}" if lacking else ""),
+            hint="train it with its whole head in modules_to_save, or load it on the base that it was trained on",
         )
     _fill(head, tensors, files, device, base.model.dtype)
     used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
@@ -137,11 +145,17 @@ def _labels(
     """
     if output is None or output not in own:
         if output is not None and (wanted.id2label is not None or wanted.problem is not None):
-            raise AdapterError(f"{files.path} has no {output!r} of its own, so id2label and problem_type do not apply")
+            raise AdapterError(
+                f"{files.path} has no {output!r} of its own, so id2label and problem_type do not apply",
+                hint="leave them out: the base's config.json names the labels",
+            )
         return None
     count = own[output].shape[0]
     if wanted.id2label is not None and sorted(wanted.id2label) != list(range(count)):
-        raise AdapterError(f"{files.path} has {count} labels; id2label names {sorted(wanted.id2label)}")
+        raise AdapterError(
+            f"{files.path} has {count} labels; id2label names {sorted(wanted.id2label)}",
+            hint=f"name the labels 0 to {count - 1}, each once",
+        )
     return wanted.id2label or {index: f"LABEL_{index}" for index in range(count)}
 
 
@@ -155,7 +169,10 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
         own = target.name not in backbone and not target.name.startswith("lm_head")
         if saved and saved.keys() <= {"weight", "bias"} and own:
             if target.name in found:
-                raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
+                raise AdapterError(
+                    f"{files.path} changes {module!r} twice, under two spellings",
+                    hint="keep the tensors of one spelling; PEFT's save_pretrained writes each once",
+                )
             found[target.name] = saved
     return found
 
@@ -181,10 +198,14 @@ def _fill(
             full = f"{path}.{name}" if path else name
             tensor = tensors.get(full)
             if tensor is None:
-                raise AdapterError(f"{files.path} and its base lack {full!r}, which the head needs")
+                raise AdapterError(
+                    f"{files.path} and its base lack {full!r}, which the head needs",
+                    hint="train it with its whole head in modules_to_save, or load it on the base that it was trained on",
+                )
             if tensor.shape != parameter.shape:
                 raise AdapterError(
-                    f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}"
+                    f"{files.path}: {full!r} has shape {list(tensor.shape)}, the head asks for {list(parameter.shape)}",
+                    hint="load it on the base that it was trained on; base_model_name_or_path in adapter_config.json names it",
                 )
             with fits_dtype(f"{files.path}: {full!r}"):
                 setattr(module, name, nn.Parameter(cast_to(tensor, device, dtype), requires_grad=False))

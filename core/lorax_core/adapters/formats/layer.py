@@ -82,7 +82,8 @@ def share_tie(
     if len(beneath) == 2 and not torch.equal(*beneath):
         raise AdapterError(
             f"{files.path} holds one weight beneath the update of '{modules[0]}.weight' and another beneath that of its tied "
-            f"head {modules[1]!r}"
+            f"head {modules[1]!r}",
+            hint="the base has one weight for both: leave one of the two out of target_modules, and train again",
         )
     if beneath:
         embedding, head = (
@@ -121,7 +122,10 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
     assert a is not None
     assert b is not None
     if not layer.multiplies:
-        raise AdapterError(f"{files.path} has lora_A for {layer.module!r}, which is of kind {layer.kind}")
+        raise AdapterError(
+            f"{files.path} has lora_A for {layer.module!r}, which is of kind {layer.kind}",
+            hint="leave it out of target_modules and train again; lora_embedding_A is for embeddings",
+        )
     out, inputs = layer.shape
     if a.shape[1] != inputs or b.shape[0] != out:
         raise _misfit(
@@ -136,7 +140,8 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
         return LowRank.whole(a, b, bias)
     if tensors.b_bias is not None:
         raise AdapterError(
-            f"{files.path} has both a magnitude and a lora_B bias for {layer.module!r}, which is not supported"
+            f"{files.path} has both a magnitude and a lora_B bias for {layer.module!r}, which is not supported",
+            hint="train it with use_dora or with lora_bias, not with both",
         )
     # Weights do not change while serving, so DoRA's norm is taken once here and not in every forward as in PEFT.
     norm = (_beneath(layer, weight) + b @ a).norm(dim=1)  # [out]
@@ -185,7 +190,8 @@ def _tokens(files: PeftFiles, rows: Tensor, ids: tuple[int, ...], layer: Layer) 
     if list(rows.shape) != [len(ids), dim] or not all(0 <= index < vocab for index in ids):
         raise AdapterError(
             f"{files.path} trains {list(rows.shape)} rows of {layer.module!r} for {len(ids)} token ids; the base has "
-            f"{vocab} rows of {dim}"
+            f"{vocab} rows of {dim}",
+            hint="load it on the base that it was trained on; base_model_name_or_path in adapter_config.json names it",
         )
     # Ascending, for searchsorted in `TokenRows`; the files may have any order.
     order = sorted(range(len(ids)), key=ids.__getitem__)

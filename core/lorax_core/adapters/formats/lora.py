@@ -90,7 +90,10 @@ def _changes(
         others = changes.setdefault(site.path, [])
         change = _change(module, tensors, site, target, base.weight_map, device)
         if any(other.part in (None, change.part) for other in others):
-            raise AdapterError(f"{files.path} changes {module!r} twice, under two spellings")
+            raise AdapterError(
+                f"{files.path} changes {module!r} twice, under two spellings",
+                hint="keep the tensors of one spelling; PEFT's save_pretrained writes each once",
+            )
         others.append(change)
     return changes, tuple(unread)
 

@@ -87,7 +87,10 @@ class MedusaAdapter(Adapter):
         self.path = Path(path)
         self.lora = LoraAdapter(path, head) if (self.path / "adapter_config.json").is_file() else None
         if self.lora is None and head is not None and any(setting is not None for setting in head.settings):
-            raise AdapterError(f"{path} holds Medusa heads alone, which have no task, problem_type or id2label")
+            raise AdapterError(
+                f"{path} holds Medusa heads alone, which have no task, problem_type or id2label",
+                hint="leave task, problem_type and id2label out",
+            )
         config = _read_config(self.path)
         self.trained_on: str | None = config.get("base_model_name_or_path")
         self.heads = _read_heads(self.path, config)
@@ -99,7 +102,10 @@ class MedusaAdapter(Adapter):
     def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
         model = base.model
         if Task.GENERATE not in model.tasks:
-            raise AdapterError(f"{self.path} has Medusa heads, which draft tokens; this base generates none")
+            raise AdapterError(
+                f"{self.path} has Medusa heads, which draft tokens; this base generates none",
+                hint="load it on a base that generates; `lorax models list --task generate` lists them",
+            )
         hidden, vocab = model.config.hidden_size, model.config.vocab_size
         for number, head in enumerate(self.heads):
             wide = [
@@ -175,7 +181,10 @@ def _read_heads(folder: Path, config: dict[str, Any]) -> tuple[MedusaHead, ...]:
     wanted = [*blocks, *(outs if any(key in tensors for key in outs) else [])]
     missing = [key for key in wanted if key not in tensors]
     if missing:
-        raise AdapterError(f"{folder} lacks {listed(missing)} of {heads} Medusa heads")
+        raise AdapterError(
+            f"{folder} lacks {listed(missing)} of {heads} Medusa heads",
+            hint="download or copy it again; medusa_num_heads in config.json says how many heads it has",
+        )
     return tuple(
         MedusaHead(
             tuple(
@@ -205,6 +214,7 @@ def _tensor_file(folder: Path) -> Path:
         )
         raise AdapterError(
             f"{folder} has {len(files)} safetensors files for its Medusa heads, one is needed: "
-            f"{listed(file.name for file in files)}{pickled}"
+            f"{listed(file.name for file in files)}{pickled}",
+            hint="keep one of them in the folder" if files else "save the heads with safetensors.torch.save_file",
         )
     return files[0]

@@ -143,15 +143,23 @@ def read_peft(path: str | Path) -> PeftFiles:
             doubled.add((module, role))
         again = (module, role) in doubled
         if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
-            raise AdapterError(f"{folder}: {name!r} is there twice, under two spellings")
+            raise AdapterError(
+                f"{folder}: {name!r} is there twice, under two spellings",
+                hint="keep the tensors of one spelling; PEFT's save_pretrained writes each once",
+            )
         setattr(tensors, role, tensor)
     leftover += [
         name for name, module in originals if module not in files.modules or not files.modules[module].is_saved
     ]
     if leftover:
-        raise AdapterError(f"{folder} holds tensors that are not supported: {listed(leftover)}")
+        raise AdapterError(
+            f"{folder} holds tensors that are not supported: {listed(leftover)}",
+            hint="docs/adapters.md lists what is supported",
+        )
     if not files.modules:
-        raise AdapterError(f"{folder} holds no tensors")
+        raise AdapterError(
+            f"{folder} holds no tensors", hint="download or copy it again, or save it again with PEFT's save_pretrained"
+        )
     for module, tensors in files.modules.items():
         _check_shapes(folder, module, tensors)
         _check_pairs(folder, module, tensors)
@@ -182,7 +190,10 @@ def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
         sides = list(shapes.values())
         fits = len(sides) == 2 and all(len(shape) == 2 for shape in sides) and sides[0][0] == sides[1][1]
         if shapes and not fits:
-            raise AdapterError(f"{folder}: {module!r} is no pair of {names}: {shapes}")
+            raise AdapterError(
+                f"{folder}: {module!r} is no pair of {names}: {shapes}",
+                hint="download or copy it again, or save it again with PEFT's save_pretrained",
+            )
 
 
 def _check_shapes(folder: Path, module: str, tensors: ModuleTensors) -> None:
@@ -257,10 +268,14 @@ def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
                     tensor = tensors.get_tensor(name)
                     if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8 bit would need its scales
                         raise AdapterError(
-                            f"{file}: {name!r} holds {tensor.dtype}; 16, 32 or 64 bit floating point is needed"
+                            f"{file}: {name!r} holds {tensor.dtype}; 16, 32 or 64 bit floating point is needed",
+                            hint="convert it: tensor.to(torch.float32) for each, then safetensors.torch.save_file",
                         )
                     if not torch.isfinite(tensor).all():
-                        raise AdapterError(f"{file}: {name!r} holds NaN or infinite numbers")
+                        raise AdapterError(
+                            f"{file}: {name!r} holds NaN or infinite numbers",
+                            hint="its training has diverged, or the file is damaged: use an earlier checkpoint of the training",
+                        )
                     yield name, tensor
     except CheckpointError as error:
         raise AdapterError(error.message, hint=error.hint) from error
@@ -280,7 +295,12 @@ def _tensor_files(path: Path) -> list[Path]:
         count = int(shards[0].stem.rpartition("-of-")[2])
         # An incomplete download would load as an adapter that silently lacks layers.
         if len(shards) != count:
-            raise AdapterError(f"{path} has {len(shards)} of {count} files of its tensors")
+            raise AdapterError(
+                f"{path} has {len(shards)} of {count} files of its tensors", hint="download or copy it again"
+            )
         return shards
     pickled = " (adapter_model.bin is a pickle, which can run code, and is not read)" if any(path.glob("*.bin")) else ""
-    raise AdapterError(f"{path} has no adapter_model.safetensors{pickled}")
+    raise AdapterError(
+        f"{path} has no adapter_model.safetensors{pickled}",
+        hint="save it with PEFT's save_pretrained, which writes safetensors",
+    )

@@ -47,7 +47,10 @@ class MergeOptions:
         known("strategy", self.strategy, STRATEGIES)
         known("majority_sign_method", self.majority_sign_method, SIGN_METHODS)
         if not all(math.isfinite(weight) for weight in self.weights):
-            raise AdapterError(f"weights are finite numbers; these are {list(self.weights)}")
+            raise AdapterError(
+                f"weights are finite numbers; these are {list(self.weights)}",
+                hint="give each adapter a number, such as 0.5",
+            )
         if self.strategy in _SPARSE and self.density is None:
             raise AdapterError(f"{self.strategy!r} needs a density", hint="the share of numbers to keep, such as 0.5")
         for name, value, takers in (
@@ -57,12 +60,19 @@ class MergeOptions:
         ):
             if value is not None and self.strategy not in takers:
                 raise AdapterError(
-                    f"{self.strategy!r} takes no {name} (given: {value}); those that take one: {listed(takers)}"
+                    f"{self.strategy!r} takes no {name} (given: {value}); those that take one: {listed(takers)}",
+                    hint=f"leave {name} out",
                 )
         if self.density is not None and not 0 < self.density <= 1:
-            raise AdapterError(f"density is above 0 and at most 1; this is {self.density}")
+            raise AdapterError(
+                f"density is above 0 and at most 1; this is {self.density}",
+                hint="density=0.5 keeps half of the numbers",
+            )
         if self.rank is not None and self.rank < 1:
-            raise AdapterError(f"rank is at least 1; this is {self.rank}")
+            raise AdapterError(
+                f"rank is at least 1; this is {self.rank}",
+                hint="leave rank out, which takes the largest of the adapters",
+            )
 
     @property
     def draws(self) -> bool:

@@ -164,7 +164,10 @@ class _Plan:
 
     def _take(self, changes: dict[str, _ModuleChange], name: str, change: _ModuleChange) -> None:
         if name in changes:
-            raise AdapterError(f"{self.files.path} changes {change.module!r} twice, under two spellings")
+            raise AdapterError(
+                f"{self.files.path} changes {change.module!r} twice, under two spellings",
+                hint="keep the tensors of one spelling; PEFT's save_pretrained writes each once",
+            )
         changes[name] = change
 
     def _no_place(self, change: _ModuleChange, leaf: str, stored: dict[tuple[str, int | None], str]) -> AdapterError:

@@ -102,7 +102,10 @@ def merge_options(
         raise AdapterError("there is no adapter to merge", hint="give one or more adapter folders")
     weights = [1.0] * len(adapters) if weights is None else weights
     if len(weights) != len(adapters):
-        raise AdapterError(f"there are {len(adapters)} adapters, but {len(weights)} weights: {list(weights)}")
+        raise AdapterError(
+            f"there are {len(adapters)} adapters, but {len(weights)} weights: {list(weights)}",
+            hint="give one for each adapter, in their order, or none at all",
+        )
     return MergeOptions(strategy, tuple(map(float, weights)), density, seed, rank, majority_sign_method)
 
 
@@ -210,7 +213,8 @@ def _members(module: str, adapters: Sequence[PeftFiles], options: MergeOptions) 
 def _check_together(module: str, one: _Member, other: _Member, options: MergeOptions) -> None:
     if one.sizes != other.sizes:
         raise AdapterError(
-            f"{module!r} is {one.sizes} in {one.path} and {other.sizes} in {other.path}: they were trained on different bases"
+            f"{module!r} is {one.sizes} in {one.path} and {other.sizes} in {other.path}: they were trained on different bases",
+            hint="merge adapters of one base; base_model_name_or_path in adapter_config.json names it",
         )
     ranks = [len(member.update.a) for member in (one, other)]
     if options.needs_one_rank and ranks[0] != ranks[1]:

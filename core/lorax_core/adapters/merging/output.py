@@ -42,7 +42,9 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
                 old.rename(final)
             raise
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{out} cannot be written: {error}") from error
+        raise AdapterError(
+            f"{out} cannot be written: {error}", hint="give a folder that you may write to, on a disk with room"
+        ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

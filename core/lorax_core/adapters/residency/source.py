@@ -198,7 +198,10 @@ def _filesystem(url: str, scheme: str) -> tuple[Any, str]:
             f"{url!r} cannot be read: {error}", hint=f"did you mean '{close}://'?" if close else _ADAPTER.forms
         ) from error
     except Exception as error:  # each filesystem has its own
-        raise AdapterError(f"{url!r} cannot be read: {type(error).__name__}: {error}") from error
+        raise AdapterError(
+            f"{url!r} cannot be read: {type(error).__name__}: {error}",
+            hint="check the URL, and the credentials of the store",
+        ) from error
     return filesystem, path
 
 

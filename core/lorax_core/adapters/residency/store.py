@@ -28,7 +28,7 @@ from lorax_core.adapters.residency.slots import AdapterSlots
 from lorax_core.adapters.residency.source import FoundAdapter, masked
 from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.stack import StackedAdapter, stack_identity
-from lorax_core.errors import AdapterError, LoraxError, listed
+from lorax_core.errors import LOAD_AGAIN, AdapterError, LoraxError, listed
 from lorax_core.settings import Settings
 from lorax_core.untrusted import guarded
 from lorax_core.weights.loader import LoadedModel
@@ -120,7 +120,7 @@ class AdapterStore:
         handle = self._read(found, request)
         with self._lock:
             if self._closed:
-                raise AdapterError(f"{name!r} was not loaded: the engine is closed")
+                raise AdapterError(f"{name!r} was not loaded: the engine is closed", hint=LOAD_AGAIN)
             if pin and not self._slots.pin(handle.identity):
                 raise AdapterError(
                     f"{name!r} cannot be pinned: of {self._slots.capacity} slots on the device one must be left for others",
@@ -161,7 +161,7 @@ class AdapterStore:
                 raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
             for name, weight in wanted.items():
                 if not math.isfinite(weight):
-                    raise AdapterError(f"adapter {name!r} has weight {weight}, which is no finite number")
+                    raise AdapterError(f"{name!r} has weight {weight}, which is no finite number", hint="try 0.7")
             members = [(self._names.find(name).handle, float(weight)) for name, weight in wanted.items()]
             if len(members) == 1 and members[0][1] == 1.0:
                 return members[0][0]
@@ -233,7 +233,7 @@ class AdapterStore:
         with self._lock:
             self._closed = True
             binder, self._binder = self._binder, None
-        self._fetcher.close(AdapterError("the engine was closed"))
+        self._fetcher.close(AdapterError("the engine was closed", hint=LOAD_AGAIN))
         if binder is not None:
             binder.shutdown(cancel_futures=True)
 
@@ -317,7 +317,7 @@ class AdapterStore:
         except LoraxError as failure:
             error = failure
         except BaseException as failure:  # also a panic of a Rust library: the slot must not stay in loading
-            error = AdapterError(f"an adapter could not be bound: {type(failure).__name__}: {failure}")
+            error = AdapterError(f"an adapter could not be bound: {type(failure).__name__}: {failure}", hint=_AGAIN)
             error.__cause__ = failure
         with self._lock:
             if error is None:

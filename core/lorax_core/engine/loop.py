@@ -129,7 +129,13 @@ class EngineLoop:
         if not answer.sampled:
             if answer.values is not None and not np.isfinite(answer.values).all():
                 self.scheduler.invalidate(sequence)
-                return SequenceUpdate(error=StepError("the model gave NaN or infinite values", results=[]))
+                return SequenceUpdate(
+                    error=StepError(
+                        "the model gave NaN or infinite values",
+                        results=[],
+                        hint="load with dtype='float32', in which fewer numbers overflow",
+                    )
+                )
             self.scheduler.advance(chunk)
             return SequenceUpdate(answer=answer.values) if answer.values is not None else None
         update = self._take(sequence, answer.sampled)
@@ -152,7 +158,9 @@ class EngineLoop:
         text, reason = "", None
         for one in sampled:
             if one.token_id is None:
-                return SequenceUpdate(error=StepError(one.fault, results=[]))
+                return SequenceUpdate(
+                    error=StepError(one.fault, results=[], hint="load with dtype='float32', or ban fewer tokens")
+                )
             tokens.append(one.token_id)
             piece, reason = self._next(sequence, one.token_id)
             text += piece
@@ -232,6 +240,10 @@ class EngineLoop:
 def _broken(error: Exception) -> SequenceUpdate:
     if isinstance(error, LoraxError):
         return SequenceUpdate(error=error)
-    wrapped = StepError(f"the step failed: {type(error).__name__}: {error}", results=[])
+    wrapped = StepError(
+        f"the step failed: {type(error).__name__}: {error}",
+        results=[],
+        hint="ask again; if it fails again, report it with the traceback of its cause",
+    )
     wrapped.__cause__ = error
     return SequenceUpdate(error=wrapped)

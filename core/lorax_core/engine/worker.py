@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
 from lorax_core.engine.stats import StepStats
-from lorax_core.errors import LoraxError, RequestError
+from lorax_core.errors import LOAD_AGAIN, LoraxError, RequestError
 
 _log = logging.getLogger(__name__)
 _EXIT_SECONDS = 60.0
@@ -119,7 +119,11 @@ class EngineWorker:
         while self._loop.busy:  # again, for answers that waited for the one before them
             for sequence in list(self._loop.scheduler):
                 self._loop.abort(sequence)
-                sequence.sink(SequenceUpdate(error=LoraxError("the engine was closed before this request finished")))
+                sequence.sink(
+                    SequenceUpdate(
+                        error=LoraxError("the engine was closed before this request finished", hint=LOAD_AGAIN)
+                    )
+                )
 
     def _work(self) -> None:
         while self._jobs:

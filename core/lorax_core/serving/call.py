@@ -149,7 +149,7 @@ class Call:
                     return
                 self._cancelled, self._open = True, 0
                 unfinished = [answer.sequence for answer in self._answers if not answer.sequence.finished]
-                error = LoraxError("the call was cancelled")
+                error = LoraxError("the call was cancelled", hint="submit the requests again")
                 self.results = [error if result is None else result for result in self.results]
                 self._updates.clear()
                 # A step in progress may still give these an update, which must not reach the call.
@@ -230,7 +230,11 @@ class Call:
         try:
             event = self._account(answer, update)
         except Exception as error:  # a tokenizer that cannot read its own tokens, say
-            failure = StepError(f"an answer could not be read: {type(error).__name__}: {error}", results=[])
+            failure = StepError(
+                f"an answer could not be read: {type(error).__name__}: {error}",
+                results=[],
+                hint="report it with the traceback of its cause; the tokenizer cannot decode its own tokens",
+            )
             # `raise ... from` without raising: the error is kept as a result.
             failure.__cause__ = error
             self.results[answer.index], event = failure, None

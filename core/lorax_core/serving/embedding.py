@@ -52,7 +52,8 @@ def _set_projections(base: LoadedModel, head: EmbeddingHead, files: SentenceFile
         # [out, in]. `head.dim` grows with each projection that is added, so this checks the chain.
         if layer.weight.shape[1] != head.dim:
             raise CheckpointError(
-                f"a dense layer of {base.checkpoint.path} takes vectors of {layer.weight.shape[1]}, not of {head.dim}"
+                f"a dense layer of {base.checkpoint.path} takes vectors of {layer.weight.shape[1]}, not of {head.dim}",
+                hint="its folder and 1_Pooling/config.json belong to another model: download or copy the checkpoint again",
             )
         bias = layer.bias.to(device) if layer.bias is not None else None
         head.projections.append(Projection(layer.weight.to(device), bias, get_activation(layer.activation)))

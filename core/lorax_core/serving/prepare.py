@@ -127,7 +127,10 @@ class Preparer:
         stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(request.stop))
         # Without a tokenizer a completion has no text in which a string could be found.
         if stop.strings and not self.text.has_tokenizer:
-            raise RequestError(f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks")
+            raise RequestError(
+                f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks",
+                hint="give stop_token_ids, or add tokenizer.json to the checkpoint",
+            )
         grammar = self.grammars.grammar(request)
         adapter = self._adapter(request.adapter)
         first = Sequence(
@@ -193,7 +196,8 @@ class Preparer:
         wrong = next((token for token in tokens if not 0 <= token < vocab), None)
         if wrong is not None:
             raise RequestError(
-                f"{option} names token id {wrong}, which is not in the vocabulary: ids are 0 to {vocab - 1}"
+                f"{option} names token id {wrong}, which is not in the vocabulary: ids are 0 to {vocab - 1}",
+                hint="the ids are those of this checkpoint's own tokenizer",
             )
 
     def _embed(self, request: EmbedRequest) -> Prepared:

@@ -175,7 +175,10 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
     special = encoded.special or (False,) * len(encoded.ids)
     texts = _texts(special)
     if sum(len(text) for text in texts) < extra:
-        raise RequestError(f"{limit} tokens do not hold the special tokens of {len(special)}")
+        raise RequestError(
+            f"{limit} tokens do not hold the special tokens of {len(special)}",
+            hint="leave truncate out; no text of this kind fits the model",
+        )
     dropped: set[int] = set()
     for _ in range(extra):
         longest = max(texts, key=len)

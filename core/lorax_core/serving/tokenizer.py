@@ -43,7 +43,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
         return None
     stated = checkpoint.json("tokenizer_config.json") or {}
     if not isinstance(stated, dict):
-        raise CheckpointError(f"'{folder / 'tokenizer_config.json'}' holds a list where a JSON object belongs")
+        raise CheckpointError(
+            f"'{folder / 'tokenizer_config.json'}' holds a list where a JSON object belongs",
+            hint="download or copy it again",
+        )
     for file, config in (("tokenizer_config.json", stated), ("config.json", checkpoint.config)):
         _check_class(folder / file, config.get("tokenizer_class"))
     message = f"the tokenizer in {folder} cannot be read"

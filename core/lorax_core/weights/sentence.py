@@ -116,7 +116,10 @@ def dense_folder(checkpoint: Checkpoint, dim: int) -> str:
     """The folder `2_Dense_{dim}` beside a checkpoint; raises CheckpointError that lists the sizes there are."""
     sizes = sorted(int(p.name[8:]) for p in checkpoint.path.glob("2_Dense_*") if p.name[8:].isdigit())
     if dim not in sizes:
-        raise CheckpointError(f"{checkpoint.path} has no folder 2_Dense_{dim}; sizes there are {sizes or 'none'}")
+        raise CheckpointError(
+            f"{checkpoint.path} has no folder 2_Dense_{dim}; sizes there are {sizes or 'none'}",
+            hint="give one of these as embedding_dim, or leave it out",
+        )
     return f"2_Dense_{dim}"
 
 
@@ -153,7 +156,8 @@ def _default_prompt(checkpoint: Checkpoint) -> str:
     # Going on without it would give other vectors than the authors measured.
     if name not in prompts:
         raise CheckpointError(
-            f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}"
+            f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}",
+            hint="set default_prompt_name in config_sentence_transformers.json to one of them, or to null",
         )
     return str(prompts[name])
 

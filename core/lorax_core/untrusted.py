@@ -64,7 +64,7 @@ def read_json(file: Path, kind: type[LoraxError]) -> Any:
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise kind(f"'{file}' cannot be read: {cause}", hint=again) from error
-    problem = _unusable(found)
+    problem = unusable(found)
     if problem is not None:
         raise kind(f"'{file}' {problem}", hint=again)
     return found
@@ -84,8 +84,8 @@ def guarded(kind: type[LoraxError], message: str, hint: str | None = None) -> It
         raise kind(f"{message}: {type(error).__name__}: {str(error)[:500]}", hint=hint) from error
 
 
-def _unusable(value: Any) -> str | None:
-    """What makes a parsed value unusable, None when nothing does."""
+def unusable(value: object) -> str | None:
+    """What makes a value unusable that came as JSON ("holds ..."), None when nothing does."""
     level = [value]
     for _ in range(JSON_DEPTH):
         if not level:
@@ -94,7 +94,7 @@ def _unusable(value: Any) -> str | None:
         for item in level:
             if isinstance(item, dict):
                 below += [*item, *item.values()]
-            elif isinstance(item, list):
+            elif isinstance(item, (list, tuple)):
                 below += item
             # Half of a pair: valid JSON, but no text, so nothing can print, encode or hash it.
             elif isinstance(item, str) and not _is_text(item):

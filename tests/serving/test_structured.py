@@ -4,9 +4,14 @@ import json
 import re
 
 import pytest
+from rigs import within
 
 import lorax_core as lorax
-from lorax_core.errors import RequestError
+from lorax_core.errors import CapacityError, RequestError
+
+LIMIT = 120  # seconds: for a constraint that is worked on for ever
+# The library gives up on it after some thirty letters.
+TOO_COMPLEX = {"regex": "((a{1,100}){1,100}){1,100}b", "logit_bias": {ord("b"): -100.0}}
 
 SCHEMA = {
     "type": "object",
@@ -97,3 +102,114 @@ def test_a_checkpoint_without_a_tokenizer_cannot_be_constrained(tmp_path):
         pytest.raises(RequestError, match=r"needs a checkpoint with a fast tokenizer"),
     ):
         engine.generate([1, 2], regex="a", max_tokens=4)
+
+
+@pytest.mark.parametrize("count", [2_000, 10_000])
+def test_thousands_of_choices_are_choices(engine, count):
+    choices = [f"{at} is one of the choices" for at in range(count)]
+
+    texts = sampled(engine, range(3), choice=choices)
+
+    assert set(texts) <= set(choices)
+    assert len(set(texts)) > 1
+
+
+def test_a_constraint_that_the_library_gives_up_on_ends_with_an_error_and_no_other_request_does(engine):
+    free = lorax.GenerateRequest(prompt="abc", max_tokens=80, ignore_eos=True)
+    alone = engine.run([free])[0].token_ids
+    constrained = lorax.GenerateRequest(prompt="abc", **TOO_COMPLEX, max_tokens=200, n=2)
+
+    with pytest.raises(lorax.StepError) as caught:
+        within(LIMIT, lambda: engine.run([free, constrained, free]))
+
+    before, failure, after = caught.value.results
+    assert before.token_ids == after.token_ids == alone
+    assert type(failure) is CapacityError
+    assert "cannot be followed" in failure.message
+    assert failure.hint
+
+
+def test_a_stream_of_such_a_constraint_ends_with_the_error(engine):
+    stream = engine.stream("abc", **TOO_COMPLEX, max_tokens=200)
+
+    with pytest.raises(CapacityError, match="cannot be followed"):
+        within(LIMIT, lambda: list(stream))
+
+
+def nested(depth):
+    schema = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+NO_SCHEMA = {
+    "itself": {"$ref": "#"},
+    "itself twice": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    "in a circle": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+    "a large number": {"type": "integer", "minimum": 2**70},
+    "a large constant": {"const": 2**64},
+    "a number of many digits": {"const": 10**5000},
+    "a number that is none": {"const": float("nan")},
+    "infinite": {"maximum": float("inf")},
+    "many properties": {"properties": {f"p{at}": {"type": "integer"} for at in range(10_000)}},
+    "long": {"const": "a" * 300_000},
+    "deep": nested(2_000),
+    "no JSON": {"const": object()},
+    "no JSON either": {"const": {1, 2}},
+    "half a character": {"const": "\ud800"},
+    "half a character as text": '{"const": "\\ud800"}',
+    "long text": " " * 300_000,
+    "text of many digits": '{"const": ' + "9" * 5_000 + "}",
+    "deep text": "[" * 100_000,
+    "no object": "[1, 2]",
+    "a number": "5",
+    "elsewhere": {"$ref": "http://127.0.0.1:9/schema.json"},
+    "a wrong type": {"type": 5},
+    "a wrong pattern": {"type": "string", "pattern": "(?<=a)b"},
+}
+
+
+@pytest.mark.parametrize("case", NO_SCHEMA)
+def test_a_schema_that_cannot_be_followed_is_refused_before_anything_runs(engine, case):
+    with pytest.raises(RequestError) as caught:
+        within(LIMIT, lambda: engine.submit([lorax.GenerateRequest(prompt="abc", json_schema=NO_SCHEMA[case])]))
+
+    assert "constraint" in caught.value.message or "json_schema" in caught.value.message
+
+
+@pytest.mark.parametrize("schema", [{"type": "integer", "minimum": -(2**62), "maximum": 2**62}, nested(40), True, {}])
+def test_a_schema_at_the_limits_is_followed(engine, schema):
+    given = json.dumps(schema) if schema is True else schema
+    if schema is True:
+        with pytest.raises(RequestError, match="not an object"):
+            engine.generate("abc", json_schema=given, max_tokens=60)
+        return
+
+    completion = engine.generate("abc", json_schema=given, max_tokens=60)
+
+    assert completion.token_ids
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        "(a+)+b",
+        "(x+x+)+y",
+        "(((((a*)*)*)*)*)*b",
+        "(?:a|aa|aaa)*b",
+        ".*a.{20}",
+        "(" * 3_000 + "a" + ")" * 3_000,
+        r"\1(a)",
+    ],
+)
+def test_an_expression_is_followed_or_refused_in_little_time(engine, regex):
+    def tried():
+        try:
+            return engine.generate("abc", regex=regex, max_tokens=30).text
+        except RequestError as error:
+            return error.message
+
+    found = within(LIMIT, tried)
+
+    assert "constraint" in found or 1 <= len(found) <= 30

@@ -1,37 +1,54 @@
 """Completions that follow a JSON schema, a regular expression or a list of choices.
 
-Decides how a request's constraint becomes a grammar over tokens. The work is done by llguidance, the extra
-`lorax-core[structured]`, imported when first asked for; `docs/engine.md` compares it with the others.
+Decides how a request's constraint becomes a grammar over tokens, how large one may be, and that a grammar which the library
+gives up on ends its request with an error. A grammar is built in the caller's thread, which may take a few seconds at most.
+The work is done by llguidance, the extra `lorax-core[structured]`, imported when first asked for; `docs/engine.md` compares
+it with the others.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from lorax_core.errors import RequestError
+from lorax_core.errors import CapacityError, RequestError
 from lorax_core.serving.requests import GenerateRequest
+from lorax_core.untrusted import guarded, unusable
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+SCHEMA_LENGTH: Final = 256 * 1024
+"""Characters of the longest JSON schema."""
+SCHEMA_PARTS: Final = 5_000
+"""Keys and elements of the largest one; the time that building takes grows with the square of its properties."""
+# Above the library's own, which a few hundred optional properties reach; a step of the largest grammar takes about 10 ms.
+_ROW_ITEMS: Final = 50_000
+_STEP_ITEMS: Final = 200_000
+_SIMPLER: Final = "make the constraint simpler: fewer properties, alternatives or repetitions"
+
 
 class TokenGrammar:
-    """One completion's state in a grammar."""
+    """One completion's state in a grammar; raises RequestError or CapacityError where the library gives up on it."""
 
-    def __init__(self, matcher: LLMatcher, vocab: int) -> None:
+    def __init__(self, matcher: LLMatcher, vocab: int, mask: bytes | None = None) -> None:
         self._matcher = matcher
         self._vocab = vocab
+        # Computed ahead, so that the library gives up where one sequence is concerned, and not where a step of many is made.
+        self._mask = self._compute() if mask is None else mask
 
     def allowed(self) -> bytes:
         """Which tokens may come next, one bit each; a padded vocabulary has ids that mean nothing, which may not."""
-        # [ceil(vocab / 8)] bytes: the model's rows may be more than the tokenizer's ids, and a zero bit forbids.
-        return bytes(self._matcher.compute_bitmask()).ljust(-(-self._vocab // 8), b"\0")
+        return self._mask
 
     def advance(self, token_id: int) -> None:
         """A token was taken."""
-        self._matcher.consume_token(token_id)
+        with guarded(CapacityError, "the constraint cannot be followed", hint=_SIMPLER):
+            self._matcher.consume_token(token_id)
+        self._check()
+        if not self.complete:
+            self._mask = self._compute()
 
     @property
     def complete(self) -> bool:
@@ -40,7 +57,20 @@ class TokenGrammar:
 
     def copy(self) -> TokenGrammar:
         """The same state, to go its own way."""
-        return TokenGrammar(self._matcher.deep_copy(), self._vocab)
+        return TokenGrammar(self._matcher.deep_copy(), self._vocab, self._mask)
+
+    def _compute(self) -> bytes:
+        with guarded(CapacityError, "the constraint cannot be followed", hint=_SIMPLER):
+            # [ceil(vocab / 8)] bytes: the model's rows may be more than the tokenizer's ids, and a zero bit forbids.
+            mask = bytes(self._matcher.compute_bitmask()).ljust(-(-self._vocab // 8), b"\0")
+        self._check()
+        return mask
+
+    def _check(self) -> None:
+        """A matcher in error says that it has stopped, as it does at the end of a text; only this tells the two apart."""
+        if self._matcher.is_error():
+            said = " ".join(self._matcher.get_error().partition("<")[0].split())
+            raise CapacityError(f"the constraint cannot be followed any further: {said:.300}", hint=_SIMPLER)
 
 
 class GrammarFactory:
@@ -61,27 +91,26 @@ class GrammarFactory:
         if request.json_schema is None and request.regex is None and request.choice is None:
             return None
         try:
-            from llguidance import LLMatcher
+            from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             raise RequestError(
                 "json_schema, regex and choice need llguidance, which is not installed",
                 hint="pip install 'lorax-core[structured]'",
             ) from error
-        if request.json_schema is not None:
-            schema = request.json_schema
-            what = LLMatcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
-        elif request.regex is not None:
-            what = LLMatcher.grammar_from_regex(request.regex)
-        else:
-            # JSON's escapes are those of strings in a Lark grammar.
-            choices = " | ".join(json.dumps(choice) for choice in request.choice or [])
-            what = LLMatcher.grammar_from_lark(f"start: {choices}")
+        what = _grammar(request, LLMatcher)
         tokenizer = self._prepare()
         # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
-        problem = LLMatcher.validate_grammar(what, tokenizer)
+        with guarded(RequestError, "the constraint is not valid", hint=_SIMPLER):
+            limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, step_max_items=_STEP_ITEMS, verbose_errors=False)
+            matcher = LLMatcher(tokenizer, what, log_level=0, limits=limits)
+            problem = matcher.get_error()
         if problem:
-            raise RequestError(f"the constraint is not valid: {problem}")
-        return TokenGrammar(LLMatcher(tokenizer, what), self._vocab)
+            said = " ".join(problem.partition("<")[0].split())
+            raise RequestError(f"the constraint is not valid: {said:.300}", hint=_SIMPLER)
+        try:
+            return TokenGrammar(matcher, self._vocab)
+        except CapacityError as error:  # no first token: a schema that refers to itself, say
+            raise RequestError(f"the constraint allows no text: {error.message}", hint=_SIMPLER) from error
 
     def _prepare(self) -> LLTokenizer:
         """The tokenizer in the library's form, made once because that takes a moment."""
@@ -95,5 +124,60 @@ class GrammarFactory:
                     raise RequestError("structured output needs an end token, which this checkpoint does not name")
                 from llguidance import LLTokenizer
 
-                self._prepared = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
+                with guarded(RequestError, "structured output cannot use this checkpoint's tokenizer"):
+                    self._prepared = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
             return self._prepared
+
+
+def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
+    """A request's constraint in the library's language."""
+    if request.json_schema is not None:
+        schema = _checked_schema(request.json_schema)
+        with guarded(RequestError, "the constraint is not valid", hint=_SIMPLER):
+            return str(matcher.grammar_from_json_schema(schema))
+    if request.regex is not None:
+        return str(matcher.grammar_from_regex(request.regex))
+    # One terminal, for which the lexer builds one automaton: as rules, each choice would be an item of every row.
+    # JSON's escapes are those of strings in a Lark grammar.
+    choices = " | ".join(json.dumps(choice) for choice in request.choice or [])
+    return str(matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
+
+
+def _checked_schema(given: dict[str, Any] | str) -> str:
+    """The text of a schema that is JSON, of bounded size; raises RequestError."""
+    with guarded(RequestError, "the constraint is no JSON schema", hint="give it as a dict, or as JSON text"):
+        if isinstance(given, str) and len(given) > SCHEMA_LENGTH:
+            raise RequestError(f"json_schema has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read")
+        found = json.loads(given) if isinstance(given, str) else given
+        problem = unusable(found)
+        if problem is not None:
+            raise RequestError(f"json_schema {problem}")
+        parts, wide = _parts(found)
+        text = json.dumps(found, allow_nan=False)
+    if not isinstance(found, dict):
+        raise RequestError(f"json_schema is {found!r:.60}, not an object", hint='a schema is {"type": ...}')
+    if len(text) > SCHEMA_LENGTH or parts > SCHEMA_PARTS:
+        raise RequestError(
+            f"json_schema has {len(text):,} characters, and {parts:,} keys and elements; at most {SCHEMA_LENGTH:,} and "
+            f"{SCHEMA_PARTS:,} are read",
+            hint=_SIMPLER,
+        )
+    if wide is not None:
+        raise RequestError(
+            f"json_schema has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
+        )
+    return text
+
+
+def _parts(schema: Any) -> tuple[int, float | None]:
+    """How many keys and elements a schema has, and a whole number in it that is too large for the library."""
+    count, wide, left = 0, None, [schema]
+    while left:
+        item = left.pop()
+        count += 1
+        if isinstance(item, (dict, list)):
+            left += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, int) and not -(2**63) <= item < 2**63:
+            # As a float, for the error: Python does not print numbers of more than 4,300 digits.
+            wide = float("inf") if abs(item) > 10**300 else float(item)
+    return count, wide

@@ -21,7 +21,7 @@ from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.kernels.elementwise import gated_act
-from lorax_core.modeling import EmbeddingHead, GatedMLP, LastTokenClassificationHead, LayerNorm
+from lorax_core.modeling import EmbeddingHead, GatedMLP, LanguageModelHead, LastTokenClassificationHead, LayerNorm
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.site import NoAdapters
 from lorax_core.types import Pooling
@@ -410,6 +410,33 @@ class AdaptsAllButOne(FlashQwen2Model):
 class PassesAdaptersBy(GatedMLP):
     def forward(self, x, batch):
         return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), Nobody())
+
+
+class KeepsItsNorm(FlashQwen2Model):
+    """Passes adapters by in the last norm."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.embed_tokens(batch.input_ids, batch)
+        for layer in self.layers:
+            x = layer(x, batch)
+        return self.norm(x, Nobody())
+
+
+class KeepsItsTable(FlashQwen2Model):
+    """Passes adapters by where tokens become rows."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        x = self.embed_tokens(batch.input_ids, Nobody())
+        for layer in self.layers:
+            x = layer(x, batch)
+        return self.norm(x, batch)
+
+
+class KeepsItsHead(LanguageModelHead):
+    """Passes adapters by in the head."""
+
+    def forward(self, hidden, rows):
+        return super().forward(hidden, Nobody())
 
 
 class Nobody:

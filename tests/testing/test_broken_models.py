@@ -28,6 +28,10 @@ MODELS = [
     ("qwen2", "CountsFromTheChunk", "cache-chunks"),
     ("qwen2", "AdaptsAllButOne", "adapter-merged"),
     ("qwen2", "AdaptsAllButOne", "adapter-peft"),
+    ("qwen2", "KeepsItsNorm", "adapter-replaced"),
+    ("qwen2", "KeepsItsTable", "adapter-replaced"),
+    ("qwen2", "KeepsItsTable", "adapter-tokens"),
+    ("qwen2", "KeepsItsTable", "adapter-tokens[tied]"),
 ]
 CONFIGS = [
     ("qwen2", "WidensWindows", "masking-window[windows]"),
@@ -36,6 +40,7 @@ CONFIGS = [
     ("qwen2", "ForgetsTheBase", "numbers-hidden[other_base]"),
 ]
 HEADS = [
+    ("qwen2", "generate", "KeepsItsHead", "adapter-replaced"),
     ("bert", "embed", "ReadsTheSecondRow", "numbers-embed"),
     ("qwen2", "sequence-classification", "CountsPadding", "numbers-sequence-classification[padding]"),
 ]

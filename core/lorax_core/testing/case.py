@@ -152,13 +152,7 @@ class Case:
         """The oracle in float64; in float32 where its code takes nothing else (GPT-2's upcast attention)."""
         key = ("exact", task)
         if key not in self._made:
-            narrow = self.reference(task)
-            wide = reference.widened(narrow)
-            try:
-                self.expect(wide, self.inputs[:1])
-            except CheckFailed:
-                wide = narrow
-            self._made[key] = wide
+            self._made[key] = self._widened(self.reference(task))
         return cast("nn.Module", self._made[key])
 
     def expected(self, task: Task) -> list[Expected]:
@@ -174,6 +168,19 @@ class Case:
         return max(
             reference.loss(self.expect(self.reference(task), self.inputs), self.expected(task)) for task in self.chosen
         )
+
+    def judge(self, oracle: nn.Module, inputs: Sequence[Input]) -> tuple[list[Expected], float]:
+        """What any oracle says of some inputs in float64, and what it loses in float32."""
+        exact = self.expect(self._widened(oracle), inputs)
+        return exact, reference.loss(self.expect(oracle, inputs), exact)
+
+    def _widened(self, oracle: nn.Module) -> nn.Module:
+        wide = reference.widened(oracle)
+        try:
+            self.expect(wide, self.inputs[:1])
+        except CheckFailed:
+            return oracle
+        return wide
 
     def expect(self, oracle: nn.Module, inputs: Sequence[Input]) -> list[Expected]:
         """What an oracle says of some inputs, one by one."""

@@ -1,6 +1,7 @@
-"""LoRA adapters for tiny checkpoints: made, written as PEFT writes them, and merged by our own arithmetic.
+"""Adapters for tiny checkpoints: made, written as PEFT writes them or by PEFT, and merged by our own arithmetic.
 
-Decides which layers there are to change and what a merged one is. Knows nothing of how lorax-core applies an adapter.
+Decides which layers there are to change and to replace, and what a merged one is. Knows nothing of how lorax-core applies an
+adapter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,6 +76,34 @@ def write_adapter(layers: Mapping[str, nn.Module], options: LoraOptions, folder:
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def replaceable(oracle: nn.Module, ignored: Collection[str]) -> list[str]:
+    """The names of modules whose numbers adapters replace as a whole, as far as inference needs them: norms, tables, heads."""
+    inside = {id(module) for module in cast("nn.Module", oracle.base_model).modules()}
+    layers = linear_layers(oracle, ignored)
+    found = []
+    for name, module in oracle.named_modules():
+        weight = module._parameters.get("weight")
+        head = name in layers and id(module) not in inside
+        if weight is not None and (head or isinstance(module, nn.Embedding) or weight.ndim == 1):
+            found.append(name)
+    return found
+
+
+def trained_with_peft(oracle: nn.Module, settings: Mapping[str, Any], folder: Path, seed: int) -> nn.Module:
+    """A copy of the oracle under an adapter of PEFT's making, every number of it random; its files are written to `folder`."""
+    from peft import LoraConfig, get_peft_model
+
+    generator = torch.Generator().manual_seed(seed)
+    adapted = get_peft_model(copy.deepcopy(oracle), LoraConfig(r=2, lora_alpha=4, **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            # What is trained: copies of the base's numbers, and updates that begin at zero.
+            if parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    adapted.save_pretrained(folder)
+    return cast("nn.Module", adapted.eval().base_model.model)
 
 
 def merged(oracle: nn.Module, adapter: Path, options: LoraOptions) -> nn.Module:

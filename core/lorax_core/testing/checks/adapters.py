@@ -1,4 +1,4 @@
-"""LoRA works on every linear layer, alone and beside others, with the numbers of a merged model and of PEFT.
+"""Adapters work on every layer, alone and beside others, with the numbers of a merged model and of PEFT.
 
 Decides which adapters are tried and what they are compared with. Knows nothing of how adapters are applied.
 """
@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from lorax_core.adapters.base import Bound
@@ -20,9 +22,9 @@ from lorax_core.testing import reference
 from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.checks.packing import see_answers
-from lorax_core.testing.compare import Worst
+from lorax_core.testing.compare import Worst, tolerance
 from lorax_core.testing.inputs import Input
-from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
+from lorax_core.testing.lora import LoraOptions, linear_layers, merged, replaceable, trained_with_peft, write_adapter
 from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 from lorax_core.types import Task
@@ -67,26 +69,72 @@ def _merged(case: Case) -> Measured:
 
 
 def _peft(case: Case) -> Measured:
-    if importlib.util.find_spec("peft") is None:
-        raise NotApplicable("peft is not installed; `pip install peft` adds it as an oracle")
+    _needs_peft()
     from peft import PeftModel
 
-    worst = Worst(case.tolerance)
+    compared = []
     for task in case.chosen:
         for options in _options(case):
-            ours = _answers(case, case.loaded(task), _bound(case, task, options))
+            folder = _adapter(case, task, options)
             with reference.blamed("PEFT on it"), reference.quiet():
                 # A copy: PEFT puts its layers into the model that it is given.
-                oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), _adapter(case, task, options))
-            _see_oracle(worst, task, ours, case, oracle.eval().base_model.model)
+                oracle = PeftModel.from_pretrained(copy.deepcopy(case.reference(task)), folder)
+            compared.append((task, folder, cast("nn.Module", oracle.eval().base_model.model)))
+    return _see_oracles(case, compared)
+
+
+def _replaced(case: Case) -> Measured:
+    """Norms, tables and heads that an adapter saves as a whole, all in one."""
+
+    def settings(task: Task) -> dict[str, Any]:
+        return {"modules_to_save": replaceable(case.reference(task), case.account(task).ignored)}
+
+    return _see_trained(case, "replaced", settings)
+
+
+def _tokens(case: Case) -> Measured:
+    """New rows for some tokens of the inputs."""
+    ids = sorted({*case.inputs[2].ids[1:], *case.inputs[-2].ids[:4]})
+
+    def settings(task: Task) -> dict[str, Any]:
+        table = case.reference(task).get_input_embeddings()
+        name = next(name for name, module in case.reference(task).named_modules() if module is table)
+        return {"trainable_token_indices": {name: ids}}
+
+    return _see_trained(case, "tokens", settings)
+
+
+def _see_trained(case: Case, kind: str, settings: Callable[[Task], Mapping[str, Any]]) -> Measured:
+    """Adapters that PEFT makes and writes, beside an update of one layer, which PEFT does not do without."""
+    _needs_peft()
+    compared = []
+    for task in case.chosen:
+        folder = case.folder / f"{kind}-{task}"
+        layer = next(iter(linear_layers(case.reference(task), case.account(task).ignored)))
+        chosen = {"target_modules": [layer], **settings(task)}
+        with reference.blamed("PEFT on it"), reference.quiet(), torch.random.fork_rng(devices=[]):
+            compared.append((task, folder, trained_with_peft(case.reference(task), chosen, folder, seed=1)))
+    return _see_oracles(case, compared)
+
+
+def _see_oracles(case: Case, compared: Sequence[tuple[Task, Path, nn.Module]]) -> Measured:
+    """Our answers under the adapters in some folders, beside those of the oracles that PEFT made of the same files."""
+    judged = [case.judge(oracle, _inputs(case)) for _, _, oracle in compared]
+    worst = Worst(tolerance(case.dtype, max(case.loss, *(loss for _, loss in judged))))
+    for (task, folder, _), (exact, _) in zip(compared, judged, strict=True):
+        base = case.loaded(task)
+        ours = _answers(case, base, LoraAdapter(folder).bind(base))
+        for tokens, mine, theirs in zip(_inputs(case), ours, exact, strict=True):
+            where = f"of an input of {len(tokens)} tokens"
+            worst.see("hidden rows", f"{where} ({task} checkpoint)", mine.hidden, theirs.hidden)
+            if theirs.logits is not None:
+                worst.see(f"logits to {task}", where, mine.parts[task], theirs.logits)
     return worst.measured()
 
 
-def _see_oracle(worst: Worst, task: Task, ours: Sequence[PackedAnswer], case: Case, oracle: nn.Module) -> None:
-    for tokens, mine, theirs in zip(_inputs(case), ours, case.expect(oracle, _inputs(case)), strict=True):
-        worst.see("hidden rows", f"of an input of {len(tokens)} tokens ({task} checkpoint)", mine.hidden, theirs.hidden)
-        if theirs.logits is not None:
-            worst.see(f"logits to {task}", f"of an input of {len(tokens)} tokens", mine.parts[task], theirs.logits)
+def _needs_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise NotApplicable("peft is not installed; `pip install peft` adds it as an oracle")
 
 
 def _mixed(case: Case) -> Measured:
@@ -145,5 +193,7 @@ CHECKS = (
     Check("adapter-identity", "an adapter of every linear layer, with B at zero, binds and changes nothing", _identity),
     Check("adapter-merged", "an adapter in the batch is the adapter merged into the weights", _merged),
     Check("adapter-peft", "an adapter gives what it gives in PEFT", _peft),
+    Check("adapter-replaced", "norms, embeddings and heads that an adapter replaces are those of PEFT", _replaced),
+    Check("adapter-tokens", "tokens that an adapter trained are those of PEFT", _tokens),
     Check("adapter-mixed", "the base and several adapters in one batch get what each gets alone", _mixed),
 )

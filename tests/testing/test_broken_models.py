@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorax_core.adapters.apply import SegmentedAdapters
-from lorax_core.adapters.formats.peft import PeftFiles
+from lorax_core.adapters.formats.settings import PeftSettings
 from lorax_core.testing import CheckStatus
 
 BY_FAR = 100
@@ -101,7 +101,7 @@ def test_a_broken_attention_backend(model_type, backend, key, make_spec, fails_b
 @pytest.mark.parametrize("key", ["adapter-merged", "adapter-peft"])
 def test_a_wrong_scale_of_lora(key, make_spec, fails_by_far, monkeypatch, run, twins):
     assert run(twins["qwen2"], key).status is CheckStatus.PASSED
-    monkeypatch.setattr(PeftFiles, "scale", lambda self, module, rank: 1.05 * self.config["lora_alpha"] / rank)
+    monkeypatch.setattr(PeftSettings, "scale", lambda self, module, rank: 1.05 * self.lora_alpha / rank)
 
     wrong = run(make_spec("qwen2"), key)
 

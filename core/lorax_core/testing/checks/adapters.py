@@ -123,7 +123,7 @@ def _see_oracles(case: Case, compared: Sequence[tuple[Task, Path, nn.Module]]) -
     worst = Worst(tolerance(case.dtype, max(case.loss, *(loss for _, loss in judged))))
     for (task, folder, _), (exact, _) in zip(compared, judged, strict=True):
         base = case.loaded(task)
-        ours = _answers(case, base, LoraAdapter(folder).bind(base))
+        ours = _answers(case, base, _bind(folder, base))
         for tokens, mine, theirs in zip(_inputs(case), ours, exact, strict=True):
             where = f"of an input of {len(tokens)} tokens"
             worst.see("hidden rows", f"{where} ({task} checkpoint)", mine.hidden, theirs.hidden)
@@ -178,7 +178,17 @@ def _answers(case: Case, base: LoadedModel, adapter: Bound | None) -> list[Packe
 
 
 def _bound(case: Case, task: Task, options: LoraOptions) -> Bound:
-    return LoraAdapter(_adapter(case, task, options)).bind(case.loaded(task))
+    return _bind(_adapter(case, task, options), case.loaded(task))
+
+
+def _bind(folder: Path, base: LoadedModel) -> Bound:
+    """An adapter of layers that the reference computes with: none of them may be of no use to the model."""
+    bound = LoraAdapter(folder).bind(base)
+    if bound.unread:
+        raise CheckFailed(
+            f"an adapter of {listed(bound.unread)} reaches no layer; are they torch's own and not core's?"
+        )
+    return bound
 
 
 def _adapter(case: Case, task: Task, options: LoraOptions) -> Path:

@@ -71,7 +71,7 @@ def check_backend_name(declared: Sequence[BackendSpec], name: str | None) -> Non
     close = nearest(name, [spec.name for spec in declared])
     raise RequestError(
         f"no attention backend is called {name!r}; there are {listed(spec.name for spec in declared)}",
-        hint=f"did you mean {close!r}?" if close else None,
+        hint=f"did you mean {close!r}?" if close else "leave attention out: the first that can be used is taken",
     )
 
 

@@ -177,7 +177,8 @@ def _check_hook_names(manager: pluggy.PluginManager, plugin: object) -> None:
         elif not (marks and marks.get("optionalhook")):
             close = nearest(hook, hooks)
             raise PluginError(
-                f"{hook!r} is not a hook; hooks are {listed(hooks)}", hint=f"did you mean {close!r}?" if close else None
+                f"{hook!r} is not a hook; hooks are {listed(hooks)}",
+                hint=f"did you mean {close!r}?" if close else "leave @hookimpl and the prefix lorax_ to hooks",
             )
     if not found:
         raise PluginError(

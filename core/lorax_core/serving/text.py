@@ -77,7 +77,7 @@ class TextFront:
         tokenizer = self._require("text")
         # No cleaning up of spaces: it changes text that was generated already, and stop strings and streams need prefixes
         # to stay what they were.
-        with guarded(RequestError, f"the tokenizer cannot read the ids {ids!r:.60}"):
+        with guarded(RequestError, f"the tokenizer cannot read the ids {ids!r:.60}", "give ids of this tokenizer"):
             text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -121,7 +121,7 @@ class TextFront:
         parts = text if isinstance(text, tuple) else (text,)
         fast = bool(getattr(tokenizer, "is_fast", False))
         # A file's regular expressions may give up on a text; the library panics then.
-        with guarded(RequestError, f"the tokenizer cannot read {text!r:.60}"):
+        with guarded(RequestError, f"the tokenizer cannot read {text!r:.60}", "give other text, or token ids"):
             # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
             made = tokenizer(
                 *parts,

@@ -231,5 +231,5 @@ def _insist(names: Iterable[str], known: Collection[str], what: str) -> None:
             close = nearest(name, known)
             raise RequestError(
                 f"there is no {what} {name!r}; there are {listed(known, limit=40)}",
-                hint=f"did you mean {close!r}?" if close else None,
+                hint=f"did you mean {close!r}?" if close else f"name no {what}, and all are run",
             )

@@ -336,8 +336,18 @@ def test_input_that_is_not_utf_8_is_refused_by_line_and_byte(main, qwen2, monkey
     assert len(out.splitlines()) == (3 if command == "embed" else 0)
 
 
-def test_a_text_of_the_command_line_that_is_not_utf_8_is_a_wrong_command_line(qwen2):
-    command = [*LORAX, "embed", qwen2, b"caf\xe9"]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["embed", "PATH", b"caf\xe9"],
+        ["generate", "PATH", b"caf\xe9"],
+        ["generate", "PATH", "text", "--stop", b"caf\xe9"],
+        ["classify", "PATH", "text", "--adapter", "it=FOLDER", "--label", b"0=caf\xe9"],
+    ],
+    ids=["embed", "generate", "stop", "label"],
+)
+def test_a_text_of_the_command_line_that_is_not_utf_8_is_a_wrong_command_line(arguments):
+    command = [*LORAX, *arguments]
 
     done = subprocess.run(command, capture_output=True, timeout=DEADLINE, check=False)
 

@@ -24,7 +24,7 @@ BATCH: Final = 256
 """How many texts are answered together: the rows of a step, by default."""
 
 
-def as_text(argument: str) -> str:
+def as_text(argument: str, where: str = "TEXT") -> str:
     """An argument as text: by the locale, or else in UTF-8. What is neither is a wrong command line."""
     try:
         argument.encode()
@@ -33,7 +33,7 @@ def as_text(argument: str) -> str:
         try:
             return os.fsencode(argument).decode()
         except UnicodeError as error:
-            raise typer.BadParameter(f"{argument!r:.80} is not UTF-8", param_hint="TEXT") from error
+            raise typer.BadParameter(f"{argument!r:.80} is not UTF-8", param_hint=where) from error
 
 
 class Texts:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lorax_core
-from lorax_core.cli.batches import Texts, answers, print_truncated
+from lorax_core.cli.batches import Texts, answers, as_text, print_truncated
 from lorax_core.cli.options import Truncate, chosen_adapter, named_sources
 from lorax_core.cli.render import Table, data_only_stdout, print_message, show_line
 from lorax_core.types import Classification
@@ -105,7 +105,7 @@ def _head_options(
             raise typer.BadParameter(f"{one!r} is not ID=NAME", param_hint="--label")
         if int(index) in named:
             raise typer.BadParameter(f"label {int(index)} has two names", param_hint="--label")
-        named[int(index)] = name
+        named[int(index)] = as_text(name, "--label")
     said = {"id2label": named or None, "task": str(task) if task is not None else None}
     about = {name: value for name, value in said.items() if value is not None}
     # A weighted sum has no head of its own, and the base's is not to be renamed.

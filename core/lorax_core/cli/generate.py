@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import lorax_core
+from lorax_core.cli.batches import as_text
 from lorax_core.cli.options import chosen_adapter, named_sources, read_text
 from lorax_core.cli.render import data_only_stdout, print_message, show_json
 
@@ -58,7 +59,7 @@ def generate(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
-        stop=stop or [],
+        stop=[as_text(text, "--stop") for text in stop or []],
     )
     # Only loading: the answer itself belongs on stdout.
     with data_only_stdout():

@@ -64,4 +64,4 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
 
 def read_text(given: str) -> str:
     """The text itself, or for - all of stdin without its last line break."""
-    return read_prompt() if given == "-" else as_text(given)
+    return read_prompt() if given == "-" else as_text(given, "PROMPT")

@@ -231,7 +231,7 @@ def test_a_path_that_is_none_is_a_reason(source):
 
 
 def program(file, text):
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(mode=0o755, exist_ok=True)
     file.write_text(f"#!/bin/sh\n{text}\n")
     file.chmod(0o700)
     return file

@@ -119,12 +119,22 @@ class GrammarFactory:
             if self._prepared is None:
                 backend = getattr(self._tokenizer, "backend_tokenizer", None)
                 if backend is None:
-                    raise RequestError("structured output needs a checkpoint with a fast tokenizer (tokenizer.json)")
+                    raise RequestError(
+                        "structured output needs a checkpoint with a fast tokenizer (tokenizer.json)",
+                        hint="make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+                    )
                 if not self._eos_ids:
-                    raise RequestError("structured output needs an end token, which this checkpoint does not name")
+                    raise RequestError(
+                        "structured output needs an end token, which this checkpoint does not name",
+                        hint="set eos_token_id in generation_config.json",
+                    )
                 from llguidance import LLTokenizer
 
-                with guarded(RequestError, "structured output cannot use this checkpoint's tokenizer"):
+                with guarded(
+                    RequestError,
+                    "structured output cannot use this checkpoint's tokenizer",
+                    "leave json_schema, regex and choice out",
+                ):
                     self._prepared = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
             return self._prepared
 
@@ -151,7 +161,7 @@ def _checked_schema(given: dict[str, Any] | str) -> str:
         found = json.loads(given) if isinstance(given, str) else given
         problem = unusable(found)
         if problem is not None:
-            raise RequestError(f"json_schema {problem}")
+            raise RequestError(f"json_schema {problem}", hint="give a schema of plain JSON")
         parts, wide = _parts(found)
         text = json.dumps(found, allow_nan=False)
     if not isinstance(found, dict):

@@ -115,6 +115,8 @@ class Typed(ModelConfig):
         ("hidden_size", True),
         ("hidden_size", "8"),
         ("window", False),
+        ("window", 2**63),
+        ("hidden_size", 10**400),
         ("window", "4"),
         ("eps", True),
         ("eps", "1e-6"),

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import change_json, change_tensors, make_bert, make_qwen2, make_qwen2_model
+from oracles import make_model, saved
 from rigs import Bench, make_loaded
-from transformers import BertForMaskedLM, Qwen2Model
+from transformers import BertForMaskedLM, GPT2LMHeadModel, GPTNeoXForCausalLM, Qwen2Model
 
 from lorax_core.errors import CheckpointError, PluginError
 from lorax_core.modeling import Linear
@@ -20,13 +21,25 @@ def make_changed(folder, change, make=make_qwen2):
     return folder
 
 
+def make_gpt2(folder, *, tokenizer=False):
+    sizes = {"vocab_size": 96, "n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 64}
+    return saved(make_model(GPT2LMHeadModel, sizes), folder)
+
+
+def make_neox(folder, *, tokenizer=False):
+    sizes = {"vocab_size": 96, "hidden_size": 60, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return saved(make_model(GPTNeoXForCausalLM, sizes, intermediate_size=96, max_position_embeddings=64), folder)
+
+
 def refusal(folder, host):
     with pytest.raises(CheckpointError) as caught:
         make_loaded(folder, host)
     # The same account is what `lorax models check` tells, there without an exception.
     report = check_checkpoint(folder, host)
     assert not report.ok
-    assert all(problem in caught.value.message for problem in report.problems)
+    named = [problem in caught.value.message for problem in report.problems]
+    assert all(named[:8])
+    assert all(named) or f"and {named.count(False)} more" in caught.value.message
     return caught.value.message
 
 
@@ -94,9 +107,9 @@ def test_one_parameter_under_two_spellings_is_refused_with_both(tmp_path, host):
             "holds NaN or infinite",
         ),
         ("model.embed_tokens.weight", lambda t: t.masked_fill(t == t.max(), torch.inf), "holds NaN or infinite"),
-        ("model.layers.0.input_layernorm.weight", lambda t: t.int(), "holds torch.int32"),
-        ("lm_head.weight", lambda t: t > 0, "holds torch.bool"),
-        ("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn), "holds torch.float8_e4m3fn"),
+        ("model.layers.0.input_layernorm.weight", lambda t: t.int(), "holds I32"),
+        ("lm_head.weight", lambda t: t > 0, "holds BOOL"),
+        ("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn), "holds F8_E4M3"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named_with_what_is_wrong(tmp_path, host, name, change, told):
@@ -105,6 +118,133 @@ def test_a_tensor_that_does_not_fit_is_named_with_what_is_wrong(tmp_path, host, 
     message = refusal(tmp_path, host)
 
     assert f"{name!r} {told}" in message
+
+
+OTHER_SHAPES = {
+    "a number": lambda t: t.flatten()[0],
+    "flat": lambda t: t.flatten(),
+    "one more dimension": lambda t: t[None],
+    "three dimensions": lambda t: t.reshape(-1, 1, 1),
+    "a row too many": lambda t: torch.cat((t, t[:1])),
+    "nothing": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (make_qwen2, "model.layers.0.self_attn.k_proj.weight"),  # fused
+        (make_qwen2, "model.layers.0.self_attn.k_proj.bias"),
+        (make_qwen2, "model.layers.1.mlp.gate_proj.weight"),
+        (make_qwen2, "model.norm.weight"),
+        (make_bert, "embeddings.word_embeddings.weight"),
+        (make_gpt2, "transformer.h.0.attn.c_attn.weight"),  # transposed
+        (make_gpt2, "transformer.h.1.mlp.c_fc.bias"),
+        (make_neox, "gpt_neox.layers.0.attention.query_key_value.weight"),  # interleaved
+        (make_neox, "gpt_neox.layers.0.attention.query_key_value.bias"),
+    ],
+)
+def test_a_tensor_of_any_other_shape_is_named_with_both(tmp_path, host, make, name, shape):
+    seen = []
+
+    def change(tensors):
+        seen.append(tensors[name])
+        return {**tensors, name: OTHER_SHAPES[shape](tensors[name])}
+
+    make_changed(tmp_path, change, make)
+    found, known = list(OTHER_SHAPES[shape](seen[0]).shape), list(seen[0].shape)
+
+    if found == known:
+        make_loaded(tmp_path, host)
+    else:
+        expected = f"{name!r} has shape {found} where the configuration asks for {known}"
+        assert expected in refusal(tmp_path, host)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "into", "told"),
+    [
+        (torch.float64, 1e300, torch.float32, "1e+300, which become infinite in float32: no dtype"),
+        (torch.float64, -1e300, torch.float32, "1e+300, which become infinite in float32: no dtype"),
+        (torch.float64, 1e39, torch.float32, "1e+39, which become infinite in float32: no dtype"),
+        (torch.float32, 1e6, torch.float16, "1e+06, which become infinite in float16: load it with dtype='float32' or"),
+        (torch.bfloat16, -1e6, torch.float16, "which become infinite in float16: load it with dtype='float32' or"),
+        (torch.float32, torch.nan, torch.float16, "holds NaN or infinite numbers"),
+        (torch.bfloat16, torch.inf, torch.float32, "holds NaN or infinite numbers"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.v_proj.weight", "model.norm.weight"])
+def test_a_number_that_becomes_infinite_is_refused_with_what_holds_it(tmp_path, host, name, dtype, number, into, told):
+    def change(tensors):
+        spoilt = tensors[name].to(dtype)
+        spoilt.view(-1)[-1] = number
+        return {**tensors, name: spoilt}
+
+    make_changed(tmp_path, change)
+
+    with pytest.raises(CheckpointError) as caught:
+        make_loaded(tmp_path, host, dtype=into)
+
+    assert f"{name!r} " in caught.value.message
+    assert told in caught.value.message
+
+
+def test_a_number_that_the_dtype_holds_is_kept(tmp_path, host):
+    make_changed(
+        tmp_path, lambda tensors: {**tensors, "model.norm.weight": tensors["model.norm.weight"].double() + 1e6}
+    )
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert make_loaded(tmp_path, host, dtype=dtype).model.sites["norm"].dense_weight().min() > 9e5
+
+
+def test_numbers_are_looked_at_although_a_shape_is_wrong(tmp_path, host):
+    def change(tensors):
+        return {
+            **tensors,
+            "model.norm.weight": tensors["model.norm.weight"] * torch.nan,
+            "lm_head.weight": tensors["lm_head.weight"][1:],
+        }
+
+    make_changed(tmp_path, change)
+
+    message = refusal(tmp_path, host)
+
+    assert "'model.norm.weight' holds NaN" in message
+    assert "'lm_head.weight' has shape" in message
+
+
+SCALE = "model.layers.0.self_attn.k_proj.k_scale"
+
+
+@pytest.mark.parametrize(
+    ("scale", "told"),
+    [
+        (torch.ones(2), "has shape [2] where one number is needed"),
+        (torch.ones(0), "has shape [0] where one number is needed"),
+        (torch.ones(4, 16), "has shape [4, 16] where one number is needed"),
+        (torch.tensor(2), "holds I64"),
+        (torch.tensor(torch.nan), "is nan"),
+        (torch.tensor(torch.inf), "is inf"),
+        (torch.tensor(0.0), "is 0.0"),
+        (torch.tensor([-1.0]), "is -1.0"),
+    ],
+)
+def test_a_scale_of_the_cache_is_one_number_above_zero(tmp_path, host, scale, told):
+    make_changed(tmp_path, lambda tensors: {**tensors, SCALE: scale})
+
+    assert f"{SCALE!r} {told}" in refusal(tmp_path, host)
+
+
+def test_a_scale_of_the_cache_is_stored_once(tmp_path, host):
+    other = "model.layers.0.self_attn.attn.k_scale"
+    make_changed(tmp_path, lambda tensors: {**tensors, SCALE: torch.ones(1), other: torch.ones(())})
+
+    message = refusal(tmp_path, host)
+
+    assert repr(SCALE) in message
+    assert repr(other) in message
 
 
 def test_every_problem_is_told_at_once(tmp_path, host):

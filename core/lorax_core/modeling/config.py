@@ -89,6 +89,15 @@ class ModelConfig(BaseModel):
         return True
 
     @model_validator(mode="after")
+    def _sizes_are_of_64_bits(self, info: ValidationInfo) -> Self:
+        # Larger ones torch refuses with a trace of its own, wherever a plugin uses them.
+        spelt = (info.context or {}).get("spelt", {})
+        for name, value in self.__dict__.items():
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ValueError(f"{spelt.get(name, name)} {value!s:.30} is larger than 64 bits hold")
+        return self
+
+    @model_validator(mode="after")
     def _heads_share_the_width(self, info: ValidationInfo) -> Self:
         if not self.own_head_dim and self.hidden_size % self.num_attention_heads:
             spelt = (info.context or {}).get("spelt", {})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
-from lorax_core.errors import RequestError, listed
+from lorax_core.errors import PluginError, RequestError, listed
 from lorax_core.linear_methods.select import LinearReport
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
@@ -32,6 +32,8 @@ class Model(nn.Module):
     weight may have another dtype. `linears` says how linear layers are computed.
 
     A subclass may fix the `task`; loaded as such, the model has that head alone.
+
+    Raises PluginError for a causal backbone whose layers differ in the heads that they cache.
     """
 
     task: ClassVar[Task | None] = None
@@ -56,6 +58,8 @@ class Model(nn.Module):
         self.attention_layers = [module for module in backbone.modules() if isinstance(module, Attention)]
         for index, layer in enumerate(self.attention_layers):
             layer.index = index
+        if self.needs_kv_cache:
+            _refuse_uneven_cache(backbone)
         self.sites: dict[str, Site] = {}
         for path, module in self.named_parts():
             if isinstance(module, Site):
@@ -133,3 +137,17 @@ class Model(nn.Module):
         if group.task is None:
             return hidden
         return (group.head or self.head(group.task))(hidden, group)
+
+
+def _refuse_uneven_cache(backbone: nn.Module) -> None:
+    # The cache is one tensor, so a page has the same size in every layer.
+    layers: dict[tuple[int, int], str] = {}
+    for name, module in backbone.named_modules():
+        if isinstance(module, Attention):
+            layers.setdefault((module.spec.kv_heads, module.spec.head_dim), name)
+    if len(layers) > 1:
+        shapes = ", ".join(f"{name!r} {heads} heads of {dim}" for (heads, dim), name in layers.items())
+        raise PluginError(
+            f"layers of {type(backbone).__name__} cache keys of different shapes: {shapes}",
+            hint="one cache serves all layers: refuse such a configuration in a validator of the plugin",
+        )

@@ -32,8 +32,9 @@ from lorax_core.testing.packed import Bench, PackedAnswer
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import CheckFailed, NotApplicable
 from lorax_core.types import Pooling, Task
+from lorax_core.weights.account import Account
 from lorax_core.weights.checkpoint import Checkpoint
-from lorax_core.weights.loader import Account, LoadedModel, assemble, load_model
+from lorax_core.weights.loader import LoadedModel, assemble, load_model
 
 BASE = "base"
 """The variant that is `tiny_config` itself."""

@@ -1,75 +1,111 @@
 """A checkpoint folder on disk.
 
 Decides what counts as one: `config.json`, safetensors in one file or several with an index, and the small files beside
-them. Knows nothing of architectures. Only safetensors is read; a pickle can run code, and is refused.
+them. Knows nothing of architectures. Only safetensors is read; a pickle can run code, and is refused. Whatever goes wrong
+while a file is read is a CheckpointError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorax_core.errors import CheckpointError, listed
 from lorax_core.plugins.resolve import read_config
-from lorax_core.untrusted import file_in, read_json
+from lorax_core.untrusted import file_in, guarded, read_json, regular
 
+HEADER_BYTES: Final = 32 * 2**20
+"""The largest header of a weight file that is read: that of 250,000 tensors in one file."""
+MAX_TENSORS: Final = 1_000_000
+NAME_LENGTH: Final = 1_000
+FLOATS: Final = ("F64", "F32", "F16", "BF16")
+"""What safetensors calls the types that weights may have; 8 bit would need its scales."""
+_AGAIN: Final = "the file may be cut short, or a Git LFS pointer: copy or download it again"
 _CONVERT = "python -c \"from transformers import AutoModel; AutoModel.from_pretrained('PATH').save_pretrained('NEW')\""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a file's header says of a tensor; `dtype` in safetensors' spelling (F32, BF16, I64)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class Checkpoint:
-    """The files of one model. Reading names costs only the headers; tensors are read when asked for.
+    """The files of one model. `tensors` costs only the headers; the numbers are read when asked for.
 
     Raises CheckpointError when the folder, its configuration or its weights are missing or corrupt.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config: dict[str, Any] = read_config(self.path)
-        # Before the weights are looked at: their int8 or packed tensors would fail later with an error about shapes.
-        self._refuse_quantised()
-        self.files = self._weight_files()
-        # From the files' own headers and not from the index, which may be out of date.
-        self.tensors: dict[str, Path] = {}
-        for file in self.files:
-            for name in _names(file):
-                if name in self.tensors:
-                    raise CheckpointError(f"tensor {name!r} is in both {self.tensors[name].name} and {file.name}")
-                self.tensors[name] = file
+        with guarded(CheckpointError, f"'{self.path}' cannot be read as a checkpoint"):
+            self.config: dict[str, Any] = read_config(self.path)
+            # Before the weights are looked at: their int8 or packed tensors would fail later with an error about shapes.
+            self._refuse_quantised()
+            self.files = self._weight_files()
+            self.tensors = self._headers()
 
     def json(self, name: str) -> dict[str, Any] | list[Any] | None:
-        """A JSON file of the folder, or None when it is not there."""
-        file = self.path / name
-        if not file.is_file():
+        """A JSON file of the folder by a name from the folder's files, or None when it is not there."""
+        file = file_in(self.path, name, CheckpointError)
+        if not _is_there(file):
             return None
         found = read_json(file, CheckpointError)
         if not isinstance(found, (dict, list)):
-            raise CheckpointError(f"{file} holds {type(found).__name__}, not an object or a list")
+            raise CheckpointError(
+                f"'{file}' holds {type(found).__name__}, not an object or a list", hint="download or copy it again"
+            )
         return found
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the files."""
-        with opened(self.tensors[name]) as tensors:
+        with opened(self.tensors[name].file) as tensors:
             found: Tensor = tensors.get_tensor(name)
             return found
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, file by file, so that no more than one is held beyond what the caller keeps."""
+    def read(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor (of `names`), file by file, so that no more than one is held beyond what the caller keeps."""
         for file in self.files:
             with opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    yield name, tensors.get_tensor(name)
+                    if names is None or name in names:
+                        yield name, tensors.get_tensor(name)
+
+    def _headers(self) -> dict[str, StoredTensor]:
+        """Every tensor, from the files' own headers and not from the index, which may be out of date."""
+        found: dict[str, StoredTensor] = {}
+        for file in self.files:
+            for name, stored in read_headers(file).items():
+                if name in found:
+                    raise CheckpointError(
+                        f"tensor {name!r:.120} is in both {found[name].file.name} and {file.name}",
+                        hint="copy or download the folder again, into an empty one",
+                    )
+                found[name] = stored
+            if len(found) > MAX_TENSORS:
+                raise CheckpointError(
+                    f"'{self.path}' holds more than {MAX_TENSORS:,} tensors, which no model has", hint=_AGAIN
+                )
+        return found
 
     def _refuse_quantised(self) -> None:
         quantisation = self.config.get("quantization_config")
         if quantisation is not None:
             method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation
             raise CheckpointError(
-                f"{self.path} is quantised ({method!r}), which is not supported",
+                f"{self.path} is quantised ({method!r:.60}), which is not supported",
                 hint="use the unquantised checkpoint that it was made from",
             )
 
@@ -78,7 +114,7 @@ class Checkpoint:
         if index is not None:
             return self._indexed(index)
         single = self.path / "model.safetensors"
-        if single.is_file():
+        if _is_there(single):
             return [single]
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.path.glob(pattern))
         if pickles:
@@ -95,9 +131,12 @@ class Checkpoint:
     def _indexed(self, index: Any) -> list[Path]:
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{self.path / 'model.safetensors.index.json'} has no 'weight_map'")
+            raise CheckpointError(
+                f"{self.path / 'model.safetensors.index.json'} has no 'weight_map'",
+                hint="copy or download the folder again",
+            )
         files = sorted({file_in(self.path, name, CheckpointError) for name in weight_map.values()})
-        missing = [file.name for file in files if not file.is_file()]
+        missing = [file.name for file in files if not _is_there(file)]
         if missing:
             raise CheckpointError(
                 f"{self.path} lacks {listed(missing)}, which its index names", hint="copy or download the folder again"
@@ -107,17 +146,44 @@ class Checkpoint:
 
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file; a corrupt one raises CheckpointError with the file's name."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {error}",
-            hint="the file may be cut short, or a Git LFS pointer: copy or download it again",
-        ) from error
+    """A safetensors file; one that is corrupt, or no file at all, raises CheckpointError with its name."""
+    size = regular(file, CheckpointError)
+    with guarded(CheckpointError, f"'{file}' cannot be read", _AGAIN):
+        with file.open("rb") as found:
+            header = int.from_bytes(found.read(8), "little")
+        # The library reads up to 100 MB, for which it takes seconds and gigabytes.
+        if HEADER_BYTES < header <= size:
+            raise CheckpointError(
+                f"'{file}' has a header of {header:,} bytes; at most {HEADER_BYTES:,} are read", hint=_AGAIN
+            )
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield tensors
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{file} is not a readable safetensors file ({size} bytes): {error}", hint=_AGAIN
+            ) from error
 
 
-def _names(file: Path) -> list[str]:
+def read_headers(file: Path) -> dict[str, StoredTensor]:
+    """What a weight file holds, without its numbers; raises CheckpointError when it cannot be read."""
     with opened(file) as tensors:
-        return list(tensors.keys())
+        names: list[str] = tensors.keys()
+        long = next((name for name in names if len(name) > NAME_LENGTH), None)
+        if long is not None:
+            raise CheckpointError(f"'{file}' has a tensor with a name of {len(long):,} characters", hint=_AGAIN)
+        slices = {name: tensors.get_slice(name) for name in names}
+        return {name: StoredTensor(file, tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a floating-point tensor is NaN or infinite."""
+    if not tensor.numel():
+        return True
+    # Both are NaN where any number is; one pass without temporaries, 20 times as fast as isfinite().all().
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
+
+
+def _is_there(file: Path) -> bool:
+    # A link that leads nowhere is there: it is an error, and not a checkpoint without that file.
+    return os.path.lexists(file)

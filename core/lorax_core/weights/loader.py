@@ -6,14 +6,15 @@ fills, is an error that names it. Knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from lorax_core.errors import CheckpointError, listed, nearest
+from lorax_core.errors import CapacityError, CheckpointError, PluginError, listed
 from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
@@ -25,7 +26,15 @@ from lorax_core.plugins.record import PluginRecord
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.types import Task
-from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.untrusted import guarded
+from lorax_core.weights.account import Account, Placement, place_tensors
+from lorax_core.weights.bounds import (
+    refuse_large_buffers,
+    refuse_other_masks,
+    told_of_configuration,
+    within_bounds,
+)
+from lorax_core.weights.checkpoint import Checkpoint, is_finite
 from lorax_core.weights.mapping import Target, WeightMap
 
 
@@ -62,29 +71,6 @@ class LoadedModel:
         return name in stored or f"{name}.weight" in self.weight_map.tie
 
 
-@dataclass
-class Account:
-    """Which tensors went where. `problems` are sentences; a checkpoint without any is whole."""
-
-    filled: int = 0
-    ignored: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    misfits: list[str] = field(default_factory=list)
-
-    @property
-    def problems(self) -> list[str]:
-        problems = list(self.misfits)
-        if self.missing:
-            problems.append(f"missing from the checkpoint: {listed(self.missing)}")
-        if self.unused:
-            # A tensor without a place beside a place without a tensor is most often one misspelt rename of a plugin.
-            close = nearest(self.unused[0], self.missing)
-            hint = f"; {self.unused[0]!r} may be meant as {close!r}" if close else ""
-            problems.append(f"no parameter takes: {listed(self.unused)}{hint}")
-        return problems
-
-
 def load_model(
     checkpoint: Checkpoint,
     host: PluginHost,
@@ -103,7 +89,7 @@ def load_model(
     built, account = assemble(checkpoint, host, dtype, device, model_class)
     if account.problems:
         raise CheckpointError(
-            f"{checkpoint.path} does not fit {built.spec.model_type!r}: " + "; ".join(account.problems),
+            f"{checkpoint.path} does not fit {built.spec.model_type!r}: {account.summary}",
             hint="`lorax models check PATH` tells what the checkpoint holds",
         )
     # Last, as preparing may copy the numbers into another layout and drops the parameters.
@@ -118,49 +104,60 @@ def assemble(
     device: str,
     model_class: type[Model] = Model,
 ) -> tuple[LoadedModel, Account]:
-    """A model filled as far as the checkpoint goes, with the account of what was not."""
+    """A filled model, with the account of its checkpoint; with problems in the account, its shapes only, on `meta`."""
     model_type = checkpoint.config["model_type"]
-    spec = host.architecture(model_type)
-    owner = host.owner(model_type)
+    spec, owner = host.architecture(model_type), host.owner(model_type)
+    package = owner.package
+    # The last net: what the checks before have not foreseen names the checkpoint, and the package that could not load it.
+    with guarded(
+        CheckpointError,
+        f"'{checkpoint.path}' cannot be loaded by {package}",
+        f"compare its config.json with the one that transformers writes; if it is sound, this is a defect of {package}",
+    ):
+        return _assembled(checkpoint, spec, owner, dtype, device, model_class)
+
+
+def _assembled(
+    checkpoint: Checkpoint,
+    spec: ArchitectureSpec,
+    owner: PluginRecord,
+    dtype: torch.dtype | None,
+    device: str,
+    model_class: type[Model],
+) -> tuple[LoadedModel, Account]:
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
     weight_map = backbone_class.weight_map(config)
     # Heads are found by their tensors: config.json may name no class, or one whose head is not all that the file holds.
     names = {weight_map.resolve(name).name for name in checkpoint.tensors}
     stated = stated_task(spec, config)
-    found: dict[Task, Head] = {}
-    # Shapes only: which heads exist, and what is tied, is known before any memory is taken.
-    with torch.device("meta"):
-        backbone = _backbone(backbone_class, config, checkpoint)
-        for task in spec.tasks:
-            head = cast("type[Head]", load_class(spec.head(task), owner)).build(config, names, stated)
-            if head is not None:
-                found[task] = head
+    # Shapes only: which heads exist, what is tied and what fits is known before any memory is taken.
+    with within_bounds(checkpoint):
+        backbone = backbone_class(config)
+        head_classes = {task: cast("type[Head]", load_class(spec.head(task), owner)) for task in spec.tasks}
+        made = {task: head_class.build(config, names, stated) for task, head_class in head_classes.items()}
+    found = {task: head for task, head in made.items() if head is not None}
     # `found` keeps the others, since their tensors in the file are spare and not unused.
     heads = {task: head for task, head in found.items() if model_class.task in (None, task)}
     if not heads:
         wanted = listed(task.value for task in spec.tasks if model_class.task in (None, task))
         has = listed(task.value for task in found)
-        raise CheckpointError(f"{checkpoint.path} has no head of {model_type!r} for {wanted}; those that it has: {has}")
+        raise CheckpointError(
+            f"{checkpoint.path} has no head of {spec.model_type!r} for {wanted}; those that it has: {has}",
+            hint="`lorax models check PATH` tells what the checkpoint holds",
+        )
     dtype = dtype or stored_dtype(checkpoint)
     model = model_class(config, backbone, heads, dtype=dtype, device=device)
-    _materialise(model)
+    refuse_other_masks(checkpoint, model)
     spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
-    account = _fill(model, checkpoint, weight_map, spare)
+    placement = place_tensors(model, checkpoint.tensors, weight_map, spare)
+    if not placement.account.problems:
+        _materialise(model, checkpoint, placement.ties)
+    _fill(model, checkpoint, placement)
     # What the file states before what the plugin prefers, each only if its head is there.
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
-    return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), account
-
-
-def _backbone(backbone_class: Backbone, config: ModelConfig, checkpoint: Checkpoint) -> nn.Module:
-    try:
-        return backbone_class(config)
-    except ValueError as error:  # blocks check their sizes when they are made
-        raise CheckpointError(
-            f"{checkpoint.path} has a config.json that no model can be built from: {error}",
-            hint="compare it with the config.json that transformers writes for this architecture",
-        ) from error
+    return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), placement.account
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -176,136 +173,86 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return cast("torch.dtype", dtype)
 
 
-def _materialise(model: Model) -> None:
+def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) -> None:
     """Give parameters real memory, and recompute buffers, which a module makes from its own arguments.
 
-    Parameters of one name are one: where `config.json` states no task, two heads may read the same tensors.
+    Parameters of one name are one: where `config.json` states no task, two heads may read the same tensors. Those of a tie are
+    one, too, so that one prepared weight serves both.
     """
+    refuse_large_buffers(checkpoint, model)
     made: dict[str, nn.Parameter] = {}
     for path, module in model.named_parts():
         for name, parameter in list(module.named_parameters(recurse=False)):
             # No prefix keeps heads apart in `named_parts`, so a name that two of them have leads to one parameter.
-            full = f"{path}.{name}"
+            full = f"{path}.{name}" if path else name
+            full = ties.get(full, full)
             if full not in made:
-                empty = torch.empty(parameter.shape, dtype=model.dtype, device=model.device)
-                made[full] = nn.Parameter(empty, requires_grad=False)
+                made[full] = nn.Parameter(_empty(parameter.shape, model), requires_grad=False)
             setattr(module, name, made[full])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             # The default would be a buffer left on `meta`, which fails at the first step only, with torch's own message.
             reset = getattr(module, "reset_buffers", None)
             if reset is None:
-                raise TypeError(f"{type(module).__name__} has buffers but no reset_buffers(device) to make them")
-            reset(model.device)
+                raise PluginError(f"{type(module).__name__} has buffers but no reset_buffers(device) to make them")
+            with told_of_configuration(checkpoint):
+                reset(model.device)
 
 
-def _fill(model: Model, checkpoint: Checkpoint, weight_map: WeightMap, spare: Set[str]) -> Account:
-    """Every tensor of the checkpoint to its place. Those of `spare` may lack one."""
-    account = Account()
+def _empty(shape: torch.Size, model: Model) -> Tensor:
+    try:
+        return torch.empty(shape, dtype=model.dtype, device=model.device)
+    except RuntimeError as error:  # torch's for memory that there is not, on any device
+        size = sum(tensor.numel() for tensor in model.parameters()) * model.dtype.itemsize
+        raise CapacityError(
+            f"the weights take {size / 1e9:.1f} GB as {str(model.dtype).removeprefix('torch.')}, more than there is on "
+            f"{str(model.device)!r}: {error}",
+            hint="use a machine with more memory, or dtype='bfloat16'",
+        ) from error
+
+
+def _fill(model: Model, checkpoint: Checkpoint, placement: Placement) -> None:
+    """The numbers of every tensor to its place. Without memory for them they are only looked at."""
+    account = placement.account
+    whole = not account.problems
     parameters = model.named_tensors()
-    wanted = _wanted(model, parameters, weight_map)
-    filled: dict[tuple[str, int | None], str] = {}
-    scales = _scale_places(model)
-    for name, tensor in checkpoint.read():
-        if (place := scales.get(weight_map.canonical(name))) is not None:
-            layer, attribute = place
-            setattr(layer, attribute, float(tensor))
-            account.filled += 1
-            continue
-        target = weight_map.resolve(name)
-        key = (target.name, target.part)
-        if key not in wanted:
-            # Ignored ones are reported by `models check`; unused ones stop loading, as a plugin has forgotten them.
-            known = target.name in spare or weight_map.ignores(name) or _is_spare_tie(target, weight_map, parameters)
-            (account.ignored if known else account.unused).append(name)
-            continue
-        if key in filled:
-            account.misfits.append(f"{name!r} and {filled[key]!r} are the same parameter {target.name!r}")
-            continue
-        misfit = _copy(tensor, parameters[target.name], target, model)
+    for name, tensor in checkpoint.read(placement.places):
+        place = placement.places[name]
+        if place.scale is not None:
+            misfit = _set_scale(*place.scale, float(tensor))
+        else:
+            target = place.target
+            tensor = target.arranged(tensor)
+            rows = _rows(model, parameters[target.name], target).copy_(tensor) if whole else tensor.to(model.dtype)
+            # After the cast, which may make numbers infinite; a widening one does not, and the narrow ones are read faster.
+            seen = tensor if tensor.itemsize < rows.itemsize else rows
+            misfit = None if is_finite(seen) else _not_finite(tensor, model.dtype)
         if misfit:
             account.misfits.append(f"{name!r} {misfit}")
-        # After a misfit too, or the same tensor would be reported as missing as well.
-        filled[key] = name
-    # After all files were read: a head stored in the last one wins over the tie.
-    _tie(model, weight_map, parameters, filled)
-    account.filled += len(filled)
-    account.missing = [_spelt(weight_map, *key) for key in wanted if key not in filled]
-    return account
 
 
-def _wanted(
-    model: Model, parameters: dict[str, nn.Parameter], weight_map: WeightMap
-) -> dict[tuple[str, int | None], None]:
-    """Every piece that a checkpoint must fill, in order: a parameter, or each part of one that is fused from several."""
-    wanted: dict[tuple[str, int | None], None] = {}
-    for name in parameters:
-        module = name.rpartition(".")[0]
-        # Members of the map, not parts of the layer: GPT-2 and NeoX store q, k, v as one tensor.
-        parts = len(weight_map.members(module)) if module in model.sites else 1
-        wanted |= dict.fromkeys([(name, part) for part in range(parts)] if parts > 1 else [(name, None)])
-    return wanted
+def _rows(model: Model, parameter: nn.Parameter, target: Target) -> Tensor:
+    """Where the numbers of a target go: a parameter, or the rows of one member in the fused [sum(parts), in]."""
+    if target.part is None:
+        return parameter.detach()
+    parts = model.sites[target.name.rpartition(".")[0]].parts
+    start = sum(parts[: target.part])
+    return parameter.detach()[start : start + parts[target.part]]
 
 
-def _scale_places(model: Model) -> dict[str, tuple[Attention, str]]:
-    """Where the scales of an 8-bit cache go, by the names that checkpoints with such scales use."""
-    places: dict[str, tuple[Attention, str]] = {}
-    for path, module in model.backbone.named_modules():
-        if isinstance(module, Attention):
-            parent = path.rpartition(".")[0]
-            for scale in ("k_scale", "v_scale"):
-                # Files agree on no place: the attention module, `attn` below it, or k_proj and v_proj.
-                for name in (f"{parent}.{scale}", f"{parent}.attn.{scale}", f"{parent}.{scale[0]}_proj.{scale}"):
-                    places[name] = (module, scale)
-    return places
+def _set_scale(layer: Attention, attribute: str, scale: float) -> str | None:
+    setattr(layer, attribute, scale)
+    # Numbers are divided by it on their way into the cache.
+    return None if math.isfinite(scale) and scale > 0 else f"is {scale}; a scale is a number above 0"
 
 
-def _copy(tensor: Tensor, parameter: nn.Parameter, target: Target, model: Model) -> str | None:
-    """Write a tensor into its place; says what is wrong with its shape or numbers otherwise."""
-    tensor = target.arranged(tensor)
-    place: Tensor = parameter.detach()
-    if target.part is not None:
-        site = model.sites[target.name.rpartition(".")[0]]
-        # Rows of this member in the fused [sum(parts), in].
-        start = sum(site.parts[: target.part])
-        place = place[start : start + site.parts[target.part]]
-    if tensor.shape != place.shape:
-        return f"has shape {list(tensor.shape)} where the configuration asks for {list(place.shape)}"
-    if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8 bit would need its scales
-        return f"holds {tensor.dtype} where 16, 32 or 64 bit floating point is needed"
-    # A single NaN would make every answer NaN without any error, so a damaged file is refused here.
-    if not torch.isfinite(tensor).all():
+def _not_finite(tensor: Tensor, dtype: torch.dtype) -> str:
+    # A single NaN would make every answer NaN without any error. Looked for after the cast, which makes more of them.
+    if not is_finite(tensor):
         return "holds NaN or infinite numbers"
-    place.copy_(tensor)
-    return None
-
-
-def _tie(
-    model: Model,
-    weight_map: WeightMap,
-    parameters: dict[str, nn.Parameter],
-    filled: dict[tuple[str, int | None], str],
-) -> None:
-    """Parameters that the checkpoint leaves to a tie become the same object, so that one prepared weight serves both."""
-    for name, source in weight_map.tie.items():
-        if name in parameters and (name, None) not in filled and (source, None) in filled:
-            path, _, leaf = name.rpartition(".")
-            # A loop, because two modules may have one path: heads built side by side share the name.
-            for found, module in model.named_parts():
-                if found == path:
-                    setattr(module, leaf, parameters[source])
-            filled[(name, None)] = filled[(source, None)]
-
-
-def _is_spare_tie(target: Target, weight_map: WeightMap, parameters: dict[str, nn.Parameter]) -> bool:
-    """A tied weight that the file stores as well, for a head that this model does not have."""
-    return target.name in weight_map.tie and target.name not in parameters
-
-
-def _spelt(weight_map: WeightMap, name: str, part: int | None) -> str:
-    """A missing tensor under the name that checkpoints give it."""
-    module, _, leaf = name.rpartition(".")
-    stored = name if part is None else f"{weight_map.members(module)[part]}.{leaf}"
-    return weight_map.stored_name(stored)
+    most = float(tensor.abs().max())
+    wider = [name for name in ("float32", "bfloat16") if most <= torch.finfo(getattr(torch, name)).max]
+    advice = f"load it with dtype={' or '.join(map(repr, wider))}" if wider else "no dtype that is supported holds them"
+    return f"holds numbers up to {most:.3g}, which become infinite in {str(dtype).removeprefix('torch.')}: {advice}"
 
 
 def stated_task(spec: ArchitectureSpec, config: ModelConfig) -> Task | None:

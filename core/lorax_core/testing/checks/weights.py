@@ -20,7 +20,8 @@ from lorax_core.testing.case import BASE, Case
 from lorax_core.testing.check import Check
 from lorax_core.testing.result import CheckFailed, Measured
 from lorax_core.types import Task
-from lorax_core.weights.loader import Account, LoadedModel
+from lorax_core.weights.account import Account
+from lorax_core.weights.loader import LoadedModel
 
 Tensors = dict[str, Tensor]
 _FILE = "model.safetensors"

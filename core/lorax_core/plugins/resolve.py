@@ -7,6 +7,7 @@ architecture. Knows nothing of discovery, and imports torch only where the reque
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -105,7 +106,7 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"checkpoint folder '{folder}' {what}", hint="give the folder that holds config.json")
-    if not file.is_file():
+    if not os.path.lexists(file):  # a pipe or a broken link is there, and reading it says what it is
         hint = "a checkpoint holds config.json and *.safetensors; is this its folder?"
         raise CheckpointError(f"'{folder}' has no config.json", hint=hint)
     config = read_json(file, CheckpointError)

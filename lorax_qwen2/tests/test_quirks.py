@@ -225,7 +225,13 @@ def test_vectors_are_means_through_the_dense_layer_of_the_length_asked_for(tmp_p
     for dim in (8, 24):
         layers[dim] = torch.nn.Linear(48, dim)
         (folder / f"2_Dense_{dim}").mkdir()
-        change_json(folder / f"2_Dense_{dim}/config.json", in_features=48, out_features=dim, bias=True)
+        change_json(
+            folder / f"2_Dense_{dim}/config.json",
+            in_features=48,
+            out_features=dim,
+            bias=True,
+            activation_function="torch.nn.modules.linear.Identity",
+        )
         tensors = {f"linear.{name}": tensor.detach() for name, tensor in layers[dim].named_parameters()}
         save_file(tensors, folder / f"2_Dense_{dim}/model.safetensors")
 

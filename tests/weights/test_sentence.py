@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import BERT, change_json, make_bert, make_sentence_files
+from builders import BERT, change_json, change_tensors, make_bert, make_sentence_files
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
@@ -214,7 +214,19 @@ def test_a_dense_module_projects_the_vectors(tmp_path, bias, activation):
     ("spoil", "told"),
     [
         (lambda dense: (dense / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda dense: change_json(dense / "config.json", activation_function="torch.nn.Softplus"), "'Softplus'"),
+        (lambda dense: (dense / "config.json").unlink(), "has no config.json"),
+        (
+            lambda dense: change_json(dense / "config.json", activation_function="torch.nn.Softplus"),
+            r"'torch\.nn\.Softplus'",
+        ),
+        (lambda dense: change_json(dense / "config.json", activation_function="its.own.Tanh"), r"'its\.own\.Tanh'"),
+        (lambda dense: change_json(dense / "config.json", activation_function=5), "5 for 'activation_function'"),
+        (lambda dense: change_json(dense / "config.json", use_residual=True), "use_residual True"),
+        (lambda dense: change_json(dense / "config.json", module_input_name="token_embeddings"), "'token_embeddings'"),
+        (lambda dense: change_json(dense / "config.json", in_features=HIDDEN + 1), "states in_features 65, .* has 64"),
+        (lambda dense: change_json(dense / "config.json", out_features="24"), "'24' for 'out_features'"),
+        (lambda dense: change_json(dense / "config.json", bias=False), "states bias False"),
+        (lambda dense: (dense / "config.json").write_text("[]"), "where an object belongs"),
         (lambda dense: (dense / "model.safetensors").write_bytes(b"nothing"), "not a readable safetensors"),
     ],
 )
@@ -224,6 +236,131 @@ def test_a_dense_module_that_cannot_be_served_is_refused_by_what_is_wrong(tmp_pa
 
     with pytest.raises(CheckpointError, match=told):
         read_sentence_files(Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"linear.weight": torch.ones(())}, r"'linear\.weight' has shape \[\]"),
+        ({"linear.weight": torch.ones(24)}, r"'linear\.weight' has shape \[24\]"),
+        ({"linear.weight": torch.ones(24, HIDDEN, 1)}, r"'linear\.weight' has shape \[24, 64, 1\]"),
+        ({"linear.weight": torch.ones(0, HIDDEN)}, r"'linear\.weight' has shape \[0, 64\]"),
+        ({"linear.weight": torch.ones(24, HIDDEN).int()}, r"'linear\.weight' holds I32"),
+        ({"linear.weight": torch.ones(24, HIDDEN) * torch.nan}, r"'linear\.weight' holds NaN"),
+        ({"linear.weight": torch.ones(24, HIDDEN).double() * 1e300}, r"'linear\.weight' holds NaN, or numbers"),
+        ({"linear.bias": torch.ones(())}, r"'linear\.bias' has shape \[\], needed is \[24\]"),
+        ({"linear.bias": torch.ones(25)}, r"'linear\.bias' has shape \[25\], needed is \[24\]"),
+        ({"linear.bias": torch.ones(24, 1)}, r"'linear\.bias' has shape \[24, 1\], needed is \[24\]"),
+        ({"linear.bias": torch.ones(24).bool()}, r"'linear\.bias' holds BOOL"),
+        ({"residual.weight": torch.ones(24, HIDDEN)}, r"'residual\.weight'"),
+    ],
+)
+def test_a_dense_tensor_that_is_none_is_named_with_what_is_needed(tmp_path, change, told):
+    folder = make_new(tmp_path, [PoolingModule(HIDDEN, "mean"), make_dense(24)])
+    change_tensors(folder / "2_Dense/model.safetensors", lambda tensors: {**tensors, **change})
+
+    with pytest.raises(CheckpointError, match=told) as caught:
+        read_sentence_files(Checkpoint(folder))
+
+    assert caught.value.hint
+
+
+def test_a_dense_module_that_does_not_take_the_models_vectors_is_refused(tmp_path):
+    folder = make_new(tmp_path, [PoolingModule(HIDDEN, "mean"), make_dense(24)])
+    change_tensors(folder / "2_Dense/model.safetensors", lambda t: {**t, "linear.weight": t["linear.weight"][:, 1:]})
+    change_json(folder / "2_Dense/config.json", in_features=HIDDEN - 1)
+
+    with pytest.raises(CheckpointError, match="takes vectors of 63, not of 64"):
+        lorax.load(folder)
+
+
+def test_a_dense_module_that_states_no_activation_has_the_librarys(tmp_path):
+    folder = make_new(tmp_path, [PoolingModule(HIDDEN, "mean"), make_dense(24, activation=torch.nn.GELU())])
+    change_json(folder / "2_Dense/config.json", activation_function=None)  # removes the key
+
+    assert_as_sentence_transformers(folder)
+
+
+@pytest.mark.parametrize(
+    ("modules", "told"),
+    [
+        ({"0": {"type": "sentence_transformers.models.Transformer"}}, "where a list belongs"),
+        ([1, 2], "1 for 'a module' where an object belongs"),
+        ([None], "None for 'a module'"),
+        ([[]], "where an object belongs"),
+        ([{"path": ""}], "None for 'type'"),
+        ([{"type": 5}], "5 for 'type'"),
+        ([{"type": "sentence_transformers.models.Transformer", "path": 5}], "5 for 'path'"),
+        ([{"type": "its_own.Transformer", "path": ""}, {"type": "its_own.Pooling"}], r"'its_own\.Transformer'"),
+        ([{"type": "sentence_transformers.models.Pooling", "path": "../x"}], r"'\.\./x', which lies outside"),
+        ([{"type": "sentence_transformers.models.Dense", "path": "/etc"}], "'/etc', which lies outside"),
+        ([{"type": "sentence_transformers.models.Dense", "path": "a\0b"}], "no file name"),
+    ],
+)
+def test_a_list_of_modules_that_is_none_is_refused_by_what_is_wrong(tmp_path, modules, told):
+    folder = make_sentence_files(make_bert(tmp_path))
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+    with pytest.raises(CheckpointError, match=told) as caught:
+        read_sentence_files(Checkpoint(folder))
+
+    assert caught.value.hint
+
+
+def test_weights_in_a_folder_of_their_own_are_not_those_at_the_top(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path))
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+
+    with pytest.raises(CheckpointError, match="weights lie in '0_Transformer'"):
+        read_sentence_files(Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"transformer": {"max_seq_length": -1}}, "-1 for 'max_seq_length'"),
+        ({"transformer": {"max_seq_length": 0}}, "0 for 'max_seq_length'"),
+        ({"transformer": {"max_seq_length": "64"}}, "'64' for 'max_seq_length' where a whole number belongs"),
+        ({"transformer": {"max_seq_length": True}}, "True for 'max_seq_length'"),
+        ({"transformer": {"max_seq_length": 64.0}}, "64.0 for 'max_seq_length'"),
+        ({"transformer": {"do_lower_case": "false"}}, "'false' for 'do_lower_case' where true or false belongs"),
+        ({"pooling": {"pooling_mode": 5}}, "5 for 'pooling_mode'"),
+        ({"pooling": {"pooling_mode": [["mean"]]}}, "'pooling_mode'"),
+        ({"pooling": {"pooling_mode": {"mean": True}}}, "'pooling_mode'"),
+        ({"pooling": {"pooling_mode_mean_tokens": "false"}}, "'false' for 'pooling_mode_mean_tokens'"),
+        ({"pooling": {"include_prompt": "no"}}, "'no' for 'include_prompt'"),
+        ({"sentence": {"prompts": ["find"]}}, "'prompts' where an object belongs"),
+        ({"sentence": {"prompts": {"query": 5}}}, "5 for 'a prompt' where a text belongs"),
+        ({"sentence": {"prompts": {"q": "x"}, "default_prompt_name": ["q"]}}, "'default_prompt_name'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_the_file(tmp_path, files, told):
+    with pytest.raises(CheckpointError, match=told) as caught:
+        make_files(tmp_path, **files)
+
+    assert ".json" in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "config_sentence_transformers.json"])
+def test_a_file_that_holds_a_list_is_not_taken_for_empty(tmp_path, name):
+    folder = make_sentence_files(make_bert(tmp_path))
+    (folder / name).write_text("[]")
+
+    with pytest.raises(CheckpointError, match="where an object belongs"):
+        read_sentence_files(Checkpoint(folder))
+
+
+def test_null_is_as_if_a_value_were_not_there(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": null, "do_lower_case": null}')
+    (folder / "config_sentence_transformers.json").write_text('{"prompts": null, "default_prompt_name": null}')
+
+    files = read_sentence_files(Checkpoint(folder))
+
+    assert (files.max_tokens, files.lower_case, files.prompt) == (None, False, "")
 
 
 def test_both_spellings_of_module_types_name_the_same_modules(tmp_path):

@@ -1,20 +1,28 @@
 """The files that sentence-transformers puts beside a checkpoint.
 
 Decides how an input becomes one vector when a checkpoint says so: pooling, normalisation, length, prompt, lower case. Both the
-old and the new spellings are read. A module that is not supported is refused by name, never skipped.
+old and the new spellings are read. A module that is not supported is refused by name, never skipped; a value of another type
+than the library writes is refused as well.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
 
 from torch import Tensor
 
 from lorax_core.errors import CheckpointError, listed
 from lorax_core.types import Pooling
-from lorax_core.weights.checkpoint import Checkpoint, opened
+from lorax_core.untrusted import file_in, guarded
+from lorax_core.weights.checkpoint import FLOATS, Checkpoint, is_finite, opened, read_headers
 
+T = TypeVar("T")
+
+_LIBRARY: Final = "sentence_transformers."
+_AGAIN: Final = "compare it with what sentence-transformers' save_pretrained writes"
+_NOUNS: Final = {int: "a whole number", bool: "true or false", str: "a text", dict: "an object", list: "a list"}
 # Any other order is other arithmetic: a Dense after Normalize does not give unit vectors, for one.
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 _MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
@@ -66,27 +74,40 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
 
     Raises CheckpointError for a module or mode that is not supported.
     """
+    with guarded(CheckpointError, f"the sentence-transformers files of '{checkpoint.path}' cannot be read", _AGAIN):
+        return _read(checkpoint, pooling)
+
+
+def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | None:
     modules = checkpoint.json("modules.json")
     if modules is None:
         return None
-    steps = [(_kind(module), str(module.get("path", ""))) for module in modules if isinstance(module, dict)]
+    file = checkpoint.path / "modules.json"
+    steps = [_step(file, module) for module in _typed(file, "modules", modules, list)]
     kinds = [kind for kind, _ in steps]
     # Sorted by _ORDER, they must be what they were; an unknown kind drops out and differs, too.
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
-            f"{checkpoint.path / 'modules.json'} chains {listed(kinds)}; supported are 'Transformer', 'Pooling', any number of "
+            f"{file} chains {listed(kinds)}; supported are 'Transformer', 'Pooling', any number of "
             "'Dense', 'Normalize', in this order",
             hint="a module that is left out would change the vectors",
         )
+    inner = [path for kind, path in steps if kind == "Transformer" and path.strip("./")]
+    if inner:
+        raise CheckpointError(
+            f"{file} says that the weights lie in {inner[0]!r:.120}, and those of {checkpoint.path} were read",
+            hint="move the files of that folder up, and state the path ''",
+        )
     stated, pool_prompt = _pooling(checkpoint, steps[1][1], pooling)
-    transformer = _object(checkpoint, "sentence_bert_config.json")
+    transformer = checkpoint.path / "sentence_bert_config.json"
+    limits = _object(checkpoint, transformer.name) or {}
     return SentenceFiles(
         pooling=stated,
         # Old checkpoints name a folder for it that does not exist: the entry alone counts.
         normalize="Normalize" in kinds,
         dense=tuple(read_dense(checkpoint, path) for kind, path in steps if kind == "Dense"),
-        max_tokens=transformer.get("max_seq_length"),
-        lower_case=bool(transformer.get("do_lower_case", False)),
+        max_tokens=_length(transformer, limits.get("max_seq_length")),
+        lower_case=bool(_optional(transformer, limits, "do_lower_case", bool)),
         prompt=_default_prompt(checkpoint),
         pool_prompt=pool_prompt,
     )
@@ -94,27 +115,81 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
 
 def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
     """The dense layer in a folder of the checkpoint; raises CheckpointError when its files are missing or odd."""
+    path = file_in(checkpoint.path, folder, CheckpointError)
     config = _object(checkpoint, f"{folder}/config.json")
-    file = checkpoint.path / folder / "model.safetensors"
-    if not file.is_file():
+    file = path / "model.safetensors"
+    if config is None or not file.exists():
+        lacks = "config.json" if config is None else file.name
+        raise CheckpointError(f"{path} has no {lacks}", hint="it is needed beside the other; a pickle is not read")
+    activation = _activation(path / "config.json", config)
+    layer = DenseFiles(*_dense_tensors(file), activation)
+    out, size = layer.weight.shape
+    for key, found in (("in_features", size), ("out_features", out), ("bias", layer.bias is not None)):
+        stated = _optional(path / "config.json", config, key, type(found))
+        if stated is not None and stated != found:
+            raise CheckpointError(
+                f"{path / 'config.json'} states {key} {stated}, and {file.name} has {found}", hint=_AGAIN
+            )
+    return layer
+
+
+def _dense_tensors(file: Path) -> tuple[Tensor, Tensor | None]:
+    """Weight `[out, in]` and bias `[out]` of a dense layer's file."""
+    headers = read_headers(file)
+    if not {"linear.weight"} <= set(headers) <= {"linear.weight", "linear.bias"}:
         raise CheckpointError(
-            f"{checkpoint.path / folder} has no model.safetensors", hint="a pickle is not read: convert it"
+            f"{file} holds {listed(sorted(headers))}; needed are 'linear.weight' and perhaps 'linear.bias'", hint=_AGAIN
         )
-    stated = str(config.get("activation_function", "torch.nn.modules.linear.Identity")).rpartition(".")[2]
-    if stated not in _ACTIVATIONS:
-        raise CheckpointError(f"{checkpoint.path / folder} uses {stated!r}; supported are {listed(_ACTIVATIONS)}")
+    shape = headers["linear.weight"].shape
+    if len(shape) != 2 or not all(shape):
+        raise CheckpointError(f"{file}: 'linear.weight' has shape {list(shape)}, needed is [out, in]", hint=_AGAIN)
+    for name, stored in headers.items():
+        if name == "linear.bias" and stored.shape != shape[:1]:
+            raise CheckpointError(
+                f"{file}: {name!r} has shape {list(stored.shape)}, needed is {list(shape[:1])}", hint=_AGAIN
+            )
+        if stored.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{file}: {name!r} holds {stored.dtype}, needed is one of {', '.join(FLOATS)}", hint=_AGAIN
+            )
     with opened(file) as tensors:
-        found = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118  (not a mapping)
-    if not {"linear.weight"} <= set(found) <= {"linear.weight", "linear.bias"}:
+        # As the layer is computed: a cast may make numbers infinite.
+        found = {name: tensors.get_tensor(name).float() for name in headers}
+    for name, tensor in found.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{file}: {name!r} holds NaN, or numbers that are infinite in float32", hint=_AGAIN)
+    return found["linear.weight"], found.get("linear.bias")
+
+
+def _activation(file: Path, config: dict[str, Any]) -> str:
+    """The activation's name of ours; raises CheckpointError for one that is not supported, and for other arithmetic."""
+    # Tanh is the default of sentence-transformers for a file that states none.
+    stated = _typed(
+        file, "activation_function", config.get("activation_function", "torch.nn.modules.activation.Tanh"), str
+    )
+    name = stated.rpartition(".")[2]
+    if name not in _ACTIVATIONS or not stated.startswith("torch.nn."):
         raise CheckpointError(
-            f"{file} holds {listed(sorted(found))}; needed are 'linear.weight' and perhaps 'linear.bias'"
+            f"{file.parent} uses {stated!r:.120}; supported are {listed(f'torch.nn.{known}' for known in _ACTIVATIONS)}",
+            hint="a checkpoint with one of these is needed",
         )
-    return DenseFiles(found["linear.weight"], found.get("linear.bias"), _ACTIVATIONS[stated])
+    plain = {
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+        "use_residual": False,
+    }
+    for key, usual in plain.items():
+        found = config.get(key)
+        if found is not None and found != usual:
+            raise CheckpointError(
+                f"{file} states {key} {found!r:.60}; supported is {usual!r}", hint="it would change the vectors"
+            )
+    return _ACTIVATIONS[name]
 
 
 def dense_folder(checkpoint: Checkpoint, dim: int) -> str:
     """The folder `2_Dense_{dim}` beside a checkpoint; raises CheckpointError that lists the sizes there are."""
-    sizes = sorted(int(p.name[8:]) for p in checkpoint.path.glob("2_Dense_*") if p.name[8:].isdigit())
+    sizes = sorted(int(p.name[8:]) for p in checkpoint.path.glob("2_Dense_*") if p.name[8:].isdecimal())
     if dim not in sizes:
         raise CheckpointError(
             f"{checkpoint.path} has no folder 2_Dense_{dim}; sizes there are {sizes or 'none'}",
@@ -123,21 +198,32 @@ def dense_folder(checkpoint: Checkpoint, dim: int) -> str:
     return f"2_Dense_{dim}"
 
 
-def _kind(module: dict[str, Any]) -> str:
-    return str(module.get("type", "")).rpartition(".")[2]
+def _step(file: Path, module: object) -> tuple[str, str]:
+    """A module's kind, and the folder that it is in."""
+    entry = _typed(file, "a module", module, dict)
+    named = _typed(file, "type", entry.get("type"), str)
+    # A class of the checkpoint's own code keeps its whole name, which no kind has.
+    kind = named.rpartition(".")[2] if named.startswith(_LIBRARY) else named
+    path = _optional(file, entry, "path", str) or ""
+    if path:
+        file_in(file.parent, path, CheckpointError)
+    return kind, path
 
 
 def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tuple[Pooling, bool]:
-    config = _object(checkpoint, f"{folder}/config.json" if folder else "config.json")
-    pool_prompt = bool(config.get("include_prompt", True))
+    name = f"{folder}/config.json" if folder else "config.json"
+    config, file = _object(checkpoint, name), checkpoint.path / name
+    if config is None:
+        raise CheckpointError(f"{checkpoint.path} has no {name}, which its modules.json names", hint=_AGAIN)
+    pool_prompt = bool(_typed(file, "include_prompt", config.get("include_prompt", True), bool))
     # Before the modes are checked: the option is the way around one that is not supported.
     if instead is not None:
         return instead, pool_prompt
-    modes = config.get("pooling_mode")
-    if modes is None:
+    stated = config.get("pooling_mode")
+    if stated is None:
         # Mean is the default of sentence-transformers where no flag is given.
-        modes = [mode for key, mode in _OLD_MODES.items() if config.get(key)] or ["mean"]
-    modes = [modes] if isinstance(modes, str) else list(modes)
+        stated = [mode for key, mode in _OLD_MODES.items() if _optional(file, config, key, bool)] or ["mean"]
+    modes = [_typed(file, "pooling_mode", mode, str) for mode in (stated if isinstance(stated, list) else [stated])]
     # Several modes are concatenated there, which makes longer vectors.
     if len(modes) != 1 or modes[0] not in _MODES:
         raise CheckpointError(
@@ -148,20 +234,44 @@ def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tu
 
 
 def _default_prompt(checkpoint: Checkpoint) -> str:
-    config = _object(checkpoint, "config_sentence_transformers.json")
-    name = config.get("default_prompt_name")
+    file = checkpoint.path / "config_sentence_transformers.json"
+    config = _object(checkpoint, file.name) or {}
+    prompts = _optional(file, config, "prompts", dict) or {}
+    for prompt in prompts.values():
+        _typed(file, "a prompt", prompt, str)
+    name = _optional(file, config, "default_prompt_name", str)
     if name is None:
         return ""
-    prompts = config.get("prompts") or {}
     # Going on without it would give other vectors than the authors measured.
     if name not in prompts:
         raise CheckpointError(
-            f"{checkpoint.path} names the default prompt {name!r}, but its prompts are {listed(sorted(prompts))}",
-            hint="set default_prompt_name in config_sentence_transformers.json to one of them, or to null",
+            f"{checkpoint.path} names the default prompt {name!r:.60}, but its prompts are {listed(sorted(prompts))}",
+            hint=f"set default_prompt_name in {file.name} to one of them, or to null",
         )
-    return str(prompts[name])
+    return cast("str", prompts[name])
 
 
-def _object(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+def _length(file: Path, value: object) -> int | None:
+    if value is None:
+        return None
+    if _typed(file, "max_seq_length", value, int) < 1:
+        raise CheckpointError(f"'{file}' has {value} for 'max_seq_length'; it is 1 or more", hint=_AGAIN)
+    return cast("int", value)
+
+
+def _object(checkpoint: Checkpoint, name: str) -> dict[str, Any] | None:
     found = checkpoint.json(name)
-    return found if isinstance(found, dict) else {}
+    return None if found is None else _typed(checkpoint.path / name, "its content", found, dict)
+
+
+def _optional(file: Path, config: dict[str, Any], key: str, kind: type[T]) -> T | None:
+    """A value of this type; None when there is none, or null."""
+    found = config.get(key)
+    return None if found is None else _typed(file, key, found, kind)
+
+
+def _typed(file: Path, what: str, value: object, kind: type[T]) -> T:
+    # By type and not by isinstance: true is an int.
+    if type(value) is not kind:
+        raise CheckpointError(f"'{file}' has {value!r:.60} for {what!r} where {_NOUNS[kind]} belongs", hint=_AGAIN)
+    return value

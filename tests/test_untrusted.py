@@ -10,7 +10,7 @@ import pytest
 
 from lorax_core.errors import AdapterError, CheckpointError
 from lorax_core.patterns import LENGTH, UntrustedPattern
-from lorax_core.untrusted import JSON_BYTES, JSON_DEPTH, file_in, guarded, read_json, regular
+from lorax_core.untrusted import JSON_BYTES, JSON_DEPTH, file_in, guarded, is_number, read_json, regular
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "..", "a\\..\\b", 5, None])
@@ -107,3 +107,9 @@ def test_an_expression_that_backtracks_elsewhere_matches_at_once() -> None:
     # In Python's `re` this one takes 2 to the power of 5,000 steps.
     assert not UntrustedPattern("(a|a)*b", "p", AdapterError).fullmatch("a" * 5_000)
     assert UntrustedPattern(r".*\.(q|v)_proj", "p", AdapterError).fullmatch("model.layers.0.self_attn.q_proj")
+
+
+def test_numbers_are_finite_and_no_truth_values() -> None:
+    nothing = [True, False, None, "1", float("nan"), float("-inf"), 10**400, [1], 1j]
+    assert [is_number(value) for value in nothing] == [False] * len(nothing)
+    assert all(is_number(value) for value in (0, -1, 1.5, 10**300))

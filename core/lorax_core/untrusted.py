@@ -8,11 +8,12 @@ nothing of what the files mean. The one gate: checkpoints, adapters, tokenizers 
 from __future__ import annotations
 
 import json
+import math
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from lorax_core.errors import LoraxError
 
@@ -68,6 +69,14 @@ def read_json(file: Path, kind: type[LoraxError]) -> Any:
     if problem is not None:
         raise kind(f"'{file}' {problem}", hint=again)
     return found
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, and neither a truth value nor an integer that no float holds."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @contextmanager

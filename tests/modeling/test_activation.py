@@ -34,3 +34,11 @@ def test_a_misspelt_activation_is_refused_with_the_nearest():
         get_activation("quickgelu")
 
     assert caught.value.hint == "did the checkpoint mean 'quick_gelu'?"
+
+
+@pytest.mark.parametrize("name", [5, None, ["gelu"], {"gelu": 1}, True])
+def test_an_activation_that_is_no_name_is_refused(name):
+    with pytest.raises(CheckpointError, match="is not supported") as caught:
+        get_activation(name)
+
+    assert caught.value.hint

@@ -8,14 +8,16 @@ from lorax_core.errors import CheckpointError
 from lorax_core.kernels.elementwise import rms_norm
 from lorax_core.modeling import MLP, GatedMLP, Rope, RotaryAttention, RotaryEmbedding, SelfAttention
 
+NAN, INF = float("nan"), float("inf")
+
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"window": 0}, "window of 0"),
-        ({"soft_cap": 0.0}, "soft cap of 0.0"),
-        ({"scale": -1.0}, "scale of -1.0"),
-        ({"scale": float("nan")}, "scale of nan"),
+        *(({"window": value}, f"window of {value!r}") for value in (0, -1, 4.0, "4", True)),
+        *(({"soft_cap": value}, f"soft cap of {value!r}") for value in (0.0, -1.0, NAN, INF, "30", True)),
+        *(({"scale": value}, f"scale of {value!r}") for value in (0.0, -1.0, NAN, INF, "1", True)),
+        ({"head_dim": 0}, "key heads of 0"),
         ({"kv_heads": 3}, "4 query heads over 3 key heads"),
         ({"heads": 5}, "24 is not a multiple of 5 heads"),
     ],

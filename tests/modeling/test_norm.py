@@ -63,3 +63,21 @@ def test_epsilon_counts_where_a_row_is_nearly_nothing():
 
     torch.testing.assert_close(normed, oracle(rows), rtol=1e-6, atol=0)
     assert normed.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
+@pytest.mark.parametrize(
+    "eps", [-1e-6, float("nan"), float("inf"), "1e-6", True, None, 10**400], ids=lambda eps: f"{eps!r:.8}"
+)
+def test_an_eps_that_is_no_number_of_at_least_zero_is_refused(make, eps):
+    with pytest.raises(ValueError, match="an eps of"):
+        make(SIZE, eps)
+
+
+@pytest.mark.parametrize("eps", [0, 0.0, 1e-320, 1.0])
+def test_any_other_eps_is_computed_as_transformers_does(eps):
+    ours, oracle = make_filled(RMSNorm(SIZE, eps), Qwen2RMSNorm(SIZE, eps))
+    other, torchs = make_filled(LayerNorm(SIZE, eps), nn.LayerNorm(SIZE, eps))
+
+    torch.testing.assert_close(ours(make_rows(), make_batch()), oracle(make_rows()))
+    torch.testing.assert_close(other(make_rows(), make_batch()), torchs(make_rows()))

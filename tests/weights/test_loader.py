@@ -393,11 +393,25 @@ def test_a_configuration_of_another_size_names_the_tensors_that_do_not_fit(tmp_p
     )
 
 
-def test_a_block_that_cannot_be_made_is_told_of_the_configuration(tmp_path, host):
-    changes = {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0, "layer_types": None}
-    change_json(make_qwen2(tmp_path) / "config.json", **changes)
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
 
-    with pytest.raises(CheckpointError, match=r"no model can be built from: a window of 0") as caught:
+
+@pytest.mark.parametrize(
+    ("make", "changes", "told"),
+    [
+        (make_qwen2, {**WINDOWS, "sliding_window": 0}, "a window of 0"),
+        (make_qwen2, {**WINDOWS, "sliding_window": -8}, "a window of -8"),
+        (make_qwen2, {"rms_norm_eps": -1e-6}, "an eps of -1e-06"),
+        (make_qwen2, {"rope_scaling": {"type": "linear", "factor": 1e-320}}, "frequencies are not finite"),
+        (make_bert, {"layer_norm_eps": -1.0}, "an eps of -1.0"),
+        (make_gpt2, {"layer_norm_epsilon": -1.0}, "an eps of -1.0"),
+        (make_neox, {"layer_norm_eps": -1.0}, "an eps of -1.0"),
+    ],
+)
+def test_a_block_that_cannot_be_made_is_told_of_the_configuration(tmp_path, host, make, changes, told):
+    change_json(make(tmp_path) / "config.json", **changes)
+
+    with pytest.raises(CheckpointError, match=f"no model can be built from: .*{told}") as caught:
         make_loaded(tmp_path, host)
 
     assert "config.json" in caught.value.hint

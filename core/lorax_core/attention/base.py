@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorax_core.kernels.elementwise import Angles, rotate
+from lorax_core.untrusted import is_number
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,16 @@ class AttentionSpec:
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
+        sizes = (self.heads, self.kv_heads, self.head_dim)
+        if not all(type(size) is int for size in sizes) or min(sizes) < 1 or self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} query heads over {self.kv_heads} key heads of {self.head_dim}: query heads are a multiple of "
-                "key heads, all at least 1"
+                f"{self.heads!r} query heads over {self.kv_heads!r} key heads of {self.head_dim!r}: query heads are a "
+                "multiple of key heads, all at least 1"
             )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"a window of {self.window} keys; the least is 1, the query's own, and None is all")
-        if self.soft_cap is not None and not self.soft_cap > 0:
-            raise ValueError(f"a soft cap of {self.soft_cap}; it is above 0, or None for no cap")
+        if self.window is not None and not (type(self.window) is int and self.window >= 1):
+            raise ValueError(f"a window of {self.window!r} keys; the least is 1, the query's own, and None is all")
+        if self.soft_cap is not None and not (is_number(self.soft_cap) and self.soft_cap > 0):
+            raise ValueError(f"a soft cap of {self.soft_cap!r}; it is a number above 0, or None for no cap")
 
 
 @dataclass(frozen=True, slots=True)

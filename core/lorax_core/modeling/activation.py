@@ -78,11 +78,11 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def get_activation(name: str) -> Activation:
     """The function called `name` in a `config.json`; raises CheckpointError for a name that is not supported."""
-    found = ACTIVATIONS.get(name)
+    found = ACTIVATIONS.get(name) if isinstance(name, str) else None
     if found is None:
-        close = nearest(name, ACTIVATIONS)
+        close = nearest(str(name), ACTIVATIONS)
         raise CheckpointError(
-            f"activation {name!r} is not supported; supported are {listed(ACTIVATIONS, limit=30)}",
-            hint=f"did the checkpoint mean {close!r}?" if close else None,
+            f"activation {name!r:.60} is not supported; supported are {listed(ACTIVATIONS, limit=30)}",
+            hint=f"did the checkpoint mean {close!r}?" if close else "a checkpoint with one of these is needed",
         )
     return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.kernels.elementwise import Angles
 from lorax_core.modeling.batch import Batch
+from lorax_core.untrusted import is_number
 
 
 class Attention(nn.Module):
@@ -42,8 +43,8 @@ class Attention(nn.Module):
         soft_cap: float | None = None,
     ) -> None:
         super().__init__()
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"a scale of {scale}; scores are multiplied with a number above 0")
+        if scale is not None and not (is_number(scale) and scale > 0):
+            raise ValueError(f"a scale of {scale!r}; scores are multiplied with a number above 0")
         self.spec = AttentionSpec(heads, kv_heads, head_dim, causal, window, soft_cap)
         # Every backend multiplies scores by head_dim ** -0.5, so only the ratio of the wanted scale to that is left for q.
         # GPT-2 needs it: scores unscaled, or divided by the layer's number.

@@ -12,13 +12,20 @@ from torch import Tensor, nn
 
 from lorax_core.kernels import elementwise
 from lorax_core.modeling.site import HasAdapters, Site
+from lorax_core.untrusted import is_number
 
 
 class Norm(Site):
-    """A normalisation with a weight `[size]` and perhaps a bias; a subclass gives `compute`."""
+    """A normalisation with a weight `[size]` and perhaps a bias; a subclass gives `compute`.
+
+    Raises ValueError for an `eps` that is no number, or below 0.
+    """
 
     def __init__(self, size: int, eps: float, bias: bool) -> None:
         super().__init__()
+        # 0 is as transformers computes it: a row of equal numbers has no other answer than NaN.
+        if not (is_number(eps) and eps >= 0):
+            raise ValueError(f"a norm with an eps of {eps!r}; it is a number, and at least 0")
         self.in_features = self.out_features = size
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size), requires_grad=False)

@@ -1,0 +1,5 @@
+"""Defects on purpose."""
+
+
+def plant(name: str) -> None:
+    """Nothing yet."""

@@ -415,3 +415,30 @@ def test_progress_is_told_module_by_module(pair, tmp_path):
     merge_adapters(pair, tmp_path / "out", progress=lambda done, total: heard.append((done, total)))
 
     assert heard == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+WRONG = {
+    "adapters of no type": {"adapters": object()},
+    "one adapter": {"adapters": "folder"},
+    "adapters of numbers": {"adapters": [1, 2]},
+    "no adapters": {"adapters": []},
+    "out of no type": {"out": object()},
+    "out with a NUL": {"out": "a\0b"},
+    "weights of one number": {"weights": 5},
+    "weights in words": {"weights": ["a", "b"]},
+    "density in words": {"density": "half", "strategy": "ties"},
+    "rank in words": {"rank": "four", "strategy": "svd"},
+    "strategy of no type": {"strategy": object()},
+    "sign of no type": {"majority_sign_method": 5},
+}
+
+
+@pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)
+def test_what_merging_is_given_wrongly_is_an_error_of_ours_and_writes_nothing(tmp_path, changes):
+    one = make_lora(make_qwen2_model(), tmp_path / "one", target_modules=["q_proj"])
+
+    with pytest.raises(AdapterError) as caught:
+        merge_adapters(**{"adapters": [one, one], "out": tmp_path / "out", **changes})
+
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]

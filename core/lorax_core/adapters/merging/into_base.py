@@ -26,6 +26,7 @@ from lorax_core.modeling.heads import CLASSIFICATION
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
+from lorax_core.untrusted import guarded
 from lorax_core.weights.checkpoint import Checkpoint, opened
 from lorax_core.weights.loader import Backbone, stated_task
 from lorax_core.weights.mapping import WeightMap
@@ -45,6 +46,7 @@ class MergedBase:
     notes: tuple[str, ...]
 
 
+@guarded(AdapterError, "the adapter was not merged", hint="merge_into_base(BASE, ADAPTER, OUT)")
 def merge_into_base(
     base: str | Path,
     adapter: str | Path | PeftFiles,

@@ -31,6 +31,7 @@ from lorax_core.adapters.merging.combining import (
 )
 from lorax_core.adapters.merging.output import check_free, new_folder
 from lorax_core.errors import AdapterError
+from lorax_core.untrusted import guarded
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -51,6 +52,7 @@ class MergedAdapter:
     notes: tuple[str, ...]
 
 
+@guarded(AdapterError, "the adapters were not merged", hint="merge_adapters([FOLDER, FOLDER], OUT)")
 def merge_adapters(
     adapters: Sequence[str | Path],
     out: str | Path,
@@ -79,6 +81,8 @@ def merge_adapters(
     """
     # Before the adapters are read, so that a taken folder costs no wait; `new_folder` checks again.
     check_free(Path(out), overwrite)
+    if isinstance(adapters, (str, Path)):
+        raise AdapterError(f"one adapter was given, {str(adapters)!r:.80}", hint="give a list of folders")
     options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
     files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
     with new_folder(out, overwrite=overwrite) as folder:
@@ -98,7 +102,7 @@ def merge_options(
     majority_sign_method: str = "total",
 ) -> MergeOptions:
     """Checked options for so many adapters; raises AdapterError as `merge_adapters` says."""
-    if not adapters:
+    if not isinstance(adapters, Sequence) or not adapters:
         raise AdapterError("there is no adapter to merge", hint="give one or more adapter folders")
     weights = [1.0] * len(adapters) if weights is None else weights
     if len(weights) != len(adapters):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from gemma2 import Gemma2Config
+from gemma2 import Gemma2Config, Gemma2Model, ScaledEmbedding
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
@@ -21,7 +21,15 @@ from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.kernels.elementwise import gated_act
-from lorax_core.modeling import EmbeddingHead, GatedMLP, LanguageModelHead, LastTokenClassificationHead, LayerNorm
+from lorax_core.modeling import (
+    Embedding,
+    EmbeddingHead,
+    GatedMLP,
+    LanguageModelHead,
+    LastTokenClassificationHead,
+    LayerNorm,
+    RMSNorm,
+)
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.site import NoAdapters
 from lorax_core.types import Pooling
@@ -167,6 +175,20 @@ class DropsANormWeight(FlashBertModel):
     def __init__(self, config) -> None:
         super().__init__(config)
         self.embeddings.LayerNorm = WithoutWeight(config.hidden_size, config.layer_norm_eps)
+
+
+class NormalisesRoughly(FlashBertModel):
+    """Computes the norm of its embeddings in the dtype of the rows."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.embeddings.LayerNorm = RoughNorm(config.hidden_size, config.layer_norm_eps)
+
+
+class RoughNorm(LayerNorm):
+    def compute(self, x, weight, bias):
+        x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight + bias
 
 
 class WithoutWeight(LayerNorm):
@@ -412,6 +434,22 @@ class PassesAdaptersBy(GatedMLP):
         return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), Nobody())
 
 
+class NormalisesIn16Bits(FlashQwen2Model):
+    """Computes its norms in the dtype of the rows."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, RMSNorm):
+                    setattr(module, name, RoughRMSNorm(child.in_features, child.eps))
+
+
+class RoughRMSNorm(RMSNorm):
+    def compute(self, x, weight, bias):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
+
+
 class KeepsItsNorm(FlashQwen2Model):
     """Passes adapters by in the last norm."""
 
@@ -472,6 +510,22 @@ class SlidesInOddLayersByDefault(Gemma2Config):
     def normalise(cls, raw):
         types = super().normalise(raw)["layer_types"]
         return super().normalise({**raw, "layer_types": raw.get("layer_types") or [*types[1:], *types[:1]]})
+
+
+class ScalesUnrounded(Gemma2Model):
+    """Scales embeddings by a number of more bits than the model's dtype has."""
+
+    class embedding(ScaledEmbedding):  # noqa: N801
+        def compute(self, x, kernel):
+            return Embedding.compute(self, x, kernel) * self.out_features**0.5
+
+
+class NormalisesIn16Bit(Gemma2Model):
+    """Computes its norms in the dtype of the rows."""
+
+    class norm_class(RMSNorm):  # noqa: N801
+        def compute(self, x, weight, bias):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (1 + weight)
 
 
 class ForgetsWindows(Gemma2Config):

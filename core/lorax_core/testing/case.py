@@ -206,9 +206,9 @@ class Case:
             raise CheckFailed(f"the checkpoint for {task!s} cannot be loaded: {'; '.join(account.problems)}")
         return base
 
-    def load(self, folder: Path) -> LoadedModel:
+    def load(self, folder: Path, dtype: torch.dtype | None = None) -> LoadedModel:
         """Our model of any whole checkpoint of this architecture."""
-        return _mean(load_model(Checkpoint(folder), self.host, dtype=self.dtype, device=self.device))
+        return _mean(load_model(Checkpoint(folder), self.host, dtype=dtype or self.dtype, device=self.device))
 
     def respelt(self, task: Task, config: Mapping[str, Any]) -> LoadedModel:
         """Our model of the task's checkpoint under another `config.json`."""

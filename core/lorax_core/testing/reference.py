@@ -187,13 +187,25 @@ def widened(model: nn.Module) -> nn.Module:
     return wide
 
 
-@torch.inference_mode()
 def expect(model: nn.Module, tokens: Input, *, types: bool) -> Expected:
     """The oracle's answers for one input alone, in the oracle's dtype: no padding, nothing shared with other inputs."""
     # [1, tokens] each: the reference takes batches, ours are packed
     given = {"input_ids": torch.tensor([tokens.ids]), "attention_mask": torch.ones(1, len(tokens), dtype=torch.int64)}
     if types:
         given["token_type_ids"] = torch.tensor([tokens.types])
+    hidden, logits = _observed(model, given, f"on {len(tokens)} tokens")
+    return Expected(hidden[0].double(), None if logits is None else logits[0].double())
+
+
+def expect_rows(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    """The oracle's hidden rows `[ids, hidden]` of inputs of one token each, in the oracle's dtype."""
+    hidden, _ = _observed(model, {"input_ids": torch.tensor(ids)[:, None]}, "on single tokens")
+    return hidden[:, 0].double()
+
+
+@torch.inference_mode()
+def _observed(model: nn.Module, given: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor | None]:
+    """What a batch gives: hidden rows, and logits where the class has a head."""
     base = cast("nn.Module", model.base_model)
     seen: list[Tensor] = []
 
@@ -204,14 +216,39 @@ def expect(model: nn.Module, tokens: Input, *, types: bool) -> Expected:
     hook = base.register_forward_hook(remember)
     wide = next(model.parameters()).dtype is torch.float64
     try:
-        with (
-            blamed(f"{type(model).__name__} on {len(tokens)} tokens"),
-            _Float64(model) if wide else contextlib.nullcontext(),
-        ):
+        with blamed(f"{type(model).__name__} {where}"), _Float64(model) if wide else contextlib.nullcontext():
             logits = getattr(model(**given), "logits", None)
     finally:
         hook.remove()
-    return Expected(seen[-1][0].double(), None if logits is None else logits[0].double())
+    return seen[-1], logits
+
+
+def with_larger_tables(model: nn.Module, factor: float) -> nn.Module:
+    """A copy of an oracle whose embeddings of words are larger."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.get_input_embeddings().weight.mul_(factor)  # type: ignore[operator]
+    return changed
+
+
+def stressed(model: nn.Module) -> nn.Module:
+    """A copy of an oracle whose rows are so large that float16 cannot hold their squares, and whose layers add little to them.
+
+    Both by powers of two, which lose nothing. What is left to lose is what norms lose.
+    """
+    changed = copy.deepcopy(model)
+    tables = {id(module.weight) for module in changed.modules() if isinstance(module, nn.Embedding)}
+    with torch.no_grad():
+        for module in changed.modules():
+            own = dict(module.named_parameters(recurse=False))
+            flat = all(parameter.ndim < 2 for parameter in own.values())  # a norm
+            for parameter in own.values():
+                if id(parameter) not in tables and not flat:
+                    parameter.mul_(2.0**-6)
+        for parameter in changed.parameters():
+            if id(parameter) in tables:
+                parameter.mul_(2.0**11)
+    return changed
 
 
 def loss(rounded: Sequence[Expected], exact: Sequence[Expected]) -> float:

@@ -29,6 +29,7 @@ VARIANTS = {
     "gpt2": {
         # Scores that are not scaled grow with the weights, and with them what rounding does.
         "rough": {"scale_attn_weights": False, "n_layer": 3, "initializer_range": 0.17},
+        "wild": {"initializer_range": 30.0},
         "hopeless": {"scale_attn_weights": False, "n_layer": 6, "initializer_range": 0.4},
     },
     "gemma2": {

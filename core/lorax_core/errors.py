@@ -7,6 +7,7 @@ Everything raised on purpose by lorax-core is a `LoraxError`; anything else that
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -61,6 +62,20 @@ class StepError(LoraxError):
     def __init__(self, message: str, *, results: list[Any], hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.results = results
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value as an error quotes it: `repr`, cut; its type where `repr` fails, as of numbers with thousands of digits."""
+    # Cut on the way: what lists in lists come to, printed, may be more than memory holds.
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 6, limit, limit, limit
+    short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxdict = short.maxdeque = 8
+    try:
+        text = short.repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"
+    # Half of a pair of surrogates would make the message one that cannot be printed.
+    return text[:limit].encode("utf-8", "backslashreplace").decode()
 
 
 def nearest(value: str, options: Iterable[str]) -> str | None:

@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
-from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.errors import RequestError, listed, nearest, shown
+from lorax_core.untrusted import guarded, unusable
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 KVDtype = Literal["auto", "fp8_e4m3"]
@@ -20,7 +21,32 @@ SOURCE_KINDS = ("folder", "hub", "url")
 CACHE_SIZES = ("kv_cache_tokens", "kv_cache_pages", "kv_cache_bytes", "kv_cache_fraction")
 
 
-class EngineOptions(BaseModel):
+class Checked(BaseModel):
+    """What users fill in: any value at all makes one, or a RequestError that names the option and the value."""
+
+    # strict: "5" for a number or True for a number is a mistake. Inputs are hidden, so that a traceback through pydantic's
+    # own error does not show a token either.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+    def __init__(self, **values: Any) -> None:
+        # Whatever else goes wrong with a value, such as a path that cannot say where it leads.
+        name = type(self).__name__
+        hint = f"help(lorax_core.{name}) says what each option takes"
+        with guarded(RequestError, f"{name} cannot be made of these options", hint):
+            for option, value in values.items():
+                problem = unusable([option, value])
+                if problem is not None:
+                    raise RequestError(
+                        f"{shown(option)[1:-1]}: it {problem}", hint="give text that can be encoded as UTF-8"
+                    )
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                # Callers meet one tree of errors, and no pydantic.
+                raise invalid(type(self), error) from error
+
+
+class EngineOptions(Checked):
     """The options of `load`; raises RequestError naming the option, its value and what is valid.
 
     - `checkpoint`: a folder, or a hub id with `revision` and `token`.
@@ -46,42 +72,32 @@ class EngineOptions(BaseModel):
     - `seed`: of requests without one.
     """
 
-    # Inputs are hidden, so that a traceback through pydantic's own error does not show the token either.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
     checkpoint: str
     revision: str | None = None
     token: SecretStr | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
     adapters: dict[str, str] = Field(default_factory=dict)
-    max_adapters: int | None = Field(default=None, ge=1)
-    max_cpu_adapters: int | None = Field(default=None, ge=0)
+    max_adapters: int | None = Field(default=None, ge=1, lt=2**31)
+    max_cpu_adapters: int | None = Field(default=None, ge=0, lt=2**31)
     adapter_sources: tuple[str, ...] = ("folder", "hub")
-    max_fetched_adapters: int = Field(default=64, ge=1)
+    max_fetched_adapters: int = Field(default=64, ge=1, lt=2**31)
     adapter_timeout: float = Field(default=600.0, gt=0, le=86_400)
     pooling: Literal["cls", "mean", "last"] | None = None
     normalize: bool | None = None
-    embedding_dim: int | None = Field(default=None, ge=1)
-    kv_cache_tokens: int | None = Field(default=None, ge=1)
-    kv_cache_pages: int | None = Field(default=None, ge=1)
-    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    embedding_dim: int | None = Field(default=None, ge=1, lt=2**31)
+    kv_cache_tokens: int | None = Field(default=None, ge=1, lt=2**60)
+    kv_cache_pages: int | None = Field(default=None, ge=1, lt=2**60)
+    kv_cache_bytes: int | None = Field(default=None, ge=1, lt=2**60)
     kv_cache_fraction: float | None = Field(default=None, gt=0, le=1)
     kv_dtype: KVDtype = "auto"
-    max_batch_tokens: int = Field(default=2048, ge=1)
-    max_batch_rows: int = Field(default=256, ge=1)
+    max_batch_tokens: int = Field(default=2048, ge=1, lt=2**31)
+    max_batch_rows: int = Field(default=256, ge=1, lt=2**31)
     attention: str | None = None
     linear_methods: dict[str, str] = Field(default_factory=dict)
-    speculate: int = Field(default=0, ge=0)
-    threads: int | None = Field(default=None, ge=1)
-    seed: int = 0
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            # Callers meet one tree of errors, and no pydantic.
-            raise invalid(type(self), error) from error
+    speculate: int = Field(default=0, ge=0, le=1024)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    seed: int = Field(default=0, ge=-(2**63), lt=2**64)
 
     @field_validator("checkpoint", mode="before")
     @classmethod
@@ -158,7 +174,7 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
         option = str(problem["loc"][0]) if problem["loc"] else ""
         depth = len(problem["loc"])
         if problem["type"] == "extra_forbidden":
-            found[option] = (1, f"{kind.__name__} has no option {option!r}")
+            found[option] = (1, f"{kind.__name__} has no option {shown(option)}")
             close = nearest(option, kind.model_fields)
             hint = f"did you mean {close!r}?" if close else f"options are {listed(kind.model_fields, limit=40)}"
         # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
@@ -166,10 +182,11 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
             message = problem["msg"].removeprefix("Value error, ")
             # Of a missing option, or of several that do not agree, pydantic calls all options the input.
             hidden = option in ("", "token") or problem["type"] == "missing"
-            shown = "" if hidden else f" (found {problem['input']!r:.80})"
+            found_value = "" if hidden else f" (found {shown(problem['input'])})"
             inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
-            found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{shown}" if option else message)
+            found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{found_value}" if option else message)
             hint = hint or _nearest_value(problem)
+    hint = hint or f"help(lorax_core.{kind.__name__}) says what each option takes"
     return RequestError("; ".join(line for _, line in found.values()), hint=hint)
 
 

@@ -20,6 +20,7 @@ from lorax_core.errors import LoraxError
 JSON_BYTES: Final = 64 * 2**20
 """The largest JSON file that is read: ten times the largest index and configuration in use."""
 JSON_DEPTH: Final = 100
+JSON_VALUES: Final = 4_000_000
 
 
 def file_in(folder: Path, name: object, kind: type[LoraxError]) -> Path:
@@ -95,7 +96,7 @@ def guarded(kind: type[LoraxError], message: str, hint: str | None = None) -> It
 
 def unusable(value: object) -> str | None:
     """What makes a value unusable that came as JSON ("holds ..."), None when nothing does."""
-    level = [value]
+    level, count = [value], 0
     for _ in range(JSON_DEPTH):
         if not level:
             return None
@@ -108,7 +109,11 @@ def unusable(value: object) -> str | None:
             # Half of a pair: valid JSON, but no text, so nothing can print, encode or hash it.
             elif isinstance(item, str) and not _is_text(item):
                 return f"holds {item!r:.60}, which is not valid Unicode"
+            # In Python one list may stand in another twice, and so on: a few levels down it is there a million times.
+            if len(below) + count > JSON_VALUES:
+                return f"holds more than {JSON_VALUES:,} values"
         level = below
+        count += len(below)
     return f"is nested more than {JSON_DEPTH} levels deep" if level else None
 
 

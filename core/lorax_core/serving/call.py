@@ -7,7 +7,6 @@ adapter is being fetched. Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
@@ -18,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from lorax_core.engine.sequence import Sequence, SequenceUpdate, discard
-from lorax_core.errors import LoraxError, StepError
+from lorax_core.errors import LoraxError, RequestError, StepError, shown
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
 
@@ -122,10 +121,7 @@ class Call:
         A single failure raises its own error; failures among several raise StepError, whose `results` has both. After
         `timeout` seconds raises TimeoutError, and the call goes on. An interruption (KeyboardInterrupt) cancels it.
         """
-        # Every comparison with NaN is false, so the wait would never end.
-        if timeout is not None and math.isnan(timeout):
-            raise ValueError("timeout is not a number of seconds")
-        deadline = None if timeout is None or timeout == math.inf else time.monotonic() + timeout
+        deadline = _deadline(timeout)
         try:
             while not self.done:
                 self._wait_for_update(deadline)
@@ -292,6 +288,19 @@ class Call:
                 hint="the error's .results has every request's result or error, in order",
             ) from failed[0]
         return results
+
+
+def _deadline(timeout: float | None) -> float | None:
+    """When a wait of so many seconds ends, None for never; raises RequestError for what is no number of seconds."""
+    if timeout is None:
+        return None
+    # NaN alone is not itself. Every comparison with it is false, so the wait would never end.
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or timeout != timeout:
+        raise RequestError(
+            f"timeout: a number of seconds, not {shown(timeout)}", hint="wait() without one has no limit"
+        )
+    # Longer than threads can wait for, a century is for ever too.
+    return None if timeout > threading.TIMEOUT_MAX else time.monotonic() + max(timeout, 0)
 
 
 def _completion(answer: _Answer, reason: FinishReason) -> Completion:

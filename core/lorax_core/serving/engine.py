@@ -16,14 +16,14 @@ from typing import Any, Self, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from lorax_core.errors import LoraxError, RequestError
+from lorax_core.errors import LoraxError, RequestError, shown
 from lorax_core.kvcache.sizing import peak_memory
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.call import Call
 from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.loading import EngineParts, assemble_engine
-from lorax_core.serving.prepare import Result
+from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.serving.requests import (
     AdapterChoices,
     ClassifyRequest,
@@ -37,6 +37,7 @@ from lorax_core.serving.requests import (
 )
 from lorax_core.serving.stream import Stream
 from lorax_core.types import Classification, Completion, Embedding
+from lorax_core.untrusted import guarded
 
 TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
 TextInputs = list[str] | list[list[int]] | list[tuple[str, str]] | list[TextInput]
@@ -62,6 +63,11 @@ class Engine:
 
         Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
         """
+        if not isinstance(options, EngineOptions):
+            raise RequestError(
+                f"options: an EngineOptions, not {shown(options)}",
+                hint="lorax_core.load(checkpoint, **options) makes them",
+            )
         return cls(assemble_engine(options, host))
 
     @overload
@@ -115,7 +121,7 @@ class Engine:
 
         When some fail while others finish, raises `StepError` whose `results` has both.
         """
-        return self.submit(requests).wait() if requests else []
+        return self.submit(requests).wait()
 
     def submit(self, requests: SequenceOf[Request]) -> Call:
         """Start answering requests of any mix of tasks and adapters together; gives a `Call` to wait for or await.
@@ -124,31 +130,32 @@ class Engine:
         first (`adapter="org/name"`) is fetched beside the running engine, and the call starts when it is there; what goes wrong
         on the way ends the call with an AdapterError.
         """
-        if isinstance(requests, Request):
-            raise RequestError(f"one {type(requests).__name__} where a list belongs", hint="give [request]")
-        for request in requests:
-            if not isinstance(request, Request):
-                raise RequestError(
-                    f"requests are GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}"
-                )
+        _check_requests(requests)
         call = Call(len(requests), self._worker.abort)
         missing = [() if one.adapter is None else self.adapters.missing(one.adapter) for one in requests]
+        if any(missing):
+            self._worker.submit([])  # a closed engine refuses now, not after a download
+        # Those beside one that must wait are refused now, and not when the others' adapters are there.
+        prepared = [None if names else self._prepare(one) for one, names in zip(requests, missing, strict=True)]
         if not any(missing):
-            call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
+            call.start([one for one in prepared if one is not None], self._worker.submit)
             return call
-        self._worker.submit([])  # a closed engine refuses now, not after a download
-        for request, names in zip(requests, missing, strict=True):
-            if not names:
-                self._preparer.prepare(request)  # refused now, and not when the others' adapters are there
         fetched = self.adapters.fetch(dict.fromkeys(name for names in missing for name in names))
-        fetched.add_done_callback(lambda done: self._start(call, requests, done))
+        fetched.add_done_callback(lambda done: self._start(call, requests, prepared, done))
         return call
 
-    def _start(self, call: Call, requests: SequenceOf[Request], fetched: Future[None]) -> None:
+    def _start(
+        self,
+        call: Call,
+        requests: SequenceOf[Request],
+        prepared: SequenceOf[Prepared | None],
+        fetched: Future[None],
+    ) -> None:
         """Start a call whose adapters were fetched, in the thread that fetched them."""
         try:
             fetched.result()
-            call.start([self._preparer.prepare(request) for request in requests], self._worker.submit)
+            all_prepared = [done or self._prepare(request) for request, done in zip(requests, prepared, strict=True)]
+            call.start(all_prepared, self._worker.submit)
         except LoraxError as error:
             call.fail(error)
         except BaseException as error:  # whoever waits must not wait for ever
@@ -156,9 +163,18 @@ class Engine:
             failure.__cause__ = error
             call.fail(failure)
 
+    def _prepare(self, request: Request) -> Prepared:
+        # A request is checked when it is made; what its lists hold may have been changed since.
+        with guarded(RequestError, "the request cannot be prepared", hint="make a new one for every call"):
+            return self._preparer.prepare(request)
+
     def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
         """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""
-        return self._preparer.count_tokens(prompt)
+        # A request checks it: a pair of texts can only be embedded or classified.
+        checked = (
+            EmbedRequest(input=prompt).input if isinstance(prompt, tuple) else GenerateRequest(prompt=prompt).prompt
+        )
+        return self._preparer.count_tokens(checked)
 
     def info(self) -> EngineInfo:
         """What this engine is made of, and what its last step did."""
@@ -202,4 +218,19 @@ def load(checkpoint: str | Path, *, host: PluginHost | None = None, **options: A
     The options are those of `EngineOptions`; `host` are the plugins to use, instead of those installed.
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
     """
-    return Engine.from_options(EngineOptions(checkpoint=checkpoint, **options), host)
+    return Engine.from_options(EngineOptions(**{"checkpoint": checkpoint, **options}), host)
+
+
+def _check_requests(requests: Any) -> None:
+    """Raises RequestError for what is no list of requests."""
+    hint = "engine.run([GenerateRequest(prompt=...), EmbedRequest(input=...)])"
+    if isinstance(requests, Request):
+        raise RequestError(f"one {type(requests).__name__} where a list belongs", hint="give [request]")
+    if not isinstance(requests, (list, tuple)):
+        raise RequestError(f"requests: a list of them, not {shown(requests)}", hint=hint)
+    for request in requests:
+        if not isinstance(request, Request):
+            raise RequestError(
+                f"requests are GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}",
+                hint=hint,
+            )

@@ -20,7 +20,7 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import RequestError
+from lorax_core.errors import RequestError, shown
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
@@ -64,7 +64,7 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     """
     # First, as loading computes too: it converts and packs weights.
     _set_threads(options.threads)
-    host = host or PluginHost.discover()
+    host = checked_host(host)
     base = _load_base(options, host)
     text = load_text_front(
         base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
@@ -76,6 +76,13 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store))
     store.listener = worker.adapter_came
     return EngineParts(worker, preparer, store, _info(base, chosen, preparer, pool))
+
+
+def checked_host(host: PluginHost | None) -> PluginHost:
+    """The plugins to use, those installed where none are given; raises RequestError for what is no host."""
+    if host is not None and not isinstance(host, PluginHost):
+        raise RequestError(f"host: a PluginHost, not {shown(host)}", hint="leave it out to use the installed plugins")
+    return host if host is not None else PluginHost.discover()
 
 
 def find_device(device: str) -> str:

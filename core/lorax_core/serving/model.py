@@ -10,21 +10,21 @@ from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
 from lorax_core.attention.torch import PAGE_SIZE, TorchBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.step_input import ChunkInput, HeadRead, StepInput
-from lorax_core.errors import CapacityError, CheckpointError, RequestError
+from lorax_core.errors import CapacityError, CheckpointError, RequestError, shown
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.embedding import set_up_embedding
-from lorax_core.serving.loading import choose_dtype, find_device
+from lorax_core.serving.loading import checked_host, choose_dtype, find_device
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
@@ -50,10 +50,17 @@ def load_model(
 
     Raises CheckpointError, PluginError or RequestError, with what to do next.
     """
-    host = host or PluginHost.discover()
-    options = EngineOptions(checkpoint=checkpoint, revision=revision, token=token, dtype=dtype, device=device)
+    given: dict[str, Any] = {"revision": revision, "token": token, "dtype": dtype, "device": device}
+    options = EngineOptions(**{"checkpoint": checkpoint, **given})
+    if not (isinstance(model_class, type) and issubclass(model_class, Model)):
+        raise RequestError(
+            f"model_class: a class of a plugin's modeling.py, not {shown(model_class)}",
+            hint="leave it out to get every head that the checkpoint holds",
+        )
+    host = checked_host(host)
     where = find_device(options.device)
-    files = Checkpoint(find_checkpoint(options.checkpoint, revision=revision, token=token))
+    secret = options.token.get_secret_value() if options.token is not None else None
+    files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=secret))
     # Before the weights are read, which may take minutes.
     _check_class(model_class, files.config["model_type"], host)
     chosen = choose_dtype(options.dtype, files, where)
@@ -104,8 +111,14 @@ def make_batch(model: Model, sequences: Sequence[Sequence[int]]) -> Batch:
 
 
 def _check_sequences(model: Model, sequences: Sequence[Sequence[int]]) -> None:
+    hint = "make_batch(model, [[5, 6, 7], [8, 9]])"
+    if not isinstance(model, Model):
+        raise RequestError(f"make_batch takes a model of load_model, not {shown(model)}", hint=hint)
+    plain = isinstance(sequences, (list, tuple)) and all(isinstance(ids, (list, tuple, range)) for ids in sequences)
+    if not plain or not all(isinstance(token, int) for ids in sequences for token in ids):
+        raise RequestError(f"make_batch takes sequences of token ids, not {shown(sequences)}", hint=hint)
     if not sequences or not all(sequences):
-        raise RequestError("make_batch needs at least one sequence, and each needs at least one token id")
+        raise RequestError("make_batch needs at least one sequence, and each needs at least one token id", hint=hint)
     # An id or position outside its table would read out of bounds: on a GPU that ends the whole process's context.
     longest = max(len(ids) for ids in sequences)
     if longest > model.max_tokens:

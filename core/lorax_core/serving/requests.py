@@ -1,38 +1,44 @@
 """The requests that users make.
 
-Decides which options exist and which values they take: the only place where user input is validated. Knows nothing of the
-model, so a limit of the model is checked where the request becomes a sequence.
+Decides which options exist, which values they take and how large they may be: the only place where user input is validated.
+Knows nothing of the model, so a limit of the model is checked where the request becomes a sequence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from lorax_core.errors import RequestError
-from lorax_core.options import invalid
+from lorax_core.errors import RequestError, shown
+from lorax_core.options import Checked
+
+PROMPT_LENGTH: Final = 16 * 2**20
+"""Characters of the longest prompt or conversation, about four times the tokens of the longest contexts."""
+MESSAGES: Final = 10_000
+STOP_STRINGS: Final = 128
+STOP_LENGTH: Final = 4_096
+"""Characters of all stop strings together: each new piece of text is compared with all of them."""
+TOKEN_OPTIONS: Final = 4_096
+"""Entries of `logit_bias` and `stop_token_ids`, which every step looks at."""
+CHOICES: Final = 10_000
+CONSTRAINT_LENGTH: Final = 256 * 1024
+"""Characters of a regular expression, or of all choices together."""
+NAME_LENGTH: Final = 4_096
+SUMMANDS: Final = 64
+"""Adapters of one weighted sum."""
 
 TextPrompt = str | list[int] | list[dict[str, Any]]
 TextInput = str | list[int] | tuple[str, str]
 Truncate = Literal["error", "start", "end"]
-AdapterChoice = str | dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None
+_Name = Annotated[str, Field(max_length=NAME_LENGTH)]
+_Weight = Annotated[float, Field(allow_inf_nan=False)]
+AdapterChoice = _Name | Annotated[dict[_Name, _Weight], Field(max_length=SUMMANDS)] | None
 """An adapter's name, or several names with weights for their weighted sum. None is the base."""
 
 
-class _Request(BaseModel):
-    # strict: "5" for max_tokens or True for top_k is a mistake and no number. Floats relax it below, for an int is fine there.
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise invalid(type(self), error) from error
-
-
-class GenerateRequest(_Request):
+class GenerateRequest(Checked):
     """Continue a prompt: a string, token ids (taken as they are), or chat messages.
 
     - `max_tokens` None runs to the limit of model and cache; nothing ends the completion before `min_tokens`.
@@ -51,25 +57,28 @@ class GenerateRequest(_Request):
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
+    # strict=False: an int is a float too.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
-    top_k: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
     min_p: float = Field(default=0.0, ge=0.0, le=1.0, strict=False)
     typical_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
     repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, strict=False)
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, strict=False)
     frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, strict=False)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0, strict=False)]] = Field(default_factory=dict)
-    seed: int | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0, strict=False)]] = Field(
+        default_factory=dict, max_length=TOKEN_OPTIONS
+    )
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     n: int = Field(default=1, ge=1, le=128)
     stop: str | list[str] = Field(default_factory=list)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=TOKEN_OPTIONS)
     ignore_eos: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=100)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=100)
     json_schema: dict[str, Any] | str | None = None
-    regex: str | None = None
-    choice: list[str] | None = Field(default=None, min_length=1)
+    regex: str | None = Field(default=None, max_length=CONSTRAINT_LENGTH)
+    choice: list[str] | None = Field(default=None, min_length=1, max_length=CHOICES)
     priority: int = Field(default=0, ge=-100, le=100)
 
     @field_validator("stop")
@@ -79,7 +88,22 @@ class GenerateRequest(_Request):
         strings = [value] if isinstance(value, str) else value
         if any(not string for string in strings):
             raise ValueError("a stop string must not be empty")
+        if len(strings) > STOP_STRINGS or sum(map(len, strings)) > STOP_LENGTH:
+            raise ValueError(f"at most {STOP_STRINGS} stop strings, of {STOP_LENGTH:,} characters together")
         return strings
+
+    @field_validator("choice")
+    @classmethod
+    def _short_choices(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and sum(map(len, value)) > CONSTRAINT_LENGTH:
+            raise ValueError(f"at most {CONSTRAINT_LENGTH:,} characters in all choices together")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _plain_prompt(cls, value: TextPrompt) -> TextPrompt:
+        _check_length(value)
+        return value
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -90,7 +114,7 @@ class GenerateRequest(_Request):
         return self
 
 
-class EmbedRequest(_Request):
+class EmbedRequest(Checked):
     """One vector for a string, a pair of strings, or token ids (taken as they are).
 
     `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
@@ -100,8 +124,14 @@ class EmbedRequest(_Request):
     adapter: AdapterChoice = None
     truncate: Truncate = "error"
 
+    @field_validator("input")
+    @classmethod
+    def _plain_input(cls, value: TextInput) -> TextInput:
+        _check_length(value)
+        return value
 
-class ClassifyRequest(_Request):
+
+class ClassifyRequest(Checked):
     """Labels for a string, a pair of strings, or token ids: of each token or of the whole, as the checkpoint was trained.
 
     `truncate` as in `EmbedRequest`.
@@ -110,6 +140,32 @@ class ClassifyRequest(_Request):
     input: TextInput
     adapter: AdapterChoice = None
     truncate: Truncate = "error"
+
+    @field_validator("input")
+    @classmethod
+    def _plain_input(cls, value: TextInput) -> TextInput:
+        _check_length(value)
+        return value
+
+
+def _check_length(value: Any) -> None:
+    """Refuse a prompt that is too long, and chat messages that hold what JSON does not."""
+    if isinstance(value, list) and len(value) > MESSAGES and isinstance(value[0], dict):
+        raise ValueError(f"at most {MESSAGES:,} chat messages")
+    length, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, (dict, list, tuple)):
+            # Token ids were checked to be such, and may be many.
+            if not (isinstance(item, list) and item and type(item[0]) is int and item is value):
+                left += [*item, *item.values()] if isinstance(item, dict) else item
+            length += len(item)
+        elif isinstance(item, str):
+            length += len(item)
+        elif item is not None and not isinstance(item, (bool, int, float)):
+            raise ValueError(f"chat messages are made of text, numbers, lists and dicts, and not of {shown(item, 60)}")
+        if length > PROMPT_LENGTH:
+            raise ValueError(f"at most {PROMPT_LENGTH:,} characters")
 
 
 Request = GenerateRequest | EmbedRequest | ClassifyRequest
@@ -126,10 +182,19 @@ def make_requests(
     """
     single = is_single(prompts)
     items = [prompts] if single else list(prompts)
-    names = [adapter] * len(items) if adapter is None or isinstance(adapter, (str, Mapping)) else list(adapter)
+    if adapter is None or isinstance(adapter, (str, Mapping)):
+        names: list[Any] = [adapter] * len(items)
+    elif isinstance(adapter, (list, tuple)):
+        names = list(adapter)
+    else:
+        raise RequestError(
+            f"adapter: a name, a dict of names with weights, or a list of those, not {shown(adapter)}",
+            hint="engine.adapters.list() gives the names",
+        )
     if len(names) != len(items):
         raise RequestError(
-            f"{len(names)} adapters were named for {len(items)} prompts; name one for each, or one for all"
+            f"{len(names)} adapters were named for {len(items)} prompts; name one for each, or one for all",
+            hint="None in the list stands for the base",
         )
     return [kind(**{field: item, "adapter": name, **options}) for item, name in zip(items, names, strict=True)], single
 
@@ -142,6 +207,7 @@ def is_single(prompts: Any) -> bool:
     if not isinstance(prompts, list):
         raise RequestError(
             f"a prompt is a string, token ids, chat messages or a pair of strings, and a list of those is a batch; "
-            f"this is {type(prompts).__name__}: {prompts!r:.60}"
+            f"this is {type(prompts).__name__}: {shown(prompts, 60)}",
+            hint="engine.generate('text'), or engine.generate(['text', 'another'])",
         )
     return bool(prompts) and all(isinstance(item, (int, dict)) for item in prompts)

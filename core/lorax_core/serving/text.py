@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorax_core.errors import RequestError
+from lorax_core.errors import RequestError, shown
 from lorax_core.serving.tokenizer import load_tokenizer
 from lorax_core.types import Task
 from lorax_core.untrusted import guarded
@@ -77,7 +77,7 @@ class TextFront:
         tokenizer = self._require("text")
         # No cleaning up of spaces: it changes text that was generated already, and stop strings and streams need prefixes
         # to stay what they were.
-        with guarded(RequestError, f"the tokenizer cannot read the ids {ids!r:.60}", "give ids of this tokenizer"):
+        with guarded(RequestError, f"the tokenizer cannot read the ids {shown(ids, 60)}", "give ids of this tokenizer"):
             text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
@@ -121,7 +121,7 @@ class TextFront:
         parts = text if isinstance(text, tuple) else (text,)
         fast = bool(getattr(tokenizer, "is_fast", False))
         # A file's regular expressions may give up on a text; the library panics then.
-        with guarded(RequestError, f"the tokenizer cannot read {text!r:.60}", "give other text, or token ids"):
+        with guarded(RequestError, f"the tokenizer cannot read {shown(text, 60)}", "give other text, or token ids"):
             # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
             made = tokenizer(
                 *parts,
@@ -143,7 +143,7 @@ class TextFront:
         if not getattr(tokenizer, "chat_template", None):
             raise RequestError("this checkpoint has no chat template", hint="give the prompt as one string")
         with guarded(
-            RequestError, f"the chat template refused {messages!r:.120}", hint="give the prompt as one string"
+            RequestError, f"the chat template refused {shown(messages, 120)}", hint="give the prompt as one string"
         ):
             if self._template is None:
                 # Late: most checkpoints have no template, and jinja is no small import.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 # `config.py` that needs `ModelConfig` alone should not pay for every layer.
 _HOMES = {
     "Attention": "attention",
+    "AttentionOptions": "blocks",
     "Batch": "batch",
     "Block": "blocks",
     "Decoder": "decoder",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from lorax_core.modeling.batch import Batch as Batch
     from lorax_core.modeling.batch import HeadRows as HeadRows
     from lorax_core.modeling.blocks import MLP as MLP
+    from lorax_core.modeling.blocks import AttentionOptions as AttentionOptions
     from lorax_core.modeling.blocks import Block as Block
     from lorax_core.modeling.blocks import GatedMLP as GatedMLP
     from lorax_core.modeling.blocks import RotaryAttention as RotaryAttention

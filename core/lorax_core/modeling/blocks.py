@@ -6,7 +6,7 @@ named as in transformers' Llama; an architecture with other names renames them i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 
 from torch import Tensor, nn
 
@@ -24,6 +24,17 @@ class Block(nn.Module):
     if TYPE_CHECKING:
 
         def __call__(self, x: Tensor, batch: Batch) -> Tensor: ...
+
+
+class AttentionOptions(TypedDict, total=False):
+    """What a subclass of `SelfAttention` passes on: its options by name, with their defaults there."""
+
+    causal: Required[bool]
+    bias: bool
+    out_bias: bool | None
+    scale: float | None
+    window: int | None
+    soft_cap: float | None
 
 
 class SelfAttention(Block):
@@ -70,7 +81,10 @@ class SelfAttention(Block):
 
 
 class RotaryAttention(SelfAttention):
-    """Self-attention whose queries and keys are rotated by their position. Layers may share one `rotary`."""
+    """Self-attention whose queries and keys are rotated by their position. Layers may share one `rotary`.
+
+    The options are those of `SelfAttention`.
+    """
 
     def __init__(
         self,
@@ -80,25 +94,9 @@ class RotaryAttention(SelfAttention):
         head_dim: int | None = None,
         *,
         rotary: RotaryEmbedding,
-        causal: bool,
-        bias: bool = True,
-        out_bias: bool | None = None,
-        scale: float | None = None,
-        window: int | None = None,
-        soft_cap: float | None = None,
+        **options: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__(
-            hidden,
-            heads,
-            kv_heads,
-            head_dim,
-            causal=causal,
-            bias=bias,
-            out_bias=out_bias,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-        )
+        super().__init__(hidden, heads, kv_heads, head_dim, **options)
         dim = self.qkv_proj.head_dim
         if rotary.rotary_dim > dim:
             raise ValueError(f"{rotary.rotary_dim} rotary dimensions do not fit a head of {dim}")

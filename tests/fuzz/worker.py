@@ -1,6 +1,6 @@
 """One worker: a process of limited memory that runs the cases it is told of, one by one.
 
-Speaks lines of JSON. In: `[campaign, seed, case]`. Out: `{"phase": ...}` when a phase begins, `{"verdict": ...}` at the end.
+Speaks lines of JSON. In: `[campaign, seed, case, plant]`. Out: `{"phase": ...}` as phases begin, `{"verdict": ...}` at the end.
 After a case that left an engine broken it ends itself, and is replaced.
 """
 
@@ -35,9 +35,6 @@ def main(root: Path, scratch: Path, deadline: float) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from fuzz.planted import plant
-
-    plant(os.environ.get("LORAX_FUZZ_PLANT", ""))
     from transformers.utils import logging
 
     from fuzz.house import House
@@ -53,10 +50,10 @@ def main(root: Path, scratch: Path, deadline: float) -> None:
 
     tell({"ready": True})
     for line in orders:
-        campaign, seed, case = json.loads(line)
+        campaign, seed, case, plant = json.loads(line)
         dumped.seek(0)
         dumped.truncate()
-        broken = _run(house, campaign, seed, case, tell, lambda: _watch(dumped, deadline))
+        broken = _run(house, campaign, seed, case, plant, tell, lambda: _watch(dumped, deadline))
         faulthandler.cancel_dump_traceback_later()
         if broken:
             os._exit(3)
@@ -69,10 +66,11 @@ def _watch(file: IO[str], deadline: float) -> None:
 
 
 def _run(
-    house: House, campaign: str, seed: int, case: int, tell: Callable[..., None], watch: Callable[[], None]
+    house: House, campaign: str, seed: int, case: int, plant: str, tell: Callable[..., None], watch: Callable[[], None]
 ) -> bool:
     from fuzz.campaigns import make
     from fuzz.judge import Outcome, judge, timed
+    from fuzz.planted import planted
     from fuzz.verdicts import Finding, Kind
 
     tell({"phase": "make"})
@@ -85,9 +83,10 @@ def _run(
             "changes": [change.encode("utf-8", "backslashreplace").decode()[:300] for change in attempt.changes],
         }
     )
-    outcome, seconds = timed(lambda: judge(attempt, lambda phase: tell({"phase": phase})))
-    tell({"phase": "ours"})
-    failed = house.probe_failed(attempt.engines)
+    with planted(plant):
+        outcome, seconds = timed(lambda: judge(attempt, lambda phase: tell({"phase": phase})))
+        tell({"phase": "ours"})
+        failed = house.probe_failed(attempt.engines)
     if failed:
         outcome = Outcome(
             Kind.FINDING, Finding.BROKEN, outcome.error, outcome.where, f"{failed}; the case itself: {outcome.detail}"

@@ -19,7 +19,6 @@ from fuzz.judge import Answer, Attempt, CannotJudge
 from fuzz.mutations import change_header, change_json_file, change_tensor_values, dump_json, nested, odd_value
 from fuzz.verdicts import Finding
 
-CODE = "import pathlib\npathlib.Path(__file__).with_name('ran').write_text('')\nclass Evil: pass\n"
 ACTIVATIONS = ["gelu", "gelu_new", "relu", "silu", "swish", "quick_gelu", "tanh", "gelu_fast", "gelu_pytorch_tanh",
     "GELU", "nope", 5, None]  # fmt: skip
 ROPES: list[Any] = [
@@ -85,6 +84,35 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "auto_map": [{"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}],
     "tokenizer_class": ["Qwen2Tokenizer", "Evil", "PreTrainedTokenizerFast", 5],
 }  # fmt: skip
+# Changes that leave a configuration right for its tensors, and the answer another one.
+_ACTS = ["gelu", "gelu_new", "relu", "silu", "quick_gelu", "gelu_fast"]
+_ENCODER = {"layer_norm_eps": [0.1, 1e-3, 2.0], "hidden_act": _ACTS, "num_attention_heads": [1, 2, 8]}
+_CLASSES = {"id2label": LABELS[:3], "problem_type": PLAUSIBLE["problem_type"][:4]}
+_QWEN2 = {
+    "rms_norm_eps": [0.1, 1e-3],
+    "hidden_act": _ACTS,
+    "rope_theta": [500.0, 1e6],
+    "rope_parameters": ROPES[:13],
+    "rope_scaling": ROPES[:13],
+    "use_sliding_window": [True],
+    "sliding_window": [4, 8],
+    "max_window_layers": [0, 1],
+    "is_causal": [False, True],
+    "layer_types": [["sliding_attention", "full_attention"], ["full_attention"] * 2],
+    "pad_token_id": [0, 5, None],
+}
+RIGHT: dict[str, dict[str, list[Any]]] = {
+    "bert": _ENCODER, "bert-tokens": {**_ENCODER, **_CLASSES}, "bert-texts": {**_ENCODER, **_CLASSES},
+        "roberta": {**_ENCODER, "pad_token_id": [0, 1, 5]},
+    "distilbert": {"activation": ["gelu", "relu"], "n_heads": [1, 2, 8], "sinusoidal_pos_embds": [True, False]},
+        "qwen2": _QWEN2, "qwen2-texts": {**_QWEN2, **_CLASSES},
+    "gpt2": {"layer_norm_epsilon": [0.1, 1e-3], "activation_function": _ACTS, "n_head": [1, 2, 8],
+        "scale_attn_weights": [False, True], "scale_attn_by_inverse_layer_idx": [True],
+        "reorder_and_upcast_attn": [True], "is_causal": [False, True]},
+    "neox": {"layer_norm_eps": [0.1, 1e-3], "hidden_act": _ACTS, "rope_parameters": [*ROPES[:13],
+        {"rope_type": "default", "partial_rotary_factor": 0.5}], "use_parallel_residual": [False, True],
+        "num_attention_heads": [2, 8], "rotary_pct": [0.5, 1.0]},
+}  # fmt: skip
 HARMLESS: dict[str, list[Any]] = {
     "use_cache": [True, False], "initializer_range": [0.5], "transformers_version": ["4.0.0", "99.0"],
         "_name_or_path": ["x/y"],
@@ -93,6 +121,11 @@ HARMLESS: dict[str, list[Any]] = {
     "gradient_checkpointing": [False], "unsloth_version": ["2025.1"],
         "task_specific_params": [{"text": {"a": 1}}], "finetuning_task": ["x"],
 }  # fmt: skip
+
+
+def put_code(folder: Path) -> None:
+    """A module in the folder that leaves a mark there when it is run, wherever transformers copies it to."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
 
 
 def ran_code(folder: Path) -> tuple[Finding, str] | None:
@@ -108,12 +141,14 @@ def config(house: House, random: Random) -> Attempt:
     same = random.random() < 0.12
     if same:
         changes = _harmless(file, random)
-    elif random.random() < 0.6:
+    elif random.random() < 0.3:
+        changes = _set(file, random, RIGHT[name], random.choice([1, 2, 3]))
+    elif random.random() < 0.55:
         changes = _plausible(file, random)
     else:
         changes = change_json_file(file, random, random.choice([1, 1, 2, 4]))
     if any("auto_map" in change for change in changes):
-        (folder / "evil.py").write_text(CODE)
+        put_code(folder)
     options: dict[str, Any] = {} if random.random() < 0.85 else {"kv_cache_tokens": None}
     return of_checkpoint(house, name, folder, [f"base {name}", *changes], same=same, **options)
 
@@ -153,6 +188,13 @@ def _harmless(file: Path, random: Random) -> list[str]:
     random.shuffle(keys)
     file.write_text(json.dumps({key: found[key] for key in keys}, indent=random.choice([None, 2])))
     return ["config.json: keys that inference does not read, in another order"]
+
+
+def _set(file: Path, random: Random, values: dict[str, list[Any]], count: int) -> list[str]:
+    found = json.loads(file.read_text())
+    chosen = {key: random.choice(values[key]) for key in random.sample(sorted(values), min(count, len(values)))}
+    file.write_text(dump_json({**found, **chosen}))
+    return [f"config.json: {key} = {value!r:.80}" for key, value in chosen.items()]
 
 
 def _plausible(file: Path, random: Random) -> list[str]:

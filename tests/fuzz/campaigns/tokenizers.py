@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fuzz.campaigns.checkpoints import CODE, ran_code
+from fuzz.campaigns.checkpoints import put_code, ran_code
 from fuzz.house import PROBE, House
 from fuzz.judge import Answer, Attempt
 from fuzz.mutations import change_json_file, change_tensor_values
@@ -98,7 +98,7 @@ def tokenizer(house: House, random: Random) -> Attempt:
 
 def _foreign_tokenizer(folder: Path, random: Random) -> str:
     """A tokenizer that is code of the checkpoint, behind a model type that transformers may not know."""
-    (folder / "evil.py").write_text(CODE)
+    put_code(folder)
     file = folder / "tokenizer_config.json"
     with contextlib.suppress(Exception):
         found = json.loads(file.read_text())

@@ -44,7 +44,7 @@ class Plant:
 PLANTS = {
     "deep-json": Plant(
         "lorax_core.untrusted:read_json", "ValueError, RecursionError)", "ZeroDivisionError)", "config",
-            Finding.BARE, quick=True
+            Finding.BARE
     ),
     "outside": Plant(
         "lorax_core.untrusted:file_in", '".." in relative.parts', "False", "index", Finding.ACCEPTED, within=60, quick=True
@@ -62,7 +62,7 @@ PLANTS = {
     "sizes": Plant("lorax_core.weights.checkpoint:Checkpoint._refuse_quantised",
         'quantisation = self.config.get("quantization_config")',
         "n = max((n for n in self.config.values() if type(n) is int), default=0); bytearray(2**10 * min(abs(n), 2 * 10**6)); "
-        'quantisation = self.config.get("quantization_config")', "config", Finding.MEMORY, quick=True),
+        'quantisation = self.config.get("quantization_config")', "config", Finding.MEMORY),
     "abort": Plant("lorax_core.adapters.formats.peft:read_tensors", "tensor = tensors.get_tensor(name)",
         'tensor = tensors.get_tensor(name); tensor.ndim or __import__("os").abort()', "adapter", Finding.DIED),
     "code": Plant("lorax_core.serving.tokenizer:load_tokenizer", "trust_remote_code=False",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from odd_values import ODD, values
 from hypothesis import example, given, settings
+from odd_values import ODD, values
 from rigs import within
 
 import lorax_core as lorax

@@ -85,6 +85,11 @@ PLUGIN_FILES = [
     "pyproject.toml",
 ]
 PLUGIN_TEST_FILES = ["conftest.py", "test_conformance.py", "test_quirks.py"]
+# What makes a hint superfluous: the message itself says what would be right.
+STATES_VALID = re.compile(
+    r"\bsupported (is|are)\b|\bneeded\b|\bit supports\b|\bat (most|least)\b|; (give|name) |\bone of\b"
+    r"|\b(a prompt is|requests are)\b"
+)
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:(?:home|root|Users|work|farm|mnt|opt)/|tmp/[w]\b)[\w./-]*")
 
 
@@ -360,6 +365,39 @@ def own_init_imports(source: Source) -> list[str]:
     ]
 
 
+def error_classes(all_sources: Iterable[Source]) -> set[str]:
+    """The names of LoraxError and of all that is derived from it."""
+    classes = [node for source in all_sources for node in source.tree.body if isinstance(node, ast.ClassDef)]
+    found, before = {"LoraxError"}, 0
+    while len(found) > before:
+        before = len(found)
+        found |= {node.name for node in classes if found & {ast.unparse(base) for base in node.bases}}
+    return found
+
+
+def hintless(source: Source) -> list[str]:
+    """Errors of ours that are made without `hint=`, though their message does not state what is valid.
+
+    `raise kind(...)` counts, where `kind` is a class that was passed; `raise invalid(...)` does not, which is a function that
+    makes the error, and is looked into by itself.
+    """
+    raised = {id(node.exc) for node in ast.walk(source.tree) if isinstance(node, ast.Raise)}
+    offences = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call) or any(keyword.arg is None for keyword in node.keywords):
+            continue
+        name = ast.unparse(node.func).split(".")[-1]
+        makes = name in ERRORS or (id(node) in raised and name in ("kind", "error"))
+        message = node.args[:1] if makes else node.args[1:2]  # guarded(kind, message, hint)
+        hints = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "hint"]
+        hints += [ast.unparse(hint) for hint in node.args[2:3]] if name == "guarded" else []
+        # One that is None in some cases is no hint in those.
+        hinted = any(not hint.endswith("None") for hint in hints)
+        if (makes or name == "guarded") and not hinted and not STATES_VALID.search("".join(map(ast.unparse, message))):
+            offences.append(f"{source.name}:{node.lineno}: {ast.unparse(node):.120} has no hint")
+    return offences
+
+
 def machine_paths(source: Source) -> list[str]:
     """Absolute paths of somebody's machine."""
     lines = enumerate(source.text.splitlines(), start=1)
@@ -468,6 +506,9 @@ PUBLIC = {
 }
 
 
+ERRORS = error_classes(CORE)
+
+
 def all_offences(rule, checked: Iterable[Source]) -> str:
     return "\n".join(offence for source in checked for offence in rule(source))
 
@@ -558,6 +599,11 @@ def test_an_import_that_goes_down_is_admitted(path, text):
             core_source("modeling/blocks.py", "import importlib\nimportlib.import_module('lorax_core.engine.loop')"),
         ),
         (environment_reads, core_source("engine/engine.py", "import os\nos.getenv(f'LORAX_{name}')")),
+        (hintless, core_source("engine/engine.py", "raise errors.RequestError(f'{n} is wrong')")),
+        (hintless, core_source("engine/engine.py", "failed = Incompatible('it is too old')")),
+        (hintless, core_source("engine/engine.py", "with guarded(AdapterError, f'{file} is not read'): pass")),
+        (hintless, core_source("engine/engine.py", "raise RequestError('no', hint=f'{near}?' if near else None)")),
+        (hintless, core_source("untrusted.py", "def f(kind: type[LoraxError]):\n    raise kind('it is wrong')")),
         (machine_paths, Source(".", "README.md", "see " + "/".join(["", "home", "ada", "notes"]))),
         (machine_paths, Source(".", "README.md", "see " + "/".join(["", "tmp", "w"]))),
     ],
@@ -698,6 +744,26 @@ def test_core_knows_no_model_type_by_name():
 def test_only_settings_reads_the_environment():
     assert not all_offences(environment_reads, [*CORE, *PLUGINS])
     assert not all_offences(environment_names, [*CORE, *PLUGINS])
+
+
+def test_every_error_says_what_to_do_next():
+    assert {"LoraxError", "RequestError", "StepError", "Incompatible", "OutputError"} <= ERRORS
+    assert not all_offences(hintless, [*CORE, *PLUGINS, *STRANGERS])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "raise RequestError('no', hint='give another')",
+        "raise RequestError('no', **about)",
+        "raise RequestError(f'{n} heads; supported are 1 to {most}')",
+        "with guarded(AdapterError, f'{file} cannot be read', again): pass",
+        "raise ValueError('no')",
+        "raise invalid(error)",
+    ],
+)
+def test_an_error_that_says_what_to_do_next_is_admitted(text):
+    assert hintless(core_source("engine/engine.py", text)) == []
 
 
 def test_no_module_imports_from_the_init_of_its_own_package():

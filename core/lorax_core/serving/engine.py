@@ -159,7 +159,10 @@ class Engine:
         except LoraxError as error:
             call.fail(error)
         except BaseException as error:  # whoever waits must not wait for ever
-            failure = LoraxError(f"the call could not start: {type(error).__name__}: {error}")
+            failure = LoraxError(
+                f"the call could not start: {type(error).__name__}: {error}",
+                hint="ask again; if it fails again, report it with the traceback of its cause",
+            )
             failure.__cause__ = error
             call.fail(failure)
 

@@ -150,7 +150,10 @@ def _attention_and_cache(
     )
     if not model.needs_kv_cache:
         if size.given or options.kv_dtype != "auto":
-            raise RequestError("a size or dtype of the KV cache was given, but a bidirectional model has no KV cache")
+            raise RequestError(
+                "a size or dtype of the KV cache was given, but a bidirectional model has no KV cache",
+                hint="leave the kv_ options out",
+            )
         return chosen, None
     # The pool is one tensor, so every layer must have the kv_heads and head_dim of the first.
     layers, spec = model.attention_layers, model.attention_specs[0]

@@ -126,7 +126,7 @@ def _check_sequences(model: Model, sequences: Sequence[Sequence[int]]) -> None:
     vocab = model.config.vocab_size
     outside = next((token for ids in sequences for token in ids if not 0 <= token < vocab), None)
     if outside is not None:
-        raise RequestError(f"token id {outside} is outside the vocabulary of {vocab}")
+        raise RequestError(f"token id {outside} is outside the vocabulary of {vocab}", hint=f"ids are 0 to {vocab - 1}")
 
 
 def _chunk(model: Model, at: int, ids: Sequence[int], pages: range) -> ChunkInput:

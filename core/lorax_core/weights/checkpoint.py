@@ -50,7 +50,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with guarded(CheckpointError, f"'{self.path}' cannot be read as a checkpoint"):
+        with guarded(CheckpointError, f"'{self.path}' cannot be read as a checkpoint", "download or copy it again"):
             self.config: dict[str, Any] = read_config(self.path)
             # Before the weights are looked at: their int8 or packed tensors would fail later with an error about shapes.
             self._refuse_quantised()

@@ -193,7 +193,10 @@ def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) 
             # The default would be a buffer left on `meta`, which fails at the first step only, with torch's own message.
             reset = getattr(module, "reset_buffers", None)
             if reset is None:
-                raise PluginError(f"{type(module).__name__} has buffers but no reset_buffers(device) to make them")
+                raise PluginError(
+                    f"{type(module).__name__} has buffers but no reset_buffers(device) to make them",
+                    hint="give the module that method; it makes its buffers anew on the device",
+                )
             with told_of_configuration(checkpoint):
                 reset(model.device)
 

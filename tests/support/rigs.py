@@ -237,18 +237,20 @@ def finish(loop: EngineLoop, *sequences: Sequence, steps: int = 10_000) -> list[
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """The result of a call that must not hang; a limit far from anything measured."""
-    outcome: list[T | BaseException] = []
+    # Apart, as an exception may also be the result.
+    results: list[T] = []
+    errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append(call())
+            results.append(call())
         except BaseException as error:
-            outcome.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
     assert not thread.is_alive(), f"still waiting after {seconds} s"
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+    if errors:
+        raise errors[0]
+    return results[0]

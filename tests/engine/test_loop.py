@@ -95,7 +95,7 @@ def test_drafting_writes_the_same(base, sampling):
     loop = make_loop(base)
 
     assert finish(loop, sequence) == [written(base, prompt, 40, sampling=sampling)]
-    assert loop.steps == 1 + 39 - sequence.accepted_drafts
+    assert loop.totals.steps == 1 + 39 - sequence.accepted_drafts
 
 
 def test_text_is_that_of_the_tokens(base):

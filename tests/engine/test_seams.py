@@ -406,7 +406,7 @@ def test_a_step_tells_its_numbers(base):
     assert (stats.prompt_tokens, stats.decode_tokens, stats.draft_tokens, stats.rows) == (10, 1, 0, 2)
     assert (stats.running, stats.waiting, stats.pages_used, stats.pages) == (2, 0, 2, 8)
     assert stats.seconds > 0
-    assert loop.steps == 2
+    assert loop.totals.steps == 2
 
 
 # --- one transfer ---

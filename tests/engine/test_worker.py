@@ -80,7 +80,7 @@ def test_requests_handed_in_together_share_their_first_step(make_worker):
 
     answered(worker, *sequences)
 
-    assert loop.steps == 3
+    assert loop.totals.steps == 3
 
 
 def test_a_request_that_is_cancelled_hears_no_more_and_its_pages_are_free_before_the_next_step(base, make_worker):
@@ -98,7 +98,7 @@ def test_a_request_that_is_cancelled_hears_no_more_and_its_pages_are_free_before
 
     assert len(greedy.sink.updates) == 1
     # One step for the token of the one that left; the other then found the cache empty.
-    assert loop.steps == 1 + 20
+    assert loop.totals.steps == 1 + 20
     assert waiting.output == written(base, [9] * 40, 20)
 
 

@@ -453,12 +453,12 @@ def test_a_closed_engine_fetches_nothing_any_more(qwen2, gated):
 
 def test_an_engine_says_what_its_last_step_did(qwen2):
     with lorax.load(qwen2, kv_cache_tokens=256) as engine:
-        assert (engine.info().steps, engine.info().last_step) == (0, None)
+        assert (engine.info().totals.steps, engine.info().last_step) == (0, None)
 
         engine.generate([5, 6, 7], max_tokens=3, ignore_eos=True)
 
         info = engine.info()
-        assert info.steps == 3
+        assert info.totals.steps == 3
         assert (info.last_step.decode_tokens, info.last_step.rows, info.last_step.pages) == (1, 1, 16)
 
 

@@ -224,3 +224,44 @@ def test_a_bad_request_is_refused_before_the_stream_begins(engine):
         engine.stream(["fine", ""], max_tokens=3)
     with pytest.raises(lorax.AdapterError):
         engine.stream(["fine", "fine"], adapter=[None, "nobody"], max_tokens=3)
+
+
+def test_two_threads_that_wait_for_one_stream_are_told_apart(endless):
+    stream = endless.stream([5], ignore_eos=True, max_tokens=3000)
+    outcomes = []
+
+    def consume():
+        try:
+            outcomes.append([event.text for event in stream])
+        except lorax.RequestError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=consume, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+
+    assert not any(thread.is_alive() for thread in threads)
+    refused = [one for one in outcomes if isinstance(one, lorax.RequestError)]
+    assert len(outcomes) == 4
+    assert all("waits for the next event" in one.message and one.hint for one in refused)
+    assert len(refused) < 4
+    stream.close()
+
+
+def test_a_second_task_that_waits_for_a_stream_is_refused_and_the_first_goes_on(engine):
+    async def both():
+        stream = engine.stream([5], max_tokens=6, ignore_eos=True)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)  # the first waits, or has its event already
+        second = asyncio.create_task(anext(stream))
+        found = await asyncio.gather(first, second, return_exceptions=True)
+        return found, [event async for event in stream]
+
+    for _ in range(20):
+        (first, second), rest = asyncio.run(asyncio.wait_for(both(), LIMIT))
+
+        assert first.index == 0
+        assert isinstance(second, lorax.Event | lorax.RequestError)
+        assert len(rest[-1].completion.token_ids) == 6

@@ -7,7 +7,7 @@ from builders import CHAT_TEMPLATE, make_byte_tokenizer, make_letter_tokenizer, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax_core.errors import CheckpointError, RequestError
+from lorax_core.errors import CheckpointError, RequestError, shown
 from lorax_core.serving.text import Encoded, TextFront, cut, load_text_front
 from lorax_core.types import Pooling, Task
 from lorax_core.weights.checkpoint import Checkpoint
@@ -67,7 +67,7 @@ def test_messages_that_the_template_refuses_are_quoted(messages):
         TextFront(make_byte_tokenizer(CHAT_TEMPLATE)).encode(messages, Task.GENERATE)
 
     assert "the chat template refused" in caught.value.message
-    assert repr(messages)[:60] in caught.value.message
+    assert shown(messages, 120) in caught.value.message
 
 
 def test_messages_without_a_template_are_refused_with_the_way_out():

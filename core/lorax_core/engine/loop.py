@@ -18,7 +18,7 @@ from lorax_core.engine.runner import Answer, Runner
 from lorax_core.engine.sampler import SampledToken
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
-from lorax_core.engine.stats import StepStats
+from lorax_core.engine.stats import StepStats, Totals
 from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopText
 from lorax_core.errors import CapacityError, LoraxError, StepError
@@ -30,13 +30,13 @@ _log = logging.getLogger(__name__)
 class EngineLoop:
     """Living sequences and the steps that move them on.
 
-    A sequence's `sink` receives its updates. With no `decoder` completions have token ids and no text. `steps` counts the
-    steps so far and `last_step` has the numbers of the last one.
+    A sequence's `sink` receives its updates. With no `decoder` completions have token ids and no text. `totals` has the
+    numbers of the steps so far, and `last_step` those of the last one.
     """
 
     def __init__(self, scheduler: Scheduler, runner: Runner, decoder: TextDecoder | None = None) -> None:
         self.scheduler = scheduler
-        self.steps = 0
+        self.totals = Totals()
         self.last_step: StepStats | None = None
         self._runner = runner
         self._decoder = decoder
@@ -98,8 +98,8 @@ class EngineLoop:
                 update = _broken(error)
             if update is not None:
                 self._emit(chunk.sequence, update)
-        self.steps += 1
         self.last_step = self._stats(plan, time.perf_counter() - started)
+        self.totals = self.totals.after(self.last_step)
         return True
 
     def _run(self, plan: StepPlan) -> dict[int, Answer | SequenceUpdate]:
@@ -198,6 +198,10 @@ class EngineLoop:
 
     def _emit(self, sequence: Sequence, update: SequenceUpdate) -> None:
         if update.last:
+            failed = update.error is not None
+            self.totals = replace(
+                self.totals, finished=self.totals.finished + (not failed), failed=self.totals.failed + failed
+            )
             self._leave(sequence)
         try:
             sequence.sink(update)

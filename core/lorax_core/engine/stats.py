@@ -1,11 +1,11 @@
-"""What a step did, in numbers.
+"""What steps did, in numbers.
 
-Decides which numbers are kept of a step, for metrics and `engine.info()`. Knows nothing of who reads them.
+Decides which numbers are kept of a step and of all of them, for metrics and `engine.info()`. Knows nothing of who reads them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +26,31 @@ class StepStats:
     pages_used: int
     pages: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """All steps since the engine was loaded.
+
+    Tokens by kind and `seconds` as in `StepStats`, summed up. `finished` and `failed` count answers, of which a request has
+    `n`; those that were cancelled are in neither.
+    """
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+    draft_tokens: int = 0
+    finished: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+    def after(self, step: StepStats) -> Totals:
+        """With one more step."""
+        return replace(
+            self,
+            steps=self.steps + 1,
+            prompt_tokens=self.prompt_tokens + step.prompt_tokens,
+            decode_tokens=self.decode_tokens + step.decode_tokens,
+            draft_tokens=self.draft_tokens + step.draft_tokens,
+            seconds=self.seconds + step.seconds,
+        )

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from lorax_core.engine.process import OwnProcess
 from lorax_core.engine.sequence import Sequence, SequenceUpdate, discard
 from lorax_core.errors import LoraxError, RequestError, StepError, shown
 from lorax_core.serving.prepare import Prepared, Result
@@ -58,6 +59,7 @@ class Call:
         # Reentrant: `cancel` and `done` take all updates while they hold it.
         self._taking = threading.RLock()  # one thread at a time turns updates into results
         self._cancelled = False
+        self._process = OwnProcess()
 
     # --- from the engine ---
 
@@ -109,8 +111,14 @@ class Call:
     # --- for callers ---
 
     @property
+    def here(self) -> bool:
+        """Whether this is the process that made the call, and no forked child of it."""
+        return self._process.here
+
+    @property
     def done(self) -> bool:
         """Whether every request has its result or error."""
+        self._process.check()
         with self._taking:
             self._take_all()
             return self._open == 0
@@ -138,6 +146,7 @@ class Call:
 
     def cancel(self) -> None:
         """Take out what has not finished; pages are free before the engine's next step. Idempotent, no-op once it is done."""
+        self._process.check()
         with self._taking:
             self._take_all()
             with self._changed:
@@ -202,6 +211,7 @@ class Call:
 
     def _next(self) -> tuple[Event | None, bool]:
         """An event that has already arrived (if any), and whether the stream has ended."""
+        self._process.check()
         with self._taking:
             while (found := self._pop()) is not None:
                 event = self._take(*found)

@@ -16,6 +16,8 @@ from typing import Any, Self, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from lorax_core.adapters.residency.store import AdapterStore
+from lorax_core.engine.process import OwnProcess
 from lorax_core.errors import LoraxError, RequestError, shown
 from lorax_core.kvcache.sizing import peak_memory
 from lorax_core.options import EngineOptions
@@ -46,16 +48,19 @@ TextInputs = list[str] | list[list[int]] | list[tuple[str, str]] | list[TextInpu
 class Engine:
     """A loaded model that answers requests, made by `load`. Safe to call from any thread; also a context manager.
 
+    It belongs to the process that loaded it: in a forked child every call raises RequestError. Dropped without `close()`, it
+    ends its thread by itself.
+
     Errors are of the `LoraxError` tree: a request that cannot be answered is refused before any work, and the engine goes
     on serving.
     """
 
     def __init__(self, parts: EngineParts) -> None:
+        self._process = OwnProcess()
         self._worker = parts.worker
         self._preparer = parts.preparer
         self._info = parts.info
-        # Public: users load, list and drop adapters of a running engine there.
-        self.adapters = parts.adapters
+        self._adapters = parts.adapters
 
     @classmethod
     def from_options(cls, options: EngineOptions, host: PluginHost | None = None) -> Engine:
@@ -69,6 +74,12 @@ class Engine:
                 hint="lorax_core.load(checkpoint, **options) makes them",
             )
         return cls(assemble_engine(options, host))
+
+    @property
+    def adapters(self) -> AdapterStore:
+        """Where adapters of the running engine are loaded, listed and dropped."""
+        self._process.check()
+        return self._adapters
 
     @overload
     def generate(self, prompt: TextPrompt, *, adapter: AdapterChoices = ..., **options: Any) -> Completion: ...
@@ -130,6 +141,7 @@ class Engine:
         first (`adapter="org/name"`) is fetched beside the running engine, and the call starts when it is there; what goes wrong
         on the way ends the call with an AdapterError.
         """
+        self._process.check()
         _check_requests(requests)
         call = Call(len(requests), self._worker.abort)
         missing = [() if one.adapter is None else self.adapters.missing(one.adapter) for one in requests]
@@ -180,10 +192,10 @@ class Engine:
         return self._preparer.count_tokens(checked)
 
     def info(self) -> EngineInfo:
-        """What this engine is made of, and what its last step did."""
+        """What this engine is made of, and what its steps did."""
         return replace(
             self._info,
-            steps=self._worker.steps,
+            totals=self._worker.totals,
             last_step=self._worker.last_step,
             lora_kernel=self.adapters.bound.kernel.verdict,
         )
@@ -204,7 +216,7 @@ class Engine:
         """Stop the engine; requests still running end with an error. Idempotent."""
         # The worker first: its steps use adapters until it has stopped.
         self._worker.close()
-        self.adapters.close()
+        self._adapters.close()
 
     def __enter__(self) -> Self:
         return self

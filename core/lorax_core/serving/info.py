@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lorax_core.engine.stats import StepStats
+from lorax_core.engine.stats import StepStats, Totals
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class EngineInfo:
     `max_tokens` is the longest sequence, `max_text_tokens` the longest input to embed or classify (tokenizers and sentence
     files may allow less than the model), `kv_cache_tokens` what all sequences share. `step_bytes`, known after `warmup`: what
     the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
-    `steps` counts the steps so far, and `last_step` has the numbers of the last one. `linear_methods` counts the layers that
+    `totals` has the numbers of all steps so far, and `last_step` those of the last one. `linear_methods` counts the layers that
     each linear method computes, `linear_notes` say why others were passed over, and `lora_kernel` is the kernel of low-rank
     products with the reason for it.
     """
@@ -37,5 +37,5 @@ class EngineInfo:
     linear_notes: tuple[str, ...] = ()
     lora_kernel: tuple[str, str] | None = None
     step_bytes: int | None = None
-    steps: int = 0
+    totals: Totals = field(default_factory=Totals)
     last_step: StepStats | None = None

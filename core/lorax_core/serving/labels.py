@@ -40,8 +40,8 @@ def token_labels(
     # Labels of another scheme (part-of-speech tags, say) make no entities: None, and not an empty list.
     if offsets is not None and any(label.startswith(("B-", "I-")) for label in labels):
         parts = source if isinstance(source, tuple) else (source,)
-        texts = [str(parts[encoded.second[at]]) if encoded.second else str(parts[0]) for at in kept]
-        entities = _entities(names, found, offsets, texts)
+        second = [encoded.second[at] if encoded.second else False for at in kept]
+        entities = _entities(names, found, offsets, second, [str(part) for part in parts])
     return Classification(
         labels=names,
         scores=found,
@@ -53,8 +53,13 @@ def token_labels(
     )
 
 
-def _entities(names: list[str], scores: list[float], offsets: list[tuple[int, int]], texts: list[str]) -> list[Entity]:
-    """Runs of one kind: a B- begins one, an I- goes on with its own kind or begins one, anything else ends it."""
+def _entities(
+    names: list[str], scores: list[float], offsets: list[tuple[int, int]], second: list[bool], texts: list[str]
+) -> list[Entity]:
+    """Runs of one kind: a B- begins one, an I- goes on with its own kind or begins one, anything else ends it.
+
+    `texts` are the strings, of which tokens marked `second` are in the second.
+    """
     entities: list[Entity] = []
     run: list[int] = []
 
@@ -62,13 +67,13 @@ def _entities(names: list[str], scores: list[float], offsets: list[tuple[int, in
         if run:
             start, end = offsets[run[0]][0], offsets[run[-1]][1]
             score = sum(scores[at] for at in run) / len(run)
-            entities.append(Entity(names[run[0]][2:], score, texts[run[0]][start:end], start, end))
+            entities.append(Entity(names[run[0]][2:], score, texts[second[run[0]]][start:end], start, end))
             run.clear()
 
     for at, name in enumerate(names):
         inside = name.startswith(("B-", "I-"))
-        # Identity of strings: an entity must not run from the first of a pair into the second.
-        goes_on = bool(run) and name == f"I-{names[run[0]][2:]}" and texts[at] is texts[run[0]]
+        # An entity must not run from the first of a pair into the second.
+        goes_on = bool(run) and name == f"I-{names[run[0]][2:]}" and second[at] == second[run[0]]
         if not goes_on:
             close()
         if inside:

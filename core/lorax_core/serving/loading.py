@@ -6,6 +6,7 @@ large the cache. The parts themselves know nothing of each other's files.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
-from lorax_core.errors import RequestError, shown
+from lorax_core.errors import CheckpointError, RequestError, shown
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
@@ -34,10 +35,12 @@ from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
 from lorax_core.settings import Settings
+from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
@@ -175,7 +178,8 @@ def _preparer(
     model = base.model
     # Page 0 is scratch and never belongs to a sequence.
     limits = Limits(model.max_tokens, (pool.pages - 1) * pool.page_size if pool is not None else None)
-    eos_ids = _eos_ids(base.checkpoint, text)
+    generating = Task.GENERATE in model.tasks
+    eos_ids = _eos_ids(base.checkpoint, text, model.config.vocab_size) if generating else frozenset()
     grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
     return Preparer(model, text, store, limits, eos_ids, options.seed, base.default_task, grammars, options.speculate)
 
@@ -240,15 +244,35 @@ def _set_threads(threads: int | None) -> None:
         _threads = threads
 
 
-def _eos_ids(files: Checkpoint, text: TextFront) -> frozenset[int]:
-    """Token ids that end a completion: the generation configuration's, else the model's, else the tokenizer's."""
+def _eos_ids(files: Checkpoint, text: TextFront, vocab: int) -> frozenset[int]:
+    """Token ids that end a completion: the generation configuration's, else the model's, else the tokenizer's.
+
+    Raises CheckpointError for what is no id. One beyond the vocabulary, as a cut vocabulary leaves behind, can never come.
+    """
     generation = files.json("generation_config.json")
+    if isinstance(generation, list):
+        raise CheckpointError(
+            f"'{files.path / 'generation_config.json'}' holds a list where a JSON object belongs",
+            hint="download or copy it again",
+        )
     # Instruct models such as Qwen2's list several ends in the generation configuration, and one of them in config.json.
-    for found in (
-        generation.get("eos_token_id") if isinstance(generation, dict) else None,
-        files.config.get("eos_token_id"),
-        text.eos_token_id,
+    for where, found in (
+        ("generation_config.json", (generation or {}).get("eos_token_id")),
+        ("config.json", files.config.get("eos_token_id")),
+        ("tokenizer_config.json", text.eos_token_id),
     ):
-        if found is not None:
-            return frozenset(found if isinstance(found, list) else [found])
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or one < 0]
+        if wrong:
+            # A negative one would forbid another token where answers have a least length.
+            raise CheckpointError(
+                f"'{files.path / where}' has {shown(found)} for eos_token_id, and {shown(wrong[0])} is no token id",
+                hint=f"ids are 0 to {vocab - 1}; remove the key where no token ends a text",
+            )
+        beyond = [one for one in ids if one >= vocab]
+        if beyond:
+            _log.warning("%s names the end token %d, beyond the vocabulary of %d", files.path / where, beyond[0], vocab)
+        return frozenset(ids) - frozenset(beyond)
     return frozenset()

@@ -1,27 +1,34 @@
 """The events of a call, one by one.
 
-Decides that leaving a stream early cancels what it has not finished. Knows nothing of how updates become events.
+Decides that leaving a stream early cancels what it has not finished, and that one consumer at a time waits for an event. Knows
+nothing of how updates become events.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
+from lorax_core.errors import RequestError
 from lorax_core.serving.call import Call
 from lorax_core.types import Event
 
 
 class Stream:
     """Events of a call as they happen: iterate with `for` or `async for`. `close()`, dropping it, or cancelling the task that
-    iterates it cancels the rest, also where that task is cancelled between two events.
+    iterates it cancels the rest, also where that task is cancelled between two events. Another thread or task may go on with
+    it; one that asks while the first still waits gets a RequestError.
     """
 
     def __init__(self, call: Call) -> None:
         self._call = call
         self._closed = False
+        self._waiting = threading.Lock()  # held while somebody waits for an event
         self._task: weakref.ref[asyncio.Task[object]] | None = None  # the task that last asked for an event
 
     def __iter__(self) -> Self:
@@ -30,11 +37,12 @@ class Stream:
     def __next__(self) -> Event:
         event = None
         if not self._closed:
-            try:
-                event = self._call.next_event()
-            except BaseException:  # an error of the call, or an interruption: nothing follows
-                self.close()
-                raise
+            with self._one_consumer():
+                try:
+                    event = self._call.next_event()
+                except BaseException:  # an error of the call, or an interruption: nothing follows
+                    self._close_here()
+                    raise
         if event is None:
             # Ended by itself: set here so that close() does not cancel a finished call.
             self._closed = True
@@ -47,12 +55,13 @@ class Stream:
     async def __anext__(self) -> Event:
         event = None
         if not self._closed:
-            self._follow_task()
-            try:
-                event = await self._call.next_event_async()
-            except BaseException:  # the task was cancelled, or an error of the call
-                self.close()
-                raise
+            with self._one_consumer():
+                self._follow_task()
+                try:
+                    event = await self._call.next_event_async()
+                except BaseException:  # the task was cancelled, or an error of the call
+                    self._close_here()
+                    raise
         if event is None:
             self._closed = True
             raise StopAsyncIteration
@@ -63,6 +72,24 @@ class Stream:
         if not self._closed:
             self._closed = True
             self._call.cancel()
+
+    @contextmanager
+    def _one_consumer(self) -> Iterator[None]:
+        # Of two that wait, either would get some of the events, and one of them none of the rest.
+        if not self._waiting.acquire(blocking=False):
+            raise RequestError(
+                "another thread or task waits for the next event of this stream",
+                hint="give each consumer its own engine.stream(...), or hand events on from one of them",
+            )
+        try:
+            yield
+        finally:
+            self._waiting.release()
+
+    def _close_here(self) -> None:
+        """Close, where that is possible: a forked child may not, and must be able to end."""
+        if self._call.here:
+            self.close()
 
     def _follow_task(self) -> None:
         """Close the stream when the current task ends by cancellation, unless another task has taken it over."""
@@ -90,4 +117,4 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self._close_here()

@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 from builders import make_lora, make_qwen2, make_qwen2_model
+from fakes import make_backend_spec, with_backends
 from fsspec.implementations.memory import MemoryFileSystem
 from rigs import make_sequence, within
 
@@ -355,6 +356,19 @@ def test_what_needs_no_fetch_is_refused_at_once(engine, gated):
     assert not Gated.asked.is_set()
 
 
+def test_requests_beside_one_whose_adapter_is_fetched_are_prepared_once_and_draw_one_seed(qwen2, gated):
+    Gated.gate.set()
+    drawn = {"prompt": [5, 6], "max_tokens": 12, "temperature": 3.0, "ignore_eos": True}
+    with lorax.load(qwen2, kv_cache_tokens=512, adapter_sources=["gated://bucket/"]) as engine:
+        fetching = [lorax.GenerateRequest(**drawn), lorax.EmbedRequest(input=[5], adapter=gated)]
+        found = [engine.submit(fetching).wait(LIMIT)[0], engine.generate(**drawn)]
+    with lorax.load(qwen2, kv_cache_tokens=512) as engine:
+        expected = [engine.generate(**drawn), engine.generate(**drawn)]
+
+    assert Gated.listings > 0
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
 def test_a_request_that_turns_out_wrong_after_the_fetch_ends_its_call(engine, gated):
     call = engine.submit([lorax.GenerateRequest(prompt=[5] * 5000, adapter=gated)])
 
@@ -460,6 +474,35 @@ def test_an_engine_says_what_its_last_step_did(qwen2):
         info = engine.info()
         assert info.totals.steps == 3
         assert (info.last_step.decode_tokens, info.last_step.rows, info.last_step.pages) == (1, 1, 16)
+
+
+def test_an_engine_says_what_all_of_its_steps_did(qwen2):
+    with lorax.load(qwen2, kv_cache_tokens=256) as engine:
+        engine.run(
+            [
+                lorax.GenerateRequest(prompt=[5, 6, 7], max_tokens=3, n=2, ignore_eos=True),
+                lorax.EmbedRequest(input=[5, 8]),
+            ]
+        )
+        cancelled = engine.submit([lorax.GenerateRequest(prompt=[9], max_tokens=200, ignore_eos=True)])
+        cancelled.cancel()
+
+        totals = engine.info().totals
+
+        assert (totals.prompt_tokens, totals.draft_tokens) >= (5, 0)
+        assert (totals.finished, totals.failed) == (3, 0)
+        assert totals.decode_tokens >= 4
+        assert totals.steps >= 3
+        assert totals.seconds > 0
+
+
+def test_answers_that_failed_are_counted_as_such(qwen2, host):
+    plugins = with_backends(host, make_backend_spec("stumbling", "StumblingBackend"))
+    with lorax.load(qwen2, kv_cache_tokens=256, attention="stumbling", host=plugins) as engine:
+        with pytest.raises(lorax.StepError):
+            engine.run([lorax.EmbedRequest(input=[5]), lorax.EmbedRequest(input=[13])])
+
+        assert (engine.info().totals.finished, engine.info().totals.failed) == (1, 1)
 
 
 def test_a_process_ends_well_while_a_step_is_running(qwen2):

@@ -217,3 +217,52 @@ def test_an_option_names_the_linear_method_of_layers(qwen2):
     with pytest.raises(lorax.RequestError, match="there is no linear method 'plane'") as caught:
         lorax.load(qwen2, linear_methods={"layers.*": "plane"})
     assert caught.value.hint == "did you mean 'plain'?"
+
+
+WRONG_ENDS = [-1, [256, -1], True, 1.5, "256", [[256]], {"id": 256}, [None], 256.0]
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", WRONG_ENDS, ids=str)
+def test_an_end_token_that_is_none_is_refused_with_its_file_and_value(tmp_path, file, value):
+    folder = make_qwen2(tmp_path)
+    (folder / "generation_config.json").write_text("{}")
+    change_json(folder / file, eos_token_id=value)
+
+    with pytest.raises(lorax.CheckpointError) as caught:
+        lorax.load(folder, kv_cache_tokens=64).close()
+
+    assert "eos_token_id" in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_generation_configuration_that_is_a_list_is_refused(tmp_path):
+    folder = make_qwen2(tmp_path)
+    (folder / "generation_config.json").write_text("[256]")
+
+    with pytest.raises(lorax.CheckpointError, match="holds a list"):
+        lorax.load(folder, kv_cache_tokens=64).close()
+
+
+def test_end_tokens_beyond_the_vocabulary_end_nothing_and_forbid_nothing(tmp_path, caplog):
+    plain, beyond = make_qwen2(tmp_path / "plain"), make_qwen2(tmp_path / "beyond")
+    (plain / "generation_config.json").write_text('{"eos_token_id": [256]}')
+    (beyond / "generation_config.json").write_text('{"eos_token_id": [256, 320, 151645]}')
+
+    found = []
+    for folder in (plain, beyond):
+        with lorax.load(folder, kv_cache_tokens=256) as engine:
+            options = {"max_tokens": 40, "min_tokens": 20, "temperature": 5.0, "seed": 3}
+            found.append(engine.generate([5, 6], **options).token_ids)
+            assert engine.generate([5], choice=["yes", "no"], max_tokens=9).text in ("yes", "no")
+
+    assert found[0] == found[1]
+    assert "320, beyond the vocabulary of 320" in caplog.text
+
+
+def test_an_encoder_has_no_use_for_end_tokens(tmp_path):
+    folder = make_bert(tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": -1}')
+
+    with lorax.load(folder) as engine:
+        assert engine.embed("ab").shape == (64,)

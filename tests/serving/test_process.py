@@ -84,7 +84,11 @@ def test_a_forked_child_is_told_that_it_has_no_engine_and_ends(qwen2, tmp_path):
     adapter = make_lora(make_qwen2_model(), tmp_path)
 
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(qwen2), str(adapter)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", CHILD, str(qwen2), str(adapter)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
     lines = done.stdout.splitlines()

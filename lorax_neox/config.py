@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from lorax_core.modeling import ModelConfig, Rope, read_rope
 
@@ -21,6 +21,7 @@ class GPTNeoXConfig(ModelConfig):
     layer_norm_eps: float = 1e-5
     max_position_embeddings: PositiveInt
     rope: Rope
+    head_dim: int | None = None
     use_parallel_residual: bool = True
     attention_bias: bool = True
 
@@ -32,6 +33,16 @@ class GPTNeoXConfig(ModelConfig):
         # Outside `rope_parameters` transformers reads the old names alone.
         old = {"rope_theta": raw.get("rotary_emb_base"), "partial_rotary_factor": raw.get("rotary_pct")}
         return {**config, "rope": read_rope({**config, **old}, partial=0.25)}
+
+    @model_validator(mode="after")
+    def _heads_have_no_size_of_their_own(self) -> Self:
+        # transformers turns heads by it, and attends with heads of the usual size.
+        usual = self.hidden_size // self.num_attention_heads
+        if self.head_dim and self.head_dim != usual:
+            raise ValueError(
+                f"head_dim {self.head_dim}: a head of GPT-NeoX is hidden_size / num_attention_heads, {usual}"
+            )
+        return self
 
     @property
     def max_tokens(self) -> int:

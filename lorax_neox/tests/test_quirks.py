@@ -130,6 +130,8 @@ def test_rotary_parameters_are_read_in_their_old_names(old, tmp_path):
         ({"rotary_pct": 1.5}, "rope.partial_rotary_factor.*1.5"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope.type.*'longrope'"),
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' needs factor"),
+        ({"head_dim": 16}, "head_dim 16: a head of GPT-NeoX is"),
+        ({"head_dim": 20.5}, "head_dim: .*20.5"),
         ({"num_attention_heads": 7}, "hidden_size 60 is not a multiple of num_attention_heads 7"),
     ],
 )

@@ -163,7 +163,9 @@ def our_answer(engine: lorax.Engine, adapter: Any = None, texts: list[list[int]]
 
 
 @torch.inference_mode()
-def their_answer(model: Any, answer: Answer, texts: list[list[int]] | None = None) -> dict[str, Any]:
+def their_answer(
+    model: Any, answer: Answer, texts: list[list[int]] | None = None, types: list[int] | None = None
+) -> dict[str, Any]:
     """What the oracle says of the same, along the tokens of `answer`: its own choice may differ by the last bit."""
     found: dict[str, Any] = {}
     for at, ids in enumerate(TEXTS if texts is None else texts):
@@ -179,15 +181,19 @@ def their_answer(model: Any, answer: Answer, texts: list[list[int]] | None = Non
             found[f"greedy {at}"] = [0.0 if one < 1e-3 * max(1.0, abs(best[0])) else one for one in behind]
         if f"vector {at}" in answer:
             base = model.base_model
-            rows = base(torch.tensor([ids])).last_hidden_state[0].float()
+            rows = base(torch.tensor([ids]), **_typed(types)).last_hidden_state[0].float()
             found[f"vector {at}"] = rows.mean(0).tolist()
         if f"labels {at}" in answer:
-            found[f"labels {at}"], found[f"scores {at}"] = _classes(model, ids)
+            found[f"labels {at}"], found[f"scores {at}"] = _classes(model, ids, types)
     return found
 
 
-def _classes(model: Any, ids: list[int]) -> tuple[list[str], list[float]]:
-    logits = model(torch.tensor([ids])).logits[0].float()
+def _typed(types: list[int] | None) -> dict[str, torch.Tensor]:
+    return {} if types is None else {"token_type_ids": torch.tensor([types])}
+
+
+def _classes(model: Any, ids: list[int], types: list[int] | None) -> tuple[list[str], list[float]]:
+    logits = model(torch.tensor([ids]), **_typed(types)).logits[0].float()
     names = [model.config.id2label[index] for index in sorted(model.config.id2label)]
     if logits.ndim == 2:  # of tokens
         scores, best = logits.softmax(-1).max(-1)

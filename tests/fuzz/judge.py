@@ -119,16 +119,17 @@ def _refused(attempt: Attempt, error: BaseException) -> Outcome:
         return Outcome(Kind.FINDING, Finding.WRONG, detail=str(error))
     where = raised_in(error.__traceback__)
     # Of a batch whose requests fail one by one, each error counts.
-    inner = [one for one in error.results if isinstance(one, BaseException)] if isinstance(error, StepError) else []
+    results = error.results if isinstance(error, StepError) else []
+    inner = [one for one in results if isinstance(one, BaseException)]
     for one in inner or [error]:
         if not isinstance(one, LoraxError):
             return Outcome(
                 Kind.FINDING, Finding.BARE, type(one).__name__, raised_in(one.__traceback__) or where, f"{one}"
             )
-        if "Error: " in one.message and one.message.startswith("the call could not start"):
-            return Outcome(
-                Kind.FINDING, Finding.BARE, type(one.__cause__).__name__, raised_in(one.__traceback__), f"{one}"
-            )
+        broken = _accident(one)
+        if broken is not None:
+            where = raised_in(broken.__traceback__) or where
+            return Outcome(Kind.FINDING, Finding.BARE, type(broken).__name__, where, f"{one}")
     text = str(error)
     try:
         text.encode()
@@ -147,6 +148,11 @@ def _refused(attempt: Attempt, error: BaseException) -> Outcome:
                 Kind.FINDING, Finding.NO_HINT, type(one).__name__, raised_in(one.__traceback__) or where, f"{one}"
             )
     return Outcome(Kind.REFUSED, error=name, where=where, detail=text)
+
+
+def _accident(error: LoraxError) -> BaseException | None:
+    """The exception that broke a step or the start of a call: wrapped in an error of ours, which nobody meant."""
+    return error.__cause__ if error.message.startswith(("the step failed", "the call could not start")) else None
 
 
 def _compared(attempt: Attempt, answer: Answer, enter: Callable[[str], None]) -> Outcome:

@@ -220,7 +220,8 @@ def source(house: House, random: Random) -> Attempt:
     """Where an adapter is said to come from: by `adapters.load`, and by a request that names it."""
     place = random.choice(SOURCES)
     if isinstance(place, str) and random.random() < 0.3:
-        at = random.randrange(len(place) + 1)
+        # Not within the credentials, which would then be none.
+        at = random.choice([at for at in range(len(place) + 1) if SECRET not in place or at <= place.find("//") + 1])
         place = place[:at] + random.choice(["/", ":", "::", "..", "%2e", " ", "é", "?", "#", "@"]) + place[at:]
     way = random.choice(["load", "request", "request"])
 

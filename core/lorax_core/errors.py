@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 LOAD_AGAIN: Final = "load an engine again: lorax_core.load(...)"
@@ -92,3 +92,19 @@ def listed(options: Iterable[str], limit: int = 8) -> str:
         return "none"
     shown = ", ".join(quoted[:limit])
     return shown if len(quoted) <= limit else f"{shown} (and {len(quoted) - limit} more)"
+
+
+def plain(error: BaseException) -> str:
+    """What an error says; of pydantic's, the sentences that the authors of validators wrote, without its own around them."""
+    # By name: pydantic is not needed to raise an error, and this module is imported first.
+    if type(error).__name__ != "ValidationError" or not isinstance(error, ValueError):
+        return str(error)
+    items: list[dict[str, Any]] = getattr(error, "errors")()  # noqa: B009  # by name, too
+    return "; ".join(": ".join(filter(None, (".".join(map(str, item["loc"])), sentence(item)))) for item in items)
+
+
+def sentence(item: Mapping[str, Any]) -> str:
+    """What was wrong with one field, of an item of pydantic's `ValidationError.errors()`."""
+    # "Value error, " and "Assertion failed, " stand in front of what a validator raised.
+    raised = item.get("ctx", {}).get("error") if item["type"] in ("value_error", "assertion_error") else None
+    return str(raised if raised is not None else item["msg"])

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
-from lorax_core.errors import LoraxError
+from lorax_core.errors import LoraxError, plain
 
 JSON_BYTES: Final = 64 * 2**20
 """The largest JSON file that is read: ten times the largest index and configuration in use."""
@@ -91,7 +91,7 @@ def guarded(kind: type[LoraxError], message: str, hint: str | None = None) -> It
         # A panic of a library in Rust is no Exception, and pyo3 exports no class of it to catch.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{message}: {type(error).__name__}: {str(error)[:500]}", hint=hint) from error
+        raise kind(f"{message}: {type(error).__name__}: {plain(error)[:500]}", hint=hint) from error
 
 
 def unusable(value: object) -> str | None:

@@ -27,7 +27,9 @@ def lorax(strangers, tmp_path: Path) -> Callable[..., subprocess.CompletedProces
     def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
         outside = {name: value for name, value in os.environ.items() if not name.startswith("LORAX_")}
         command = [sys.executable, "-W", "error", "-m", "lorax_core.cli.main", *arguments]
-        env = {**outside, "PYTHONPATH": str(strangers.folder), **environ}
+        # Before what this process imports from, which may be another tree than the installed one.
+        path = os.pathsep.join(filter(None, (str(strangers.folder), os.environ.get("PYTHONPATH"))))
+        env = {**outside, "PYTHONPATH": path, **environ}
         return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
 
     return run

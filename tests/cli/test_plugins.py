@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from lorax_core.plugins import ArchitectureSpec
 
 SLOW = """
@@ -17,14 +19,28 @@ def lorax_architectures():
         model_type="slow",
         summary="Imports torch to say its name.",
         api=1,
-        config="lorax_slow.config:SlowConfig",
-        backbone="lorax_slow.modeling:SlowModel",
+        config="lorax_bert.config:BertConfig",
+        backbone="lorax_bert.modeling:FlashBertModel",
         tasks=(Task.EMBED,),
         hf_architectures={},
         default_task=Task.EMBED,
         causal=False,
-        cases="lorax_slow.cases:SLOW",
+        cases="lorax_bert.cases:BERT",
     )
+"""
+SOUND = {
+    "config": "lorax_bert.config:BertConfig",
+    "backbone": "lorax_bert.modeling:FlashBertModel",
+    "cases": "lorax_bert.cases:BERT",
+}
+"""Classes that are there."""
+BACKEND = """
+from lorax_core.plugins import BackendSpec, hookimpl
+
+@hookimpl
+def lorax_attention_backends():
+    backend = "lorax_core.attention.torch:TorchBackendd"
+    yield BackendSpec(name="fast", summary="Fast.", backend=backend, device_types=("cpu",))
 """
 
 
@@ -67,8 +83,8 @@ def test_the_json_of_a_plugin_has_its_declarations(main):
 
 def test_doctor_survives_what_would_end_its_own_process(lorax, strangers):
     strangers.install("lorax-crash", "import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos._exit(7)")
-    strangers.install("lorax-one", model_type="contested")
-    strangers.install("lorax-two", model_type="contested")
+    strangers.install("lorax-one", model_type="contested", **SOUND)
+    strangers.install("lorax-two", model_type="contested", **SOUND)
 
     done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="crash,one,two,lorax-misspelt", LORAX_STRICT="1")
 
@@ -79,6 +95,48 @@ def test_doctor_survives_what_would_end_its_own_process(lorax, strangers):
     assert said["lorax-misspelt"]["cause"] == "LORAX_PLUGINS names 'lorax-misspelt', which is not installed"
     assert said["lorax-bert"]["status"] == "blocked"
     assert said["lorax-core"]["status"] == "ready"
+
+
+@pytest.mark.parametrize(
+    ("field", "path", "told"),
+    [
+        ("config", "lorax_bert.config:BertConfiguration", "module lorax_bert.config has no class 'BertConfiguration'"),
+        ("backbone", "lorax_bert.modeling:FlashBerdModel", "module lorax_bert.modeling has no class 'FlashBerdModel'"),
+        ("backbone", "lorax_stranger.modeling:Model", "importing lorax_stranger.modeling failed: ModuleNotFoundError"),
+        ("heads", {"embed": "lorax_bert.modeling:Embedder"}, "module lorax_bert.modeling has no class 'Embedder'"),
+        ("cases", "lorax_bert.cases:BERTHA", "module lorax_bert.cases has no object 'BERTHA'"),
+    ],
+)
+def test_doctor_finds_classes_that_are_not_there(field, path, told, lorax, strangers):
+    strangers.install("lorax-renamed", **{**SOUND, field: path})
+
+    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="renamed")
+
+    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}["lorax-renamed"]
+    assert said["status"] == "broken"
+    assert told in said["cause"]
+    assert said["architectures"] == []
+    assert said["hint"]
+
+
+def test_doctor_finds_a_backend_that_is_not_there(lorax, strangers):
+    strangers.install("lorax-fast", BACKEND)
+
+    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="fast")
+
+    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}["lorax-fast"]
+    assert said["status"] == "broken"
+    assert "module lorax_core.attention.torch has no class 'TorchBackendd'" in said["cause"]
+
+
+def test_a_plugin_whose_classes_are_there_is_ready(lorax, strangers):
+    strangers.install("lorax-sound", **SOUND)
+
+    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="sound")
+
+    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}["lorax-sound"]
+    assert (said["status"], said["cause"]) == ("ready", None)
+    assert [spec["model_type"] for spec in said["architectures"]] == ["stranger"]
 
 
 def test_doctor_does_not_wait_for_ever(lorax, strangers):

@@ -104,7 +104,7 @@ def check_model(
                 ("tensors", f"{report.tensors:,} ({len(report.ignored):,} ignored)"),
                 ("parameters", f"{report.parameters:,}"),
                 ("dtype", report.dtype),
-                ("verdict", "ok" if report.ok else "cannot be loaded"),
+                ("verdict", report.verdict),
             ],
         )
     for problem in report.problems:

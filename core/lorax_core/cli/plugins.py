@@ -49,7 +49,7 @@ def doctor(
     json: _Json = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one plugin may take.", min=1)] = 120.0,
 ) -> None:
-    """Load each plugin in its own process: does it import, how long does that take, does it import torch."""
+    """Load each plugin in its own process: does its declaration import, how fast, without torch; are its classes there."""
     from lorax_core.plugins.host import PluginHost, installed, missing
     from lorax_core.settings import Settings
 
@@ -70,13 +70,14 @@ def probe(package: str, name: str, module: str, report: Path) -> None:
     """Load one plugin in this process and write its status to a file, for doctor."""
     import json
 
-    from lorax_core.plugins.admission import identity, make_manager, try_plugin
+    from lorax_core.plugins.admission import identity, make_manager, try_plugin, with_classes
     from lorax_core.plugins.host import installed
     from lorax_core.settings import Settings
 
     for entry in installed():
         if (identity(entry)[0], entry.name, entry.value) == (package, name, module):
-            record = try_plugin(make_manager(), entry, Settings.from_env())
+            # Last the classes: whether the declaration imports torch must be known before anything else does.
+            record = with_classes(try_plugin(make_manager(), entry, Settings.from_env()))
             report.write_text(json.dumps(_plugin_json(record)), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, model_validator
 from pydantic_core import to_json
 
-from lorax_core.errors import CheckpointError
+from lorax_core.errors import CheckpointError, plain, sentence
 
 MAX_LAYERS: Final = 10_000
 """The most layers that are read, ten times those of the deepest transformer that was published."""
@@ -136,12 +136,13 @@ class ModelConfig(BaseModel):
             )
         try:
             normalised = to_json(dict(cls.normalise(named)))
-        except (  # the plugin's normalise read what is not there, or is of another type
+        except ValueError as error:  # what it refuses, and what is no JSON
+            raise cls._refusal(raw, plain(error)) from error
+        except (  # it read what is not there, or is of another type
             KeyError,
             TypeError,
             AttributeError,
             ArithmeticError,
-            ValueError,  # a value that is no JSON, among others
         ) as error:
             raise CheckpointError(
                 f"config.json does not describe a {raw.get('model_type')}: {cls.__name__}.normalise failed with "
@@ -155,17 +156,19 @@ class ModelConfig(BaseModel):
         except ValidationError as error:
             problems = [_problem(item, spelt) for item in error.errors(include_url=False)]
             more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-            raise CheckpointError(
-                f"config.json does not describe a {raw.get('model_type')} that {cls.__module__.split('.')[0]} supports: "
-                + "; ".join([*problems[:_SHOWN], *more]),
-                hint=_COMPARE,
-            ) from error
+            raise cls._refusal(raw, "; ".join([*problems[:_SHOWN], *more])) from error
+
+    @classmethod
+    def _refusal(cls, raw: Mapping[str, Any], why: str) -> CheckpointError:
+        package = cls.__module__.split(".")[0]
+        return CheckpointError(
+            f"config.json does not describe a {raw.get('model_type')} that {package} supports: {why}", hint=_COMPARE
+        )
 
 
 def _problem(item: Mapping[str, Any], spelt: Mapping[str, str]) -> str:
     """One failed field, by the name that the file gives it."""
-    # What a validator raised, without pydantic's words before it.
-    said = str(item["ctx"]["error"]) if item["type"] == "value_error" else item["msg"]
+    said = sentence(item)
     names = _ROTARY if item["loc"][:1] == ("rope",) else spelt
     where = ".".join(names.get(str(step), str(step)) for step in item["loc"])
     # A whole object says less than the sentence does.

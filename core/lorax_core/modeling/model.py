@@ -6,13 +6,13 @@ Decides how the parts hang together and runs them over a batch. Knows nothing of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
-from lorax_core.errors import PluginError, RequestError, listed
+from lorax_core.errors import CheckpointError, PluginError, RequestError, listed
 from lorax_core.linear_methods.select import LinearReport
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
@@ -20,6 +20,10 @@ from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.site import Site
 from lorax_core.types import Task
+
+LACKING_HINT: Final = (
+    'get the missing tensors; a head that shares the embeddings needs "tie_word_embeddings": true in config.json'
+)
 
 
 class Model(nn.Module):
@@ -29,7 +33,8 @@ class Model(nn.Module):
     the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
 
     `dtype` is that of activations and `device` where they are; both are stated by whoever makes the model, for a prepared
-    weight may have another dtype. `linears` says how linear layers are computed.
+    weight may have another dtype. `linears` says how linear layers are computed, and `lacking` what a checkpoint lacks for the
+    task of the class that it names.
 
     A subclass may fix the `task`; loaded as such, the model has that head alone.
 
@@ -51,6 +56,7 @@ class Model(nn.Module):
         self.dtype = dtype
         self.device = torch.device(device)
         self.linears = LinearReport()
+        self.lacking: Mapping[Task, str] = {}
         self.config = config
         self.backbone = backbone
         self.heads = nn.ModuleDict({task.value: head for task, head in heads.items()})
@@ -106,7 +112,12 @@ class Model(nn.Module):
         return self.config.max_tokens
 
     def head(self, task: Task) -> Head:
-        """The head that answers `task`; raises RequestError that says which tasks the checkpoint has heads for."""
+        """The head that answers `task`.
+
+        Raises CheckpointError where the checkpoint claims to have it, otherwise RequestError that says which heads there are.
+        """
+        if task in self.lacking:
+            raise CheckpointError(self.lacking[task], hint=LACKING_HINT)
         if task.value not in self.heads:
             raise RequestError(
                 f"this checkpoint has no head for {task.value!r}; it has {listed(t.value for t in self.tasks)}",

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import Distribution, EntryPoint
 from typing import Final, TypeVar
 
@@ -20,6 +21,7 @@ import pluggy
 from lorax_core.errors import LoraxError, PluginError, listed, nearest
 from lorax_core.plugins import hookspecs
 from lorax_core.plugins.record import PluginRecord, PluginStatus, Spec, explain
+from lorax_core.plugins.resolve import load_cases, load_class
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec, Incompatible
 from lorax_core.settings import Settings, canonical
 from lorax_core.version import __version__
@@ -72,6 +74,29 @@ def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Setti
             record, status=PluginStatus.SLOW_IMPORT, cause=cause, hint="name classes by strings in plugin.py"
         )
     return record
+
+
+def with_classes(record: PluginRecord) -> PluginRecord:
+    """The record after every class that its specs name, and the cases, were imported: broken where one is not there.
+
+    Imports what the declaration keeps from importing, torch among it.
+    """
+    errors = []
+    for spec in record.specs:
+        if isinstance(spec, ArchitectureSpec):
+            paths = (spec.config, spec.backbone, *map(spec.head, spec.tasks))
+            loads = [partial(load_class, path) for path in dict.fromkeys(paths)] + [partial(load_cases, spec)]
+        else:
+            loads = [partial(load_class, spec.backend)]
+        for load in loads:
+            try:
+                load(record)
+            except LoraxError as error:
+                errors.append(error)
+    if not errors:
+        return record
+    cause = "; ".join(explain(error) for error in errors)
+    return replace(record, status=PluginStatus.BROKEN, cause=cause, hint=errors[0].hint, architectures=(), backends=())
 
 
 def identity(entry: EntryPoint) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import ValidationError
 
-from lorax_core.errors import LoraxError
+from lorax_core.errors import LoraxError, sentence
 from lorax_core.plugins.spec import ArchitectureSpec, BackendSpec
 from lorax_core.settings import canonical
 
@@ -114,9 +114,7 @@ def explain(error: BaseException) -> str:
 
 def _field(item: ErrorDetails) -> str:
     where = ".".join(str(part) for part in item["loc"])
-    # pydantic puts this in front of the text of every ValueError.
-    what = item["msg"].removeprefix("Value error, ")
-    return f"{where}: {what}" if where else what
+    return f"{where}: {sentence(item)}" if where else sentence(item)
 
 
 def _place(traceback: TracebackType | None) -> str:

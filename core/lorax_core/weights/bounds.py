@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lorax_core.errors import CheckpointError
+from lorax_core.errors import CheckpointError, plain
 from lorax_core.modeling.model import Model
 from lorax_core.weights.checkpoint import Checkpoint
 
@@ -41,7 +41,7 @@ def told_of_configuration(checkpoint: Checkpoint) -> Iterator[None]:
     # ValueError by core's blocks and by plugins, the others by torch and Python for sizes that overflow.
     except (ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(
-            f"{checkpoint.path} has a config.json that no model can be built from: {error}", hint=_COMPARE
+            f"{checkpoint.path} has a config.json that no model can be built from: {plain(error)}", hint=_COMPARE
         ) from error
 
 

@@ -17,9 +17,13 @@ from lorax_core.weights.loader import assemble, stored_dtype
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a checkpoint holds. `ok` is true when every tensor found its place and every place its tensor."""
+    """What a checkpoint holds. `ok` is true when every tensor found its place and every place its tensor.
+
+    `verdict` is `ok`, `cannot be loaded`, or `incomplete`: it loads without the head of the class that it names.
+    """
 
     ok: bool
+    verdict: str
     path: str
     model_type: str
     tasks: list[str]
@@ -40,14 +44,16 @@ def check_checkpoint(path: str | Path, host: PluginHost) -> CheckReport:
     loaded, account = assemble(checkpoint, host, None, "cpu")
     # By identity, so that tied weights count once.
     parameters = {id(tensor): tensor.numel() for tensor in loaded.model.named_tensors().values()}
+    lacking = list(loaded.model.lacking.values())
     return CheckReport(
-        ok=not account.problems,
+        ok=not account.problems and not lacking,
+        verdict="cannot be loaded" if account.problems else "incomplete" if lacking else "ok",
         path=str(path),
         model_type=loaded.spec.model_type,
         tasks=[task.value for task in loaded.model.tasks],
         tensors=len(checkpoint.tensors),
         parameters=sum(parameters.values()),
         dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
-        problems=account.problems,
+        problems=[*account.problems, *lacking],
         ignored=account.ignored,
     )

@@ -7,9 +7,9 @@ fills, is an error that names it. Knows nothing of requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
 from lorax_core.modeling.linear import prepare_linears
-from lorax_core.modeling.model import Model
+from lorax_core.modeling.model import LACKING_HINT, Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord
 from lorax_core.plugins.resolve import load_class
@@ -127,7 +127,8 @@ def _assembled(
 ) -> tuple[LoadedModel, Account]:
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
-    weight_map = backbone_class.weight_map(config)
+    with told_of_configuration(checkpoint):
+        weight_map = backbone_class.weight_map(config)
     # Heads are found by their tensors: config.json may name no class, or one whose head is not all that the file holds.
     names = {weight_map.resolve(name).name for name in checkpoint.tensors}
     stated = stated_task(spec, config)
@@ -139,7 +140,12 @@ def _assembled(
     found = {task: head for task, head in made.items() if head is not None}
     # `found` keeps the others, since their tensors in the file are spare and not unused.
     heads = {task: head for task, head in found.items() if model_class.task in (None, task)}
+    lacking: dict[Task, str] = {}
+    if stated is not None and stated not in found:
+        lacking = _lacking(checkpoint, head_classes, config, stated, weight_map)
     if not heads:
+        for sentence in lacking.values() if model_class.task in (None, stated) else ():
+            raise CheckpointError(sentence, hint=LACKING_HINT)
         wanted = listed(task.value for task in spec.tasks if model_class.task in (None, task))
         has = listed(task.value for task in found)
         raise CheckpointError(
@@ -148,6 +154,7 @@ def _assembled(
         )
     dtype = dtype or stored_dtype(checkpoint)
     model = model_class(config, backbone, heads, dtype=dtype, device=device)
+    model.lacking = lacking
     refuse_other_masks(checkpoint, model)
     spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
     placement = place_tensors(model, checkpoint.tensors, weight_map, spare)
@@ -158,6 +165,41 @@ def _assembled(
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
     return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), placement.account
+
+
+class _Everything(Set[str]):
+    """The names of a checkpoint that lacks nothing."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __ge__(self, other: Set[Any]) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _lacking(
+    checkpoint: Checkpoint,
+    head_classes: Mapping[Task, type[Head]],
+    config: ModelConfig,
+    stated: Task,
+    weight_map: WeightMap,
+) -> dict[Task, str]:
+    """What is missing for the task of the class that `config.json` names; nothing where the configuration rules it out."""
+    with within_bounds(checkpoint):
+        head = head_classes[stated].build(config, _Everything(), stated)
+    stored = {weight_map.resolve(name).name for name in checkpoint.tensors}
+    missing = [name for name, _ in head.named_parameters() if name not in stored] if head is not None else []
+    if not missing:
+        return {}
+    named = (config.architectures or ("",))[0]
+    tensors = listed(weight_map.stored_name(name) for name in missing)
+    return {stated: f"{checkpoint.path} says that it is a {named}, but lacks {tensors}, the head for {stated.value!r}"}
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:

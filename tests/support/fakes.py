@@ -117,6 +117,18 @@ class StumblingBackend(FlakyBackend):
         super().__init__(lambda ids: 13 in ids)
 
 
+class ObservedBackend(FlakyBackend):
+    """A backend that an engine can be loaded with by name: `during` is called in the middle of every step, with its token
+    ids; what it gives says whether the step breaks.
+    """
+
+    name = "observed"
+    during: Callable[[list[int]], bool] = staticmethod(lambda ids: False)
+
+    def __init__(self) -> None:
+        super().__init__(lambda ids: ObservedBackend.during(ids))
+
+
 class PagedEcho:
     """A runner without a model: its cache holds token ids by slot, and the token after a row is a digest of what the
     sequence reads back through its pages up to there. A page lost, shared or overwritten changes the answer.

@@ -127,6 +127,9 @@ def test_options_do_not_change():
         ({"kv_cache_fraction": True}, "kv_cache_fraction: Input should be a valid number (found True)", None),
         ({"kv_cache_fraction": "0.5"}, "kv_cache_fraction: Input should be a valid number (found '0.5')", None),
         ({"kv_cache_fraction": float("nan")}, "kv_cache_fraction: Input should be", None),
+        ({"max_batch_rows": float("nan")}, "max_batch_rows: Input should be a valid integer (found nan)", None),
+        ({"max_batch_tokens": float("inf")}, "max_batch_tokens: Input should be a valid integer (found inf)", None),
+        ({"adapter_timeout": float("nan")}, "adapter_timeout: Input should be", None),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_valid(options, message, hint):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from builders import change_json, make_bert, make_qwen2
 from hostile import with_open_model
 from oracles import make_model, saved
 from rigs import make_loaded
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     BertForSequenceClassification,
@@ -86,11 +88,20 @@ from lorax_core.weights.loader import load_model
 
 host = with_open_model(PluginHost.discover())
 load_model(Checkpoint(sys.argv[1]), host)  # all that is imported on the way
-taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, taken + 2**30))
+
+
+def leave(room):
+    taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + room, taken + room))
+
+
+leave(2**30)
 for folder in sys.argv[2:]:
     try:
-        load_model(Checkpoint(folder), host)
+        checkpoint = Checkpoint(folder)
+        if folder.endswith("large"):  # the last
+            leave(2**27)
+        load_model(checkpoint, host)
         said = ["loaded", "", None]
     except LoraxError as error:
         said = [type(error).__name__, error.message, error.hint]
@@ -98,6 +109,25 @@ for folder in sys.argv[2:]:
         said = [type(error).__name__, str(error), None]
     print(json.dumps(said), flush=True)
 """
+
+
+def make_large(folder):
+    """A sound checkpoint whose embedding takes 0.27 GB as it is stored, nothing on the disk, and twice as much in float32."""
+    rows = 2**21
+    file = make_qwen2(folder, tokenizer=False, tie_word_embeddings=True) / "model.safetensors"
+    change_json(folder / "config.json", vocab_size=rows)
+    with safe_open(file, "pt") as found:
+        shapes = {name: found.get_slice(name).get_shape() for name in found.keys()}  # noqa: SIM118  (not a mapping)
+    shapes["model.embed_tokens.weight"] = [rows, 64]
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +141,7 @@ def outcomes(tmp_path_factory):
         more = {"model_type": "open"} if kind == "open" else {}
         change_json(folder / "config.json", **CASES[kind][at], **more)
         folders.append(folder)
+    folders.append(make_large(root / "large"))
     sound = make_qwen2(root / "sound", tokenizer=False)
     path = [str(Path(__file__).parents[1] / "support"), *sys.path]
     done = subprocess.run(
@@ -121,8 +152,8 @@ def outcomes(tmp_path_factory):
         check=False,
     )
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(said) == len(ALL), done.stderr[-2000:]
-    return dict(zip(ALL, said, strict=True))
+    assert len(said) == len(folders), done.stderr[-2000:]
+    return dict(zip([*ALL, "large"], said, strict=True))
 
 
 @pytest.mark.parametrize(("kind", "at"), ALL, ids=lambda one: str(one))
@@ -180,6 +211,14 @@ def test_buffers_of_a_usual_size_are_made(tmp_path, host):
     model = make_loaded(folder, with_open_model(host)).model
 
     assert torch.equal(model.backbone.cosines.cos, torch.ones(1000, 16))
+
+
+def test_weights_larger_than_the_memory_are_told_with_their_size(outcomes):
+    error, message, hint = outcomes["large"]
+
+    assert error == "CapacityError", message
+    assert "the weights take 0.5 GB as float32, more than there is on 'cpu'" in message
+    assert "memory" in hint
 
 
 @pytest.mark.parametrize("kind", ["type", "key", "assertion"])

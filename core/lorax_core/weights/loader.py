@@ -222,6 +222,8 @@ def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) 
     one, too, so that one prepared weight serves both.
     """
     refuse_large_buffers(checkpoint, model)
+    sizes = {ties.get(name, name): tensor.numel() for name, tensor in model.named_tensors().items()}
+    total = sum(sizes.values()) * model.dtype.itemsize
     made: dict[str, nn.Parameter] = {}
     for path, module in model.named_parts():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -229,7 +231,7 @@ def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) 
             full = f"{path}.{name}" if path else name
             full = ties.get(full, full)
             if full not in made:
-                made[full] = nn.Parameter(_empty(parameter.shape, model), requires_grad=False)
+                made[full] = nn.Parameter(_empty(parameter.shape, model, total), requires_grad=False)
             setattr(module, name, made[full])
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             # The default would be a buffer left on `meta`, which fails at the first step only, with torch's own message.
@@ -243,13 +245,12 @@ def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) 
                 reset(model.device)
 
 
-def _empty(shape: torch.Size, model: Model) -> Tensor:
+def _empty(shape: torch.Size, model: Model, total: int) -> Tensor:
     try:
         return torch.empty(shape, dtype=model.dtype, device=model.device)
     except RuntimeError as error:  # torch's for memory that there is not, on any device
-        size = sum(tensor.numel() for tensor in model.parameters()) * model.dtype.itemsize
         raise CapacityError(
-            f"the weights take {size / 1e9:.1f} GB as {str(model.dtype).removeprefix('torch.')}, more than there is on "
+            f"the weights take {total / 1e9:.1f} GB as {str(model.dtype).removeprefix('torch.')}, more than there is on "
             f"{str(model.device)!r}: {error}",
             hint="use a machine with more memory, or dtype='bfloat16'",
         ) from error

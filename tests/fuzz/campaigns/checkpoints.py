@@ -171,6 +171,9 @@ def of_checkpoint(
             return our_answer(engine)
 
     def refer(answer: Answer, seed: int, dtype: torch.dtype = torch.float32) -> Answer:
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8-sig")).get("architectures")
+        if "labels 0" in answer and stated != [base.oracle.__name__]:
+            raise CannotJudge("the file does not say whether tokens or texts have the labels")
         model = house.reference(base.name) if same else read_reference(base, folder, seed, dtype)
         return their_answer(model, answer)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import lorax_core as lorax
 from fuzz.house import House, our_answer, their_answer
 from fuzz.judge import Answer, Attempt, CannotJudge
 from fuzz.mutations import odd_value
@@ -25,6 +26,11 @@ VALUES: dict[str, list[Any]] = {
         "seed": [0, 1, -1, 2**63, 10**30, 1.5, None, "x"],
     "threads": [0, -1, "2", 1.5, math.nan, None, 1], "checkpoint_x": [1], "max_batch_token": [5], "adapters": [{},
         None, {"a": 5}, {"": "x"}, {"a": "/nowhere"}, ["a"], "a"],
+    "linear_methods": [{}, {"lm_head": "plain"}, {"*": "plain"}, {"*": "nope"}, {"": "plain"}, {"nope": "plain"},
+        {"(": 5}, ["plain"], "plain"],
+    "adapter_sources": [[], (), ("folder",), ["folder", "hub", "url"], ["nope"], "folder", [5], ["/"], [""],
+        ["\ud800"], None],
+    "max_fetched_adapters": COUNTS, "adapter_timeout": [1, 0.5, 600.0, 0, -1, 10**9, math.nan, math.inf, "5", None],
 }  # fmt: skip
 PLACES: list[Any] = ["", " ", "/nowhere", "nowhere", "a/b", "a/b/c", "~nouser/x", "a\0b", "x" * 5000, "\ud800",
     "/dev/zero", "/etc/passwd", ".", "..", "/", "http://127.0.0.1:9/x", "s3://x/y", 5, None, [], b"x",
@@ -36,13 +42,13 @@ def options(house: House, random: Random) -> Attempt:
     given: dict[str, Any] = {"dtype": "float32", "kv_cache_tokens": 64, "pooling": "mean"}
     place: Any = house.root / "qwen2"
     changes = []
-    for _ in range(random.choice([1, 1, 2, 3])):
+    for _ in range(random.choice([1, 1, 1, 2, 3])):
         if random.random() < 0.15:
             place = random.choice(PLACES)
             changes.append(f"checkpoint = {place!r:.60}")
             continue
-        name = random.choice(sorted(VALUES))
-        value = random.choice(VALUES[name]) if random.random() < 0.85 else odd_value(random)
+        name = random.choice(sorted({*VALUES, *lorax.EngineOptions.model_fields} - {"checkpoint"}))
+        value = random.choice(VALUES[name]) if name in VALUES and random.random() < 0.85 else odd_value(random)
         if name == "threads" and isinstance(value, int) and value > 1:
             continue  # a number for the whole process
         if name.startswith("kv_cache"):
@@ -56,16 +62,14 @@ def options(house: House, random: Random) -> Attempt:
         changes.append("an adapter")
 
     def ask() -> Answer:
-        import lorax_core as lorax
-
         with lorax.load(place, host=house.host, **given) as engine:
             return our_answer(engine)
 
     def refer(answer: Answer, seed: int) -> Answer:
         if not isinstance(place, Path):
             raise CannotJudge("another checkpoint")
-        if given.get("normalize"):
-            raise CannotJudge("the vectors are normalised")
+        if given.get("normalize") or given["pooling"] != "mean":
+            raise CannotJudge("other vectors were asked for")
         return their_answer(house.reference("qwen2"), answer)
 
     return Attempt(ask, refer, changes=changes, secrets=("hunter2",))

@@ -75,7 +75,7 @@ def _fields(random: Random) -> dict[str, Any]:
     if how < 0.1:
         fields["prompt"] = random.choice(PROMPTS)
     elif how < 0.45:
-        key = random.choice([*sorted(RIGHT), "json_schema", "regex", "choice", "max_new_tokens"])
+        key = random.choice(sorted({*lorax.GenerateRequest.model_fields, "max_new_tokens"} - {"prompt"}))
         fields[key] = random.choice(WRONG) if random.random() < 0.8 else odd_value(random)
     elif how < 0.6:
         fields["temperature"] = random.choice([0.7, 1, 100.0])
@@ -165,7 +165,7 @@ def text(house: House, random: Random) -> Attempt:
     if random.random() < 0.5:
         fields["truncate"] = random.choice(["error", "start", "end", "middle", None, 5])
     if random.random() < 0.15:
-        fields[random.choice(["adapter", "truncate", "x"])] = random.choice(WRONG)
+        fields[random.choice(sorted({*kind.model_fields, "x"} - {"input"}))] = random.choice(WRONG)
     given = fields["input"]
 
     def ask() -> Answer:

@@ -114,6 +114,15 @@ def test_thousands_of_choices_are_choices(engine, count):
     assert len(set(texts)) > 1
 
 
+@pytest.mark.parametrize(
+    "constraint", [{"choice": ["<|end|>"]}, {"regex": r"a<\|end\|>b"}, {"json_schema": {"const": "<|end|>"}}]
+)
+def test_text_that_is_written_like_a_special_token_is_spelt_out(engine, constraint):
+    texts = sampled(engine, range(2), **constraint)
+
+    assert set(texts) <= {"<|end|>", "a<|end|>b", '"<|end|>"'}
+
+
 def test_a_constraint_that_the_library_gives_up_on_ends_with_an_error_and_no_other_request_does(engine):
     free = lorax.GenerateRequest(prompt="abc", max_tokens=80, ignore_eos=True)
     alone = engine.run([free])[0].token_ids

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CapacityError, RequestError
@@ -29,12 +30,21 @@ _STEP_ITEMS: Final = 200_000
 _SIMPLER: Final = "make the constraint simpler: fewer properties, alternatives or repetitions"
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """A tokenizer in the library's form, the rows of the model, and which ids are special, one bit each."""
+
+    library: LLTokenizer
+    vocab: int
+    special: int
+
+
 class TokenGrammar:
     """One completion's state in a grammar; raises RequestError or CapacityError where the library gives up on it."""
 
-    def __init__(self, matcher: LLMatcher, vocab: int, mask: bytes | None = None) -> None:
+    def __init__(self, matcher: LLMatcher, tokens: _Tokens, mask: bytes | None = None) -> None:
         self._matcher = matcher
-        self._vocab = vocab
+        self._tokens = tokens
         # Computed ahead, so that the library gives up where one sequence is concerned, and not where a step of many is made.
         self._mask = self._compute() if mask is None else mask
 
@@ -57,14 +67,28 @@ class TokenGrammar:
 
     def copy(self) -> TokenGrammar:
         """The same state, to go its own way."""
-        return TokenGrammar(self._matcher.deep_copy(), self._vocab, self._mask)
+        return TokenGrammar(self._matcher.deep_copy(), self._tokens, self._mask)
 
     def _compute(self) -> bytes:
         with guarded(CapacityError, "the constraint cannot be followed", hint=_SIMPLER):
-            # [ceil(vocab / 8)] bytes: the model's rows may be more than the tokenizer's ids, and a zero bit forbids.
-            mask = bytes(self._matcher.compute_bitmask()).ljust(-(-self._vocab // 8), b"\0")
+            mask = bytes(self._matcher.compute_bitmask())
+            if not self._matcher.is_accepting():
+                mask = self._spelt_out(mask)
         self._check()
-        return mask
+        # [ceil(vocab / 8)] bytes: the model's rows may be more than the tokenizer's ids, and a zero bit forbids.
+        return mask.ljust(-(-self._tokens.vocab // 8), b"\0")
+
+    def _spelt_out(self, mask: bytes) -> bytes:
+        """Without special tokens: of text that must come, the library asks for the special token which is written like it."""
+        bits = int.from_bytes(mask, "little")
+        plain = bits & ~self._tokens.special
+        if plain == bits:
+            return mask
+        if not plain:
+            plain = (
+                1 << self._tokens.library.greedy_tokenize(self._matcher.compute_ff_bytes().decode(errors="ignore"))[0]
+            )
+        return plain.to_bytes(len(mask), "little")
 
     def _check(self) -> None:
         """A matcher in error says that it has stopped, as it does at the end of a text; only this tells the two apart."""
@@ -80,7 +104,7 @@ class GrammarFactory:
         self._tokenizer = tokenizer
         self._vocab = vocab
         self._eos_ids = sorted(eos_ids)
-        self._prepared: LLTokenizer | None = None
+        self._prepared: _Tokens | None = None
         self._lock = threading.Lock()
 
     def grammar(self, request: GenerateRequest) -> TokenGrammar | None:
@@ -98,21 +122,21 @@ class GrammarFactory:
                 hint="pip install 'lorax-core[structured]'",
             ) from error
         what = _grammar(request, LLMatcher)
-        tokenizer = self._prepare()
+        tokens = self._prepare()
         # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
         with guarded(RequestError, "the constraint is not valid", hint=_SIMPLER):
             limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, step_max_items=_STEP_ITEMS, verbose_errors=False)
-            matcher = LLMatcher(tokenizer, what, log_level=0, limits=limits)
+            matcher = LLMatcher(tokens.library, what, log_level=0, limits=limits)
             problem = matcher.get_error()
         if problem:
             said = " ".join(problem.partition("<")[0].split())
             raise RequestError(f"the constraint is not valid: {said:.300}", hint=_SIMPLER)
         try:
-            return TokenGrammar(matcher, self._vocab)
+            return TokenGrammar(matcher, tokens)
         except CapacityError as error:  # no first token: a schema that refers to itself, say
             raise RequestError(f"the constraint allows no text: {error.message}", hint=_SIMPLER) from error
 
-    def _prepare(self) -> LLTokenizer:
+    def _prepare(self) -> _Tokens:
         """The tokenizer in the library's form, made once because that takes a moment."""
         # Otherwise two first requests would both convert the vocabulary.
         with self._lock:
@@ -135,7 +159,9 @@ class GrammarFactory:
                     "structured output cannot use this checkpoint's tokenizer",
                     "leave json_schema, regex and choice out",
                 ):
-                    self._prepared = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
+                    made = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
+                    special = sum(1 << at for at in range(made.vocab_size) if made.is_special_token(at))
+                    self._prepared = _Tokens(made, self._vocab, special)
             return self._prepared
 
 

@@ -24,6 +24,12 @@ class OpenConfig(Qwen2Config):
     uneven: bool = False
     careless: str = ""
 
+    @classmethod
+    def normalise(cls, raw):
+        """Attends in both directions where `encoder` is stated, whatever else is."""
+        config = super().normalise(raw)
+        return {**config, "is_causal": False} if raw.get("encoder") else config
+
 
 class OpenModel(FlashQwen2Model):
     """Makes what the configuration asks for."""

@@ -257,6 +257,18 @@ def test_a_mask_that_a_plugin_does_not_compute_is_refused(tmp_path, host, kind):
             make_loaded(folder, told)
 
 
+def test_an_encoder_that_the_file_calls_a_decoder_is_refused(tmp_path, host):
+    folder, told = make_qwen2(tmp_path), with_open_model(host)
+    change_json(folder / "config.json", model_type="open", encoder=True, is_decoder=False)
+    assert not make_loaded(folder, told).model.needs_kv_cache
+    change_json(folder / "config.json", is_decoder=True)
+
+    with pytest.raises(CheckpointError, match=r"states is_decoder True, .* attends in both directions") as caught:
+        make_loaded(folder, told)
+
+    assert caught.value.hint
+
+
 def test_an_encoder_says_itself_that_it_is_not_causal(tmp_path, host, bert):
     folder = make_bert(tmp_path)
     change_json(folder / "config.json", is_causal=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -153,6 +154,11 @@ def _adapter(base: Base, folder: Path, options: dict[str, Any]) -> None:
             elif tensor.requires_grad:  # saved modules, biases, magnitudes, trained tokens
                 tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     lora.save_pretrained(str(folder), save_embedding_layers=False)
+    # PEFT writes a set, in the order of the process; a case must be the same in all.
+    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    change_json(
+        folder / "adapter_config.json", target_modules=sorted(targets) if isinstance(targets, list) else targets
+    )
 
 
 def _sentence(root: Path) -> None:

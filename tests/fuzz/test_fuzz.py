@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -20,11 +24,16 @@ from lorax_core.errors import RequestError
 
 CASES = 280
 SEED = 12
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory):
-    root = build(tmp_path_factory.mktemp("bases"))
+def root(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="module")
+def verdicts(root):
     found: list[Verdict] = []
     orders = [(name, SEED, case) for name, case in schedule(list(CAMPAIGNS), CASES)]
     run_cases(root, orders, lambda verdict: found.append(verdict), workers=1)
@@ -48,6 +57,25 @@ def test_every_campaign_says_something(verdicts):
     assert kinds[Kind.REFUSED] > CASES // 5
     assert kinds[Kind.WEAK] < CASES // 4
     assert {"config", "adapter", "tensors", "request", "tokenizer", "constraint"} <= equal
+
+
+def test_bases_are_the_same_files_in_every_process(root, tmp_path):
+    code = "import sys, pathlib; from fuzz.bases import build; build(pathlib.Path(sys.argv[1]))"
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+
+    # Of another order in sets: this process has a random one, or 0.
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, timeout=300, env=environment
+    )
+
+    here, there = files(root), files(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)] == []
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def ask(answer):

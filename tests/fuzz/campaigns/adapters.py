@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from fuzz.bases import ADAPTER_BASES, ADAPTER_KINDS
 from fuzz.house import House, our_answer, their_answer
-from fuzz.judge import Answer, Attempt, CannotJudge
+from fuzz.judge import Answer, Attempt, CannotJudge, Wrong
 from fuzz.mutations import change_header, change_json_file, change_tensor_values, dump_json, nested, odd_value
 from fuzz.verdicts import Finding
 
@@ -274,13 +275,17 @@ def merge(house: House, random: Random) -> Attempt:
     before = _listing(checkpoint.parent)
 
     def ask() -> Answer:
+        shutil.rmtree(out, ignore_errors=True)
         lorax.merge_into_base(checkpoint, folder, out)
         with house.load(out, "qwen2") as engine:
             return our_answer(engine)
 
     def refer(answer: Answer, seed: int) -> Answer:
         with house.load(checkpoint, "qwen2") as engine:
-            engine.adapters.load("fuzzed", folder)
+            try:
+                engine.adapters.load("fuzzed", folder)
+            except lorax.LoraxError as error:
+                raise Wrong(f"merging takes an adapter that loading refuses: {error.message}") from error
             expected = our_answer(engine, "fuzzed")
         return {**expected, **{key: value for key, value in answer.items() if key.startswith("greedy")}}
 

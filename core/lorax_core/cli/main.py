@@ -19,7 +19,7 @@ from lorax_core.errors import LoraxError
 
 EXIT_CODES: Final = {
     0: "done, and all output is written",
-    1: "an error, told on stderr; or a check that found a problem",
+    1: "an error, printed on stderr; or a check that found a problem",
     2: "a wrong command line",
     130: "interrupted by Ctrl-C",
     141: "whoever read the output has closed it, as `head` does",

@@ -80,7 +80,7 @@ class Table:
 
 
 def printable(text: str) -> str:
-    """Text with its line breaks, and whatever else a terminal would obey, as escapes: names come from anybody's files."""
+    """Text with its line breaks, and whatever else a terminal would interpret, as escapes: names come from anybody's files."""
     return text if text.isprintable() else "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 

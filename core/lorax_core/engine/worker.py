@@ -69,7 +69,7 @@ class EngineWorker:
 
     @property
     def adapter_came(self) -> Callable[[AdapterRef, LoraxError | None], None]:
-        """To be told of an adapter that is on the device, or cannot be had. Holds the thread's work and not the worker."""
+        """The listener for adapters that are on the device or failed. Holds the thread's work and not the worker."""
         return self._stepper.adapter_came
 
     def submit(self, sequences: Iterable[Sequence]) -> None:

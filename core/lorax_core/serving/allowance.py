@@ -1,6 +1,6 @@
 """What one rendering of a template may use.
 
-Decides how much is too much: steps, characters, the size of one value, and time. Costs are told before the work where a
+Decides how much is too much: steps, characters, the size of one value, and time. Costs are counted before the work where a
 single operation could be huge. Knows nothing of template engines.
 """
 

@@ -8,7 +8,7 @@ them by 1e-2 and more. 2e-5 lies between, far from both.
 
 Some models magnify rounding: attention that is all but a choice, layers that each add a hundredfold. What the reference loses
 in float32 against itself in float64 says how much, and a right model may lose as much again. Where that comes near to what a
-mistake would do, nothing can be told apart, and the verdict is "badly conditioned".
+mistake would do, no mistake can be seen, and the verdict is "badly conditioned".
 """
 
 from __future__ import annotations

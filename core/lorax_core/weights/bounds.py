@@ -29,12 +29,12 @@ _COMPARE = "compare it with the config.json that transformers writes for this ar
 @contextmanager
 def within_bounds(checkpoint: Checkpoint) -> Iterator[None]:
     """Build a model inside: tensors are made on `meta`; raises CheckpointError where the configuration asks for too many."""
-    with told_of_configuration(checkpoint), torch.device("meta"), _Calls(checkpoint):
+    with as_config_error(checkpoint), torch.device("meta"), _Calls(checkpoint):
         yield
 
 
 @contextmanager
-def told_of_configuration(checkpoint: Checkpoint) -> Iterator[None]:
+def as_config_error(checkpoint: Checkpoint) -> Iterator[None]:
     """What blocks raise for sizes and numbers that they cannot have becomes a CheckpointError that names the configuration."""
     try:
         yield
@@ -46,7 +46,7 @@ def told_of_configuration(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def refuse_large_buffers(checkpoint: Checkpoint, model: Model) -> None:
-    """Raises CheckpointError when buffers, whose sizes no tensor of the file vouches for, take more than BUFFER_BYTES."""
+    """Raises CheckpointError when buffers, whose sizes no tensor of the file confirms, take more than BUFFER_BYTES."""
     sizes = {name: buffer.nbytes for name, buffer in model.named_buffers()}
     if sum(sizes.values()) > BUFFER_BYTES:
         name = max(sizes, key=lambda one: sizes[one])
@@ -60,7 +60,7 @@ def refuse_large_buffers(checkpoint: Checkpoint, model: Model) -> None:
 def refuse_other_masks(checkpoint: Checkpoint, model: Model) -> None:
     """Raises CheckpointError when the file states another direction of attention than the model computes.
 
-    transformers obeys these keys in every architecture; a plugin that does not read them would give other numbers.
+    transformers applies these keys in every architecture; a plugin that does not read them would give other numbers.
     """
     causal = {layer.spec.causal for layer in model.attention_layers}
     config = checkpoint.config

@@ -29,9 +29,9 @@ from lorax_core.types import Task
 from lorax_core.untrusted import guarded
 from lorax_core.weights.account import Account, Placement, place_tensors
 from lorax_core.weights.bounds import (
+    as_config_error,
     refuse_large_buffers,
     refuse_other_masks,
-    told_of_configuration,
     within_bounds,
 )
 from lorax_core.weights.checkpoint import Checkpoint, is_finite
@@ -127,7 +127,7 @@ def _assembled(
 ) -> tuple[LoadedModel, Account]:
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
-    with told_of_configuration(checkpoint):
+    with as_config_error(checkpoint):
         weight_map = backbone_class.weight_map(config)
     # Heads are found by their tensors: config.json may name no class, or one whose head is not all that the file holds.
     names = {weight_map.resolve(name).name for name in checkpoint.tensors}
@@ -241,7 +241,7 @@ def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) 
                     f"{type(module).__name__} has buffers but no reset_buffers(device) to make them",
                     hint="give the module that method; it makes its buffers anew on the device",
                 )
-            with told_of_configuration(checkpoint):
+            with as_config_error(checkpoint):
                 reset(model.device)
 
 

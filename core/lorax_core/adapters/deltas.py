@@ -264,7 +264,7 @@ class Replacement(_Tensors):
 
 
 @dataclass(frozen=True, slots=True)
-class _Tokens(_Tensors):
+class _TrainedTokens(_Tensors):
     """Numbers of single tokens: ids `[n]` ascending, rows `[n, dim]`."""
 
     ids: Tensor
@@ -275,7 +275,7 @@ class _Tokens(_Tensors):
         return weight.index_copy(0, self.ids, self.rows), bias
 
 
-class TokenRows(_Tokens):
+class TokenRows(_TrainedTokens):
     """New embeddings of single tokens."""
 
     __slots__ = ()
@@ -287,7 +287,7 @@ class TokenRows(_Tokens):
         y.copy_(torch.where(mine[:, None], site.computed_with(at, self.rows, None), y))
 
 
-class TokenLogits(_Tokens):
+class TokenLogits(_TrainedTokens):
     """The other side of `TokenRows` in a tied head: logits of single tokens come from their new rows."""
 
     __slots__ = ()

@@ -459,6 +459,18 @@ def test_the_public_face_takes_the_installed_plugins(plain, tmp_path):
     assert done.changed == tuple(f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
 
 
+def test_a_saved_module_that_was_cut_short_is_refused_as_in_loading(plain, tmp_path, host):
+    model, base = plain
+    folder, _ = make_adapter(model, tmp_path / "lora", modules_to_save=["post_attention_layernorm"])
+    lost = "base_model.model.model.layers.0.post_attention_layernorm.weight"
+    change_tensors(folder / "adapter_model.safetensors", lambda found: {n: t for n, t in found.items() if n != lost})
+
+    with pytest.raises(AdapterError, match=r"does not hold 'model\.layers\.0\.post_attention_layernorm\.weight'"):
+        merge_into_base(base, folder, tmp_path / "out", host)
+
+    assert not (tmp_path / "out").exists()
+
+
 def as_snapshot(base, root):
     """A checkpoint as the hub's cache has it: a folder of links into `blobs/`."""
     snapshot = root / "models--acme--base/snapshots/0123abcd"

@@ -150,6 +150,31 @@ def test_credentials_of_a_url_are_in_no_error(url, tmp_path):
     assert SECRET not in str(refused(lambda: AdapterSources(tmp_path).check(url)))
 
 
+@pytest.mark.parametrize(
+    "source",
+    [f"ht tp://user:{SECRET}@host/lora", f"https ://host/a?token={SECRET}", f"/nowhere/x://user:{SECRET}@host/a"],
+)
+def test_credentials_of_what_is_nearly_a_url_are_in_no_error_either(source, tmp_path):
+    error = refused(lambda: find_adapter(source, cache=tmp_path))
+
+    assert SECRET not in str(error)
+    assert "***" in error.message
+
+
+def test_credentials_that_a_library_quotes_without_their_url_are_in_no_error(tmp_path):
+    class Quoting(MemoryFileSystem):
+        protocol = "quote"
+
+        def ls(self, path, detail=True, **kwargs):
+            raise OSError(f'Invalid bucket name "user:{SECRET}@host"')
+
+    fsspec.register_implementation("quote", Quoting, clobber=True)
+
+    error = refused(lambda: find_adapter(f"quote://user:{SECRET}@host/lora", cache=tmp_path))
+
+    assert 'Invalid bucket name "***@host"' in error.message
+
+
 def test_a_text_without_credentials_is_not_changed():
     for text in ("s3://bucket/a@b", "see 's3://bucket/lora'", "acme/lora", "/srv/x?y"):
         assert masked(text) == text
@@ -245,6 +270,13 @@ def test_an_adapter_that_the_operator_loads_is_not_forgotten(qwen2, host, tmp_pa
         within(LIMIT, store.fetch([folder]).result)
 
     assert list(store) == sorted([folders[0], folders[2]])
+
+
+@pytest.mark.parametrize("name", [None, 5, ["it"], {}, object()])
+def test_what_is_no_name_means_nothing(qwen2, host, tmp_path, name):
+    store = AdapterStore(make_loaded(qwen2, host), Settings())
+
+    assert "no adapter is called" in refused(lambda: store.unload(name)).message
 
 
 WRONG = {

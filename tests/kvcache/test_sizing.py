@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from builders import change_tensors, make_qwen2, make_qwen2_model
@@ -42,6 +45,25 @@ def test_a_cache_larger_than_the_memory_is_refused_with_what_fits():
         make_pool(SHAPE, CacheSize(tokens=10**12))
 
     assert "kv_cache_tokens=" in caught.value.hint
+
+
+def test_a_cache_that_a_limit_of_the_process_forbids_is_refused():
+    # In a process of its own, whose limit leaves room for Python and torch and none for this cache.
+    code = """
+import resource, torch
+from lorax_core.errors import CapacityError
+from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, used + 2**26))
+shape = CacheShape(layers=2, page_size=16, kv_heads=2, head_dim=16, dtype=torch.float32, device=torch.device("cpu"))
+try:
+    make_pool(shape, CacheSize(bytes=2**28))
+except CapacityError as error:
+    print(error.message.partition(":")[0], bool(error.hint))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "a KV cache of 0.3 GB cannot be allocated True\n"
 
 
 def test_less_than_a_page_is_refused():

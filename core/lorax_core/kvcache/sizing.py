@@ -60,16 +60,22 @@ def make_pool(shape: CacheShape, size: CacheSize) -> KVPool:
             f"{free / 1e9:.1f} GB are free",
             hint=f"kv_cache_tokens={int(free * _FRACTION) // shape.page_bytes * shape.page_size} fits in a quarter of that",
         )
-    return KVPool(
-        layers=shape.layers,
-        pages=pages + 1,  # and the scratch page
-        page_size=shape.page_size,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        dtype=shape.dtype,
-        device=shape.device,
-        scales=shape.scales or None,
-    )
+    try:
+        return KVPool(
+            layers=shape.layers,
+            pages=pages + 1,  # and the scratch page
+            page_size=shape.page_size,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            device=shape.device,
+            scales=shape.scales or None,
+        )
+    except RuntimeError as error:  # the process may have a limit of its own, below what is free
+        raise CapacityError(
+            f"a KV cache of {pages * shape.page_bytes / 1e9:.1f} GB cannot be allocated: {error}",
+            hint="kv_cache_tokens=4096 is a small one; or raise the limit of this process (`ulimit -v`)",
+        ) from error
 
 
 def _pages(size: CacheSize, shape: CacheShape, free: int) -> int:

@@ -7,7 +7,7 @@ memory or of batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,21 +134,25 @@ def _shape(site: Site, out: int) -> tuple[int, ...]:
 
 
 def _check_saved(files: PeftFiles, head: Head | None, base: LoadedModel) -> None:
-    """Modules of `modules_to_save` are saved whole: one that lacks a tensor was cut short, and would get the base's numbers."""
-    wanted = tuple(files.settings.modules_to_save or ())
-    if not wanted:
-        return
     weight_map = base.weight_map
-    own = {name: name for name, _ in head.named_parameters()} if head is not None else {}
+    own = [name for name, _ in head.named_parameters()] if head is not None else []
     backbone = {path for path, _ in base.model.backbone.named_modules()}
-    stored = {weight_map.canonical(name): name for name in base.checkpoint.tensors}
-    needed = own | {
-        canonical: name
-        for canonical, name in stored.items()
+    stored = [
+        name
+        for name in base.checkpoint.tensors
         # Without a head of its own, an adapter may have saved the base's.
         if (site := weight_map.resolve(name).name.rpartition(".")[0]) in backbone
         or (not own and site in base.model.sites)
-    }
+    ]
+    check_saved_whole(files, [*own, *stored], weight_map)
+
+
+def check_saved_whole(files: PeftFiles, stored: Iterable[str], weight_map: WeightMap) -> None:
+    """Raises AdapterError where a module of `modules_to_save` lacks one of the tensors that the base has `stored` for it.
+
+    PEFT saves such modules whole, so the files were cut short, and the module would get the base's numbers.
+    """
+    wanted = tuple(files.settings.modules_to_save or ())
     held = {
         weight_map.canonical(f"{module}.{leaf}")
         for module, tensors in files.modules.items()
@@ -158,10 +162,10 @@ def _check_saved(files: PeftFiles, head: Head | None, base: LoadedModel) -> None
     # PEFT saves every module whose path ends so, and all that is in it.
     missing = [
         name
-        for canonical, name in needed.items()
-        if canonical not in held and any(path.endswith(wanted) for path in _parents(name))
+        for name in stored
+        if any(path.endswith(wanted) for path in _parents(name)) and weight_map.canonical(name) not in held
     ]
-    if missing:
+    if wanted and missing:
         raise AdapterError(
             f"{files.path} says modules_to_save={list(wanted)!r:.60}, but does not hold {listed(missing)}",
             hint="copy or download it again, or take the name out of modules_to_save",

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, share_tokens
+from lorax_core.adapters.formats.lora import check_saved_whole
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
 from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.output import check_free, new_folder
@@ -119,6 +120,7 @@ class _Plan:
         config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
         weight_map = cast("Backbone", load_class(spec.backbone, owner)).weight_map(config)
         plan = cls(checkpoint, files, weight_map)
+        check_saved_whole(files, (name for name in checkpoint.tensors if not weight_map.ignores(name)), weight_map)
         stored = {_place(weight_map, name): name for name in checkpoint.tensors}
         # Only a class that generates has the output head that a tie names.
         stated = stated_task(spec, config)

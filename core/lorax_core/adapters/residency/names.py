@@ -53,7 +53,7 @@ class NameTable:
 
     def find(self, name: str) -> Named:
         """What a name means; raises AdapterError with the nearest name when it means nothing."""
-        found = self._named.get(name)
+        found = self._named.get(name) if isinstance(name, str) else None
         if found is None:
             close = nearest(str(name)[:200], self._named)
             raise AdapterError(

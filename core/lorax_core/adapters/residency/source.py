@@ -84,13 +84,17 @@ def find_adapter(
 
     Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
     """
+    with _masked_errors(source):
+        return _find(source, revision, token, cache)
+
+
+def _find(source: str | Path, revision: str | None, token: str | None, cache: Path) -> FoundAdapter:
     scheme = url_scheme(source) if isinstance(source, str) else None
     if scheme is not None:
         url = str(source)
-        with _masked_errors():
-            _refuse_schemes(url, scheme)
-            _refuse_options(url, revision, token)
-            return _from_url(url, scheme, cache / "adapters")
+        _refuse_schemes(url, scheme)
+        _refuse_options(url, revision, token)
+        return _from_url(url, scheme, cache / "adapters")
     collapsed = _COLLAPSED.fullmatch(str(source))
     if isinstance(source, Path) and collapsed is not None and not source.exists():
         raise AdapterError(
@@ -113,13 +117,18 @@ def masked(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _masked_errors() -> Iterator[None]:
-    """Whatever an error says of a URL, it is read by people who may not have its password."""
+def _masked_errors(source: str | Path) -> Iterator[None]:
+    """Whatever an error says of a source, it is read by people who may not have its password."""
     try:
         yield
     except AdapterError as error:
-        hint = masked(error.hint) if error.hint is not None else None
-        raise AdapterError(masked(error.message), hint=hint) from error.__cause__
+        # A library may quote the credentials without the URL around them.
+        credentials = [found[0] for found in _USER.finditer(str(source))]
+        parts = [error.message, error.hint or ""]
+        for each in credentials:
+            parts = [part.replace(each, "***@") for part in parts]
+        message, hint = map(masked, parts)
+        raise AdapterError(message, hint=hint or _ADAPTER.forms) from error.__cause__
 
 
 def _refuse_schemes(url: str, scheme: str) -> None:

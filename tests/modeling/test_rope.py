@@ -126,8 +126,8 @@ def test_a_parameter_that_is_no_number_is_refused_by_the_name_that_the_file_give
         ({**YARN, "partial_rotary_factor": "half"}, "rope.partial_rotary_factor"),
         ({"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "rope.type.*'longrope'"),
         ({"type": 5}, "rope.type"),
-        ([1, 2], "normalise failed"),
-        ("yarn", "normalise failed"),
+        ([1, 2], r"rope_scaling is \[1, 2\], where an object belongs"),
+        ("yarn", "rope_scaling is 'yarn', where an object belongs"),
     ],
 )
 def test_parameters_that_no_position_can_be_turned_by_are_refused(rope, told):

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, ValidationInfo, model_validator
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 from lorax_core.errors import CheckpointError, plain, sentence
 
@@ -136,19 +136,20 @@ class ModelConfig(BaseModel):
             )
         try:
             normalised = to_json(dict(cls.normalise(named)))
-        except ValueError as error:  # what it refuses, and what is no JSON
-            raise cls._refusal(raw, plain(error)) from error
-        except (  # it read what is not there, or is of another type
+        except (  # it read what is not there, or is of another type, or made what is no JSON
             KeyError,
             TypeError,
             AttributeError,
             ArithmeticError,
+            PydanticSerializationError,
         ) as error:
             raise CheckpointError(
                 f"config.json does not describe a {raw.get('model_type')}: {cls.__name__}.normalise failed with "
                 f"{type(error).__name__}: {error}",
                 hint=_COMPARE,
             ) from error
+        except ValueError as error:  # what it refuses
+            raise cls._refusal(raw, plain(error)) from error
         try:
             # Strict: else true and "64" would be read as numbers, and "false" as a truth value. As JSON, for a list there is
             # also a tuple, and a string a member of an enum.

@@ -154,7 +154,11 @@ def read_rope(raw: Mapping[str, Any], *, theta: float = 10000.0, partial: float 
     Unknown keys are kept, so that validation names them: a scaling that is not understood must not be ignored.
     """
     # Not merged: where a file has both, transformers reads the old key alone.
-    nested = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    stated_in = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    found = raw.get(stated_in) or {}
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{stated_in} is {found!r:.60}, where an object belongs")
+    nested = dict(found)
     kind = nested.pop("rope_type", None)
     old_kind = nested.pop("type", None)
     inner = nested.pop("original_max_position_embeddings", None)

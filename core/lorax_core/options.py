@@ -21,6 +21,37 @@ SOURCE_KINDS = ("folder", "hub", "url")
 CACHE_SIZES = ("kv_cache_tokens", "kv_cache_pages", "kv_cache_bytes", "kv_cache_fraction")
 
 
+# What other libraries call an option; None where there is no such option here, however similar another one is called.
+_OTHER_NAMES: dict[str, str | None] = {
+    "torch_dtype": "dtype",
+    "model": "checkpoint",
+    "lora_modules": "adapters",
+    "max_loras": "max_adapters",
+    "max_model_len": "kv_cache_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_num_seqs": "max_batch_rows",
+    "max_num_batched_tokens": "max_batch_tokens",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "response_format": "json_schema",
+    "adapter_id": "adapter",
+    "best_of": "n",
+    "text": "input",
+    "tensor_parallel_size": None,
+    "trust_remote_code": None,
+}
+_EXAMPLES = {
+    "adapters": 'adapters={"NAME": "FOLDER"}',
+    "adapter_sources": 'adapter_sources=["folder", "hub"]',
+    "dtype": 'dtype="float16"',
+    "top_k": "leave it out to switch it off",
+    "logprobs": "logprobs=1 gives each token's own and one alternative; leave it out for none",
+    "max_tokens": "leave it out to run to the end",
+}
+
+
 class Checked(BaseModel):
     """What users fill in: any value at all makes one, or a RequestError that names the option and the value."""
 
@@ -175,7 +206,8 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
         depth = len(problem["loc"])
         if problem["type"] == "extra_forbidden":
             found[option] = (1, f"{kind.__name__} has no option {shown(option)}")
-            close = nearest(option, kind.model_fields)
+            close = _OTHER_NAMES.get(option) or nearest(option, kind.model_fields)
+            close = close if close in kind.model_fields else None
             hint = f"did you mean {close!r}?" if close else f"options are {listed(kind.model_fields, limit=40)}"
         # An option that may be several things fails as each of them; the nearest to what was meant fails deepest.
         elif option not in found or depth > found[option][0]:
@@ -185,7 +217,7 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
             found_value = "" if hidden else f" (found {shown(problem['input'])})"
             inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
             found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{found_value}" if option else message)
-            hint = hint or _nearest_value(problem)
+            hint = hint or _nearest_value(problem) or _EXAMPLES.get(option)
     hint = hint or f"help(lorax_core.{kind.__name__}) says what each option takes"
     return RequestError("; ".join(line for _, line in found.values()), hint=hint)
 

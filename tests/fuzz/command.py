@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = given.campaign or list(CAMPAIGNS)
     if given.case is not None and len(names) != 1:
         parser.error("--case needs one --campaign")
+    if given.cases < 1 or given.workers < 1:
+        parser.error("--cases and --workers are at least 1")
     orders = (
         [(names[0], given.seed, given.case)]
         if given.case is not None

@@ -266,3 +266,10 @@ def test_an_encoder_has_no_use_for_end_tokens(tmp_path):
 
     with lorax.load(folder) as engine:
         assert engine.embed("ab").shape == (64,)
+
+
+def test_a_pattern_of_linear_methods_that_names_no_layer_is_refused(qwen2):
+    error = refusal(qwen2, linear_methods={"layers.*.mpl.down_proj": "plain"})
+
+    assert "names 'layers.*.mpl.down_proj', which no linear layer's path matches" in error.message
+    assert error.hint.endswith(".mlp.down_proj'?")

@@ -39,9 +39,10 @@ A source is a folder, a hub id or a URL; only `*.json` and `*.safetensors` at it
 
 - **Folder**: the one that PEFT wrote. It has no revision.
 - **Hub**: `org/name`, with `revision=` and `token=`. The hub's client keeps the files; offline, what it has is the answer.
-- **URL**: any folder that fsspec reads, such as `s3://bucket/folder` (`pip install 'lorax-core[s3]'`), `memory://` or `file://`.
-  Credentials are the store's own, from the environment. It is listed each time; unchanged files are not fetched again.
-  They lie in `$LORAX_CACHE` (else `$XDG_CACHE_HOME/lorax`, `~/.cache/lorax`); a broken download leaves nothing there.
+- **URL**: any folder that fsspec reads, but for http and https, such as `s3://bucket/folder` (`pip install
+  'lorax-core[s3]'`), `memory://` or `file://`. Credentials are the store's own, from the environment. It is listed each time;
+  unchanged files are not fetched again. They lie in `$LORAX_CACHE` (else `$XDG_CACHE_HOME/lorax`, `~/.cache/lorax`); a broken
+  download leaves nothing there.
 
 `engine.adapters.load(name, source)` finds, reads and checks one. A request may also name a source itself
 (`adapter="org/name"`): whatever has a slash and is no loaded name is loaded under that name first, once.
@@ -101,8 +102,8 @@ By name, with the engine unharmed:
 
 - a head without a task; a task, `problem_type` or `id2label` that does not exist, does not fit the head's rows, contradicts
   the files, or comes with an adapter that brings no head;
-- a sequence head of BERT on a base that was saved without a pooler, and an adapter of the pooler without such a head, unless
-  its update is zero (`all-linear` names the pooler, and embeddings train nothing there);
+- a sequence head of BERT on a base that was saved without a pooler, and an adapter of the pooler there. (Where the base has
+  one and no loaded task reads it, the adapter is loaded, and `adapters.list()` names the module as `unread`.)
 - kinds other than LoRA and Medusa, settings that change the computation and are not in the table, initialisations that changed
   the base and were not converted (`pissa`, `olora`), and settings that the tensors contradict.
 """

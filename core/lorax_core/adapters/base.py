@@ -135,12 +135,12 @@ def fits_dtype(what: str) -> Iterator[None]:
 
 def known(what: str, word: str, words: Iterable[str]) -> str:
     """A word of a setting; raises AdapterError, with the nearest one, for a word that is none of `words`."""
-    words = list(words)
+    words = [str(one) for one in words]
     if word not in words:
         close = nearest(str(word), words)
         raise AdapterError(
-            f"there is no {what} {word!r}; there are {listed(words)}",
-            hint=f"did you mean {close!r}?" if close else "leave it out where the files say it",
+            f"there is no {what} {word!r:.80}; there are {listed(words)}",
+            hint=f"did you mean {close!r}?" if close else f"give one of those for {what}",
         )
     return word
 

@@ -35,6 +35,16 @@ class LinearPolicy:
 
     methods: Mapping[str, str] = field(default_factory=dict)
 
+    def check(self, paths: Sequence[str]) -> None:
+        """Raises RequestError for a pattern that names none of the layers at `paths`: it was meant to change something."""
+        for pattern in self.methods:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                close = nearest(pattern, paths)
+                raise RequestError(
+                    f"linear_methods names {pattern!r}, which no linear layer's path matches",
+                    hint=f"did you mean {close!r}?" if close else f"paths are such as {listed(paths, limit=3)}",
+                )
+
     def candidates(self, path: str, offered: Sequence[LinearMethod] = METHODS) -> tuple[LinearMethod, ...]:
         """The methods to ask for the layer at `path`, in order, the plain one last. Raises RequestError for an unknown name."""
         name = next((name for pattern, name in self.methods.items() if fnmatchcase(path, pattern)), None)

@@ -75,6 +75,7 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
     tables = {id(module.weight): module for _, module in layers if isinstance(module, Embedding)}
     prepared: dict[int, tuple[LinearKernel, LinearChoice]] = {}
     choices: list[LinearChoice] = []
+    policy.check([layer.path or name for name, layer in layers if isinstance(layer, Linear)])
     for name, layer in layers:
         weight = layer.weight
         # Embeddings are skipped, as a look-up gains nothing from packing; a tied one follows its head below.

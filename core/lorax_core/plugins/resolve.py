@@ -108,6 +108,8 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint folder '{folder}' {what}", hint="give the folder that holds config.json")
     if not os.path.lexists(file):  # a pipe or a broken link is there, and reading it says what it is
         hint = "a checkpoint holds config.json and *.safetensors; is this its folder?"
+        if (folder / "adapter_config.json").is_file():
+            hint = "this is an adapter: load its base, with adapters={'NAME': FOLDER}"
         raise CheckpointError(f"'{folder}' has no config.json", hint=hint)
     config = read_json(file, CheckpointError)
     if not isinstance(config, dict):

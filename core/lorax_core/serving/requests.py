@@ -57,16 +57,15 @@ class GenerateRequest(Checked):
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
     # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
-    # strict=False: an int is a float too.
-    temperature: float = Field(default=0.0, ge=0.0, le=100.0, strict=False)
+    temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     top_k: int | None = Field(default=None, ge=1, lt=2**31)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
-    min_p: float = Field(default=0.0, ge=0.0, le=1.0, strict=False)
-    typical_p: float = Field(default=1.0, gt=0.0, le=1.0, strict=False)
-    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0, strict=False)
-    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, strict=False)
-    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0, strict=False)
-    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0, strict=False)]] = Field(
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    typical_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    repetition_penalty: float = Field(default=1.0, gt=0.0, le=100.0)
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]] = Field(
         default_factory=dict, max_length=TOKEN_OPTIONS
     )
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
@@ -80,6 +79,19 @@ class GenerateRequest(Checked):
     regex: str | None = Field(default=None, max_length=CONSTRAINT_LENGTH)
     choice: list[str] | None = Field(default=None, min_length=1, max_length=CHOICES)
     priority: int = Field(default=0, ge=-100, le=100)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _no_stop(cls, value: Any) -> Any:
+        return [] if value is None else value  # as OpenAI's clients send it
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _keys_of_json(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        # JSON has text for keys, so OpenAI's clients send ids as text.
+        return {int(key) if isinstance(key, str) and key.isdecimal() else key: one for key, one in value.items()}
 
     @field_validator("stop")
     @classmethod

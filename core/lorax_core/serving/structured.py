@@ -27,6 +27,7 @@ SCHEMA_PARTS: Final = 5_000
 # Above the library's own, which a few hundred optional properties reach; a step of the largest grammar takes about 10 ms.
 _ROW_ITEMS: Final = 50_000
 _STEP_ITEMS: Final = 200_000
+_CORRECT: Final = "json_schema follows JSON Schema, draft 2020-12; regex has no look-around and no back-references"
 _SIMPLER: Final = "make the constraint simpler: fewer properties, alternatives or repetitions"
 
 
@@ -124,13 +125,13 @@ class GrammarFactory:
         what = _grammar(request, LLMatcher)
         tokens = self._prepare()
         # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
-        with guarded(RequestError, "the constraint is not valid", hint=_SIMPLER):
+        with guarded(RequestError, "the constraint is not valid", hint=_CORRECT):
             limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, step_max_items=_STEP_ITEMS, verbose_errors=False)
             matcher = LLMatcher(tokens.library, what, log_level=0, limits=limits)
             problem = matcher.get_error()
         if problem:
             said = " ".join(problem.partition("<")[0].split())
-            raise RequestError(f"the constraint is not valid: {said:.300}", hint=_SIMPLER)
+            raise RequestError(f"the constraint is not valid: {said:.300}", hint=_CORRECT)
         try:
             return TokenGrammar(matcher, tokens)
         except CapacityError as error:  # no first token: a schema that refers to itself, say
@@ -169,7 +170,7 @@ def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
     """A request's constraint in the library's language."""
     if request.json_schema is not None:
         schema = _checked_schema(request.json_schema)
-        with guarded(RequestError, "the constraint is not valid", hint=_SIMPLER):
+        with guarded(RequestError, "the constraint is not valid", hint=_CORRECT):
             return str(matcher.grammar_from_json_schema(schema))
     if request.regex is not None:
         return str(matcher.grammar_from_regex(request.regex))

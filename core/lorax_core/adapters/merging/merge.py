@@ -139,6 +139,8 @@ def combine(
         else:
             modules[module] = ModuleTensors(a=a, b=b, weight=weight)
     config, notes = _settings(adapters, ranks)
+    if len(adapters) > 1 and not set.intersection(*(set(files.modules) for files in adapters)):
+        notes.append("no module is in all of the adapters: were they trained on one base?")
     path = adapters[0].path if len(adapters) == 1 else Path(" + ".join(files.path.name for files in adapters))
     return PeftFiles(path, PeftSettings(path=path, **config), modules), notes
 

@@ -140,8 +140,11 @@ def _refuse_schemes(url: str, scheme: str) -> None:
         )
     if scheme.lower() in ("http", "https"):
         parts = [part for part in url.split("/")[3:] if part]
-        close = f", for this page perhaps {'/'.join(parts[:2])!r}" if len(parts) > 1 else ""
-        raise AdapterError(f"{url!r} is a page, not a folder", hint=f"for the hub give the id{close}")
+        close = f" of the hub, for this page perhaps {'/'.join(parts[:2])!r}" if len(parts) > 1 else " of the hub"
+        raise AdapterError(
+            f"{url!r} is a page, not a folder: http and https are not supported",
+            hint=f"give an id{close}; or a folder, or a URL such as 's3://bucket/folder'",
+        )
 
 
 def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
@@ -222,7 +225,7 @@ def _listing(filesystem: Any, path: str, url: str) -> list[_File]:
         entries = filesystem.ls(path, detail=True)
     except Exception as error:  # each filesystem has its own
         raise AdapterError(
-            f"{url!r} cannot be listed: {type(error).__name__}: {error}",
+            f"{url!r} cannot be listed: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
             hint="check the spelling, and the credentials that the environment gives",
         ) from error
     found = [

@@ -49,7 +49,7 @@ NAN, INF = math.nan, math.inf
     [
         ("max_tokens", ["8", True, 0, -1, 2.5, []]),
         ("min_tokens", [-1, "2", None]),
-        ("temperature", ["hot", -0.1, 101, NAN, INF, None]),
+        ("temperature", ["hot", "0.5", True, -0.1, 101, NAN, INF, None]),
         ("top_k", [0, -3, 1.5, "5", False]),
         ("top_p", [0, -0.1, 1.01, NAN, "much"]),
         ("min_p", [-0.1, 1.5, NAN]),

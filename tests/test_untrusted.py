@@ -10,7 +10,17 @@ import pytest
 
 from lorax_core.errors import AdapterError, CheckpointError
 from lorax_core.patterns import LENGTH, UntrustedPattern
-from lorax_core.untrusted import JSON_BYTES, JSON_DEPTH, file_in, guarded, is_number, read_json, regular
+from lorax_core.untrusted import (
+    JSON_BYTES,
+    JSON_DEPTH,
+    JSON_VALUES,
+    file_in,
+    guarded,
+    is_number,
+    read_json,
+    regular,
+    unusable,
+)
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "", "a\0b", "..", "a\\..\\b", 5, None])
@@ -42,6 +52,14 @@ def test_json_that_cannot_be_used_is_the_error_asked_for(tmp_path: Path, content
         read_json(file, AdapterError)
     assert str(file) in str(raised.value)
     assert raised.value.hint
+
+
+def test_a_value_that_is_there_many_times_is_refused_before_it_is_looked_at_as_often() -> None:
+    value: object = "x"
+    for _ in range(40):  # 2 to the power of 40 strings, in 40 lists
+        value = [value, value]
+    assert unusable(value) == f"holds more than {JSON_VALUES:,} values"
+    assert unusable(["x"] * 1000) is None
 
 
 def test_a_file_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -93,6 +111,7 @@ def test_whatever_is_raised_inside_becomes_one_error() -> None:
         ("(?!x)q", r"\(\?!"),
         (r"(a)\1", "not supported as a regular expression"),
         ("\ud800", "not supported as a regular expression"),
+        (r"[\pL\pN]{200}", "pattern too large"),  # more than 1 MiB when it is compiled
         ("a" * (LENGTH + 1), "at most 4,000 are read"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,9 @@ SETTINGS = {
     "no kind": ({"peft_type": None}, "None"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
     "olora": ({"init_lora_weights": "olora"}, "'olora'"),
+    "loftq": ({"init_lora_weights": "loftq"}, "'loftq'"),
+    "corda": ({"init_lora_weights": "corda"}, "'corda'"),
+    "lora_ga": ({"init_lora_weights": "lora_ga"}, "'lora_ga'"),
     "olora in another case": ({"init_lora_weights": "OLoRA"}, "'OLoRA'"),
     "modules that are updated and not targets": ({"target_modules": ["k_proj"]}, "target_modules=['k_proj']"),
     "an expression that names other modules": ({"target_modules": ".*mlp.*"}, "target_modules='.*mlp.*'"),
@@ -145,6 +149,29 @@ def test_what_settings_leave_out_is_what_peft_drops(tmp_path):
 
         assert [name for name in modules if settings.leaves_out(name) is not None] == left_out, statement
         assert left_out
+
+
+def test_the_first_number_in_a_modules_name_is_that_of_its_layer():
+    module = "model.layers.1.experts.0.q_proj"
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [1], "lora_alpha": 8, "peft_type": "LORA"}
+
+    assert bool(check_target_module_exists(LoraConfig(target_modules=["q_proj"], layers_to_transform=[1]), module))
+    assert PeftSettings(path=Path("x"), **config).leaves_out(module) is None
+    assert (
+        PeftSettings(path=Path("x"), **{**config, "layers_to_transform": [0]}).leaves_out(module)
+        == "layers_to_transform=[0]"
+    )
+
+
+def test_a_setting_called_path_does_not_stand_in_for_the_folder(sound, tmp_path):
+    folder = make_copy(sound, tmp_path)
+    change_json(folder / "adapter_config.json", path="/etc/other", r=8)
+
+    with pytest.raises(AdapterError) as caught:
+        LoraAdapter(folder)
+
+    assert str(folder) in caught.value.message
+    assert "/etc/other" not in caught.value.message
 
 
 def without(name):

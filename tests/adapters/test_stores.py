@@ -253,6 +253,14 @@ def test_a_url_that_gives_no_adapter_is_refused_by_its_name(store, tmp_path, url
     assert store.fetched == []
 
 
+def test_the_origin_of_a_url_shows_no_credentials_when_fetched_and_when_kept(store, tmp_path):
+    put(store, FILES, "/lora?token=hunter2")
+
+    found = [find_adapter("store://lora?token=hunter2", cache=tmp_path) for _ in range(2)]
+
+    assert [one.origin for one in found] == ["store://lora?token=***"] * 2
+
+
 def test_options_of_the_hub_are_refused_for_a_url_with_what_to_use(tmp_path):
     revised = refused("s3://bucket/lora", revision="v2", cache=tmp_path)
     opened = refused("s3://bucket/lora", token="secret", cache=tmp_path)

@@ -213,6 +213,16 @@ def test_buffers_of_a_usual_size_are_made(tmp_path, host):
     assert torch.equal(model.backbone.cosines.cos, torch.ones(1000, 16))
 
 
+def test_buffers_that_no_tensor_confirms_are_bounded(tmp_path, host):
+    folder = make_qwen2(tmp_path)
+    change_json(folder / "config.json", model_type="open", table=2 * 10**7)
+
+    with pytest.raises(CheckpointError, match=r"asks for buffers of 1\.\d GB; at most 1\.1 are made") as caught:
+        make_loaded(folder, with_open_model(host))
+
+    assert caught.value.hint
+
+
 def test_weights_larger_than_the_memory_are_told_with_their_size(outcomes):
     error, message, hint = outcomes["large"]
 

@@ -152,7 +152,13 @@ def test_credentials_of_a_url_are_in_no_error(url, tmp_path):
 
 @pytest.mark.parametrize(
     "source",
-    [f"ht tp://user:{SECRET}@host/lora", f"https ://host/a?token={SECRET}", f"/nowhere/x://user:{SECRET}@host/a"],
+    [
+        f"s3:/%2e/user:{SECRET}@x/y",
+        f"user:{SECRET}@x/y",
+        f"ht tp://user:{SECRET}@host/lora",
+        f"https ://host/a?token={SECRET}",
+        f"/nowhere/x://user:{SECRET}@host/a",
+    ],
 )
 def test_credentials_of_what_is_nearly_a_url_are_in_no_error_either(source, tmp_path):
     error = refused(lambda: find_adapter(source, cache=tmp_path))

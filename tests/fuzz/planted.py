@@ -2,7 +2,7 @@
 
 | name | what is wrong | campaign | found as |
 | --- | --- | --- | --- |
-| `deep-json` | JSON with 5,000 digits or 100,000 brackets is a bare exception | config | bare exception |
+| `names` | an adapter's name that cannot be a key is a bare exception | api | bare exception |
 | `outside` | an index may name shards with `..` | index | accepted what must be refused |
 | `hints` | a wrong setting of an adapter is refused without a next step | adapter | no hint |
 | `rslora` | `use_rslora` is not read | adapter | wrong answer |
@@ -42,8 +42,8 @@ class Plant:
 
 
 PLANTS = {
-    "deep-json": Plant(
-        "lorax_core.untrusted:read_json", "ValueError, RecursionError)", "ZeroDivisionError)", "config",
+    "names": Plant(
+        "lorax_core.adapters.residency.names:NameTable.find", "if isinstance(name, str) else None", "if True else None", "api",
             Finding.BARE
     ),
     "outside": Plant(

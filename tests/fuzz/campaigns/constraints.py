@@ -109,7 +109,7 @@ def satisfied(kind: str, value: Any, text: str) -> None:
     elif kind == "regex":
         if (
             len(value) > 200
-            or re.search(r"\[\[:|\\p|[*+)]\)*[*+]|\(\?|\\b", value)
+            or re.search(r"\[[^\]]*\[|\\p|[*+)]\)*[*+]|\(\?|\\b", value)
             or value.startswith("^")
             or value.endswith("$")
         ):

@@ -30,7 +30,8 @@ _WRAPPERS = frozenset(
     """.split()  # noqa: SIM905
 )
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)(?:://|::).*", re.DOTALL)
-_USER = re.compile(r"(?<=://)[^/@\s]+@")
+# After "//", or with a password wherever it stands: what is nearly a URL is shown too.
+_USER = re.compile(r"(?<=://)[^/@\s]+@|(?<![^/\s'\"])[^/@:\s'\"]+:[^/@\s'\"]+@")
 _QUERY = re.compile(r"(?<=[?&])([^=&#\s]+)=[^&#\s'\"]+")
 _COLLAPSED = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)", re.DOTALL)  # what Path makes of one
 _ADAPTER = Kind(

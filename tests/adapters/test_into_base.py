@@ -512,6 +512,50 @@ def test_a_link_out_of_the_base_is_not_copied_and_named(plain, tmp_path, host):
     assert done.notes == ("not copied, for they are links out of the base's folder: 'merges.txt', 'vocab.txt'",)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_base_whose_own_files_are_links_out_of_it_is_refused(plain, tmp_path, host, name):
+    model, base = plain
+    folder, _ = make_adapter(model, tmp_path / "lora")
+    snapshot = as_snapshot(base, tmp_path)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(base / name)
+
+    with pytest.raises(AdapterError, match="is a link out of the base's folder") as caught:
+        merge_into_base(snapshot, folder, tmp_path / "out", host)
+
+    assert caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inside", ["base", "lora"])
+def test_a_result_that_would_replace_what_is_read_from_is_refused(plain, tmp_path, host, inside):
+    model, base = plain
+    places = {"base": tmp_path / "base", "lora": tmp_path / "lora"} | {inside: tmp_path / "out" / inside}
+    folder, _ = make_adapter(model, places["lora"])
+    shutil.copytree(base, places["base"])
+    (tmp_path / "out/mine.txt").write_text("mine")
+
+    with pytest.raises(AdapterError, match="is read from, and would be replaced"):
+        merge_into_base(places["base"], folder, tmp_path / "out", host, overwrite=True)
+
+    assert (tmp_path / "out/mine.txt").exists()
+    assert (places[inside]).exists()
+
+
+def test_a_link_that_is_overwritten_leaves_what_it_leads_to(plain, tmp_path, host):
+    model, base = plain
+    folder, _ = make_adapter(model, tmp_path / "lora")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/mine.txt").write_text("mine")
+    (tmp_path / "out").symlink_to("kept")
+
+    merge_into_base(base, folder, tmp_path / "out", host, overwrite=True)
+
+    assert not (tmp_path / "out").is_symlink()
+    assert (tmp_path / "kept/mine.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "lora", "out"]
+
+
 @pytest.mark.parametrize("name", ["../stolen.safetensors", "{root}/stolen.safetensors", "a/../../stolen.safetensors"])
 def test_an_index_that_names_files_elsewhere_is_refused_and_nothing_is_written_there(plain, tmp_path, host, name):
     model, base = plain

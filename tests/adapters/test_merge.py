@@ -417,6 +417,16 @@ def test_progress_is_told_module_by_module(pair, tmp_path):
     assert heard == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
+def test_a_result_that_would_replace_an_adapter_that_is_read_is_refused(tmp_path):
+    one = make_lora(make_qwen2_model(), tmp_path / "out/one", target_modules=["q_proj"])
+
+    for out in (tmp_path / "out", one):
+        with pytest.raises(AdapterError, match="is read from, and would be replaced"):
+            merge_adapters([one], out, overwrite=True)
+
+    assert (one / "adapter_config.json").exists()
+
+
 WRONG = {
     "adapters of no type": {"adapters": object()},
     "one adapter": {"adapters": "folder"},

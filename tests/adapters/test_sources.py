@@ -153,6 +153,8 @@ def test_credentials_of_a_url_are_in_no_error(url, tmp_path):
 @pytest.mark.parametrize(
     "source",
     [
+        f"sftp://h/x#token={SECRET}",
+        f"ftp://user:{SECRET}/2@h/x",
         f"s3:/%2e/user:{SECRET}@x/y",
         f"user:{SECRET}@x/y",
         f"ht tp://user:{SECRET}@host/lora",

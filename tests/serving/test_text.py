@@ -4,11 +4,12 @@ import json
 
 import pytest
 from builders import CHAT_TEMPLATE, make_byte_tokenizer, make_letter_tokenizer, make_qwen2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rigs import within
 
 from lorax_core.errors import CheckpointError, RequestError, shown
-from lorax_core.serving.text import Encoded, TextFront, cut, load_text_front
+from lorax_core.serving.text import Encoded, TextFront, _shortened, cut, load_text_front
 from lorax_core.types import Pooling, Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
@@ -191,3 +192,24 @@ def test_a_broken_tokenizer_is_a_checkpoint_error_that_names_the_folder(tmp_path
         load_text_front(Checkpoint(folder), None)
 
     assert str(folder) in caught.value.message
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.data())
+def test_the_longest_string_loses_its_tokens_first_one_by_one(lengths, data):
+    extra = data.draw(st.integers(0, sum(lengths)))
+    one_by_one = list(lengths)
+    for _ in range(extra):
+        one_by_one[one_by_one.index(max(one_by_one))] -= 1
+
+    assert _shortened(lengths, extra) == one_by_one
+
+
+@pytest.mark.parametrize("side", ["start", "end"])
+def test_a_very_long_input_is_cut_without_a_turn_for_each_token(side):
+    # Taken one by one from the front of a list, these would take hours.
+    ids = list(range(3_000_000))
+
+    kept = within(60, lambda: cut(Encoded(ids), 10, side)).ids
+
+    assert kept == (ids[-10:] if side == "start" else ids[:10])

@@ -6,7 +6,9 @@ tests have no use for it.
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,6 +25,9 @@ def settle() -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("house")
+    # Started in the background of a shell, a process ignores Ctrl-C, and so do those that it starts.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

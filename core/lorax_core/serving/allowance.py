@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-STEPS: Final = 500_000
+STEPS: Final = 2_000_000
 """Passes of loops, calls, filters and operators; a conversation of 1,000 messages takes some 20,000."""
-CHARACTERS: Final = 128 * 2**20
+CHARACTERS: Final = 64 * 2**20
 """Characters of all texts that are made on the way, with 8 for each element of a list."""
-VALUE: Final = 16 * 2**20
+VALUE: Final = 4 * 2**20
 """Characters of one value, with all that lies within it."""
 SECONDS: Final = 5.0
 BITS: Final = 10_000
@@ -25,6 +25,12 @@ BITS: Final = 10_000
 _WIDE: Final = re.compile(r"%[^a-zA-Z%]*(\d{5}|\*)")
 _WIDE_FIELD: Final = re.compile(r"\{[^{}]*(\d{5}|\{)")
 _ELEMENT: Final = 8
+# Filters that look at each element.
+_EACH: Final = frozenset(
+    """
+    batch dictsort groupby items join list map max min reject rejectattr reverse select selectattr slice sort sum unique
+    """.split()  # noqa: SIM905
+)
 
 
 class TooMuch(Exception):
@@ -41,9 +47,9 @@ class Allowance:
         # By id, with the value itself, so that the id stays its own. Values in a sandbox do not change.
         self._weights: dict[int, tuple[Any, int]] = {}
 
-    def step(self) -> None:
-        """One pass of a loop, call, filter or operator."""
-        self._steps -= 1
+    def step(self, count: int = 1) -> None:
+        """One pass of a loop, call, filter or operator; or as many as a filter has elements to look at."""
+        self._steps -= count
         if self._steps < 0:
             raise TooMuch(f"it takes more than {STEPS:,} steps")
         if time.monotonic() > self._deadline:
@@ -117,7 +123,7 @@ class Allowance:
 
     def called(self, name: str, on: Any, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """A filter, or a method of text, is about to be applied to `on`."""
-        self.step()
+        self.step(1 + (len(on) if name in _EACH and isinstance(on, (list, tuple, dict, range)) else 0))
         given = [*args, *named.values()]
         numbers = [abs(one) for one in given if isinstance(one, int) and not isinstance(one, bool)]
         texts = [len(one) for one in given if isinstance(one, (str, bytes))]

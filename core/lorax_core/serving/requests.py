@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from lorax_core.errors import RequestError, shown
 from lorax_core.options import Checked
 
-PROMPT_LENGTH: Final = 16 * 2**20
+PROMPT_LENGTH: Final = 4 * 2**20
 """Characters of the longest prompt or conversation, about four times the tokens of the longest contexts."""
 MESSAGES: Final = 10_000
 STOP_STRINGS: Final = 128

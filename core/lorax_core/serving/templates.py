@@ -31,6 +31,10 @@ SOURCE: Final = 512 * 1024
 """Characters of the longest template; those in use have up to 40,000."""
 # No chat template uses these; each does an amount of work that its arguments do not show.
 _LEFT_OUT: Final = ("filesizeformat", "pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+# Likewise of methods, which make bytes, tables of characters or text by algorithms that are quadratic.
+_NO_METHODS: Final = frozenset(("encode", "decode", "translate", "maketrans", "to_bytes", "from_bytes", "fromhex"))
+# Tests that look at all of what they are given.
+_COMPARING: Final = frozenset("in eq equalto == ne != lt < le <= gt > ge >= lower upper".split())  # noqa: SIM905
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -106,6 +110,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self._renderings = threading.local()
         self.filters = {name: self._counted(name, one) for name, one in self.filters.items() if name not in _LEFT_OUT}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: self._counted_test(name, one) for name, one in tests.items()}
         self.filters["join"] = self._joining(self.filters["join"])
         self.filters["tojson"] = self._to_json
         self.globals = {
@@ -190,6 +196,21 @@ class _Environment(ImmutableSandboxedEnvironment):
             return self.allowance.made(function(*args, **kwargs))
 
         return filtered
+
+    def _counted_test(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A test that accounts for what it looks at: filters such as `select` apply one to each element."""
+
+        @wraps(function)
+        def tested(*args: Any, **kwargs: Any) -> Any:
+            self.allowance.step()
+            if name in _COMPARING:
+                self.allowance.text(sum(len(one) for one in args if isinstance(one, (str, list, tuple, dict))))
+            return function(*args, **kwargs)
+
+        return tested
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _NO_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def _joining(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)

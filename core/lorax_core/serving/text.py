@@ -179,11 +179,10 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
             f"{limit} tokens do not hold the special tokens of {len(special)}",
             hint="leave truncate out; no text of this kind fits the model",
         )
+    # Indices into `encoded.ids`, so they stay valid while tokens are dropped.
     dropped: set[int] = set()
-    for _ in range(extra):
-        longest = max(texts, key=len)
-        # Indices into `encoded.ids`, so they stay valid while tokens are dropped.
-        dropped.add(longest.pop(0 if side == "start" else -1))
+    for text, length in zip(texts, _shortened([len(text) for text in texts], extra), strict=True):
+        dropped.update(text[: len(text) - length] if side == "start" else text[length:])
     kept = [at for at in range(len(encoded.ids)) if at not in dropped]
     types = encoded.token_types
     return Encoded(
@@ -195,6 +194,26 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
         pool_from=sum(1 for at in kept if at < encoded.pool_from),
         truncated=True,
     )
+
+
+def _shortened(lengths: list[int], extra: int) -> list[int]:
+    """Lengths from which `extra` tokens were taken one by one, each from the longest (the first of several)."""
+    left = list(lengths)
+    # The longest come down to the next shorter one together, so this takes a turn for each string and none for each token.
+    while extra:
+        most = max(left)
+        longest = [at for at, length in enumerate(left) if length == most]
+        below = max((length for length in left if length < most), default=0)
+        down = min(most - below, extra // len(longest))
+        if down:
+            for at in longest:
+                left[at] -= down
+            extra -= down * len(longest)
+        else:
+            for at in longest[:extra]:
+                left[at] -= 1
+            extra = 0
+    return left
 
 
 def _texts(special: tuple[bool, ...]) -> list[list[int]]:

@@ -20,7 +20,7 @@ from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, sh
 from lorax_core.adapters.formats.lora import check_saved_whole
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
 from lorax_core.adapters.merging.merge import Progress
-from lorax_core.adapters.merging.output import check_free, new_folder
+from lorax_core.adapters.merging.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import CLASSIFICATION
@@ -71,10 +71,13 @@ def merge_into_base(
     final = Path(out)
     check_free(final, overwrite)
     checkpoint = Checkpoint(base)
-    source = checkpoint.path.resolve()
     # The base is copied file by file: inside it, the copy would meet itself, and the base be replaced.
-    if final.resolve() == source or source in final.resolve().parents:
+    if final.resolve().is_relative_to(checkpoint.path.resolve()):
         raise AdapterError(f"{out} is the base's own folder, or inside it", hint="give a folder of its own")
+    refuse_inputs_inside(
+        final, [checkpoint.path, *([adapter] if not isinstance(adapter, PeftFiles) else [adapter.path])]
+    )
+    _refuse_links(checkpoint)
     files = adapter if isinstance(adapter, PeftFiles) else read_peft(adapter)
     plan = _Plan.of(checkpoint, files, host or PluginHost.discover())
     with new_folder(final, overwrite=overwrite) as folder:
@@ -334,9 +337,20 @@ class _Plan:
             self.notes.append(f"not copied, for they are links out of the base's folder: {listed(outside)}")
 
 
+def _refuse_links(checkpoint: Checkpoint) -> None:
+    """Numbers of a shard elsewhere would go into the result, and a configuration that is not copied leaves it broken."""
+    roots = _roots(checkpoint.path.resolve())
+    for file in (checkpoint.path / "config.json", *checkpoint.files):
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise AdapterError(
+                f"'{file}' is a link out of the base's folder, which is not merged",
+                hint="copy the file itself there, if it is meant",
+            )
+
+
 def _roots(folder: Path) -> list[Path]:
     """Where the files of a checkpoint may lie: in its folder, or for a snapshot of the hub's cache in that model's blobs."""
-    is_snapshot = folder.parent.name == "snapshots"
+    is_snapshot = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     return [folder, folder.parent.parent / "blobs"] if is_snapshot else [folder]
 
 

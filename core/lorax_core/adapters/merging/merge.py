@@ -29,7 +29,7 @@ from lorax_core.adapters.merging.combining import (
     combined,
     seeded_mask,
 )
-from lorax_core.adapters.merging.output import check_free, new_folder
+from lorax_core.adapters.merging.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.errors import AdapterError
 from lorax_core.untrusted import guarded
 
@@ -84,6 +84,7 @@ def merge_adapters(
     if isinstance(adapters, (str, Path)):
         raise AdapterError(f"one adapter was given, {str(adapters)!r:.80}", hint="give a list of folders")
     options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
+    refuse_inputs_inside(Path(out), adapters)
     files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
     with new_folder(out, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _TENSORS, metadata={"format": "pt"})

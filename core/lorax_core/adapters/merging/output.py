@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -47,7 +47,19 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        if old.is_symlink():
+            old.unlink()
         shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_inputs_inside(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise AdapterError when replacing `out` would delete a folder that is read from."""
+    for folder in inputs:
+        if Path(folder).resolve().is_relative_to(out.resolve()):
+            raise AdapterError(
+                f"{out} holds {folder}, which is read from, and would be replaced with all that is in it",
+                hint="give a folder of its own for the result",
+            )
 
 
 def check_free(out: Path, overwrite: bool) -> None:

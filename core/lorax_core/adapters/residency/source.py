@@ -31,8 +31,8 @@ _WRAPPERS = frozenset(
 )
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)(?:://|::).*", re.DOTALL)
 # After "//", or with a password wherever it stands: what is nearly a URL is shown too.
-_USER = re.compile(r"(?<=://)[^/@\s]+@|(?<![^/\s'\"])[^/@:\s'\"]+:[^/@\s'\"]+@")
-_QUERY = re.compile(r"(?<=[?&])([^=&#\s]+)=[^&#\s'\"]+")
+_USER = re.compile(r"(?<=://)(?:[^/@\s]+|[^/\s]*:[^\s'\"]*)@|(?<![^/\s'\"])[^/@:\s'\"]+:[^/@\s'\"]+@")
+_QUERY = re.compile(r"(?<=[?&#])([^=&#\s]+)=[^&#\s'\"]+")
 _COLLAPSED = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)", re.DOTALL)  # what Path makes of one
 _ADAPTER = Kind(
     noun="adapter",
@@ -125,11 +125,16 @@ def _masked_errors(source: str | Path) -> Iterator[None]:
     except AdapterError as error:
         # A library may quote the credentials without the URL around them.
         credentials = [found[0] for found in _USER.finditer(str(source))]
-        parts = [error.message, error.hint or ""]
+        message, hint = error.message, error.hint or ""
         for each in credentials:
-            parts = [part.replace(each, "***@") for part in parts]
-        message, hint = map(masked, parts)
-        raise AdapterError(message, hint=hint or _ADAPTER.forms) from error.__cause__
+            message, hint = message.replace(each, "***@"), hint.replace(each, "***@")
+            # Or a part of them, as what is no number of a port; after the user's name, which is no secret.
+            for part in re.split(r"[:/@]", each)[1:]:
+                message = message.replace(part, "***") if len(part) > 3 else message
+        message, hint = masked(message), masked(hint)
+        # Without the cause where there is something to hide: a logged traceback would show it.
+        cause = error.__cause__ if masked(str(source)) == str(source) else None
+        raise AdapterError(message, hint=hint or _ADAPTER.forms) from cause
 
 
 def _refuse_schemes(url: str, scheme: str) -> None:

@@ -49,12 +49,12 @@ def regular(file: Path, kind: type[LoraxError]) -> int:
     return found.st_size
 
 
-def read_json(file: Path, kind: type[LoraxError]) -> Any:
-    """The value of a JSON file; raises `kind`, naming the file and what is wrong with it."""
+def read_json(file: Path, kind: type[LoraxError], limit: int = JSON_BYTES) -> Any:
+    """The value of a JSON file of at most `limit` bytes; raises `kind`, naming the file and what is wrong with it."""
     again = "download or copy it again"
     size = regular(file, kind)
-    if size > JSON_BYTES:
-        raise kind(f"'{file}' has {size:,} bytes; at most {JSON_BYTES:,} are read", hint=again)
+    if size > limit:
+        raise kind(f"'{file}' has {size:,} bytes; at most {limit:,} are read", hint=again)
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors on Windows put a mark first
         found = json.loads(text)

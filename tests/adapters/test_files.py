@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -220,8 +224,8 @@ TENSORS = {
     "four dimensions": (lambda tensors: {key: t[:, :, None, None] for key, t in tensors.items()}, [", 1, 1]"]),
     "NaN": (with_one(A, lambda t: t[A].masked_fill(t[A] == t[A].max(), torch.nan)), [repr(A), "NaN"]),
     "infinity": (with_one(B, lambda t: t[B].masked_fill(t[B] == t[B].max(), torch.inf)), [repr(B), "infinite"]),
-    "integers": (with_one(A, lambda t: t[A].int()), [repr(A), "torch.int32"]),
-    "8 bit": (with_one(A, lambda t: t[A].to(torch.float8_e4m3fn)), [repr(A), "torch.float8_e4m3fn"]),
+    "integers": (with_one(A, lambda t: t[A].int()), [repr(A), "I32"]),
+    "8 bit": (with_one(A, lambda t: t[A].to(torch.float8_e4m3fn)), [repr(A), "F8_E4M3"]),
     "a layer under two spellings": (
         lambda tensors: (
             tensors | {key.replace("model.model.model.", "model.model."): t * 2 for key, t in tensors.items()}
@@ -371,6 +375,69 @@ def test_a_saved_module_that_was_cut_short_is_refused_by_name(tmp_path, saved, l
         lorax.load(tmp_path / "base", adapters={"it": folder})
 
     assert repr(held[lost].removeprefix("base_model.model.")) in caught.value.message
+
+
+def write_header(file, tensors):
+    """A safetensors file of these shapes whose numbers take no room on the disk."""
+    header, at = {}, 0
+    for name, shape in tensors.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + at)
+
+
+LARGE = {
+    "a module that the base lacks": ({"model.nonsense.weight": (2**24, 2**10)}, {}, "does not say for which task"),
+    "another shape": ({f"{MODULE.removeprefix('base_model.model.')}.weight": (2**24, 2**10)}, {}, "[16777216, 1024]"),
+    "a rank": (
+        {A.removeprefix("base_model.model."): (2**26, 64), B.removeprefix("base_model.model."): (64, 2**26)},
+        {"r": 2**26, "target_modules": ["q_proj"]},
+        "its rank is 67,108,864, more than 4,096",
+    ),
+}
+
+
+@pytest.mark.parametrize(("tensors", "changes", "told"), LARGE.values(), ids=LARGE)
+def test_what_does_not_fit_is_refused_by_its_header_before_it_takes_memory(
+    sound, qwen2, tmp_path, tensors, changes, told
+):
+    folder = make_copy(sound, tmp_path)
+    change_json(folder / "adapter_config.json", **{"target_modules": None, **changes})
+    write_header(
+        folder / "adapter_model.safetensors", {f"base_model.model.{name}": shape for name, shape in tensors.items()}
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    with lorax.load(qwen2) as engine, pytest.raises(AdapterError) as caught:
+        engine.adapters.load("large", folder)
+
+    assert told in caught.value.message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB; the file says tens of GiB
+
+
+CUT = """
+import sys
+from pathlib import Path
+from lorax_core.adapters.formats import tensors
+
+folder = Path(sys.argv[1])
+file = folder / "adapter_model.safetensors"
+found = dict(tensors.read_tensors([file]))
+file.write_bytes(b"")  # a page that was mapped from it would now end the process
+print(all(bool(tensor.isfinite().all()) for tensor in found.values()))
+"""
+
+
+def test_a_file_that_is_cut_short_after_it_was_read_ends_nothing(sound, tmp_path):
+    folder = make_copy(sound, tmp_path)
+
+    done = subprocess.run([sys.executable, "-c", CUT, str(folder)], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def raised(word, by):

@@ -152,7 +152,21 @@ def nested(depth):
     return schema
 
 
+def joined(count, inside=0):
+    """Patterns that hold together, in as many parts; each more takes four times as long."""
+    parts = [{"type": "string", "pattern": f"(a|b)*a(a|b){{{at}}}c"} for at in range(count)]
+    return {"allOf": [{"allOf": parts[:inside]}, *parts[inside:]] if inside else parts}
+
+
 NO_SCHEMA = {
+    "many patterns together": joined(30),
+    "many patterns in parts of parts": joined(14, 7),
+    "patterns that are named together": {
+        "allOf": [{"$ref": f"#/$defs/{at}"} for at in range(20)],
+        "$defs": {str(at): one for at, one in enumerate(joined(20)["allOf"])},
+    },
+    "a negative number that is too large": {"type": "integer", "minimum": -(2**70)},
+    "many keys": {"enum": [{"a": at} for at in range(6_000)]},
     "itself": {"$ref": "#"},
     "itself twice": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]},
     "in a circle": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
@@ -185,9 +199,20 @@ def test_a_schema_that_cannot_be_followed_is_refused_before_anything_runs(engine
         within(LIMIT, lambda: engine.submit([lorax.GenerateRequest(prompt="abc", json_schema=NO_SCHEMA[case])]))
 
     assert "constraint" in caught.value.message or "json_schema" in caught.value.message
+    assert caught.value.hint
 
 
-@pytest.mark.parametrize("schema", [{"type": "integer", "minimum": -(2**62), "maximum": 2**62}, nested(40), True, {}])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": -(2**62), "maximum": 2**62},
+        nested(40),
+        {"allOf": [{"type": "string", "pattern": p} for p in ("^[ab]+$", "^.{1,4}$")]},
+        {"allOf": [{"minimum": at} for at in range(20)], "type": "integer"},
+        True,
+        {},
+    ],
+)
 def test_a_schema_at_the_limits_is_followed(engine, schema):
     given = json.dumps(schema) if schema is True else schema
     if schema is True:

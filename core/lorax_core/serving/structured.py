@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,8 @@ SCHEMA_LENGTH: Final = 256 * 1024
 """Characters of the longest JSON schema."""
 SCHEMA_PARTS: Final = 5_000
 """Keys and elements of the largest one; the time that building takes grows with the square of its properties."""
+JOINED_PARTS: Final = 8
+"""Parts that `allOf` may join where strings have patterns: the time that joining takes grows fourfold with each."""
 # Above the library's own, which a few hundred optional properties reach; a step of the largest grammar takes about 10 ms.
 _ROW_ITEMS: Final = 50_000
 _STEP_ITEMS: Final = 200_000
@@ -184,7 +187,9 @@ def _checked_schema(given: dict[str, Any] | str) -> str:
     """The text of a schema that is JSON, of bounded size; raises RequestError."""
     with guarded(RequestError, "the constraint is no JSON schema", hint="give it as a dict, or as JSON text"):
         if isinstance(given, str) and len(given) > SCHEMA_LENGTH:
-            raise RequestError(f"json_schema has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read")
+            raise RequestError(
+                f"json_schema has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read", hint=_SIMPLER
+            )
         found = json.loads(given) if isinstance(given, str) else given
         problem = unusable(found)
         if problem is not None:
@@ -199,11 +204,37 @@ def _checked_schema(given: dict[str, Any] | str) -> str:
             f"{SCHEMA_PARTS:,} are read",
             hint=_SIMPLER,
         )
+    joined = _joined(found)
+    if joined > JOINED_PARTS and _has_text_rules(found):
+        raise RequestError(
+            f"json_schema joins {joined:,} parts by allOf, and has patterns or formats; beside them at most {JOINED_PARTS}",
+            hint="write one pattern for what several say together",
+        )
     if wide is not None:
         raise RequestError(
             f"json_schema has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
         )
     return text
+
+
+def _dicts(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every object in a schema."""
+    left = [schema]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            yield item
+        if isinstance(item, (dict, list)):
+            left += item.values() if isinstance(item, dict) else item
+
+
+def _joined(schema: Any) -> int:
+    """How many parts all `allOf` of a schema have together: they may lie in each other, or refer to each other."""
+    return sum(len(one["allOf"]) for one in _dicts(schema) if isinstance(one.get("allOf"), list))
+
+
+def _has_text_rules(schema: Any) -> bool:
+    return any(isinstance(one.get(name), str) for one in _dicts(schema) for name in ("pattern", "format"))
 
 
 def _parts(schema: Any) -> tuple[int, float | None]:

@@ -17,7 +17,7 @@ from lorax_core.adapters.base import fits_dtype, known
 from lorax_core.adapters.deltas import cast_to
 from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.errors import AdapterError, listed
-from lorax_core.modeling.config import ModelConfig, Problem
+from lorax_core.modeling.config import MAX_LABELS, ModelConfig, Problem
 from lorax_core.modeling.heads import CLASSIFICATION, Head
 from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.site import Site
@@ -151,6 +151,11 @@ def _labels(
             )
         return None
     count = own[output].shape[0]
+    if count > MAX_LABELS:
+        raise AdapterError(
+            f"{files.path}: {output!r} has {count:,} labels; at most {MAX_LABELS:,} are read",
+            hint="copy or download it again",
+        )
     if wanted.id2label is not None and sorted(wanted.id2label) != list(range(count)):
         raise AdapterError(
             f"{files.path} has {count} labels; id2label names {sorted(wanted.id2label)}",

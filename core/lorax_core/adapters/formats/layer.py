@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ from torch import Tensor
 from lorax_core.adapters.base import Delta
 from lorax_core.adapters.deltas import Dora, EmbeddingLowRank, LowRank, Replacement, Shift, TokenLogits, TokenRows
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles
+from lorax_core.adapters.formats.tensors import equal
 from lorax_core.errors import AdapterError
+
+MAX_RANK: Final = 4_096
+"""The largest rank of an update of a small layer; those of large ones may be as large as the layer."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ def layer_deltas(files: PeftFiles, tensors: ModuleTensors, layer: Layer) -> list
         made.append(_embedding(files, tensors, layer, weight))
     if bias is not None:
         old = layer.base("bias")
-        made.append(Shift(bias if old is None else bias - old.float().cpu()))
+        made.append(Shift(bias if old is None else bias - old.float().to(bias.device)))
     return made
 
 
@@ -79,7 +84,7 @@ def share_tie(
         for side in (embedding, head)
         if side is not None and side.weight is not None and side.rank is not None
     ]
-    if len(beneath) == 2 and not torch.equal(*beneath):
+    if len(beneath) == 2 and not equal(*beneath):
         raise AdapterError(
             f"{files.path} holds one weight beneath the update of '{modules[0]}.weight' and another beneath that of its tied "
             f"head {modules[1]!r}",
@@ -114,7 +119,7 @@ def _replaced(files: PeftFiles, layer: Layer, leaf: str, tensor: Tensor | None) 
             hint="an adapter whose vocabulary was resized needs a base of the same size",
         )
     # In the base's dtype: a copy saved in another precision is no change, and would cost a whole layer.
-    return None if torch.equal(tensor.to(old.dtype), old.cpu()) else tensor.float()
+    return None if not tensor.is_meta and equal(tensor.to(old.dtype), old.cpu()) else tensor.float()
 
 
 def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Tensor | None) -> LowRank | Dora:
@@ -131,6 +136,7 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
         raise _misfit(
             files, layer, f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}, the base maps {inputs} to {out}"
         )
+    _check_rank(files, layer, len(a))
     if tensors.b_bias is not None and list(tensors.b_bias.shape) != [out]:
         raise _misfit(files, layer, f"lora_B.bias is {list(tensors.b_bias.shape)}, the base has {out} outputs")
     scale = files.settings.scale(layer.module, a.shape[0])
@@ -159,11 +165,20 @@ def _embedding(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: T
             f"lora_embedding_A is {list(a.shape)} and lora_embedding_B {list(b.shape)}, the base is "
             f"{'an embedding' if layer.embeds else 'no embedding'} of {list(layer.shape)}",
         )
+    _check_rank(files, layer, len(a))
     a, b = a.float().t().contiguous(), b.float() * files.settings.scale(layer.module, a.shape[0])
     if tensors.magnitude is None:
         return EmbeddingLowRank(a, b)
     norm = (_beneath(layer, weight) + a @ b.t()).norm(dim=0)  # [dim]
     return EmbeddingLowRank(a, b, _magnitude(files, tensors, layer, len(norm)) / norm)
+
+
+def _check_rank(files: PeftFiles, layer: Layer, rank: int) -> None:
+    # A's rows are the one size that the base does not confirm.
+    if rank > max(MAX_RANK, *layer.shape):
+        raise _misfit(
+            files, layer, f"its rank is {rank:,}, more than {MAX_RANK:,} and than the layer has rows or columns"
+        )
 
 
 def _beneath(layer: Layer, weight: Tensor | None) -> Tensor:

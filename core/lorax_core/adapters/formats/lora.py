@@ -32,15 +32,15 @@ class LoraAdapter(Adapter):
     """What PEFT's `save_pretrained` writes for LoRA: low-rank updates, magnitudes, biases, saved modules, token rows, heads.
 
     Reading checks the files; `check` and `bind` hold them against a model. `head` states what the files do not: the task, the
-    labels.
+    labels. With `shapes_only` no numbers are read, so it can only be checked.
     """
 
     kind = "lora"
 
-    def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
-        self.files = read_peft(path)
+    def __init__(self, path: str | Path, head: HeadRequest | None = None, *, shapes_only: bool = False) -> None:
+        self.files = read_peft(path, shapes_only=shapes_only)
         self.head_request = head or HeadRequest()
-        self.identity = self.files.identity(self.head_request.settings)
+        self.identity = "" if shapes_only else self.files.identity(self.head_request.settings)
         self.task = self.head_request.task or self.files.settings.task
         self.ranks = self.files.ranks
 

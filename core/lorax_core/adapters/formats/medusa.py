@@ -21,7 +21,8 @@ from lorax_core.adapters.base import Adapter, Bound, fits_dtype
 from lorax_core.adapters.deltas import cast_to
 from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.lora import LoraAdapter
-from lorax_core.adapters.formats.peft import content, read_tensors
+from lorax_core.adapters.formats.settings import SETTINGS_BYTES
+from lorax_core.adapters.formats.tensors import content, read_tensors
 from lorax_core.errors import AdapterError, listed
 from lorax_core.types import Task
 from lorax_core.untrusted import read_json
@@ -83,9 +84,10 @@ class MedusaAdapter(Adapter):
 
     kind = "medusa"
 
-    def __init__(self, path: str | Path, head: HeadRequest | None = None) -> None:
+    def __init__(self, path: str | Path, head: HeadRequest | None = None, *, shapes_only: bool = False) -> None:
         self.path = Path(path)
-        self.lora = LoraAdapter(path, head) if (self.path / "adapter_config.json").is_file() else None
+        beside = (self.path / "adapter_config.json").is_file()
+        self.lora = LoraAdapter(path, head, shapes_only=shapes_only) if beside else None
         if self.lora is None and head is not None and any(setting is not None for setting in head.settings):
             raise AdapterError(
                 f"{path} holds Medusa heads alone, which have no task, problem_type or id2label",
@@ -93,8 +95,8 @@ class MedusaAdapter(Adapter):
             )
         config = _read_config(self.path)
         self.trained_on: str | None = config.get("base_model_name_or_path")
-        self.heads = _read_heads(self.path, config)
-        self.identity = self._hash()
+        self.heads = _read_heads(self.path, config, shapes_only)
+        self.identity = "" if shapes_only else self._hash()
         self.task = self.lora.task if self.lora is not None else Task.GENERATE
         self.ranks = self.lora.ranks if self.lora is not None else ()
         self.draft_tokens = len(self.heads)
@@ -142,20 +144,23 @@ def is_medusa(folder: Path) -> bool:
     return "medusa_num_heads" in _read_config(folder)
 
 
-def read_adapter(folder: Path, head: HeadRequest | None = None) -> LoraAdapter | MedusaAdapter:
+def read_adapter(
+    folder: Path, head: HeadRequest | None = None, *, shapes_only: bool = False
+) -> LoraAdapter | MedusaAdapter:
     """The adapter in a folder, of the kind that its files say; raises AdapterError when they are bad."""
-    return MedusaAdapter(folder, head) if is_medusa(folder) else LoraAdapter(folder, head)
+    kind = MedusaAdapter if is_medusa(folder) else LoraAdapter
+    return kind(folder, head, shapes_only=shapes_only)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json", AdapterError)
+    config = read_json(folder / "config.json", AdapterError, SETTINGS_BYTES)
     if not isinstance(config, dict):
         raise AdapterError(f"{folder}/config.json holds no object", hint=_AGAIN)
     return config
 
 
-def _read_heads(folder: Path, config: dict[str, Any]) -> tuple[MedusaHead, ...]:
-    stored = dict(read_tensors([_tensor_file(folder)]))
+def _read_heads(folder: Path, config: dict[str, Any], shapes_only: bool) -> tuple[MedusaHead, ...]:
+    stored = dict(read_tensors([_tensor_file(folder)], shapes_only=shapes_only))
     heads, layers = (_count(folder, config, name, default, len(stored)) for name, default in _COUNTS)
     if heads * layers > len(stored):
         raise AdapterError(

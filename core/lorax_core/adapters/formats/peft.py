@@ -13,12 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lorax_core.adapters.formats.settings import PeftSettings, read_settings
-from lorax_core.errors import AdapterError, CheckpointError, listed
-from lorax_core.weights.checkpoint import opened
+from lorax_core.adapters.formats.tensors import content, equal, read_tensors
+from lorax_core.errors import AdapterError, listed
 
 # What stands behind the module in a tensor's name, the adapter's own name left out. Magnitudes and embeddings are stored with
 # and without a leaf, by version.
@@ -119,15 +118,18 @@ class PeftFiles:
         return digest.hexdigest()
 
 
-def read_peft(path: str | Path) -> PeftFiles:
-    """Read an adapter folder; raises AdapterError naming the file, setting or tensor that is bad or not supported."""
+def read_peft(path: str | Path, *, shapes_only: bool = False) -> PeftFiles:
+    """Read an adapter folder, with `shapes_only` without its numbers, all tensors on the meta device.
+
+    Raises AdapterError naming the file, setting or tensor that is bad or not supported.
+    """
     folder = Path(path)
     files = PeftFiles(folder, read_settings(folder))
     leftover: list[str] = []
     doubled: set[tuple[str, str]] = set()
     # The base's own numbers beside a saved module, which PEFT writes with bias="all".
     originals: list[tuple[str, str]] = []
-    for name, tensor in read_tensors(_tensor_files(folder)):
+    for name, tensor in read_tensors(_tensor_files(folder), shapes_only=shapes_only):
         spelt = _SAVED.sub("", name)
         module, role = _split(spelt.replace(".original_module.", "."))
         if not module:
@@ -142,7 +144,7 @@ def read_peft(path: str | Path) -> PeftFiles:
         if spelt != name:
             doubled.add((module, role))
         again = (module, role) in doubled
-        if before is not None and not (again and before.dtype == tensor.dtype and torch.equal(before, tensor)):
+        if before is not None and not (again and before.dtype == tensor.dtype and equal(before, tensor)):
             raise AdapterError(
                 f"{folder}: {name!r} is there twice, under two spellings",
                 hint="keep the tensors of one spelling; PEFT's save_pretrained writes each once",
@@ -257,33 +259,6 @@ def _check_tokens(files: PeftFiles) -> None:
         raise AdapterError(
             f"{files.path} says trainable_token_indices={stated!r:.60}, but holds no trained tokens", hint=_CLAIM
         )
-
-
-def read_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of an adapter's files; raises AdapterError for one that holds other than finite floating-point numbers."""
-    try:
-        for file in files:
-            with opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    tensor = tensors.get_tensor(name)
-                    if not tensor.is_floating_point() or tensor.itemsize == 1:  # 8 bit would need its scales
-                        raise AdapterError(
-                            f"{file}: {name!r} holds {tensor.dtype}; 16, 32 or 64 bit floating point is needed",
-                            hint="convert it: tensor.to(torch.float32) for each, then safetensors.torch.save_file",
-                        )
-                    if not torch.isfinite(tensor).all():
-                        raise AdapterError(
-                            f"{file}: {name!r} holds NaN or infinite numbers",
-                            hint="its training has diverged, or the file is damaged: use an earlier checkpoint of the training",
-                        )
-                    yield name, tensor
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
-
-
-def content(tensor: Tensor) -> bytes:
-    """What a hash of an adapter takes of a tensor: its dtype, its shape and its numbers."""
-    return f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tensor_files(path: Path) -> list[Path]:

@@ -20,6 +20,8 @@ from lorax_core.types import Task
 from lorax_core.untrusted import read_json
 
 FILE = "adapter_config.json"
+SETTINGS_BYTES = 2**20
+"""The largest file of settings that is read: one that names every module of a large model has some 50,000."""
 TASKS = {
     "CAUSAL_LM": Task.GENERATE,
     "FEATURE_EXTRACTION": Task.EMBED,
@@ -171,7 +173,7 @@ def read_settings(folder: Path) -> PeftSettings:
             f"{folder} has no {FILE}" + (", but the config.json of a model" if base else ""),
             hint="give the folder that PEFT's save_pretrained wrote",
         )
-    values = read_json(file, AdapterError)
+    values = read_json(file, AdapterError, SETTINGS_BYTES)
     # Other kinds (IA3, prompt tuning) use the same two file names.
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else type(values).__name__

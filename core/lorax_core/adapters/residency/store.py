@@ -46,10 +46,9 @@ Choice = str | Mapping[str, float]
 class AdapterStore:
     """Named adapters over one base. Safe to call from any thread.
 
-    `max_adapters` of them are on the device at once, all when None. The least recently used is evicted, pinned ones stay, and
-    one that a sequence computes with is never taken away. Of the named ones, the `max_cpu_adapters` last used keep a copy in
-    host memory (four times `max_adapters` when None); the others are read from their source again. Of the sources that requests
-    named, the `max_fetched` last used stay named.
+    `max_adapters` of them are on the device at once, all when None. The least recently used is evicted, but none that is pinned
+    or computes. The `max_cpu_adapters` last used keep a copy in host memory (four times `max_adapters` when None). Of the
+    sources that requests named, the `max_fetched` last used stay named.
 
     The scheduler calls `acquire` for each sequence that is to run. An adapter that is not on the device is bound by a thread of
     the store, beside the running steps; then `listener` is called. `bound` is what the device holds, by identity.
@@ -97,8 +96,7 @@ class AdapterStore:
         """Find, read and check the adapter in `source` and call it `name`, in place of what had that name.
 
         - `source`: a folder, a hub id (with `revision` and `token`), or the URL of a folder (`s3://bucket/key`).
-        - `task`, `problem_type` and `id2label` state of its head what its files do not; unnamed labels are `LABEL_i`.
-        - `pin`: once on the device it stays there.
+        - `task`, `problem_type`, `id2label` state of its head what its files do not. `pin`: once on the device it stays there.
 
         Raises AdapterError, with the engine unharmed, when the files are bad or do not fit the base.
         """
@@ -251,6 +249,8 @@ class AdapterStore:
 
     def _read(self, found: FoundAdapter, request: HeadRequest) -> AdapterHandle:
         """The one handle of what was found, with its newest place; checked against the base when it is new."""
+        # First by its headers: numbers that do not fit would take as much memory as whoever wrote the file likes.
+        read_adapter(found.folder, request, shapes_only=True).check(self._base)
         adapter = read_adapter(found.folder, request)
         with self._lock:
             known = self._handles.get(adapter.identity)

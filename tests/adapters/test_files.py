@@ -75,6 +75,7 @@ SETTINGS = {
     "olora in another case": ({"init_lora_weights": "OLoRA"}, "'OLoRA'"),
     "modules that are updated and not targets": ({"target_modules": ["k_proj"]}, "target_modules=['k_proj']"),
     "an expression that names other modules": ({"target_modules": ".*mlp.*"}, "target_modules='.*mlp.*'"),
+    "no target modules": ({"target_modules": None}, "names no target_modules"),
     "excluded modules that are updated": ({"exclude_modules": ["q_proj"]}, "exclude_modules=['q_proj']"),
     "saved modules that are updated": ({"modules_to_save": ["self_attn"]}, "modules_to_save=['self_attn']"),
     "layers that are updated and not transformed": (
@@ -243,7 +244,7 @@ TENSORS = {
 def test_a_tensor_without_a_place_is_refused_by_name(engine, sound, tmp_path, change, named):
     folder = make_copy(sound, tmp_path)
     change_tensors(folder / "adapter_model.safetensors", change)
-    change_json(folder / "adapter_config.json", target_modules=None)  # so that the base alone decides
+    change_json(folder / "adapter_config.json", target_modules=".*")  # so that the base alone decides
 
     told = str(refusal(engine, folder))
 
@@ -406,7 +407,7 @@ def test_what_does_not_fit_is_refused_by_its_header_before_it_takes_memory(
     sound, qwen2, tmp_path, tensors, changes, told
 ):
     folder = make_copy(sound, tmp_path)
-    change_json(folder / "adapter_config.json", **{"target_modules": None, **changes})
+    change_json(folder / "adapter_config.json", **{"target_modules": ".*", **changes})
     write_header(
         folder / "adapter_model.safetensors", {f"base_model.model.{name}": shape for name, shape in tensors.items()}
     )

@@ -379,8 +379,8 @@ def test_what_has_no_place_is_refused_and_leaves_nothing(plain, tmp_path, host, 
         change_tensors(folder / "adapter_model.safetensors", change)
     said = {"lora_bias": "lora_B bias" in told, "trainable_token_indices": [320] if change is None else None}
     said = {name: value for name, value in said.items() if value}
-    # Without targets the base alone decides what has a place.
-    change_json(folder / "adapter_config.json", target_modules=None, **said)
+    # With all modules as targets the base alone decides what has a place.
+    change_json(folder / "adapter_config.json", target_modules=".*", **said)
 
     with pytest.raises(AdapterError, match=rf"(?s){told}"):
         merge_into_base(base, folder, tmp_path / "out", host)

@@ -19,7 +19,7 @@ import lorax_core
 from lorax_core.cli import streams
 from lorax_core.cli.batches import BATCH
 from lorax_core.cli.render import printable
-from lorax_core.cli.streams import read_lines
+from lorax_core.cli.streams import _Output, read_lines
 
 LORAX = [sys.executable, "-W", "error", "-m", "lorax_core.cli.main"]
 DEADLINE = 120
@@ -429,3 +429,31 @@ def test_what_a_terminal_would_obey_is_shown_and_not_done(main, tmp_path):
     assert "\x1b" not in err
     assert r"\x1b]0;owned\x07" in err
     assert printable("é\t\u202e") == r"é\t\u202e"
+
+
+class ThenInterrupted(io.FileIO):
+    """Ctrl-C arrives when the data are written, and before Python knows it."""
+
+    fresh = True
+
+    def write(self, data, /):
+        count = super().write(data)
+        if self.fresh:
+            self.fresh = False
+            raise KeyboardInterrupt
+        return count
+
+
+class Interrupted(_Output, ThenInterrupted):
+    pass
+
+
+def test_what_an_interrupted_write_has_written_is_not_written_again(tmp_path):
+    out = io.BufferedWriter(Interrupted(tmp_path / "out", "w"))
+    out.write(b"line\n")
+    with pytest.raises(KeyboardInterrupt):
+        out.flush()
+
+    out.flush()
+
+    assert (tmp_path / "out").read_bytes() == b"line\n"

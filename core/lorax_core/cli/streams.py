@@ -43,6 +43,10 @@ class _Output(io.FileIO):
             return memoryview(data).nbytes
         try:
             return super().write(data)
+        except KeyboardInterrupt:
+            # It may have come just after the write, of which Python then does not know: nothing is written twice.
+            self._lost = True
+            raise
         except OSError as error:
             self._lost = True
             raise OutputError(

@@ -222,6 +222,12 @@ def _check_claims(files: PeftFiles, module: str, tensors: ModuleTensors) -> None
             raise AdapterError(f"{files.path} says {setting}=True, but {module!r} has no {name}", hint=_CLAIM)
     if tensors.rank is None:
         return
+    if settings.target_modules is None:
+        raise AdapterError(
+            f"{files.path} holds an update of {module!r}, and names no target_modules: which modules PEFT updates then "
+            "depends on its version and the architecture",
+            hint="add the target_modules that it was trained with to adapter_config.json",
+        )
     # PEFT drops such an update without an error, so the file does not do there what it does here.
     out = settings.leaves_out(module)
     if out is not None:

@@ -454,6 +454,6 @@ def test_what_an_interrupted_write_has_written_is_not_written_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         out.flush()
 
-    out.flush()
+    out.close()
 
     assert (tmp_path / "out").read_bytes() == b"line\n"

@@ -5,6 +5,7 @@ An engine of the house is attacked by requests and adapters, and answers a probe
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from functools import cached_property
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
 from transformers import AutoTokenizer
 
 import lorax_core as lorax
@@ -127,7 +129,7 @@ def read_reference(base: Base, folder: Path, seed: int, dtype: torch.dtype = tor
     """transformers' model of a folder. Raises CannotJudge when the files leave numbers to chance."""
     torch.manual_seed(seed)
     with quiet():
-        model, account = base.oracle.from_pretrained(
+        model, account = _oracle(base, folder).from_pretrained(
             str(folder),
             attn_implementation="eager",
             dtype=dtype,
@@ -142,6 +144,20 @@ def read_reference(base: Base, folder: Path, seed: int, dtype: torch.dtype = tor
     if missing or account["mismatched_keys"]:
         raise CannotJudge(f"the reference fills {sorted(missing)[:3]} at random")
     return model.eval()
+
+
+def _oracle(base: Base, folder: Path) -> Any:
+    """The class of transformers for a base's task: of the base's architecture, or of the one that the files name instead."""
+    named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if named == base.oracle.config_class.model_type:
+        return base.oracle
+    autos = {
+        "ForCausalLM": hf.AutoModelForCausalLM,
+        "LMHeadModel": hf.AutoModelForCausalLM,
+        "ForTokenClassification": hf.AutoModelForTokenClassification,
+        "ForSequenceClassification": hf.AutoModelForSequenceClassification,
+    }
+    return next((auto for ending, auto in autos.items() if base.oracle.__name__.endswith(ending)), hf.AutoModel)
 
 
 def our_answer(engine: lorax.Engine, adapter: Any = None, texts: list[list[int]] | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import change_json, make_byte_tokenizer, make_qwen2
+from builders import change_json, make_bert, make_byte_tokenizer, make_qwen2
 from rigs import within
 
 from lorax_core.errors import CheckpointError, RequestError
@@ -269,3 +269,55 @@ def test_a_regular_expression_that_gives_up_is_an_error_of_the_request(folder):
 
     with pytest.raises(RequestError, match="the tokenizer cannot read 'aaaa"):
         within(LIMIT, lambda: front.encode("a" * 64 + "b", Task.GENERATE))
+
+
+def replaced(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def in_sequence(kind, steps):
+    return {"type": "Sequence", kind: steps}
+
+
+DOUBLED = [replaced({"String": "a"}, "aa")] * 40
+MANY = {
+    "special tokens": (
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "x", "type_id": 0}}] * 1_000
+                + [{"Sequence": {"id": "A", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+                + [{"SpecialToken": {"id": "x", "type_id": 0}}] * 1_000,
+                "special_tokens": {"x": {"id": "x", "ids": [1] * 1_000, "tokens": ["x"] * 1_000}},
+            }
+        },
+        "adds 1,000,000 special tokens",
+    ),
+    "a normalizer that doubles": ({"normalizer": in_sequence("normalizers", DOUBLED)}, "1,099,511,627,776 times"),
+    "a normalizer in a normalizer": (
+        {"normalizer": in_sequence("normalizers", [in_sequence("normalizers", DOUBLED[:20])] * 2)},
+        "1,099,511,627,776 times",
+    ),
+    "a long replacement": ({"normalizer": replaced({"Regex": "."}, "b" * 1_000)}, "1,000 times"),
+    "a decoder that doubles": ({"decoder": in_sequence("decoders", DOUBLED)}, "the decoder of the tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_a_tokenizer_that_multiplies_its_input_is_refused(tmp_path, case):
+    changes, told = MANY[case]
+    folder = make_bert(tmp_path)
+    change_json(folder / "tokenizer.json", **changes)
+    change_json(folder / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+
+    assert told in refusal(folder).message
+
+
+def test_what_tokenizers_in_use_replace_is_read(tmp_path):
+    folder = make_bert(tmp_path)
+    steps = [{"type": "NFKC"}, replaced({"String": " "}, "▁"), replaced({"Regex": " {2,}"}, "▁"), {"type": "Lowercase"}]
+    change_json(folder / "tokenizer.json", normalizer=in_sequence("normalizers", steps))
+    change_json(folder / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+
+    assert load(folder)("abc")["input_ids"]

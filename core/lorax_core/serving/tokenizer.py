@@ -6,6 +6,8 @@ tokenizers, and numbers that make no sense. Nothing here runs a checkpoint's cod
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +25,9 @@ _VOCABULARIES: Final = (
     "sentencepiece.bpe.model",
 )
 _KINDS: Final = (".json", ".txt", ".model", ".jinja")
+SPECIAL_TOKENS: Final = 256
+"""Special tokens that a tokenizer may put around an input; those in use add up to five."""
+GROWTH: Final = 64
 _BYTES: Final = 256 * 2**20
 """The largest of these files that is read; the vocabularies in use have up to 35 MB."""
 _SAVE: Final = (
@@ -60,6 +65,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         limit = tokenizer.model_max_length
         template = tokenizer.chat_template
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            _check_growth(folder, backend)
     _check_values(folder, limit, template)
     return tokenizer
 
@@ -96,6 +104,41 @@ def _check_class(file: Path, name: object) -> None:
     known = found is None or getattr(found, "is_dummy", False)
     if not known and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
         raise CheckpointError(f"'{file}' names the tokenizer class {name!r}, which is no tokenizer", hint=hint)
+
+
+def _check_growth(folder: Path, backend: Any) -> None:
+    """What the tokenizer makes of an input is as long as the input, about: a file could multiply it without end."""
+    hint = "use the tokenizer.json that transformers saves for this model"
+    special = backend.num_special_tokens_to_add(True)
+    if special > SPECIAL_TOKENS:
+        raise CheckpointError(
+            f"the tokenizer in {folder} adds {special:,} special tokens to an input; at most {SPECIAL_TOKENS} are read",
+            hint=hint,
+        )
+    for name in ("normalizer", "decoder"):
+        step = getattr(backend, name)
+        growth = _growth(json.loads(step.__getstate__())) if step is not None else 1
+        if growth > GROWTH:
+            raise CheckpointError(
+                f"the {name} of the tokenizer in {folder} makes a text up to {growth:,} times as long; at most {GROWTH} times "
+                "are read",
+                hint=hint,
+            )
+
+
+def _growth(step: Any) -> int:
+    """How many times as long the replacements of a normalizer or decoder make a text at most."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    inside = math.prod(_growth(value) for value in step.values() if isinstance(value, (dict, list)))
+    if step.get("type") != "Replace":
+        return inside
+    pattern = step["pattern"].get("String") if isinstance(step["pattern"], dict) else step["pattern"]
+    # An expression may match a single character, or nothing between two.
+    replaced = max(len(pattern), 1) if isinstance(pattern, str) else 1
+    return max(-(-len(step["content"]) // replaced), 1)
 
 
 def _own_code(stated: dict[str, Any]) -> object | None:

@@ -10,7 +10,7 @@ GPT2 = ArchitectureCases(
         "n_embd": 128,
         "n_layer": 2,
         "n_head": 2,
-        "n_positions": 256,
+        "n_positions": 320,
         # GPT-2's 50256 lies outside this vocabulary.
         "bos_token_id": None,
         "eos_token_id": None,

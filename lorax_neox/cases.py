@@ -11,7 +11,7 @@ GPT_NEOX = ArchitectureCases(
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "intermediate_size": 256,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 320,
     },
     variants={
         "tied": {"tie_word_embeddings": True},

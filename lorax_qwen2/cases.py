@@ -16,7 +16,7 @@ QWEN2 = ArchitectureCases(
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "intermediate_size": 256,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 320,
     },
     variants={
         "tied": {"tie_word_embeddings": True},
@@ -26,7 +26,7 @@ QWEN2 = ArchitectureCases(
         "other_base": {"rope_theta": 1000000.0},
         "linear_rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
         "dynamic_rope": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 48},
-        "yarn_rope": {"rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}},
+        "yarn_rope": {"rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 40}},
         "llama3_rope": {
             "rope_scaling": {
                 "rope_type": "llama3",

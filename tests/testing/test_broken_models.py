@@ -24,6 +24,7 @@ MODELS = [
     ("bert", "LooksBackOnly", "masking"),
     ("qwen2", "MissesATranspose", "numbers-hidden"),
     ("qwen2", "PeeksAhead", "masking"),
+    ("qwen2", "HasAShortTable", "numbers-hidden"),
     ("qwen2", "CountsFromTheChunk", "cache-decode"),
     ("qwen2", "CountsFromTheChunk", "cache-chunks"),
     ("qwen2", "AdaptsAllButOne", "adapter-merged"),

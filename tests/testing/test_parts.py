@@ -75,7 +75,7 @@ def test_inputs_are_of_one_token_of_a_few_and_of_as_many_as_there_may_be():
 
 
 def test_no_input_is_longer_than_the_model_or_than_tests_need():
-    assert len(make_inputs(vocab=50, types=1, max_tokens=9000, pad=None)[-1]) == 192
+    assert len(make_inputs(vocab=50, types=1, max_tokens=9000, pad=None)[-1]) == 288
     assert [len(tokens) for tokens in make_inputs(vocab=50, types=1, max_tokens=4, pad=None)] == [1, 2, 4]
 
 

@@ -105,7 +105,7 @@ class Case:
 
     @cached_property
     def inputs(self) -> list[Input]:
-        """What the models read. The last one is the longest that the model takes, 192 tokens at most."""
+        """What the models read. The last one is the longest that the model takes, 288 tokens at most."""
         config = self.reference(self.main).config
         return make_inputs(
             vocab=config.vocab_size,

@@ -273,3 +273,10 @@ def test_a_pattern_of_linear_methods_that_names_no_layer_is_refused(qwen2):
 
     assert "names 'layers.*.mpl.down_proj', which no linear layer's path matches" in error.message
     assert error.hint.endswith(".mlp.down_proj'?")
+
+
+def test_more_end_tokens_than_a_text_could_have_are_refused(tmp_path):
+    folder = make_qwen2(tmp_path)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {[1] * 1_001}}}')
+
+    assert "names 1,001 end tokens; at most 1,000 are read" in refusal(folder, kv_cache_tokens=64).message

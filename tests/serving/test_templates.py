@@ -157,6 +157,7 @@ TOO_MUCH = {
     "slices": "{% set x = 'a' * 3999999 %}{% set ns = namespace(x=[]) %}"
     "{% for i in range(100000) %}{% set ns.x = ns.x + [x[1:]] %}{% endfor %}",
     "a product": "{{ 'a' * 1000000000 }}",
+    "a product of a tuple": "{{ (1, 2) * 1000000000 }}",
     "a product of a list": "{{ 1000000000 * [1] }}",
     "a power": "{{ 10 ** (10 ** 10) }}",
     "a width": "{{ 'a'.ljust(1000000000) }}",

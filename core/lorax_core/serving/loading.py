@@ -42,6 +42,7 @@ from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_END_TOKENS = 1_000
 _KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
 
 # torch has one pool of threads for the process, so two engines cannot have different numbers.
@@ -264,6 +265,11 @@ def _eos_ids(files: Checkpoint, text: TextFront, vocab: int) -> frozenset[int]:
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
+        if len(ids) > _END_TOKENS:
+            raise CheckpointError(
+                f"'{files.path / where}' names {len(ids):,} end tokens; at most {_END_TOKENS:,} are read",
+                hint="name those that end a text",
+            )
         wrong = [one for one in ids if not isinstance(one, int) or isinstance(one, bool) or one < 0]
         if wrong:
             # A negative one would forbid another token where answers have a least length.

@@ -13,8 +13,8 @@ from lorax_core.modeling import ModelConfig, Rope, read_rope
 class GPTNeoXConfig(ModelConfig):
     """The fields that inference needs; defaults are those of transformers."""
 
-    # The names of transformers 4; 5 writes the common ones, inside `rope_parameters`.
-    aliases: ClassVar[Mapping[str, str]] = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+    # The names of transformers 4; 5 writes the common ones, and reads them inside `rope_parameters` alone.
+    own_keys: ClassVar[Mapping[str, str]] = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
 
     intermediate_size: PositiveInt
     hidden_act: str = "gelu"
@@ -30,9 +30,7 @@ class GPTNeoXConfig(ModelConfig):
         """Read the rotary parameters; by default a quarter of each head rotates."""
         # Before read_rope, which takes the length from it.
         config = {"max_position_embeddings": 2048, **raw}
-        # Outside `rope_parameters` transformers reads the old names alone.
-        old = {"rope_theta": raw.get("rotary_emb_base"), "partial_rotary_factor": raw.get("rotary_pct")}
-        return {**config, "rope": read_rope({**config, **old}, partial=0.25)}
+        return {**config, "rope": read_rope(config, partial=0.25)}
 
     @model_validator(mode="after")
     def _heads_have_no_size_of_their_own(self) -> Self:

@@ -135,7 +135,7 @@ def test_a_class_of_another_architecture_is_refused(checkpoint):
         ([[1], []], lorax.RequestError, "at least one token id"),
         ([[1, 128]], lorax.RequestError, "token id 128 is outside the vocabulary of 128"),
         ([[1, -1]], lorax.RequestError, "token id -1"),
-        ([[1] * 257], lorax.CapacityError, "a sequence has 257 tokens; the model takes at most 256"),
+        ([[1] * 321], lorax.CapacityError, "a sequence has 321 tokens; the model takes at most 320"),
     ],
 )
 def test_sequences_that_cannot_be_computed_are_refused(sequences, error, complaint, checkpoint):

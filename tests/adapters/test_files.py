@@ -446,6 +446,17 @@ def raised(word, by):
     return lambda tensors: {name: tensor + by * (word in name) for name, tensor in tensors.items()}
 
 
+def test_a_token_that_is_trained_twice_is_refused(engine, tmp_path):
+    folder = make_lora(
+        make_qwen2_model(), tmp_path / "it", target_modules=["q_proj"], trainable_token_indices=[5, 7, 9]
+    )
+    change_json(folder / "adapter_config.json", trainable_token_indices=[5, 7, 5])
+
+    error = refusal(engine, folder)
+
+    assert "has 5 more than once" in error.message
+
+
 BEYOND = {  # in float64 or float32, what the base's dtype cannot hold
     "A": ("float32", {}, lambda t: t | {A: t[A].double() * 1e300}),
     "B": ("float16", {}, raised(B, 1e6)),

@@ -51,6 +51,11 @@ class Renamed(ModelConfig):
     aliases: ClassVar[Mapping[str, str]] = {"n_embd": "hidden_size", "n_head": "num_attention_heads"}
 
 
+class Own(ModelConfig):
+    own_keys: ClassVar[Mapping[str, str]] = {"act": "hidden_act"}
+    hidden_act: str = "gelu"
+
+
 class Wide(ModelConfig):
     own_head_dim: ClassVar[bool] = True
 
@@ -153,6 +158,19 @@ def test_a_value_that_json_spells_otherwise_than_python_is_read():
 
 def test_what_is_not_read_may_hold_anything():
     assert Typed.parse({**SOUND, "time_step_limit": [0.0, float("inf")], "seed": 10**30}).hidden_size == 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "read"),
+    [({"act": "relu"}, "relu"), ({"act": "relu", "hidden_act": "silu"}, "relu"), ({"hidden_act": "silu"}, "gelu")],
+)
+def test_of_a_key_with_one_name_the_common_one_is_not_read(keys, read):
+    assert Own.parse({**SOUND, **keys}).hidden_act == read
+
+
+def test_a_key_with_one_name_is_named_in_errors():
+    with pytest.raises(CheckpointError, match=r"act: .*found 5"):
+        Own.parse({**SOUND, "act": 5, "hidden_act": "silu"})
 
 
 @pytest.mark.parametrize("layers", [10_001, 10**9, 10**30])

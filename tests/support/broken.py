@@ -387,6 +387,15 @@ class KnowsItsOwnNamesOnly(GPT2Config):
         return super().parse({key: value for key, value in raw.items() if key not in cls.aliases.values()})
 
 
+class PrefersItsOwnNames(GPT2Config):
+    """Reads `n_embd` where `hidden_size` is there, too."""
+
+    @classmethod
+    def parse(cls, raw):
+        doubled = {common for own, common in cls.aliases.items() if own in raw}
+        return super().parse({key: value for key, value in raw.items() if key not in doubled})
+
+
 class MissesATranspose(FlashQwen2Model):
     """Takes a square matrix the wrong way round."""
 

@@ -24,6 +24,7 @@ DEFAULTS = [
 SPELLINGS = [
     ("qwen2", "KnowsNoBaseOutside", "other_base", "as the cases spell it is read otherwise"),
     ("qwen2", "KnowsNoTypeOfRope", "linear_rope", "as the cases spell it is read otherwise"),
+    ("gpt2", "PrefersItsOwnNames", "base", "with n_embd=256 and hidden_size=128 is read otherwise"),
     ("gpt2", "KnowsItsOwnNamesOnly", "base", "in older spellings is refused, and the reference takes it"),
 ]
 

@@ -307,6 +307,17 @@ def test_a_list_of_modules_that_is_none_is_refused_by_what_is_wrong(tmp_path, mo
     assert caught.value.hint
 
 
+def test_a_folder_without_its_list_of_modules_is_not_taken_for_a_plain_checkpoint(tmp_path):
+    folder = make_sentence_files(make_bert(tmp_path))
+    (folder / "modules.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"no modules\.json") as caught:
+        read_sentence_files(Checkpoint(folder))
+
+    assert "--pooling" in caught.value.hint
+    assert read_sentence_files(Checkpoint(folder), Pooling.CLS) is None
+
+
 def test_weights_in_a_folder_of_their_own_are_not_those_at_the_top(tmp_path):
     folder = make_sentence_files(make_bert(tmp_path))
     modules = json.loads((folder / "modules.json").read_text())

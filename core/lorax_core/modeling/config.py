@@ -39,8 +39,9 @@ class Problem(StrEnum):
 class ModelConfig(BaseModel):
     """A checkpoint's configuration, parsed once and frozen.
 
-    `aliases` maps an architecture's own keys to the common ones (`{"n_embd": "hidden_size"}`), which win where a file has both;
-    errors name a key as the file spells it. `own_head_dim` says that heads have a size of their own, so that `hidden_size` need
+    `aliases` maps an architecture's own keys to the common ones (`{"n_embd": "hidden_size"}`), which win where a file has both,
+    as with transformers' `attribute_map`. `own_keys` does so for keys that have no other name: the common one is not read.
+    Errors name a key as the file spells it. `own_head_dim` says that heads have a size of their own, so that `hidden_size` need
     not be a multiple of their number.
     """
 
@@ -49,6 +50,7 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=(), allow_inf_nan=False)
 
     aliases: ClassVar[Mapping[str, str]] = {}
+    own_keys: ClassVar[Mapping[str, str]] = {}
     own_head_dim: ClassVar[bool] = False
 
     model_type: str
@@ -123,7 +125,8 @@ class ModelConfig(BaseModel):
     def parse(cls, raw: Mapping[str, Any]) -> Self:
         """Read a `config.json`; raises CheckpointError with every field that is missing or wrong."""
         # The architecture's own key is read only where the common one is absent, and null counts as absent.
-        own = {key: common for key, common in cls.aliases.items() if raw.get(common) is None}
+        raw = {key: value for key, value in raw.items() if key not in cls.own_keys.values()}
+        own = {key: common for key, common in {**cls.aliases, **cls.own_keys}.items() if raw.get(common) is None}
         named = {**raw, **{common: raw[key] for key, common in own.items() if raw.get(key) is not None}}
         spelt = {common: key for key, common in own.items() if raw.get(key) is not None or common not in raw}
         layers = named.get("num_hidden_layers")

@@ -73,6 +73,16 @@ class Spellings:
                     break
         return config
 
+    def twice(self) -> Iterator[tuple[str, Config]]:
+        """With a key under both of its names, of which one has another value: the one that the reference does not read."""
+        for config in (self.full, self.old()):
+            for own, common in self._aliases.items():
+                value = config.get(own, config.get(common))
+                for first, second in ((value, _another(value)), (_another(value), value)):
+                    both = {**config, own: first, common: second}
+                    if first != second and self.is_same(both):
+                        yield f"with {own}={first!r} and {common}={second!r}", both
+
     def _own_names(self, config: Config) -> Config:
         return _renamed(config, {common: own for own, common in self._aliases.items()})
 
@@ -82,6 +92,18 @@ class Spellings:
 
 def _renamed(config: Config, names: Mapping[str, str]) -> Config:
     return {names.get(key, key): value for key, value in config.items()}
+
+
+def _another(value: Any) -> Any:
+    """A value that the key could have as well; the same where there is none."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return value * 2
+        case str():
+            return "relu" if value != "relu" else "gelu"
+    return value
 
 
 def _flat_rope(config: Config) -> Config:

@@ -111,7 +111,8 @@ class Suite:
     def _aliases(self) -> Mapping[str, str]:
         owner = self.host.owner(self.spec.model_type)
         try:
-            return cast("type[ModelConfig]", load_class(self.spec.config, owner if owner.module else None)).aliases
+            config = cast("type[ModelConfig]", load_class(self.spec.config, owner if owner.module else None))
+            return {**config.aliases, **config.own_keys}
         # The checks of the declaration report a class that is not there, or is no configuration.
         except (LoraxError, AttributeError):
             return {}

@@ -21,6 +21,9 @@ from lorax_core.weights.checkpoint import FLOATS, Checkpoint, is_finite, opened,
 T = TypeVar("T")
 
 _LIBRARY: Final = "sentence_transformers."
+_NO_MODULES: Final = (
+    "download or copy the folder whole, or say which pooling you want: `pooling='mean'`, --pooling mean"
+)
 _AGAIN: Final = "compare it with what sentence-transformers' save_pretrained writes"
 _NOUNS: Final = {int: "a whole number", bool: "true or false", str: "a text", dict: "an object", list: "a list"}
 # Any other order is other arithmetic: a Dense after Normalize does not give unit vectors, for one.
@@ -81,6 +84,11 @@ def read_sentence_files(checkpoint: Checkpoint, pooling: Pooling | None = None) 
 def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | None:
     modules = checkpoint.json("modules.json")
     if modules is None:
+        if pooling is None and (checkpoint.path / "1_Pooling/config.json").is_file():
+            raise CheckpointError(
+                f"{checkpoint.path} has a 1_Pooling folder, and no modules.json that says how to use it",
+                hint=_NO_MODULES,
+            )
         return None
     file = checkpoint.path / "modules.json"
     steps = [_step(file, module) for module in _typed(file, "modules", modules, list)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -255,6 +256,11 @@ def _token_ids(files: PeftFiles, module: str) -> tuple[int, ...]:
     if ids is None:
         raise AdapterError(
             f"{files.path} trains rows of {module!r}, but trainable_token_indices does not say which", hint=_CLAIM
+        )
+    # Which of its rows one would get, two libraries need not agree on.
+    if twice := next((token for token, count in Counter(ids).items() if count > 1), None):
+        raise AdapterError(
+            f"{files.path}: trainable_token_indices of {module!r} has {twice} more than once", hint=_CLAIM
         )
     return tuple(ids)
 

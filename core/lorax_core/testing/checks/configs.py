@@ -51,6 +51,8 @@ def _spelt(case: Case) -> Measured:
                 _compare(ours, spellings, config, how)
                 _see_loaded(case, worst, task, config, how)
                 count += 1
+        for how, config in spellings.twice():
+            _compare(ours, spellings, config, how)
     return worst.measured(f"{count} files")
 
 
@@ -130,7 +132,8 @@ def _see_loaded(case: Case, worst: Worst, task: Task, config: Mapping[str, Any],
 
 def _spellings(case: Case, task: Task) -> Spellings:
     config_class = reference.reference_class(case.cases, task).config_class
-    return Spellings(config_class, case.stated(task), _config_class(case).aliases)
+    ours = _config_class(case)
+    return Spellings(config_class, case.stated(task), {**ours.aliases, **ours.own_keys})
 
 
 def _config_class(case: Case) -> type[ModelConfig]:

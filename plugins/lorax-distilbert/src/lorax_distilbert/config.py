@@ -18,6 +18,8 @@ class DistilBertConfig(PostNormConfig):
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
+    }
+    own_keys: ClassVar[Mapping[str, str]] = {
         "hidden_dim": "intermediate_size",
         "activation": "hidden_act",
     }

@@ -147,6 +147,17 @@ class StepAttention(ABC):
         """Bidirectional attention inside each sequence, without a cache."""
 
 
+class GraphAttention(StepAttention):
+    """Attention of a step that is captured once and replayed with other numbers.
+
+    Its layers launch the same kernels on the same memory each time; what changes from step to step is in that memory.
+    """
+
+    @abstractmethod
+    def replan(self, rows: AttentionRows) -> None:
+        """Prepare the memory for these rows, as many as were captured. Called before every replay, and never captured."""
+
+
 class AttentionBackend(ABC):
     """One implementation of attention over packed batches; one object serves one engine.
 
@@ -182,3 +193,11 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan(self, rows: AttentionRows) -> StepAttention:
         """Prepare a step for all layers. Everything that needs numbers on the host happens here, nothing in the layers."""
+
+    def plan_graph(self, rows: AttentionRows) -> GraphAttention | str:
+        """Prepare decoding steps, one row a sequence, for capture; else the reason why not.
+
+        The device tensors of `rows` and its `slots` stay where they are: later steps bring other numbers in the same memory,
+        padded with rows of one key on the scratch page. Its page table is as wide as any step's can be.
+        """
+        return f"the backend {self.name!r} cannot be captured"

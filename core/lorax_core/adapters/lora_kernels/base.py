@@ -46,6 +46,18 @@ class LoraPlan(ABC):
         """Add the products at a site path to y `[rows, out]` for x `[rows, in]`, in place."""
 
 
+class GraphLora(LoraPlan):
+    """Products of captured steps: `add` launches the same kernels at every site, whichever adapters there are."""
+
+    @abstractmethod
+    def fits(self, segments: Sequence[Segment]) -> str | None:
+        """None when these segments can be replayed, else the reason why not."""
+
+    @abstractmethod
+    def set(self, segments: Sequence[Segment]) -> None:
+        """Bring the segments of the next replay into the memory that was captured. Never captured itself."""
+
+
 class LoraKernel(ABC):
     """A way to compute low-rank products."""
 
@@ -58,3 +70,7 @@ class LoraKernel(ABC):
     @abstractmethod
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:
         """Prepare every table that the products of these segments need, so that `add` makes none."""
+
+    def plan_graph(self, rows: int, sites: Mapping[str, tuple[int, int]]) -> GraphLora | str:
+        """Prepare steps of so many rows for capture, at sites `{path: (in, out)}`; else the reason why not."""
+        return f"the LoRA kernel {self.name!r} cannot be captured"

@@ -63,8 +63,8 @@ PLANTS = {
         'quantisation = self.config.get("quantization_config")',
         "n = max((n for n in self.config.values() if type(n) is int), default=0); bytearray(2**10 * min(abs(n), 2 * 10**6)); "
         'quantisation = self.config.get("quantization_config")', "config", Finding.MEMORY),
-    "abort": Plant("lorax_core.adapters.formats.tensors:read_tensors", "if not torch.isfinite(tensor).all():",
-        'tensor.ndim or __import__("os").abort()\n            if not torch.isfinite(tensor).all():', "adapter", Finding.DIED),
+    "abort": Plant("lorax_core.adapters.formats.tensors:_shapes", "if min(shape, default=0) < 0",
+        'if shape == () and __import__("os").abort() or min(shape, default=0) < 0', "adapter", Finding.DIED),
     "code": Plant("lorax_core.serving.tokenizer:load_tokenizer", "trust_remote_code=False",
         "trust_remote_code=True", "tokenizer",
         Finding.CODE),

@@ -5,7 +5,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from lorax_core.errors import CheckpointError
-from lorax_core.kernels.elementwise import rms_norm
+from lorax_core.kernels.elementwise import READABLE
 from lorax_core.modeling import MLP, GatedMLP, Rope, RotaryAttention, RotaryEmbedding, SelfAttention
 
 NAN, INF = float("nan"), float("inf")
@@ -49,6 +49,6 @@ def test_a_norm_with_an_offset_is_gemmas(dtype):
     oracle.weight.data = torch.randn(32, generator=generator).to(dtype)
     x = (10 * torch.randn(5, 32, generator=generator)).to(dtype)
 
-    normed = rms_norm(x, oracle.weight, 1e-6, offset=1.0)
+    normed = READABLE.rms_norm(x, oracle.weight, 1e-6, offset=1.0)
 
     torch.testing.assert_close(normed, oracle(x), rtol=1e-6 if dtype is torch.float32 else 0, atol=0)

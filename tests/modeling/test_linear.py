@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lorax_core.kernels import onednn
-from lorax_core.kernels.elementwise import gated_act
+from lorax_core.kernels.elementwise import READABLE
 from lorax_core.modeling import GateUpLinear, Linear, QKVLinear
 from lorax_core.modeling.batch import NoAdapters
 from lorax_core.modeling.linear import prepare_linears
@@ -126,7 +126,7 @@ def test_a_gated_projection_gives_the_gate_first():
     assert layer.parts == (7, 7)
     assert layer.bias is None
     rows = F.linear(x, layer.weight)
-    assert torch.equal(gated_act(gate_up, F.silu), F.silu(rows[:, :7]) * rows[:, 7:])
+    assert torch.equal(READABLE.gated_act(gate_up, F.silu), F.silu(rows[:, :7]) * rows[:, 7:])
 
 
 def test_a_plain_layer_is_one_part():

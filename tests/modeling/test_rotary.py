@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
-from lorax_core.kernels.elementwise import rotate
+from lorax_core.kernels.elementwise import READABLE
 from lorax_core.modeling import Rope, RotaryEmbedding
 
 DIM = 16
@@ -67,7 +67,7 @@ def test_heads_are_turned_as_transformers_turns_them(kind):
     rotary = make_rotary(kind)
     heads = make_heads()
 
-    turned, _ = rotate(heads, heads, rotary.angles(POSITIONS, torch.float32))
+    turned, _ = READABLE.rotate(heads, heads, rotary.angles(POSITIONS, torch.float32))
 
     torch.testing.assert_close(turned, turned_by_transformers(make_oracle(kind), heads), rtol=1e-5, atol=1e-5)
 
@@ -76,7 +76,7 @@ def test_a_partial_rotation_leaves_the_rest_of_each_head():
     rotary = make_rotary(partial=0.5)
     heads = make_heads()
 
-    turned, _ = rotate(heads, heads, rotary.angles(POSITIONS, torch.float32))
+    turned, _ = READABLE.rotate(heads, heads, rotary.angles(POSITIONS, torch.float32))
 
     first = turned_by_transformers(make_oracle(dim=DIM // 2), heads[..., : DIM // 2])
     torch.testing.assert_close(turned[..., : DIM // 2], first, rtol=1e-5, atol=1e-5)
@@ -99,7 +99,7 @@ def test_scores_depend_on_the_distance_alone():
 
     def scores(shift):
         angles = rotary.angles(POSITIONS[:6] + shift, torch.float32)
-        return torch.einsum("thd,shd->hts", *rotate(q[:6], k[:6], angles))
+        return torch.einsum("thd,shd->hts", *READABLE.rotate(q[:6], k[:6], angles))
 
     torch.testing.assert_close(scores(0), scores(300), rtol=1e-4, atol=1e-4)
 

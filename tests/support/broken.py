@@ -20,7 +20,6 @@ from transformers import Qwen2ForCausalLM
 from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
-from lorax_core.kernels.elementwise import gated_act
 from lorax_core.modeling import (
     Embedding,
     EmbeddingHead,
@@ -447,7 +446,7 @@ class AdaptsAllButOne(FlashQwen2Model):
 
 class PassesAdaptersBy(GatedMLP):
     def forward(self, x, batch):
-        return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), Nobody())
+        return self.down_proj(self.elementwise.gated_act(self.gate_up_proj(x, batch), self.act), Nobody())
 
 
 class NormalisesIn16Bits(FlashQwen2Model):

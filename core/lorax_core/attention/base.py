@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lorax_core.kernels.elementwise import Angles, rotate
+from lorax_core.kernels.elementwise import Angles, Elementwise
 from lorax_core.untrusted import is_number
 
 
@@ -80,12 +80,20 @@ class AttentionLayer(Protocol):
     @property
     def spec(self) -> AttentionSpec: ...
 
+    @property
+    def elementwise(self) -> Elementwise:
+        """What rotates its rows, and stores them in a cache that keeps numbers as they are."""
+
 
 class KVCache(Protocol):
     """What backends ask of the cache. A slot is `page * page_size + offset`."""
 
     @property
     def page_size(self) -> int: ...
+
+    @property
+    def quantized(self) -> bool:
+        """Whether numbers are stored scaled, so that only `write` and `gather` know them."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]`."""
@@ -117,22 +125,38 @@ class AttentionRows(Protocol):
         """Where the new keys and values go: `[tokens]` int64."""
 
 
+class CacheRows(NamedTuple):
+    """Where rows go that are stored as they are: a layer's K and V `[pages, page, kv_heads, dim]`, and slots `[tokens]`."""
+
+    k: Tensor
+    v: Tensor
+    slots: Tensor
+
+
 class StepAttention(ABC):
     """Attention of one step: made by `AttentionBackend.plan`, carried on the batch, called by every attention layer.
 
-    The base class rotates, writes to the cache and attends one after the other; a backend with a kernel that does several of
-    these at once overrides `forward`.
+    The base class rotates and writes to the cache, in one call where `cache_rows` says where to, and then attends; a backend
+    with a kernel that does all of these at once overrides `forward`.
     """
 
     def forward(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, angles: Angles | None = None) -> Tensor:
         """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to q's shape; rotated first where there are angles."""
+        to = self.cache_rows(layer) if layer.spec.causal else None
+        if to is not None:
+            q = layer.elementwise.rotate_and_store(q, k, v, angles, *to)
+            return self.attend(layer, q)
         if angles is not None:
-            q, k = rotate(q, k, angles)
+            q, k = layer.elementwise.rotate(q, k, angles)
         if not layer.spec.causal:
             return self.encode(layer, q, k, v)
         # Written first: attend() reads the step's own keys from the cache.
         self.write(layer, k, v)
         return self.attend(layer, q)
+
+    def cache_rows(self, layer: AttentionLayer) -> CacheRows | None:
+        """Where the step's keys and values go; None where only `write` can store them, as in a quantised cache."""
+        return None
 
     @abstractmethod
     def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:

@@ -21,6 +21,7 @@ from lorax_core.attention.base import (
     AttentionRows,
     AttentionSpec,
     CacheLayout,
+    CacheRows,
     KVCache,
     StepAttention,
 )
@@ -69,6 +70,11 @@ class TorchStep(StepAttention):
         self._decode = decode
         self._extends = extends  # by window
         self._inputs = inputs  # bidirectional: rows and mask of each sequence, by window
+
+    def cache_rows(self, layer: AttentionLayer) -> CacheRows | None:
+        assert self._cache is not None, "a causal layer was planned without a cache"
+        assert self._slots is not None, "a causal layer's rows have no slots"
+        return None if self._cache.quantized else CacheRows(*self._cache.layer(layer.index), self._slots)
 
     def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
         assert self._cache is not None, "a causal layer was planned without a cache"

@@ -6,15 +6,13 @@ Decides which function a name means, with the numbers of transformers (several n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lorax_core.errors import CheckpointError, listed, nearest
-
-Activation = Callable[[Tensor], Tensor]
+from lorax_core.kernels.elementwise import Activation
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -50,29 +48,32 @@ def _identity(x: Tensor) -> Tensor:
 
 # transformers spells one function several ways. "gelu_new" and "gelu_fast" write out the tanh formula by hand;
 # F.gelu's tanh form is the same up to rounding. "gelu" is the exact one with erf, and unequal to these.
+_GELU = Activation("gelu", F.gelu)
+_GELU_TANH = Activation("gelu_tanh", _gelu_tanh)
+_SILU = Activation("silu", F.silu)
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": F.gelu,
-    "gelu_10": _gelu_10,
-    "gelu_accurate": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "gelu_new": _gelu_tanh,
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "hardswish": F.hardswish,
-    "laplace": _laplace,
-    "leaky_relu": F.leaky_relu,
-    "linear": _identity,
-    "mish": F.mish,
-    "quick_gelu": _quick_gelu,
-    "relu": F.relu,
-    "relu2": _relu2,
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "sqrtsoftplus": _sqrt_softplus,
-    "swish": F.silu,
-    "tanh": torch.tanh,
+    "gelu": _GELU,
+    "gelu_10": Activation("gelu_10", _gelu_10),
+    "gelu_accurate": _GELU_TANH,
+    "gelu_fast": _GELU_TANH,
+    "gelu_new": _GELU_TANH,
+    "gelu_python": _GELU,
+    "gelu_python_tanh": _GELU_TANH,
+    "gelu_pytorch_tanh": _GELU_TANH,
+    "hardswish": Activation("hardswish", F.hardswish),
+    "laplace": Activation("laplace", _laplace),
+    "leaky_relu": Activation("leaky_relu", F.leaky_relu),
+    "linear": Activation("linear", _identity),
+    "mish": Activation("mish", F.mish),
+    "quick_gelu": Activation("quick_gelu", _quick_gelu),
+    "relu": Activation("relu", F.relu),
+    "relu2": Activation("relu2", _relu2),
+    "relu6": Activation("relu6", F.relu6),
+    "sigmoid": Activation("sigmoid", torch.sigmoid),
+    "silu": _SILU,
+    "sqrtsoftplus": Activation("sqrtsoftplus", _sqrt_softplus),
+    "swish": _SILU,
+    "tanh": Activation("tanh", torch.tanh),
 }
 
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
-from lorax_core.kernels.elementwise import Angles
+from lorax_core.kernels.elementwise import Angles, HasElementwise
 from lorax_core.modeling.batch import Batch
 from lorax_core.untrusted import is_number
 
 
-class Attention(nn.Module):
+class Attention(nn.Module, HasElementwise):
     """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`; rotated first by `angles`.
 
     `index` numbers the attention layers of a model, set when a `Model` is put together. `k_scale` and `v_scale` are those of

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from lorax_core.kernels.elementwise import gated_act
+from lorax_core.kernels.elementwise import HasElementwise
 from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch
@@ -121,7 +121,7 @@ class MLP(Block):
         return self.down_proj(self.act(self.up_proj(x, batch)), batch)
 
 
-class GatedMLP(Block):
+class GatedMLP(Block, HasElementwise):
     """`down(act(gate(x)) * up(x))`."""
 
     def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = False) -> None:
@@ -131,4 +131,4 @@ class GatedMLP(Block):
         self.down_proj = Linear(intermediate, hidden, bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.down_proj(gated_act(self.gate_up_proj(x, batch), self.act), batch)
+        return self.down_proj(self.elementwise.gated_act(self.gate_up_proj(x, batch), self.act), batch)

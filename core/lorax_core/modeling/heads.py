@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorax_core.modeling.activation import Activation, get_activation
+from lorax_core.kernels.elementwise import Activation
+from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.linear import Linear

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorax_core.attention.base import AttentionSpec
 from lorax_core.errors import CheckpointError, PluginError, RequestError, listed
+from lorax_core.kernels.elementwise import Elementwise, HasElementwise
 from lorax_core.linear_methods.select import LinearReport
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
@@ -137,6 +138,12 @@ class Model(nn.Module):
         answers = tuple(self._answer(one, group) for one, group in zip(rows, batch.head_rows, strict=True))
         kept = (one if group.speculator is not None else None for one, group in zip(rows, batch.head_rows, strict=True))
         return StepOutput(answers, tuple(kept))
+
+    def use_elementwise(self, kernels: Elementwise) -> None:
+        """Let all layers compute with these kernels, once at load; other models in this process keep theirs."""
+        for module in self.modules():
+            if isinstance(module, HasElementwise):
+                module.elementwise = kernels
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """Logits `[rows, vocab]` of hidden rows `[rows, hidden]`, without any adapter."""

@@ -1,21 +1,22 @@
 """Normalisations over the last dimension.
 
-Decides which arithmetic a layer has and that adapters may replace its numbers. `kernels.elementwise` computes it.
+Decides which arithmetic a layer has and that adapters may replace its numbers. An `Elementwise` computes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from lorax_core.kernels import elementwise
+from lorax_core.kernels.elementwise import HasElementwise
 from lorax_core.modeling.site import HasAdapters, Site
 from lorax_core.untrusted import is_number
 
 
-class Norm(Site):
+class Norm(Site, HasElementwise):
     """A normalisation with a weight `[size]` and perhaps a bias; a subclass gives `compute`.
 
     Raises ValueError for an `eps` that is no number, or below 0.
@@ -34,8 +35,8 @@ class Norm(Site):
     @final
     def add(self, x: Tensor, residual: Tensor, batch: HasAdapters) -> tuple[Tensor, Tensor]:
         """The normalised sum of x and residual, and the sum, which is the next residual; all `[rows, size]`."""
-        # The kernel seam knows no adapters, so it gets `_base`; they are applied below, with the sum as the norm's input.
-        normed, total = elementwise.add_norm(x, residual, self._base)
+        normed, total = self._added(x, residual)
+        # Kernels know no adapters; these are applied here, with the sum as the norm's input.
         return batch.adapters.apply(self, total, normed), total
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,6 +53,14 @@ class Norm(Site):
     def _base(self, x: Tensor) -> Tensor:
         return self.compute(x, self.weight, self.bias)
 
+    def _added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual  # [rows, size]
+        return self._base(total), total
+
+    def _computes_as(self, compute: Callable[..., Tensor]) -> bool:
+        """Whether nobody overrode that `compute`, in a subclass or on this layer: only then is a fused form the same."""
+        return getattr(self.compute, "__func__", None) is compute
+
 
 class LayerNorm(Norm):
     """`(x - mean) / sqrt(var + eps) * weight + bias`."""
@@ -60,7 +69,12 @@ class LayerNorm(Norm):
         super().__init__(size, eps, bias)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return elementwise.layer_norm(x, weight, bias, self.eps)
+        return self.elementwise.layer_norm(x, weight, bias, self.eps)
+
+    def _added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._computes_as(LayerNorm.compute):
+            return super()._added(x, residual)
+        return self.elementwise.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(Norm):
@@ -71,4 +85,9 @@ class RMSNorm(Norm):
         self.offset = offset
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return elementwise.rms_norm(x, weight, self.eps, self.offset)
+        return self.elementwise.rms_norm(x, weight, self.eps, self.offset)
+
+    def _added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._computes_as(RMSNorm.compute):
+            return super()._added(x, residual)
+        return self.elementwise.add_rms_norm(x, residual, self.weight, self.eps, self.offset)

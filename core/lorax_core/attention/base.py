@@ -93,7 +93,11 @@ class KVCache(Protocol):
 
     @property
     def quantized(self) -> bool:
-        """Whether numbers are stored scaled, so that only `write` and `gather` know them."""
+        """Whether numbers are stored divided by `scales`, so that they are not what was written."""
+
+    @property
+    def scales(self) -> Sequence[tuple[float, float]]:
+        """What the stored K and V of each layer are multiplied by; 1 where nothing is scaled."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]`."""

@@ -10,7 +10,21 @@ from lorax_core.plugins.spec import BackendSpec
 
 @hookimpl
 def lorax_attention_backends() -> Iterable[BackendSpec]:
-    """The reference in plain torch, which runs everywhere that torch runs."""
+    """Two backends for GPUs, and the reference in plain torch, which runs everywhere that torch runs."""
+    yield BackendSpec(
+        name="flashinfer",
+        summary="FlashInfer: paged attention in 16 bit, also over an fp8 cache; heads of 64, 128 or 256.",
+        backend="lorax_core.attention.flashinfer:FlashInferBackend",
+        device_types=("cuda",),
+        priority=20,
+    )
+    yield BackendSpec(
+        name="flash_attn",
+        summary="FlashAttention 2 in 16 bit, from flash-attn or from torch itself; heads of any multiple of 8 up to 256.",
+        backend="lorax_core.attention.flash_attn:FlashAttnBackend",
+        device_types=("cuda",),
+        priority=10,
+    )
     yield BackendSpec(
         name="torch",
         summary="Reference in plain torch; the oracle of every other backend.",

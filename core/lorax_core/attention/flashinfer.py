@@ -250,7 +250,9 @@ class FlashInferBackend(AttentionBackend):
 
     def is_built(self, spec: AttentionSpec, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
         """Whether a built module for a kind of layer lies beside FlashInfer."""
-        generate: Callable[..., Any] = import_module("flashinfer.prefill")._gen_batch_prefill_primary_module
+        # Those that the wrappers load; of fa2's there are two, and all that is done here is in the first.
+        generator = "_gen_batch_prefill_primary_module" if self.kernels == "fa2" else "gen_batch_prefill_module"
+        generate: Callable[..., Any] = getattr(import_module("flashinfer.prefill"), generator)
         windowed, capped = spec.window is not None, spec.soft_cap is not None
         sizes = (spec.head_dim, spec.head_dim)
         module = generate(self.kernels, dtype, kv_dtype, dtype, torch.int32, *sizes, 0, windowed, capped, False)

@@ -239,7 +239,7 @@ class Case:
         for dtype in TOLERANCES:
             if any(self._select(model, size, dtype) is not None for size in PAGE_SIZES):
                 return dtype
-        raise CheckFailed(self._refusal(model))
+        raise CheckFailed(self._refusal(model, tuple(TOLERANCES)))
 
     @cached_property
     def refusal(self) -> str | None:
@@ -250,7 +250,7 @@ class Case:
         dtypes = tuple(TOLERANCES) if self._dtype is None else (self._dtype,)
         if any(self._select(model, size, dtype) is not None for dtype in dtypes for size in PAGE_SIZES):
             return None
-        return self._refusal(model)
+        return self._refusal(model, dtypes)
 
     @property
     def tolerance(self) -> float:
@@ -270,7 +270,7 @@ class Case:
             if chosen is not None:
                 return Bench(model, chosen.backend, chosen.layout, self.inputs if inputs is None else inputs)
         # The backend's limits are not the architecture's mistakes.
-        raise NotApplicable(self._refusal(model))
+        raise NotApplicable(self._refusal(model, (model.dtype,)))
 
     def alone(self, task: Task) -> list[PackedAnswer]:
         """Our answers of each input, every one in a batch of its own: what all other ways must come to."""
@@ -287,15 +287,18 @@ class Case:
         except LoraxError:
             return None
 
-    def _backend(self, model: Model, page_size: int, dtype: torch.dtype) -> Selection:
+    def _backend(self, model: Model, page_size: int | None, dtype: torch.dtype) -> Selection:
         specs, declared = model.attention_specs, self.host.backends
         return select_backend(declared, specs, page_size=page_size, dtype=dtype, device=self.device, name=self.backend)
 
-    def _refusal(self, model: Model) -> str:
-        try:
-            self._backend(model, PAGE_SIZES[0], model.dtype)
-        except LoraxError as error:
-            return error.message
+    def _refusal(self, model: Model, dtypes: Sequence[torch.dtype]) -> str:
+        # Of the last dtype: that the others are no dtypes of the backend says nothing of the model.
+        dtype = dtypes[-1]
+        for size in (None, PAGE_SIZES[0]):
+            try:
+                self._backend(model, size, dtype)
+            except LoraxError as error:
+                return error.message
         return f"no attention backend supports pages of any of {PAGE_SIZES} tokens"
 
 

@@ -265,6 +265,17 @@ class Module:
             lse[rows] = sums.t() / math.log(2)
 
 
+class _Unpinned:
+    """torch as the wrappers see it: pinned memory, which only the driver of a GPU gives, is plain memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return torch.empty(*sizes, **options)
+
+
 @contextlib.contextmanager
 def flashinfer_on_cpu() -> Iterator[dict[tuple[Any, ...], Module]]:
     """Run FlashInfer's wrappers on CPU tensors. Gives the modules that were made, by what was asked for.
@@ -282,18 +293,12 @@ def flashinfer_on_cpu() -> Iterator[dict[tuple[Any, ...], Module]]:
             made[wanted] = Module(*wanted)
         return made[wanted]
 
-    empty = torch.empty
-
-    def unpinned(*sizes: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        return empty(*sizes, **options)
-
+    doubles = {"get_batch_prefill_module": module, "device_support_pdl": lambda device: False, "torch": _Unpinned()}
     replaced = [
         (where, name, getattr(where, name), double)
         for where in (flashinfer.prefill, flashinfer.decode)
-        for name, double in (("get_batch_prefill_module", module), ("device_support_pdl", lambda device: False))
+        for name, double in doubles.items()
     ]
-    # A wrapper has pinned memory, which only a GPU's driver gives.
-    replaced.append((torch, "empty", empty, unpinned))
     for where, name, _, double in replaced:
         setattr(where, name, double)
     try:

@@ -1,0 +1,57 @@
+"""The conformance kit over every architecture with each backend, over the doubles.
+
+The kit takes float16 where a backend has no float32: of the two 16-bit types it tells mistakes from rounding more sharply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fakes import with_backends
+from gpu.doubles.backends import BACKENDS, backends_on_cpu, declared
+
+from lorax_core.testing import CheckStatus
+from lorax_core.testing.suite import Suite
+
+ARCHITECTURES = ("bert", "roberta", "gpt2", "gpt_neox", "qwen2")
+REFUSALS = {
+    "flashinfer": ("has kernels for heads of 64, 128, 256", "has windows that end on the left only"),
+    "flash_attn": (),
+    "varlen": (),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_cpu() -> Iterator[None]:
+    with backends_on_cpu():
+        yield
+
+
+def results(host, architecture, name, dtype=None, **limits):
+    spec = declared(name)
+    with Suite(architecture, host=with_backends(host, spec), backend=spec.name, dtype=dtype) as suite:
+        return [suite.run(variant, check) for variant, check in suite.plan(**limits)]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_check_passes_on_every_variant_that_the_backend_takes(host, architecture, name):
+    found = results(host, architecture, name)
+
+    failed = [f"{one.key}: {one.detail}" for one in found if one.status in (CheckStatus.FAILED, CheckStatus.KNOWN)]
+    assert not failed
+    passed = [one for one in found if one.variant is not None and one.status is CheckStatus.PASSED]
+    assert len(passed) > 100
+    for one in found:
+        if one.refused:
+            assert any(reason in one.detail for reason in REFUSALS[name]), one.detail
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_in_bfloat16_too(host, name):
+    found = results(host, "qwen2", name, torch.bfloat16, variants=["heads_of_64"])
+
+    assert [one.key for one in found if one.status is not CheckStatus.PASSED] == []
+    assert found

@@ -14,7 +14,9 @@ def test_doctor_tells_versions_backends_with_reasons_and_plugins(main):
     assert (code, told["schema"], told["problems"]) == (0, 1, [])
     assert told["versions"]["lorax-core"] == lorax_core.__version__
     assert told["versions"]["torch"] == torch.__version__
-    assert {one["name"]: one["reason"] for one in told["attention"]}["torch"] is None
+    elsewhere = "runs on 'cuda', not on 'cpu'"
+    reasons = {one["name"]: one["reason"] for one in told["attention"]}
+    assert reasons == {"flashinfer": elsewhere, "flash_attn": elsewhere, "torch": None}
     assert told["machine"]["threads"] == torch.get_num_threads()
     assert told["machine"]["low-rank kernel"]
     assert "ready" in told["plugins"]["qwen2"]

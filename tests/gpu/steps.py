@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorax_core.attention.base import AttentionBackend, AttentionSpec, GraphAttention, HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
+from lorax_core.kernels.elementwise import READABLE, Elementwise
 from lorax_core.kvcache.pool import KVPool
 
 
@@ -31,6 +32,7 @@ class Layer:
 
     index: int
     spec: AttentionSpec
+    elementwise: Elementwise = READABLE
 
 
 def both(numbers: Tensor) -> HostAndDevice:

@@ -118,10 +118,24 @@ def test_a_built_module_serves_without_tools_the_layers_that_it_was_built_for(tm
     ]
 
 
-def test_flash_attn_that_was_compiled_for_nothing_gives_way_to_torch():
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that was built with FlashAttention, as those for CUDA are."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+
+
+def test_flash_attn_that_was_compiled_for_nothing_gives_way_to_torch(compiled):
     assert "flash-attn cannot be imported: ModuleNotFoundError" in str(FlashAttnPackage.missing())
     assert FlashAttnBackend.is_available() == (True, "")
     assert isinstance(FlashAttnBackend()._packaging, TorchVarlen)
+
+
+def test_a_torch_without_the_kernels_is_told_from_one_that_has_them():
+    available, reason = FlashAttnBackend.is_available()
+
+    assert not available
+    assert reason.startswith("flash-attn cannot be imported: ")
+    assert reason.endswith(" was built without FlashAttention")
 
 
 def test_flash_attn_comes_first_where_it_can_be_imported():
@@ -145,7 +159,7 @@ def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=Non
     raise NotImplementedError
 
 
-def test_an_older_torch_serves_encoders_alone(monkeypatch):
+def test_an_older_torch_serves_encoders_alone(monkeypatch, compiled):
     module = SimpleNamespace(varlen_attn=older)
     monkeypatch.setattr(flash_attn, "import_module", lambda name: module)
 
@@ -159,7 +173,7 @@ def test_an_older_torch_serves_encoders_alone(monkeypatch):
     assert "has no enable_gqa" in Older().layout([AttentionSpec(4, 2, 64, False)], **wanted)
 
 
-def test_both_are_declared_for_cuda_before_the_torch_backend(host, machine):
+def test_both_are_declared_for_cuda_before_the_torch_backend(host, machine, compiled):
     declared = {spec.name: spec for spec in host.backends}
 
     assert list(declared) == ["flashinfer", "flash_attn", "torch"]

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu.doubles.backends import FlashAttnOnCpu, FlashInferOnCpu, VarlenOnCpu, backends_on_cpu
+from gpu.doubles.backends import FlashAttnOnCpu, FlashInferOnCpu, VarlenDouble, VarlenOnCpu, backends_on_cpu
 from gpu.doubles.launch import Misuse
 from gpu.steps import Step, graph_of
 
 from lorax_core.attention.base import AttentionSpec
-from lorax_core.attention.flash_attn import FlashAttnPackage, TorchVarlen
+from lorax_core.attention.flash_attn import FlashAttnPackage
 
 SIZES = [(0, 7), (5, 1), (9, 4), (20, 1), (0, 1), (15, 17), (31, 1)]
 FULL = AttentionSpec(4, 2, 64, causal=True)
@@ -110,19 +110,19 @@ def test_a_mistake_in_what_flashinfer_is_told_is_found(backend, specs):
 
 def unscaled(step):
     """The scales of an 8-bit cache are forgotten."""
-    cache = step._cache
-    step._cache = SimpleNamespace(write=cache.write, layer=cache.layer, scales=[(1.0, 1.0)] * 2)
+    cache = step.cache
+    step._cache = SimpleNamespace(quantized=True, write=cache.write, layer=cache.layer, scales=[(1.0, 1.0)] * 2)
 
 
 def only_keys_scaled(step):
-    cache = step._cache
+    cache = step.cache
     scales = [(k, 1.0) for k, _ in cache.scales]
-    step._cache = SimpleNamespace(write=cache.write, layer=cache.layer, scales=scales)
+    step._cache = SimpleNamespace(quantized=True, write=cache.write, layer=cache.layer, scales=scales)
 
 
 def scales_of_the_next_layer(step):
-    cache = step._cache
-    step._cache = SimpleNamespace(write=cache.write, layer=cache.layer, scales=cache.scales[::-1])
+    cache = step.cache
+    step._cache = SimpleNamespace(quantized=True, write=cache.write, layer=cache.layer, scales=cache.scales[::-1])
 
 
 @pytest.mark.parametrize("plant", [unscaled, only_keys_scaled, scales_of_the_next_layer])
@@ -196,7 +196,7 @@ def test_a_graph_of_which_one_window_is_not_planned_again_is_found():
         replayed(NotReplanned())
 
 
-class NoSplitCount(TorchVarlen):
+class NoSplitCount(VarlenDouble):
     """torch chooses how often keys are split."""
 
     def paged(self, spec, q, k, v, part):
@@ -208,14 +208,14 @@ class NoSplitCount(TorchVarlen):
             self._varlen = varlen
 
 
-class WindowOff(TorchVarlen):
+class WindowOff(VarlenDouble):
     """The window of varlen_attn is taken for a number of keys, the row's own among them."""
 
     def paged(self, spec, q, k, v, part):
         return super().paged(replace(spec, window=spec.window + 1), q, k, v, part)
 
 
-class OneSided(TorchVarlen):
+class OneSided(VarlenDouble):
     """An encoder's window ends on the left alone."""
 
     def encode(self, spec, q, k, v, part):
@@ -243,7 +243,7 @@ class LengthsOfRows(FlashAttnPackage):
         return super().paged(spec, q, k, v, replace(part, lengths=part.starts.diff(), ends=part.starts))
 
 
-class ShortBound(TorchVarlen):
+class ShortBound(VarlenDouble):
     """The most rows are those of the first sequence."""
 
     def paged(self, spec, q, k, v, part):

@@ -175,6 +175,35 @@ class StepAttention(ABC):
         """Bidirectional attention inside each sequence, without a cache."""
 
 
+class PagedStep(StepAttention):
+    """Attention of a step that stores keys and values as the cache itself lays them out: what core's backends share.
+
+    Bidirectional models have no cache and no slots.
+    """
+
+    def __init__(self, cache: KVCache | None, slots: Tensor | None) -> None:
+        self._cache = cache
+        self._slots = slots
+
+    @property
+    def cache(self) -> KVCache:
+        """The cache, for causal layers."""
+        assert self._cache is not None, "a causal layer was planned without a cache"
+        return self._cache
+
+    @property
+    def slots(self) -> Tensor:
+        """Where the new keys and values go."""
+        assert self._slots is not None, "a causal layer's rows have no slots"
+        return self._slots
+
+    def cache_rows(self, layer: AttentionLayer) -> CacheRows | None:
+        return None if self.cache.quantized else CacheRows(*self.cache.layer(layer.index), self.slots)
+
+    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
+        self.cache.write(layer.index, k, v, self.slots)
+
+
 class GraphAttention(StepAttention):
     """Attention of a step that is captured once and replayed with other numbers.
 

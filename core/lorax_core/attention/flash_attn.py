@@ -27,6 +27,7 @@ from lorax_core.attention.base import (
     CacheLayout,
     GraphAttention,
     KVCache,
+    PagedStep,
     StepAttention,
 )
 from lorax_core.kernels.gpu import compute_capability
@@ -122,7 +123,12 @@ class TorchVarlen(Packaging):
     def missing(cls) -> str | None:
         if find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-        return None
+        return None if cls.compiled() else f"torch {torch.__version__} was built without FlashAttention"
+
+    @staticmethod
+    def compiled() -> bool:
+        """Whether this torch has the kernels."""
+        return bool(torch.backends.cuda.is_flash_attention_available())
 
     def why_not(self, spec: AttentionSpec) -> str | None:
         if spec.soft_cap is not None:
@@ -163,26 +169,19 @@ class TorchVarlen(Packaging):
         return {"enable_gqa": True} if spec.heads != spec.kv_heads else {}
 
 
-class FlashAttnStep(StepAttention):
+class FlashAttnStep(PagedStep):
     """One step: a call for all sequences, or one for those that decode and one for the others."""
 
     def __init__(
         self, packaging: Packaging, cache: KVCache | None, slots: Tensor | None, parts: Sequence[Part]
     ) -> None:
+        super().__init__(cache, slots)
         self._packaging = packaging
-        self._cache = cache
-        self._slots = slots
         self._parts = parts
 
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
-        assert self._cache is not None, "a causal layer was planned without a cache"
-        assert self._slots is not None, "a causal layer's rows have no slots"
-        self._cache.write(layer.index, k, v, self._slots)
-
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
-        assert self._cache is not None, "a causal layer was planned without a cache"
         compute = partial(self._packaging.paged, layer.spec)
-        k, v = self._cache.layer(layer.index)
+        k, v = self.cache.layer(layer.index)
         if len(self._parts) == 1:
             return compute(q, k, v, self._parts[0])
         out = torch.empty_like(q)  # [tokens, heads, dim]

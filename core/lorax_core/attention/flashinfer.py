@@ -26,6 +26,7 @@ from lorax_core.attention.base import (
     CacheLayout,
     GraphAttention,
     KVCache,
+    PagedStep,
     StepAttention,
 )
 from lorax_core.attention.staging import Staging
@@ -35,28 +36,21 @@ PAGE_SIZE = 16
 HEAD_SIZES = (64, 128, 256)
 
 
-class FlashInferStep(GraphAttention):
+class FlashInferStep(PagedStep, GraphAttention):
     """One step, planned for every kind of layer; also one that is captured, when its wrappers keep their memory."""
 
     def __init__(self, backend: FlashInferBackend, wrappers: Mapping[AttentionSpec, Any], rows: AttentionRows) -> None:
+        super().__init__(backend.cache, rows.slots)
         self._backend = backend
         self._wrappers = wrappers
-        self._cache = backend.cache
-        self._slots = rows.slots
 
     def replan(self, rows: AttentionRows) -> None:
         # Every kind of layer, each time: a wrapper that is left out replays the lengths of an older step.
         self._backend.prepare(self._wrappers, rows)
 
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
-        assert self._cache is not None, "a causal layer was planned without a cache"
-        assert self._slots is not None, "a causal layer's rows have no slots"
-        self._cache.write(layer.index, k, v, self._slots)
-
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
-        assert self._cache is not None, "a causal layer was planned without a cache"
-        k_scale, v_scale = self._cache.scales[layer.index]
-        stored = self._cache.layer(layer.index)
+        k_scale, v_scale = self.cache.scales[layer.index]
+        stored = self.cache.layer(layer.index)
         out: Tensor = self._wrappers[layer.spec].run(q.contiguous(), stored, k_scale=k_scale, v_scale=v_scale)
         return out
 

@@ -21,8 +21,8 @@ from lorax_core.attention.base import (
     AttentionRows,
     AttentionSpec,
     CacheLayout,
-    CacheRows,
     KVCache,
+    PagedStep,
     StepAttention,
 )
 
@@ -54,7 +54,7 @@ class _Decode:
     masks: dict[int | None, Tensor]  # window -> [n, 1, 1, keys] bool
 
 
-class TorchStep(StepAttention):
+class TorchStep(PagedStep):
     """One step of `TorchBackend`: decoding rows in one call, every other sequence in a call of its own."""
 
     def __init__(
@@ -65,31 +65,19 @@ class TorchStep(StepAttention):
         extends: dict[int | None, list[_Extend]],
         inputs: dict[int | None, list[tuple[slice, Tensor | None]]],
     ) -> None:
-        self._cache = cache
-        self._slots = slots
+        super().__init__(cache, slots)
         self._decode = decode
         self._extends = extends  # by window
         self._inputs = inputs  # bidirectional: rows and mask of each sequence, by window
 
-    def cache_rows(self, layer: AttentionLayer) -> CacheRows | None:
-        assert self._cache is not None, "a causal layer was planned without a cache"
-        assert self._slots is not None, "a causal layer's rows have no slots"
-        return None if self._cache.quantized else CacheRows(*self._cache.layer(layer.index), self._slots)
-
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
-        assert self._cache is not None, "a causal layer was planned without a cache"
-        assert self._slots is not None, "a causal layer's rows have no slots"
-        self._cache.write(layer.index, k, v, self._slots)
-
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
-        assert self._cache is not None, "a causal layer was planned without a cache"
         spec, decode = layer.spec, self._decode
         out = torch.empty_like(q)  # [tokens, heads, dim]
         if decode is not None:
-            k, v = self._cache.gather(layer.index, decode.pages, q.dtype)  # [n, most pages, page, kv_heads, dim]
+            k, v = self.cache.gather(layer.index, decode.pages, q.dtype)  # [n, most pages, page, kv_heads, dim]
             out[decode.rows] = _decode_rows(q[decode.rows], k, v, decode.masks[spec.window], spec)
         for part in self._extends[spec.window]:
-            k, v = self._cache.gather(layer.index, part.pages, q.dtype)
+            k, v = self.cache.gather(layer.index, part.pages, q.dtype)
             k, v = k.flatten(0, 1)[: part.keys], v.flatten(0, 1)[: part.keys]  # [keys, kv_heads, dim]
             out[part.rows] = _extend(q[part.rows], k, v, part, spec)
         return out

@@ -32,10 +32,18 @@ class FlashAttnOnCpu(FlashAttnBackend):
     packagings: ClassVar[tuple[type[Packaging], ...]] = (FlashAttnPackage,)
 
 
+class VarlenDouble(TorchVarlen):
+    """torch's varlen_attn, where its operator is a double."""
+
+    @staticmethod
+    def compiled() -> bool:
+        return True
+
+
 class VarlenOnCpu(FlashAttnBackend):
     """torch's varlen_attn over the double of its operator."""
 
-    packagings: ClassVar[tuple[type[Packaging], ...]] = (TorchVarlen,)
+    packagings: ClassVar[tuple[type[Packaging], ...]] = (VarlenDouble,)
 
 
 BACKENDS: dict[str, type[AttentionBackend]] = {

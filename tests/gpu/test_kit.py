@@ -35,8 +35,11 @@ def results(host, architecture, name, dtype=None, **limits):
         return [suite.run(variant, check) for variant, check in suite.plan(**limits)]
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# torch's packaging differs in what is called, not in what is computed: one architecture of each kind shows that.
+PAIRS = [(one, name) for name in BACKENDS for one in (("bert", "qwen2") if name == "varlen" else ARCHITECTURES)]
+
+
+@pytest.mark.parametrize(("architecture", "name"), PAIRS)
 def test_every_check_passes_on_every_variant_that_the_backend_takes(host, architecture, name):
     found = results(host, architecture, name)
 
@@ -51,7 +54,7 @@ def test_every_check_passes_on_every_variant_that_the_backend_takes(host, archit
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_in_bfloat16_too(host, name):
-    found = results(host, "qwen2", name, torch.bfloat16, variants=["heads_of_64"])
+    found = results(host, "qwen2", name, torch.bfloat16, variants=["base"])
 
     assert [one.key for one in found if one.status is not CheckStatus.PASSED] == []
     assert found

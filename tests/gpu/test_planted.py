@@ -157,13 +157,14 @@ def test_one_wrapper_for_two_kinds_of_layer_is_found():
         step.insist(step.by(Shared()))
 
 
-def test_keys_of_unlike_strides_are_refused():
-    step = Step([replace(FULL, causal=False)], [(0, 5), (0, 3)])
-    planned = step.bound(FlashInferOnCpu(), None).plan(step.rows)
-    gaps = torch.cat([step.k[0], step.k[0]], 1)[:, :2]
+def test_a_cache_of_unlike_strides_is_refused():
+    step = Step([FULL], SIZES)
+    pool = step.pool(step.dtype)
+    planned = step.bound(FlashInferOnCpu(), pool).plan(step.rows)
+    k, v = pool.layer(0)
 
-    with pytest.raises(Misuse, match="strides"):
-        planned._wrappers[step.layers[0].spec].run(step.q[0], gaps, step.v[0])
+    with pytest.raises(Misuse, match="differ in their strides"):
+        planned._wrappers[FULL].run(step.q[0], (k, torch.cat([v, v], 2)[:, :, :2]))
 
 
 def decode(sizes, seed):

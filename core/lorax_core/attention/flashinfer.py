@@ -55,8 +55,8 @@ class FlashInferStep(PagedStep, GraphAttention):
         return out
 
     def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # Contiguous: keys and values of unequal strides are another module, which would be compiled in the middle of a step.
-        out: Tensor = self._wrappers[layer.spec].run(q.contiguous(), k.contiguous(), v.contiguous())
+        # k and v may have gaps: its ragged kernels take the strides of each.
+        out: Tensor = self._wrappers[layer.spec].run(q.contiguous(), k, v)
         return out
 
 

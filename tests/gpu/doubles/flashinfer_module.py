@@ -163,6 +163,8 @@ class Module:
         self._insist_planned(int_workspace, plan, q, k, v, mask_mode, layout, window_left, soft_cap)
         insist_int32(qo_indptr=qo_indptr, kv_indptr=kv_indptr, pages=pages, last_page_len=last_page_len)
         want = (len(k), plan.page_size, plan.kv_heads, self.dim)
+        # Unequal strides are another module, which would be compiled when it is first needed.
+        insist(k.stride() == v.stride(), "k and v differ in their strides")
         insist(tuple(k.shape) == want and v.shape == k.shape, f"a cache {tuple(k.shape)} where {want} was planned")
 
         def run() -> None:
@@ -242,8 +244,10 @@ class Module:
         insist(q.shape == (int(plan.qo_indptr[-1]), plan.heads, self.dim), f"q {tuple(q.shape)} was not planned")
         insist((q.dtype, k.dtype, v.dtype) == (self.dtypes[0], *self.dtypes[1:] * 2), "dtypes of another module")
         insist(q.is_contiguous(), "q has gaps")
-        # Keys and values of unequal strides are another module, which would be compiled when it is first needed.
-        insist(k.stride() == v.stride() and k.stride(-1) == 1, "k and v differ in their strides")
+        for one in (k, v):
+            # The kernels load 16 bytes at once.
+            aligned = all(step * one.itemsize % 16 == 0 for step in (one.storage_offset(), *one.stride()[:-1]))
+            insist(one.stride(-1) == 1 and aligned, f"k or v has strides {one.stride()}")
 
     @staticmethod
     def _answer(

@@ -173,6 +173,21 @@ def test_an_older_torch_serves_encoders_alone(monkeypatch, compiled):
     assert "has no enable_gqa" in Older().layout([AttentionSpec(4, 2, 64, False)], **wanted)
 
 
+def aged(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=False, window_size=(-1, -1)):
+    """`flash_attn_varlen_func` as flash-attn 2.3 has it."""
+    raise NotImplementedError
+
+
+def test_an_older_flash_attn_serves_what_it_takes(monkeypatch):
+    module = SimpleNamespace(flash_attn_varlen_func=aged, flash_attn_with_kvcache=aged)
+    monkeypatch.setattr(flash_attn, "import_module", lambda name: module)
+    backend, wanted = FlashAttnBackend(), {"dtype": torch.float16, "kv_dtype": torch.float16, "device": "cpu"}
+
+    assert "has no block_table" in backend.layout([SPEC], **wanted)
+    assert "has no softcap" in backend.layout([AttentionSpec(2, 2, 64, False, soft_cap=9.0)], **wanted)
+    assert backend.layout([ENCODER], **wanted).dtype is torch.float16
+
+
 def test_both_are_declared_for_cuda_before_the_torch_backend(host, machine, compiled):
     declared = {spec.name: spec for spec in host.backends}
 

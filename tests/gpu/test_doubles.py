@@ -9,7 +9,9 @@ from importlib import import_module
 
 import pytest
 import torch
+from gpu.doubles import flash_attn_module, flashinfer_module, varlen
 from gpu.doubles.backends import backends_on_cpu
+from gpu.doubles.flashinfer_module import flashinfer_on_cpu
 from gpu.doubles.launch import Misuse, insist_version
 
 DIM = 64
@@ -177,7 +179,7 @@ def test_a_graph_s_wrapper_refuses_another_number_of_sequences():
         paged.plan((0, 1), (0, 1), (3,), (4,))
 
 
-def varlen(q, k, v, starts, ends, rows, keys, **options):
+def packed(q, k, v, starts, ends, rows, keys, **options):
     return import_module("torch.nn.attention.varlen").varlen_attn(q, k, v, starts, ends, rows, keys, **options)
 
 
@@ -190,7 +192,7 @@ def test_torch_s_varlen_reads_pages(left):
     q = some(5, 4, DIM, seed=1)
     paged = {"seqused_k": LENGTHS, "block_table": TABLE, "num_splits": 1, "enable_gqa": True}
 
-    out = varlen(
+    out = packed(
         q, CACHE[:, 0], CACHE[:, 1], int32(0, 2, 5), int32(0, 256, 556), 3, 300, window_size=(left, 0), **paged
     )
 
@@ -206,7 +208,7 @@ def test_varlen_and_flash_attn_have_windows_of_two_sides(side):
     flash = import_module("flash_attn").flash_attn_varlen_func
 
     for out in (
-        varlen(q, k, v, starts, starts, 5, 5, window_size=window),
+        packed(q, k, v, starts, starts, 5, 5, window_size=window),
         flash(q, k, v, starts, starts, 5, 5, window_size=window),
     ):
         for rows in (slice(5), slice(5, 6)):
@@ -249,7 +251,7 @@ def test_what_varlen_would_read_as_rubbish_is_refused(changes, message):
     q, ends = some(2, 4, DIM), int32(0, 256, 556)
 
     with pytest.raises(Misuse, match=message):
-        varlen(q, CACHE[:, 0], CACHE[:, 1], int32(0, 1, 2), ends, 1, 300, **{**PAGED, **changes})
+        packed(q, CACHE[:, 0], CACHE[:, 1], int32(0, 1, 2), ends, 1, 300, **{**PAGED, **changes})
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_a_bound_that_is_too_small_is_refused(most, message):
     q = some(3, 4, DIM)
 
     with pytest.raises(Misuse, match=message):
-        varlen(q, CACHE[:, 0], CACHE[:, 1], int32(0, 1, 3), int32(0, 256, 556), *most, **PAGED)
+        packed(q, CACHE[:, 0], CACHE[:, 1], int32(0, 1, 3), int32(0, 256, 556), *most, **PAGED)
 
 
 @pytest.mark.parametrize("cache", [CACHE[:, :, :128], CACHE.half()], ids=["pages of 128", "another dtype"])
@@ -268,9 +270,25 @@ def test_caches_that_the_kernels_cannot_read_are_refused(cache):
     decode = import_module("flash_attn").flash_attn_with_kvcache
 
     with pytest.raises(Misuse):
-        varlen(q, cache[:, 0], cache[:, 1], int32(0, 1, 2), ends, 1, 300, **PAGED)
+        packed(q, cache[:, 0], cache[:, 1], int32(0, 1, 2), ends, 1, 300, **PAGED)
     with pytest.raises(Misuse):
         decode(q[:, None], cache[:, 0], cache[:, 1], cache_seqlens=LENGTHS, block_table=TABLE)
+
+
+def test_a_private_name_that_is_gone_fails_loudly(monkeypatch):
+    monkeypatch.delattr(import_module("flashinfer.prefill"), "get_batch_prefill_module")
+
+    with pytest.raises(AttributeError, match="get_batch_prefill_module"), flashinfer_on_cpu():
+        pass
+
+
+@pytest.mark.parametrize("double", [flashinfer_module, flash_attn_module, varlen])
+def test_a_double_of_another_version_is_not_used(double, monkeypatch):
+    monkeypatch.setattr(double, "PINNED", "0.1")
+    (name,) = (one for one in vars(double) if one.endswith("_on_cpu"))
+
+    with pytest.raises(Misuse, match="its double knows 0"), getattr(double, name)():
+        pass
 
 
 def test_another_version_than_the_pinned_one_fails_loudly():

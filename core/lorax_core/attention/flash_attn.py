@@ -74,7 +74,10 @@ class Packaging(ABC):
 
 
 class FlashAttnPackage(Packaging):
-    """The package flash-attn. Decoding rows split their keys over the GPU, as prompts have no need to."""
+    """The package flash-attn, of any version that takes what a model needs.
+
+    Decoding rows split their keys over the GPU, as prompts have no need to.
+    """
 
     decodes_apart = True
 
@@ -95,10 +98,11 @@ class FlashAttnPackage(Packaging):
         return None
 
     def why_not(self, spec: AttentionSpec) -> str | None:
-        return None
+        needed = {"window_size"} | ({"block_table"} if spec.causal else set()) | set(_capped(spec))
+        return _lacking("flash_attn_varlen_func of this flash-attn", self._varlen, needed)
 
     def paged(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
-        masking = {"causal": True, "window_size": _causal_window(spec), "softcap": spec.soft_cap or 0.0}
+        masking = {"causal": True, "window_size": _causal_window(spec), **_capped(spec)}
         if part.most_rows == 1:
             seqs = {"cache_seqlens": part.lengths, "block_table": part.pages}
             return self._with_cache(q.unsqueeze(1), k, v, **seqs, **masking).squeeze(1)
@@ -107,7 +111,7 @@ class FlashAttnPackage(Packaging):
 
     def encode(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         bounds = (part.starts, part.starts, part.most_rows, part.most_rows)
-        return self._varlen(q, k, v, *bounds, window_size=_encoder_window(spec), softcap=spec.soft_cap or 0.0)
+        return self._varlen(q, k, v, *bounds, window_size=_encoder_window(spec), **_capped(spec))
 
 
 class TorchVarlen(Packaging):
@@ -117,7 +121,6 @@ class TorchVarlen(Packaging):
 
     def __init__(self) -> None:
         self._varlen: Callable[..., Tensor] = import_module("torch.nn.attention.varlen").varlen_attn
-        self._takes = frozenset(inspect.signature(self._varlen).parameters)
 
     @classmethod
     def missing(cls) -> str | None:
@@ -139,9 +142,7 @@ class TorchVarlen(Packaging):
             needed |= {"block_table", "seqused_k", "num_splits"}
         if spec.heads != spec.kv_heads:
             needed.add("enable_gqa")
-        if missing := sorted(needed - self._takes):
-            return f"varlen_attn of torch {torch.__version__} has no {', no '.join(missing)}"
-        return None
+        return _lacking(f"varlen_attn of torch {torch.__version__}", self._varlen, needed)
 
     def paged(self, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         return self._varlen(
@@ -297,6 +298,16 @@ def _ends(sizes: Tensor) -> Tensor:
     ends = torch.zeros(len(sizes) + 1, dtype=torch.int32, device=sizes.device)
     torch.cumsum(sizes, 0, dtype=torch.int32, out=ends[1:])
     return ends
+
+
+def _lacking(name: str, function: Callable[..., Tensor], needed: set[str]) -> str | None:
+    """Which of the arguments that are needed a function does not take; None when it takes them all."""
+    missing = sorted(needed - set(inspect.signature(function).parameters))
+    return f"{name} has no {', no '.join(missing)}" if missing else None
+
+
+def _capped(spec: AttentionSpec) -> dict[str, float]:
+    return {} if spec.soft_cap is None else {"softcap": spec.soft_cap}
 
 
 def _causal_window(spec: AttentionSpec) -> tuple[int, int]:

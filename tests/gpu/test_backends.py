@@ -195,6 +195,19 @@ def test_encoders_are_not_captured(name):
     assert backend.plan_graph(step.rows) == "bidirectional layers have no decoding steps"
 
 
+def test_a_graph_that_has_no_room_for_its_worst_step_is_refused_with_the_reason():
+    class Cramped(BACKENDS["flashinfer"]):
+        def _plan_paged(self, *args):
+            raise RuntimeError("Buffer overflow when allocating memory for batch_prefill_tmp_v")
+
+    step = Step([spec()], DECODES[0], width=4)
+    backend = step.bound(Cramped(), step.pool(step.dtype))
+
+    reason = backend.plan_graph(step.rows)
+
+    assert reason.startswith("FlashInfer cannot plan 4 rows for a graph: Buffer overflow")
+
+
 REFUSED = {
     "float32": ("flashinfer flash_attn varlen", spec(), {"dtype": torch.float32}, "not in torch.float32"),
     "heads of 80": ("flashinfer", spec(dim=80), {}, "heads of 64, 128, 256, not of 80"),

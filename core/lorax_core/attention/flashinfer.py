@@ -99,7 +99,7 @@ class FlashInferBackend(AttentionBackend):
             reason = reason or _why_not_layer(spec)
         missing = () if reason else self.missing_tools()
         for spec in dict.fromkeys(specs) if missing else ():
-            if not self.is_built(spec, dtype, kv_dtype if spec.causal else dtype):
+            if not reason and not self.is_built(spec, dtype, kv_dtype if spec.causal else dtype):
                 reason = f"has no built module for {_described(spec)}, and to compile one no {', no '.join(missing)}"
         return reason or CacheLayout(page_size or PAGE_SIZE, kv_dtype)
 

@@ -34,6 +34,7 @@ EVERYTHING = {
     "max_batch_rows": 8,
     "attention": "torch",
     "linear_methods": {"layers.*": "plain"},
+    "cuda_graphs": False,
     "speculate": 3,
     "threads": 2,
     "seed": 7,

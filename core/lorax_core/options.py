@@ -99,6 +99,7 @@ class EngineOptions(Checked):
     - `linear_methods`: patterns of module paths ("layers.*.mlp.*") to the linear method that computes those layers; `lorax
       doctor` lists the methods. Other layers take the first that supports them.
     - `speculate`: draft up to so many tokens ahead from the sequence itself; answers are the same, repetitive ones come faster.
+    - `cuda_graphs`: on a GPU, decoding steps are captured once and replayed; False computes every step eagerly.
     - `threads`: of the whole process, by torch's rule; a second engine cannot ask for another number.
     - `seed`: of requests without one.
     """
@@ -127,6 +128,7 @@ class EngineOptions(Checked):
     attention: str | None = None
     linear_methods: dict[str, str] = Field(default_factory=dict)
     speculate: int = Field(default=0, ge=0, le=1024)
+    cuda_graphs: bool = True
     threads: int | None = Field(default=None, ge=1, le=1024)
     seed: int = Field(default=0, ge=-(2**63), lt=2**64)
 

@@ -171,6 +171,8 @@ class PagedEcho:
 class EchoedStep:
     """A step of `PagedEcho`, whose answers are there already."""
 
+    graph = ""
+
     def __init__(self, answers: dict[int, Answer]) -> None:
         self._answers = answers
 

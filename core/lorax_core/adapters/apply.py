@@ -84,6 +84,13 @@ class AdapterRowsMaker:
         self._used[key] = made
         return made
 
+    def segments(self, counts: Sequence[int], bounds: Sequence[Bound | None]) -> list[Segment] | None:
+        """The same rows as segments for a kernel; None where an adapter does more than a kernel computes."""
+        runs = [(run, *self._split(run.bound)) for run in _runs(counts, bounds)]
+        if any(others for _, _, others in runs):
+            return None
+        return [Segment(run.start, run.stop, updates) for run, updates, _ in runs if updates.by_site]
+
     def _split(self, bound: Bound) -> _Split:
         found = self._splits.get(bound)
         if found is None:

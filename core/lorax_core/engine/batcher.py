@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorax_core.adapters.apply import AdapterRowsMaker
 from lorax_core.adapters.base import Bound
-from lorax_core.adapters.lora_kernels.base import LoraKernel
+from lorax_core.adapters.lora_kernels.base import LoraKernel, Segment
 from lorax_core.attention.base import HostAndDevice
 from lorax_core.engine.step_input import ChunkInput, HeadRead, StepInput
 from lorax_core.errors import AdapterError
@@ -63,6 +63,17 @@ class Batcher:
             batch.page_table = self._pages.fill([np.frombuffer(chunk.pages, np.int32) for chunk in chunks])
             batch.slots = self._tensor(_slots(batch.page_table.host.numpy(), lengths, positions, self._page_size))
         return batch
+
+    def segments(self, chunks: Sequence[ChunkInput]) -> list[Segment] | None:
+        """The rows of chunks of one token each as segments, for a step that needs no batch.
+
+        None where an adapter does more than low-rank updates. Raises AdapterError for an adapter that is not bound.
+        """
+        return self._rows.segments([1] * len(chunks), [self._bound(chunk.adapter) for chunk in chunks])
+
+    def skip(self) -> None:
+        """A step was computed without a batch: what the one before was made of is dropped, adapters above all."""
+        self._rows.start_step()
 
     def _bound(self, identity: str | None) -> Bound | None:
         found = self._adapters.get(identity) if identity is not None else None

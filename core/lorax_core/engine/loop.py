@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,7 @@ class EngineLoop:
         self._runner = runner
         self._decoder = decoder
         self._texts: dict[Sequence, tuple[Detokenizer, StopText]] = {}
+        self._graph = ""  # how the last launch was computed
         self._ended: list[int] = []  # sequences that left since the last step, for the runner to forget
 
     @property
@@ -107,6 +109,7 @@ class EngineLoop:
         ended, self._ended = self._ended, []
         try:
             pending = self._runner.launch(step_input(plan, ended))
+            self._graph = pending.graph
             return dict(pending.result())
         except Exception as error:
             self._ended = ended  # the launch may not have come so far
@@ -228,10 +231,11 @@ class EngineLoop:
             draft_tokens=drafted,
             rows=len(plan.chunks),
             seconds=seconds,
+            graph=self._graph,
             **self._load(),
         )
 
-    def _load(self) -> dict[str, int]:
+    def _load(self) -> dict[str, Any]:
         allocator = self.scheduler.allocator
         return {
             "running": len(self.scheduler) - self.scheduler.waiting,

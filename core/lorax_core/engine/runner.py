@@ -8,7 +8,7 @@ for the answers.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,6 +21,7 @@ from lorax_core.adapters.base import Bound
 from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher
+from lorax_core.engine.graphs import OFF, REPLAYED, DecodeGraphs, why_eager
 from lorax_core.engine.sampler import Sampled, SampledToken, Scores
 from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
@@ -52,7 +53,7 @@ class Runner:
     """Runs steps over one model with one attention backend, which is bound to `pool` (None for models without a cache).
 
     `adapters` are those on the device, by identity; the mapping may change between steps. `kernel` computes their low-rank
-    products, torch's when None.
+    products, torch's when None. `graphs` replay decoding steps; a string says why there are none.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Runner:
         pool: KVPool | None,
         adapters: Mapping[str, Bound] | None = None,
         kernel: LoraKernel | None = None,
+        graphs: DecodeGraphs | str = OFF,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -70,6 +72,7 @@ class Runner:
         self._batcher = Batcher(model, pool.page_size if pool is not None else None, self._adapters, kernel)
         self._pooled: dict[int, Tensor] = {}  # by sequence: what its head made of the chunks so far
         self._newest: dict[int, Tensor] = {}  # by sequence: the token that the last step sampled for it, `[1]`
+        self._graphs = graphs
         backend.bind(model.attention_specs, model.dtype, pool)
 
     @torch.inference_mode()
@@ -83,12 +86,8 @@ class Runner:
         pending = PendingStep(step, self._pooled)
         if not step.chunks:
             return pending
-        batch = self._batcher.pack(step)
-        self._fill_awaited(step, batch.input_ids)
-        batch.attention = self._backend.plan(batch)
-        output = self._model(batch)
         newest: dict[int, Tensor] = {}
-        for group, rows, hidden in zip(batch.head_rows, output.answers, output.hidden, strict=True):
+        for group, rows, hidden in self._computed(step, pending):
             if group.task is Task.GENERATE:
                 newest |= pending.generate(group, rows, hidden, self._model)
             elif group.task is not None:
@@ -107,6 +106,40 @@ class Runner:
             self.launch(StepInput(tuple(self._dummy(-1 - at, length) for at in range(count)))).result()
             # Drops what the runner kept of the dummies. Their ids are negative, so no sequence has them.
             self.launch(StepInput((), zeros=(SCRATCH_PAGE,), ended=tuple(-1 - at for at in range(count)))).result()
+        if isinstance(self._graphs, DecodeGraphs):
+            for adapted in (False, True) if self._adapters else (False,):
+                self._graphs.prepare(adapted=adapted)
+
+    def _computed(self, step: StepInput, pending: PendingStep) -> Iterable[tuple[HeadRows, Tensor, Tensor | None]]:
+        """What each head of a step reads and gave, with hidden rows for those that draft: by a graph, or else eagerly."""
+        replayed = self._replayed(step)
+        if isinstance(replayed, Tensor):
+            pending.graph = REPLAYED
+            count = len(step.chunks)
+            # Only the counts are read of it from here on.
+            rows = torch.empty(0, dtype=torch.int64)
+            return [(HeadRows(Task.GENERATE, tuple(range(count)), (1,) * count, rows), replayed, None)]
+        pending.graph = replayed
+        batch = self._batcher.pack(step)
+        self._fill_awaited(step, batch.input_ids)
+        batch.attention = self._backend.plan(batch)
+        output = self._model(batch)
+        return zip(batch.head_rows, output.answers, output.hidden, strict=True)
+
+    def _replayed(self, step: StepInput) -> Tensor | str:
+        """Logits of a step that a graph takes, else why none does."""
+        if isinstance(self._graphs, str):
+            return self._graphs
+        reason = why_eager(step.chunks)
+        if reason is not None:
+            return reason
+        segments = self._batcher.segments(step.chunks)
+        if segments is None:
+            return "an adapter with more than low-rank updates"
+        logits = self._graphs.run(step.chunks, segments, lambda ids: self._fill_awaited(step, ids))
+        if isinstance(logits, Tensor):
+            self._batcher.skip()
+        return logits
 
     def _head(self, chunk: ChunkInput) -> Head:
         """The head that answers for a chunk's sequence."""
@@ -150,6 +183,7 @@ class PendingStep:
         self._pooled: dict[int, Tensor] = {}
         self._values: dict[int, int] = {}  # by chunk: the transfer that has its finished answer
         self._generated: list[_Generated] = []
+        self.graph = ""  # `REPLAYED`, or why no graph took the step
 
     def generate(self, group: HeadRows, logits: Tensor, hidden: Tensor | None, model: Model) -> dict[int, Tensor]:
         """Sample from logits `[rows, vocab]`, `group.counts` rows a chunk; the newest tokens on the device, by sequence."""

@@ -5,7 +5,8 @@ Decides which numbers are kept of a step and of all of them, for metrics and `en
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,7 @@ class StepStats:
     Tokens by kind: `prompt_tokens` were computed of inputs, `decode_tokens` are newest tokens of answers, `draft_tokens` were
     verified. `rows` is the number of sequences in the step; `running` and `waiting` count sequences after it, and after
     cancellations since; so do `pages_used` and `pages` of the KV cache (0 without one). `seconds` is the step's own time.
+    `graph` is "replayed" for a step that a captured graph took, else why none did.
     """
 
     prompt_tokens: int
@@ -26,6 +28,7 @@ class StepStats:
     pages_used: int
     pages: int
     seconds: float
+    graph: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Totals:
     """All steps since the engine was loaded.
 
     Tokens by kind and `seconds` as in `StepStats`, summed up. `finished` and `failed` count answers, of which a request has
-    `n`; those that were cancelled are in neither.
+    `n`; those that were cancelled are in neither. `graphs` counts the steps by their `graph`.
     """
 
     steps: int = 0
@@ -43,6 +46,7 @@ class Totals:
     finished: int = 0
     failed: int = 0
     seconds: float = 0.0
+    graphs: Mapping[str, int] = field(default_factory=dict)
 
     def after(self, step: StepStats) -> Totals:
         """With one more step."""
@@ -53,4 +57,5 @@ class Totals:
             decode_tokens=self.decode_tokens + step.decode_tokens,
             draft_tokens=self.draft_tokens + step.draft_tokens,
             seconds=self.seconds + step.seconds,
+            graphs={**self.graphs, step.graph: self.graphs.get(step.graph, 0) + 1},
         )

@@ -17,6 +17,7 @@ from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.attention.select import Selection, select_backend
+from lorax_core.engine.graphs import DecodeGraphs, decode_graphs
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
@@ -200,7 +201,10 @@ def _loop(
         window=model.widest_window,
         gate=store,
     )
-    runner = Runner(model, backend, pool, store.bound, store.bound.kernel)
+    graphs: DecodeGraphs | str = "cuda_graphs=False was asked for"
+    if options.cuda_graphs:
+        graphs = decode_graphs(model, backend, pool, store.bound.kernel, options.max_batch_rows)
+    runner = Runner(model, backend, pool, store.bound, store.bound.kernel, graphs)
     return EngineLoop(scheduler, runner, text if text.has_tokenizer else None)
 
 

@@ -6,13 +6,13 @@ The choice is made once, when the first adapter is bound, and never by the clock
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorax_core.adapters.deltas import LowRank, RankBlock
-from lorax_core.adapters.lora_kernels.base import LoraKernel, LoraPlan, Segment, Updates
+from lorax_core.adapters.lora_kernels.base import GraphLora, LoraKernel, LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import load_native_kernel
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
 from lorax_core.settings import Settings
@@ -106,3 +106,6 @@ class AutoKernel(LoraKernel):
 
     def plan(self, segments: Sequence[Segment]) -> LoraPlan:
         return self.prepare().kernel.plan(segments)
+
+    def plan_graph(self, rows: int, sites: Mapping[str, tuple[int, int]]) -> GraphLora | str:
+        return self.prepare().kernel.plan_graph(rows, sites)

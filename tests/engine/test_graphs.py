@@ -1,0 +1,372 @@
+"""Decoding steps through captured graphs, on the tape that stands for a CUDA graph: the numbers of eager steps, always."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+import pytest
+import torch
+from builders import make_lora, make_qwen2_model
+from captured import CapturableBackend, CapturableKernel, CapturedAttention, CapturedLora
+from gpu.doubles.tape import Tape
+from oracles import make_model, saved
+from rigs import PAGE, make_adapters, make_loaded, make_pool
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lorax_core.attention.torch import TorchBackend
+from lorax_core.engine.batcher import Batcher
+from lorax_core.engine.graphs import DecodeGraphs, sizes, why_eager
+from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.static_inputs import StaticInputs
+from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
+from lorax_core.types import Task
+
+ROWS = 8
+COUNTS = (8, 6, 8, 3, 7, 8)
+PAGES = 32
+WINDOWED = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}
+GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+}
+TARGETS = {"full": ["q_proj", "v_proj", "down_proj"], "windowed": "all-linear", "gpt2": ["c_attn", "c_fc"]}
+
+
+def theirs(kind):
+    if kind == "gpt2":
+        return make_model(GPT2LMHeadModel, GPT2Config(**GPT2).to_diff_dict(), seed=2)
+    return make_qwen2_model(seed=2, max_position_embeddings=160, **(WINDOWED if kind == "windowed" else {}))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints by kind of model, and adapters of three ranks for each."""
+    made = {}
+    for kind in TARGETS:
+        model = theirs(kind)
+        folder = saved(model, tmp_path_factory.mktemp(kind))
+        ranks = (4, 16, 5)
+        lora = [
+            make_lora(
+                model,
+                tmp_path_factory.mktemp("lora"),
+                rank,
+                r=rank,
+                lora_alpha=16,
+                target_modules=TARGETS[kind],
+                fan_in_fan_out=kind == "gpt2",  # its layers store their weights transposed
+            )
+            for rank in ranks
+        ]
+        made[kind] = folder, lora
+    return made
+
+
+class Rig:
+    """A model that decodes the same steps twice: through graphs over one cache, eagerly over its twin."""
+
+    def __init__(
+        self, folder, host, *, graphs=DecodeGraphs, backend=CapturableBackend, kernel=CapturableKernel, seed=0
+    ):
+        self.base = make_loaded(folder, host)
+        model = self.base.model
+        self.store = make_adapters(self.base)
+        self.source = random.Random(seed)
+        self.pool, self.twin = (make_pool(self.base, PAGES) for _ in range(2))
+        self.pool.data.normal_(generator=torch.Generator().manual_seed(1))
+        self.pool.data[:, :, 0] = 0
+        self.twin.data.copy_(self.pool.data)
+        self.backend, self.eager = backend(), TorchBackend()
+        self.backend.bind(model.attention_specs, model.dtype, self.pool)
+        self.eager.bind(model.attention_specs, model.dtype, self.twin)
+        self.batcher = Batcher(model, PAGE, self.store.bound)
+        self.tapes = []
+        self.graphs = graphs(model, self.backend, self.pool, kernel(), ROWS, self.tape)
+        free = self.source.sample(range(1, PAGES + 1), PAGES)
+        # Some lengths end a page, others begin one.
+        lengths = [16, 31, 1, 47, 20, 33, 5, 40, 28, 12]
+        self.sequences = {at: (length, [free.pop() for _ in range(3)]) for at, length in enumerate(lengths)}
+
+    def tape(self):
+        self.tapes.append(Tape())
+        return self.tapes[-1]
+
+    def chunks(self, count, adapters):
+        """A step of so many sequences, rows of one adapter side by side; each sequence is a token longer afterwards."""
+        rows = []
+        for number in self.source.sample(sorted(self.sequences), count):
+            start, pages = self.sequences[number]
+            if start >= 3 * PAGE - 1:
+                start = 0
+            self.sequences[number] = start + 1, pages
+            token = self.source.randrange(90)
+            adapter = self.source.choice(adapters)
+            rows.append((adapter.identity if adapter else "", number, start, pages[: start // PAGE + 1], token))
+        return tuple(
+            make_chunk(number, token, start, pages, adapter or None)
+            for adapter, number, start, pages, token in sorted(rows)
+        )
+
+    @torch.inference_mode()
+    def step(self, count, adapters=(None,)):
+        """How far a replayed step is from the eager one, in logits and in the cache; infinite where it is NaN."""
+        chunks = self.chunks(count, adapters)
+        segments = self.batcher.segments(chunks)
+        found = self.graphs.run(chunks, segments, lambda ids: None)
+        assert isinstance(found, torch.Tensor), found
+        batch = self.batcher.pack(StepInput(chunks))
+        batch.attention = self.eager.plan(batch)
+        [expected] = self.base.model(batch).answers
+        cache = self.pool.data[:, :, 1:] - self.twin.data[:, :, 1:]
+        error = max(float((found - expected).abs().max() / expected.abs().max()), float(cache.abs().max()))
+        return error if error == error else float("inf")
+
+
+def make_chunk(number, token, start, pages, adapter=None, **changes):
+    fields = {
+        "sequence": number + 1,
+        "start": start,
+        "tokens": array("q", [token]),
+        "reads": (HeadRead(Task.GENERATE, range(1)),),
+        "pages": array("i", pages),
+        "adapter": adapter,
+        "sampled": (SamplingRow(Sampling(), start + 1),),
+        "restarted": False,
+    }
+    return ChunkInput(**{**fields, **changes})
+
+
+def drive(rig, lora):
+    """Steps between which adapters come, go and take each other's place; the largest error."""
+    handles = {}
+    worst = 0.0
+    for at, count in enumerate(COUNTS):
+        if at in (1, 2, 4):
+            handles[at] = rig.store.load(f"adapter-{at}", lora[len(handles)])
+        if at == 3:
+            rig.store.unload("adapter-1")
+            del handles[1]
+            handles[3] = rig.store.load("adapter-1", lora[2])
+        worst = max(worst, rig.step(count, (None, *handles.values())))
+    return worst
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_replays_give_the_numbers_of_eager_steps(kind, folders, host):
+    folder, lora = folders[kind]
+    rig = Rig(folder, host)
+
+    assert drive(rig, lora) < 1e-5
+    assert len(rig.tapes) == 2 * len(sizes(ROWS))  # captured once, whatever adapters came
+    assert sum(tape.replays for tape in rig.tapes) == len(COUNTS)
+
+
+def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):
+    rig = Rig(folders["windowed"][0], host)
+    before = rig.pool.data[:, :, 1:].clone()
+
+    assert rig.graphs.prepare(adapted=False) is None
+    assert rig.graphs.prepare(adapted=True) is None
+
+    assert torch.equal(rig.pool.data[:, :, 1:], before)
+
+
+def test_the_memory_of_graphs_is_bounded_and_counted(folders, host):
+    rig = Rig(folders["full"][0], host)
+
+    rig.graphs.prepare(adapted=False)
+
+    width = 160 // PAGE
+    rows = ROWS * (4 * 8 + 4 + 4 * width) + 4 * (ROWS + 1)
+    assert rig.graphs.nbytes == rows + ROWS * rig.base.model.config.vocab_size * 4
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20])])
+def test_sizes_double_up_to_the_most_rows(most, expected):
+    assert sizes(most) == expected
+
+
+# --- planted mistakes ---
+
+
+def forgetting(name):
+    """Graphs one of whose inputs is not copied after the capture."""
+
+    class Forgets(StaticInputs):
+        def upload(self, pages):
+            batch = self.batch(ROWS)
+            tensor = getattr(batch, name)
+            memory = tensor if isinstance(tensor, torch.Tensor) else tensor.device
+            before = memory.clone()
+            super().upload(pages)
+            memory.copy_(before)
+
+    return type("Forgetful", (DecodeGraphs,), {"inputs": Forgets})
+
+
+class KeepsSlots(StaticInputs):
+    """Padding rows keep the slots of the step before, which belong to sequences."""
+
+    def upload(self, pages):
+        slots, before = self._host_rows[3], self._rows[3].clone()
+        slots.copy_(torch.where(slots == 0, before, slots))
+        super().upload(pages)
+
+
+class KeepsSlotsGraphs(DecodeGraphs):
+    inputs = KeepsSlots
+
+
+class SkipsAWindow(CapturedAttention):
+    def replan(self, rows):
+        self.replans += 1
+        for window in list(self.masks)[: 1 if self.replans > 1 else None]:
+            self.replan_window(window, rows)
+
+
+class BakesALength(CapturedAttention):
+    """Looks at as many keys as the captured step had."""
+
+    def replan(self, rows):
+        super().replan(rows)
+        self.most = int(rows.kv_lengths.host.max())
+
+    def attend(self, layer, q):
+        self.masks[layer.spec.window][..., self.most :].zero_()
+        return super().attend(layer, q)
+
+
+class MakesTablesAnew(CapturedAttention):
+    def replan_window(self, window, rows):
+        self.masks[window] = self.masks[window].clone()
+        super().replan_window(window, rows)
+
+
+class SetsOnce(CapturedLora):
+    done = False
+
+    def set(self, segments):
+        if not self.done:
+            super().set(segments)
+        self.done = bool(segments)
+
+
+class CopiesTablesAnew(CapturedLora):
+    def set(self, segments):
+        self.a = {path: table.clone() for path, table in self.a.items()}
+        super().set(segments)
+
+
+def with_attention(kind):
+    return {"backend": type("Faulty", (CapturableBackend,), {"attention": kind})}
+
+
+def with_lora(kind):
+    return {"kernel": type("Faulty", (CapturableKernel,), {"lora": kind})}
+
+
+MISTAKES = {
+    "token ids not copied": {"graphs": forgetting("input_ids")},
+    "positions not copied": {"graphs": forgetting("position_ids")},
+    "slots not copied": {"graphs": forgetting("slots")},
+    "page table not copied": {"graphs": forgetting("page_table")},
+    "padding rows keep their slots": {"graphs": KeepsSlotsGraphs},
+    "a window is not planned again": with_attention(SkipsAWindow),
+    "a length is baked in": with_attention(BakesALength),
+    "tables are made anew for attention": with_attention(MakesTablesAnew),
+    "adapters are set once": with_lora(SetsOnce),
+    "tables are made anew for adapters": with_lora(CopiesTablesAnew),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_what_a_replay_reads_shows(mistake, folders, host):
+    folder, lora = folders["windowed"]
+    rig = Rig(folder, host, **MISTAKES[mistake])
+
+    assert drive(rig, lora) > 1e-3
+
+
+class ReadsBack(CapturedAttention):
+    def attend(self, layer, q):
+        self.rows.kv_lengths.device.max().item()
+        return super().attend(layer, q)
+
+
+class MakesOfHostValues(CapturedAttention):
+    def attend(self, layer, q):
+        return super().attend(layer, q) * torch.tensor([1.0])
+
+
+class IndexesByMask(CapturedAttention):
+    def attend(self, layer, q):
+        q[self.rows.kv_lengths.device > 0]
+        return super().attend(layer, q)
+
+
+@pytest.mark.parametrize("kind", [ReadsBack, MakesOfHostValues, IndexesByMask])
+def test_what_a_gpu_cannot_capture_is_refused_and_decoding_stays_eager(kind, folders, host, caplog):
+    rig = Rig(folders["full"][0], host, **with_attention(kind))
+    chunks = rig.chunks(2, (None,))
+
+    reasons = [rig.graphs.run(chunks, [], lambda ids: None) for _ in range(2)]
+
+    assert reasons[0] == reasons[1]
+    assert reasons[0].startswith("the capture failed: CannotCapture")
+    assert len(caplog.records) == 1
+
+
+# --- what no graph takes ---
+
+
+def test_steps_that_are_not_decoding_alone_are_eager():
+    plain = make_chunk(0, 1, 5, [1])
+    others = {
+        "prompt tokens": [
+            {"tokens": array("q", [1, 2])},
+            {"sampled": ()},
+            {"reads": (), "sampled": ()},
+            {"scored": array("q", [4])},
+        ],
+        "draft tokens": [{"tokens": array("q", [1, 2]), "drafts": 1}],
+        "another head": [
+            {"task": Task.EMBED, "reads": (HeadRead(Task.EMBED, range(1)),), "sampled": ()},
+            {"own_head": True},
+        ],
+        "an adapter that drafts": [{"reads": (HeadRead(Task.GENERATE, range(1), speculates=True),)}],
+    }
+
+    assert why_eager([plain]) is None
+    for reason, found in others.items():
+        for changes in found:
+            assert why_eager([plain, make_chunk(1, 1, 5, [1], **changes)]) == reason
+
+
+def test_what_does_not_fit_a_graph_is_eager_with_the_reason(folders, host):
+    rig = Rig(folders["full"][0], host, kernel=lambda: CapturableKernel(rank=8))
+    adapter = rig.store.load("large", folders["full"][1][1])
+    many = [make_chunk(at, 1, 1, [1]) for at in range(ROWS + 1)]
+    of_adapter = [make_chunk(0, 1, 1, [1], adapter.identity)]
+
+    assert rig.graphs.run(many, [], lambda ids: None) == "more rows than were captured"
+    found = rig.graphs.run(of_adapter, rig.batcher.segments(of_adapter), lambda ids: None)
+    assert found == "an adapter of a rank above 8"
+
+
+def test_a_backend_or_kernel_without_graphs_gives_its_reason(folders, host):
+    chunks = [make_chunk(0, 1, 1, [1])]
+    backend = Rig(folders["full"][0], host, backend=TorchBackend)
+    kernel = Rig(folders["full"][0], host, kernel=lambda: None)
+    adapter = kernel.store.load("one", folders["full"][1][0])
+    of_adapter = [make_chunk(0, 1, 1, [1], adapter.identity)]
+
+    assert backend.graphs.run(chunks, [], lambda ids: None) == "the backend 'torch' cannot be captured"
+    assert isinstance(kernel.graphs.run(chunks, [], lambda ids: None), torch.Tensor)
+    found = kernel.graphs.run(of_adapter, kernel.batcher.segments(of_adapter), lambda ids: None)
+    assert found == "no LoRA kernel that can be captured"

@@ -172,6 +172,7 @@ class EchoedStep:
     """A step of `PagedEcho`, whose answers are there already."""
 
     graph = ""
+    revised = False
 
     def __init__(self, answers: dict[int, Answer]) -> None:
         self._answers = answers

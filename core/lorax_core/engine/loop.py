@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from lorax_core.engine.detokenizer import Detokenizer, TextDecoder
 from lorax_core.engine.drafting import Proposals
 from lorax_core.engine.plan import Chunk, StepPlan
-from lorax_core.engine.runner import Answer, Runner
+from lorax_core.engine.runner import Answer, PendingStep, Runner
 from lorax_core.engine.sampler import SampledToken
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
@@ -32,17 +32,21 @@ class EngineLoop:
     """Living sequences and the steps that move them on.
 
     A sequence's `sink` receives its updates. With no `decoder` completions have token ids and no text. `totals` has the
-    numbers of the steps so far, and `last_step` those of the last one.
+    numbers of the steps so far, and `last_step` those of the last one. With `ahead` the next decoding step is launched before
+    the result of the one in progress is read, so that the device does not wait for the host.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, decoder: TextDecoder | None = None) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, decoder: TextDecoder | None = None, *, ahead: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.totals = Totals()
         self.last_step: StepStats | None = None
         self._runner = runner
         self._decoder = decoder
         self._texts: dict[Sequence, tuple[Detokenizer, StopText]] = {}
-        self._graph = ""  # how the last launch was computed
+        self._ahead = ahead
+        self._following: _Launched | None = None  # what was launched ahead of the last result
         self._ended: list[int] = []  # sequences that left since the last step, for the runner to forget
 
     @property
@@ -71,6 +75,8 @@ class EngineLoop:
         Raises CapacityError when it does not fit in memory; living sequences are not touched.
         """
         tokens = min(self.scheduler.max_tokens, longest) if self.scheduler.allocator is not None else longest
+        while self._following is not None:  # its tokens on the device would be lost
+            self.step()
         try:
             self._runner.warmup(tokens, self.scheduler.max_rows)
         except RuntimeError as error:  # torch's out-of-memory errors are of this kind
@@ -88,11 +94,18 @@ class EngineLoop:
     def step(self) -> bool:
         """One forward pass, and what follows from it. False when there is nothing to compute until an adapter arrives."""
         started = time.perf_counter()
-        plan = self.scheduler.plan()
-        if not plan.chunks:
-            return not self.scheduler.blocked
-        answers = self._run(plan)
-        for chunk in plan.chunks:
+        launched, self._following = self._following, None
+        if launched is None:
+            plan = self.scheduler.plan()
+            if not plan.chunks:
+                return not self.scheduler.blocked
+            launched = self._launch(plan)
+        if self._ahead:
+            self._following = self._launch_ahead(launched)
+        answers = self._read(launched)
+        for chunk in launched.plan.chunks:
+            if chunk.sequence.finished:  # it left when the step was launched already
+                continue
             answer = answers.get(chunk.sequence.id, Answer())
             try:
                 update = answer if isinstance(answer, SequenceUpdate) else self._accept(chunk, answer)
@@ -100,30 +113,65 @@ class EngineLoop:
                 update = _broken(error)
             if update is not None:
                 self._emit(chunk.sequence, update)
-        self.last_step = self._stats(plan, time.perf_counter() - started)
+        if self._following is not None and all(chunk.sequence.finished for chunk in self._following.plan.chunks):
+            self._following = None
+        self.last_step = self._stats(launched, time.perf_counter() - started)
         self.totals = self.totals.after(self.last_step)
         return True
 
-    def _run(self, plan: StepPlan) -> dict[int, Answer | SequenceUpdate]:
-        """Answers of a plan. When the step fails, each chunk is tried alone: only those that fail alone end with an error."""
+    def _launch(self, plan: StepPlan) -> _Launched:
+        """Start computing a plan."""
         ended, self._ended = self._ended, []
         try:
-            pending = self._runner.launch(step_input(plan, ended))
-            self._graph = pending.graph
-            return dict(pending.result())
+            return _Launched(plan, self._runner.launch(step_input(plan, ended)))
         except Exception as error:
             self._ended = ended  # the launch may not have come so far
-            if len(plan.chunks) == 1:
-                return {plan.chunks[0].sequence.id: _broken(error)}
-            _log.warning("a step over %d sequences failed (%r); each is tried alone", len(plan.chunks), error)
-        answers: dict[int, Answer | SequenceUpdate] = {}
+            return _Launched(plan, error)
+
+    def _launch_ahead(self, current: _Launched) -> _Launched | None:
+        """The step after one in progress, where it can be planned and launched without its result."""
+        plan = self.scheduler.plan_ahead(current.plan) if not isinstance(current.pending, Exception) else None
+        if plan is None:
+            return None
+        following = self._launch(plan)
+        if isinstance(following.pending, Exception):  # planned again, and tried in pieces, once the result is known
+            self.scheduler.forgo(plan)
+            return None
+        return following
+
+    def _read(self, launched: _Launched) -> dict[int, Answer | SequenceUpdate]:
+        """Answers of a step. When it fails, each chunk is tried alone: only those that fail alone end with an error."""
+        plan, pending = launched.plan, launched.pending
+        if not isinstance(pending, Exception):
+            try:
+                answers: dict[int, Answer | SequenceUpdate] = dict(pending.result())
+                if pending.revised:
+                    self._forgo_following()
+                return answers
+            except Exception as error:
+                pending = error
+        self._forgo_following()
+        if len(plan.chunks) == 1:
+            return {plan.chunks[0].sequence.id: _broken(pending)}
+        _log.warning("a step over %d sequences failed (%r); each is tried alone", len(plan.chunks), pending)
+        retried: dict[int, Answer | SequenceUpdate] = {}
         zeros = plan.zeros
         for chunk in plan.chunks:
+            if chunk.sequence.finished:
+                continue
             copies = tuple((old, new) for old, new in plan.copies if new in chunk.sequence.pages)
-            answers |= self._run(StepPlan((chunk,), copies, zeros))
+            # The token that it awaited is known by now.
+            alone = StepPlan((replace(chunk, awaits=False),), copies, zeros)
+            retried |= self._read(self._launch(alone))
             # Once: a page zeroed again would lose what an earlier chunk of this retry wrote.
             zeros = ()
-        return answers
+        return retried
+
+    def _forgo_following(self) -> None:
+        """What was launched ahead read tokens that are void."""
+        if self._following is not None:
+            self.scheduler.forgo(self._following.plan)
+            self._following = None
 
     def _accept(self, chunk: Chunk, answer: Answer) -> SequenceUpdate | None:
         """Take an answer into the sequence; the update for its sink, None when there is nothing to report yet."""
@@ -222,7 +270,8 @@ class EngineLoop:
             forks[0].forks = forks[1:]
             self.scheduler.add(forks[0])
 
-    def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
+    def _stats(self, launched: _Launched, seconds: float) -> StepStats:
+        plan, pending = launched.plan, launched.pending
         decoding = [chunk for chunk in plan.chunks if chunk.start >= len(chunk.sequence.prompt)]
         drafted = sum(chunk.drafted for chunk in plan.chunks)
         return StepStats(
@@ -231,7 +280,7 @@ class EngineLoop:
             draft_tokens=drafted,
             rows=len(plan.chunks),
             seconds=seconds,
-            graph=self._graph,
+            graph="the step failed" if isinstance(pending, Exception) else pending.graph,
             **self._load(),
         )
 
@@ -243,6 +292,14 @@ class EngineLoop:
             "pages_used": allocator.capacity - allocator.available if allocator is not None else 0,
             "pages": allocator.capacity if allocator is not None else 0,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step, and what came of launching it."""
+
+    plan: StepPlan
+    pending: PendingStep | Exception
 
 
 def _broken(error: Exception) -> SequenceUpdate:

@@ -13,12 +13,16 @@ from lorax_core.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens `start` to `start + length` of a sequence, to be computed now; the last `drafted` of them are draft tokens."""
+    """Tokens `start` to `start + length` of a sequence, to be computed now; the last `drafted` of them are draft tokens.
+
+    `awaits`: it is one token, which the step before this one samples.
+    """
 
     sequence: Sequence
     start: int
     length: int
     drafted: int = 0
+    awaits: bool = False
 
     @property
     def stop(self) -> int:
@@ -27,7 +31,7 @@ class Chunk:
     @property
     def final(self) -> bool:
         """Whether this chunk reaches the newest token, so that the sequence gets its answer."""
-        return self.stop - self.drafted == len(self.sequence)
+        return self.awaits or self.stop - self.drafted == len(self.sequence)
 
     @property
     def scores_prompt(self) -> bool:

@@ -71,7 +71,8 @@ class Runner:
         self._adapters: Mapping[str, Bound] = {} if adapters is None else adapters
         self._batcher = Batcher(model, pool.page_size if pool is not None else None, self._adapters, kernel)
         self._pooled: dict[int, Tensor] = {}  # by sequence: what its head made of the chunks so far
-        self._newest: dict[int, Tensor] = {}  # by sequence: the token that the last step sampled for it, `[1]`
+        self._newest: Tensor | None = None  # the tokens that the last step sampled
+        self._newest_at: dict[int, int] = {}  # by sequence: which of them is its newest
         self._graphs = graphs
         backend.bind(model.attention_specs, model.dtype, pool)
 
@@ -86,15 +87,15 @@ class Runner:
         pending = PendingStep(step, self._pooled)
         if not step.chunks:
             return pending
-        newest: dict[int, Tensor] = {}
         for group, rows, hidden in self._computed(step, pending):
             if group.task is Task.GENERATE:
-                newest |= pending.generate(group, rows, hidden, self._model)
+                pending.generate(group, rows, hidden, self._model)
             elif group.task is not None:
                 pending.pool(group, rows, self._head(step.chunks[group.sequences[0]]))
         pending.finish(self._head)
+        pending.start()
         # Last: a launch that fails must leave the tokens of the step before for the retry.
-        self._newest = newest
+        self._newest, self._newest_at = pending.newest()
         return pending
 
     def warmup(self, tokens: int, rows: int) -> None:
@@ -137,9 +138,12 @@ class Runner:
         if segments is None:
             return "an adapter with more than low-rank updates"
         logits = self._graphs.run(step.chunks, segments, lambda ids: self._fill_awaited(step, ids))
-        if isinstance(logits, Tensor):
-            self._batcher.skip()
-        return logits
+        if not isinstance(logits, Tensor):
+            return logits
+        self._batcher.skip()
+        # Filtered rows may be looked at again when the next step has overwritten the graph's memory.
+        filtered = any(row.sampling.filters for chunk in step.chunks for row in chunk.sampled)
+        return logits.clone() if filtered else logits
 
     def _head(self, chunk: ChunkInput) -> Head:
         """The head that answers for a chunk's sequence."""
@@ -152,9 +156,15 @@ class Runner:
     def _fill_awaited(self, step: StepInput, input_ids: Tensor) -> None:
         """Tokens that the step before sampled, which never were on the host."""
         stops = list(accumulate(len(chunk.tokens) for chunk in step.chunks))
+        rows: list[int] = []
+        tokens: list[int] = []
         for chunk, stop in zip(step.chunks, stops, strict=True):
             if chunk.awaits_token:
-                input_ids[stop - 1 : stop] = self._newest[chunk.sequence]
+                rows.append(stop - 1)
+                tokens.append(self._newest_at[chunk.sequence])
+        if rows:
+            assert self._newest is not None
+            input_ids[_tensor(rows, input_ids)] = self._newest[_tensor(tokens, input_ids)]
 
     def _dummy(self, sequence: int, length: int) -> ChunkInput:
         task = self._model.tasks[0]
@@ -185,13 +195,23 @@ class PendingStep:
         self._generated: list[_Generated] = []
         self.graph = ""  # `REPLAYED`, or why no graph took the step
 
-    def generate(self, group: HeadRows, logits: Tensor, hidden: Tensor | None, model: Model) -> dict[int, Tensor]:
-        """Sample from logits `[rows, vocab]`, `group.counts` rows a chunk; the newest tokens on the device, by sequence."""
+    def generate(self, group: HeadRows, logits: Tensor, hidden: Tensor | None, model: Model) -> None:
+        """Sample from logits `[rows, vocab]`, `group.counts` rows a chunk."""
         made = _Generated(self._step, group, logits, self._transfer)
         if hidden is not None and made.sampled is not None:
             made.speculate(group, hidden, model, self._transfer)
         self._generated.append(made)
-        return made.newest
+
+    def newest(self) -> tuple[Tensor | None, dict[int, int]]:
+        """The sampled tokens on the device, and by sequence which of them is its newest."""
+        tokens: list[Tensor] = []
+        at: dict[int, int] = {}
+        for made in self._generated:
+            if made.sampled is not None:
+                before = sum(map(len, tokens))
+                at |= {sequence: before + offset for sequence, offset in made.newest.items()}
+                tokens.append(made.sampled.tokens)
+        return (torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)), at
 
     def pool(self, group: HeadRows, answers: Tensor, head: Head) -> None:
         """Join a head's answers of this step to those of earlier chunks of the same sequences."""
@@ -217,6 +237,15 @@ class PendingStep:
             for index, values in zip(indices, made, strict=True):
                 # float32: numpy has no bfloat16.
                 self._values[index] = self._transfer.add(values.float())
+
+    def start(self) -> None:
+        """Everything is launched: the answers start on their way to the host."""
+        self._transfer.start()
+
+    @property
+    def revised(self) -> bool:
+        """Whether reading the result changed tokens that the device had, so that a step made of them is void."""
+        return any(made.sampled is not None and made.sampled.revised for made in self._generated)
 
     def result(self) -> dict[int, Answer]:
         """Wait for the step; an answer for each sequence that has one."""
@@ -259,16 +288,10 @@ class _Generated:
         self._drafts: int | None = None
 
     @property
-    def newest(self) -> dict[int, Tensor]:
-        """By sequence, the sampled token of its newest row `[1]`, for chunks without draft tokens."""
-        if self.sampled is None:
-            return {}
+    def newest(self) -> dict[int, int]:
+        """By sequence, which sampled token is that of its newest row, for chunks without draft tokens."""
         offsets = [0, *accumulate(len(chunk.sampled) for chunk in self.chunks)]
-        return {
-            chunk.sequence: self.sampled.tokens[at : at + 1]
-            for chunk, at in zip(self.chunks, offsets, strict=False)
-            if len(chunk.sampled) == 1
-        }
+        return {chunk.sequence: at for chunk, at in zip(self.chunks, offsets, strict=False) if len(chunk.sampled) == 1}
 
     def speculate(self, group: HeadRows, hidden: Tensor, model: Model, transfer: Transfer) -> None:
         """Draft what follows the last token that stands, on the device: hidden `[rows, hidden]`."""
@@ -314,7 +337,7 @@ class _Generated:
 
 
 def _tensor(values: Sequence[int] | array[int], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.array(values, np.int64)).to(like.device)
+    return torch.from_numpy(np.array(values, np.int64)).to(like.device, non_blocking=True)
 
 
 def _verified(sampled: list[SampledToken], draft: list[int]) -> tuple[SampledToken, ...]:

@@ -82,8 +82,9 @@ class Sampled:
         # Greedy for every row; rows with a temperature are overwritten below.
         best, self.tokens = self._adjusted.max(-1)  # [rows]
         drawn = [row for row, one in enumerate(rows) if one.sampling.temperature > 0]
-        plain = [row for row in drawn if not _filters(rows[row].sampling)]
-        self._filtered = [row for row in drawn if _filters(rows[row].sampling)]
+        plain = [row for row in drawn if not rows[row].sampling.filters]
+        self._filtered = [row for row in drawn if rows[row].sampling.filters]
+        self.revised = False  # whether `read` changed `tokens`
         self._short: int | None = None
         if plain:
             self.tokens[_index(plain, logits)] = _draw(*self._of(plain))
@@ -116,6 +117,7 @@ class Sampled:
         again = [row for row, flag in zip(self._filtered, short, strict=True) if flag]
         tokens, _ = _draw_filtered(*self._of(again), self._logits.shape[-1])
         self.tokens[_index(again, self._logits)] = tokens
+        self.revised = True
         transfer = Transfer()
         self._scores = Scores(self._logits, self.tokens, [one.sampling.logprobs for one in self._rows], transfer)
         self._tokens = transfer.add(self.tokens)
@@ -213,16 +215,13 @@ def _fault(sound: bool) -> str:
     return "no token is allowed here" if sound else "the model gave NaN or infinite logits"
 
 
-def _filters(one: Sampling) -> bool:
-    return one.top_k is not None or one.top_p < 1 or one.min_p > 0 or one.typical_p < 1
-
-
 def _index(values: SequenceOf[int] | np.ndarray[tuple[int], np.dtype[np.int64]], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.asarray(values, np.int64).copy()).to(like.device)
+    # Without waiting: the step before may still be computed.
+    return torch.from_numpy(np.asarray(values, np.int64).copy()).to(like.device, non_blocking=True)
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]  # [rows, 1]
+    return torch.tensor(values, dtype=torch.float64).to(like.device, non_blocking=True)[:, None]  # [rows, 1]
 
 
 def _points(rows: list[SamplingRow], like: Tensor) -> Tensor:

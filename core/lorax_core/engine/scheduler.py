@@ -118,6 +118,38 @@ class Scheduler:
         self._admit_all(plan)
         return plan.build()
 
+    def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
+        """The step after one that is in progress, whose tokens are not known yet; None where it must be waited for.
+
+        All sequences decode on, a token each, without those that end by length. Nobody joins or makes room, and no sequence may
+        need the host between two tokens. A sequence that turns out to have ended has a row too many, which nobody reads.
+        """
+        for chunk in plan.chunks:
+            chunk.sequence.ahead = 0
+        joining = len(self._queue) > 0 and len(self._running) < self.max_rows
+        # A sequence that left since then is in the plan but does not run; one that runs and is not in it is in its prompt.
+        going = {chunk.sequence: chunk for chunk in plan.chunks if not chunk.sequence.finished}
+        if joining or self._zeros or self.allocator is None or len(going) != len(self._running):
+            return None
+        if any(one.span is not None or one.needs_host or not chunk.final for one, chunk in going.items()):
+            return None
+        chunks: list[Chunk] = []
+        for sequence, chunk in going.items():
+            assert sequence.stop is not None
+            if len(sequence.output) + 1 >= sequence.stop.max_tokens:
+                continue
+            if not self._reserve_ahead(sequence, chunk.stop):
+                return None
+            chunks.append(Chunk(sequence, chunk.stop, 1, awaits=True))
+        for chunk in chunks:
+            chunk.sequence.ahead = 1
+        return StepPlan(tuple(chunks)) if chunks else None
+
+    def forgo(self, plan: StepPlan) -> None:
+        """A step that was planned ahead is not computed, or its result is void; its tokens are planned again."""
+        for chunk in plan.chunks:
+            chunk.sequence.ahead = 0
+
     def advance(self, chunk: Chunk, accepted: int = 0) -> None:
         """A chunk was computed, and `accepted` of its draft tokens were right: those count as computed.
 
@@ -130,7 +162,7 @@ class Scheduler:
             return
         size = self.allocator.page_size
         # Pages past this held only rejected draft tokens.
-        needed = self.allocator.pages_for(sequence.computed)
+        needed = self.allocator.pages_for(sequence.computed + sequence.ahead)
         if len(sequence.pages) > needed:
             self.allocator.release(sequence.pages[needed:])
             del sequence.pages[needed:]
@@ -294,6 +326,16 @@ class Scheduler:
             sequence.pages[at] = mine
         sequence.pages.extend(pages)
         return True
+
+    def _reserve_ahead(self, sequence: Sequence, start: int) -> bool:
+        """A page of its own for the token at `start`; False when that takes a copy, or there is none."""
+        assert self.allocator is not None
+        at = start // self.allocator.page_size
+        if at < len(sequence.pages):
+            return self.allocator.holders(sequence.pages[at]) == 1
+        pages = self.allocator.allocate(1)
+        sequence.pages.extend(pages or ())
+        return pages is not None
 
     def _slide(self, sequence: Sequence) -> None:
         """Release pages that lie wholly behind the widest window of the next token."""

@@ -47,6 +47,11 @@ class Sampling:
     choice: int = 0
 
     @property
+    def filters(self) -> bool:
+        """Whether tokens are left out by their probability."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0 or self.typical_p < 1
+
+    @property
     def counts_tokens(self) -> bool:
         """Whether logits depend on the tokens before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
@@ -142,6 +147,7 @@ class Sequence:
     restarted: bool = True  # nothing of the rows before the next chunk is kept in the runner
     page_keys: list[PageKey] = field(default_factory=list)
     preemptions: int = 0
+    ahead: int = 0  # tokens of a step that was planned before the result of the one in progress was known
 
     # Filled as steps are accepted.
     output: list[int] = field(default_factory=list)
@@ -167,6 +173,12 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that have not been through the model, draft tokens not counted."""
         return len(self) - self.computed
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether its next token depends on more of the one before than the device knows."""
+        makers = (self.grammar, self.counts, self.drafter)
+        return any(one is not None for one in makers) or self.speculates or bool(self.forks)
 
     @property
     def rank(self) -> tuple[int, int]:

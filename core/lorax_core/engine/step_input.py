@@ -104,12 +104,13 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
     return ChunkInput(
         sequence=sequence.id,
         start=chunk.start,
-        tokens=array("q", sequence.tokens(chunk.start, chunk.stop)),
+        tokens=array("q", [0] if chunk.awaits else sequence.tokens(chunk.start, chunk.stop)),
         reads=(HeadRead(sequence.task, reads, sequence.own_head, sequence.speculates),) if reads else (),
         pages=sequence.pages[:],
         token_types=array("q", types[chunk.start : chunk.stop]) if types is not None else None,
         adapter=sequence.adapter.identity if sequence.adapter is not None else None,
         drafts=chunk.drafted,
+        awaits_token=chunk.awaits,
         sampled=_sampled(chunk) if generates and chunk.final else (),
         scored=array("q", sequence.prompt[chunk.start + 1 : chunk.stop + 1] if scores else ()),
         prompt_logprobs=sequence.prompt_logprobs if scores else None,
@@ -123,15 +124,15 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
 def _sampled(chunk: Chunk) -> tuple[SamplingRow, ...]:
     """How each row of a final chunk is sampled: the newest token's, then one after each draft token."""
     sequence = chunk.sequence
-    return tuple(_sampling_row(sequence, drafted) for drafted in range(1 + chunk.drafted))
+    return tuple(_sampling_row(sequence, drafted, chunk.awaits) for drafted in range(1 + chunk.drafted))
 
 
-def _sampling_row(sequence: Sequence, drafted: int) -> SamplingRow:
+def _sampling_row(sequence: Sequence, drafted: int, awaited: bool) -> SamplingRow:
     assert sequence.stop is not None
-    early = len(sequence.output) + drafted < sequence.stop.min_tokens
+    early = len(sequence.output) + drafted + awaited < sequence.stop.min_tokens
     return SamplingRow(
         sequence.sampling,
-        len(sequence) + drafted,
+        len(sequence) + drafted + awaited,
         sequence.counts.snapshot(sequence.draft[:drafted]) if sequence.counts is not None else None,
         tuple(sorted(sequence.stop.token_ids)) if early else (),
         sequence.grammar.allowed() if sequence.grammar is not None else None,

@@ -16,10 +16,12 @@ _NUMPY = {torch.bool: np.bool_, torch.int64: np.int64, torch.float32: np.float32
 
 
 class Transfer:
-    """Tensors of bool, int64 or float32 that are read together: `add` gives each a number, `fetch` copies all of them."""
+    """Tensors of bool, int64 or float32 that are read together: `add` gives each a number, `start` copies all of them."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._flat: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
         self._arrays: list[NDArray[Any]] | None = None
 
     def add(self, tensor: Tensor) -> int:
@@ -29,23 +31,36 @@ class Transfer:
         self._tensors.append(tensor)
         return len(self._tensors) - 1
 
-    def fetch(self) -> None:
-        """Wait for the device, and copy everything in one go. Idempotent; no copy when there is nothing."""
-        if self._arrays is not None:
-            return
-        self._arrays = []
+    def start(self) -> None:
+        """Copy everything in one go, without waiting for it; what is launched later is not waited for either."""
         if not self._tensors:
             return
         # As bytes, so that tensors of different dtypes share one device-to-host copy.
         flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in self._tensors])
-        data = flat.cpu().numpy()
+        self._flat = flat.to("cpu", non_blocking=True)
+        if flat.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record(torch.cuda.current_stream(flat.device))
+
+    def fetch(self) -> None:
+        """Wait for the copy. Idempotent; starts it where that was not done."""
+        if self._arrays is not None:
+            return
+        if self._flat is None:
+            self.start()
+        self._arrays = []
+        if self._flat is None:
+            return
+        if self._copied is not None:
+            self._copied.synchronize()
+        data = self._flat.numpy()
         at = 0
         for tensor in self._tensors:
             stop = at + tensor.numel() * tensor.element_size()
             # Copied, so that every array is aligned and none keeps the others alive.
             self._arrays.append(data[at:stop].copy().view(_NUMPY[tensor.dtype]).reshape(tuple(tensor.shape)))
             at = stop
-        self._tensors = []
+        self._tensors, self._flat = [], None
 
     def __getitem__(self, number: int) -> NDArray[Any]:
         assert self._arrays is not None, "read before fetch()"

@@ -205,7 +205,9 @@ def _loop(
     if options.cuda_graphs:
         graphs = decode_graphs(model, backend, pool, store.bound.kernel, options.max_batch_rows)
     runner = Runner(model, backend, pool, store.bound, store.bound.kernel, graphs)
-    return EngineLoop(scheduler, runner, text if text.has_tokenizer else None)
+    # A CPU computes a step while it is launched: there is nothing to be ahead of.
+    ahead = model.device.type == "cuda"
+    return EngineLoop(scheduler, runner, text if text.has_tokenizer else None, ahead=ahead)
 
 
 def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool | None) -> EngineInfo:

@@ -135,7 +135,7 @@ class EngineLoop:
             return None
         following = self._launch(plan)
         if isinstance(following.pending, Exception):  # planned again, and tried in pieces, once the result is known
-            self.scheduler.forgo(plan)
+            self.scheduler.forgo(plan, launched=False)
             return None
         return following
 
@@ -170,7 +170,7 @@ class EngineLoop:
     def _forgo_following(self) -> None:
         """What was launched ahead read tokens that are void."""
         if self._following is not None:
-            self.scheduler.forgo(self._following.plan)
+            self.scheduler.forgo(self._following.plan, launched=True)
             self._following = None
 
     def _accept(self, chunk: Chunk, answer: Answer) -> SequenceUpdate | None:

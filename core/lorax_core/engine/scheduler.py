@@ -97,6 +97,9 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
+        if sequence.ahead and self.allocator is not None:
+            # Nobody reads the row that it has too many, so nobody would see a NaN in it.
+            self._zeros.append(sequence.pages[sequence.computed // self.allocator.page_size])
         running = sequence in self._running
         if running:
             self._stop(sequence)
@@ -129,7 +132,7 @@ class Scheduler:
         joining = len(self._queue) > 0 and len(self._running) < self.max_rows
         # A sequence that left since then is in the plan but does not run; one that runs and is not in it is in its prompt.
         going = {chunk.sequence: chunk for chunk in plan.chunks if not chunk.sequence.finished}
-        if joining or self._zeros or self.allocator is None or len(going) != len(self._running):
+        if joining or self.allocator is None or len(going) != len(self._running):
             return None
         if any(one.span is not None or one.needs_host or not chunk.final for one, chunk in going.items()):
             return None
@@ -141,14 +144,19 @@ class Scheduler:
             if not self._reserve_ahead(sequence, chunk.stop):
                 return None
             chunks.append(Chunk(sequence, chunk.stop, 1, awaits=True))
+        if not chunks:
+            return None
         for chunk in chunks:
             chunk.sequence.ahead = 1
-        return StepPlan(tuple(chunks)) if chunks else None
+        zeros, self._zeros = tuple(self._zeros), []
+        return StepPlan(tuple(chunks), zeros=zeros)
 
-    def forgo(self, plan: StepPlan) -> None:
-        """A step that was planned ahead is not computed, or its result is void; its tokens are planned again."""
+    def forgo(self, plan: StepPlan, *, launched: bool) -> None:
+        """The result of a step that was planned ahead is void, or it was not even launched; its tokens are planned again."""
         for chunk in plan.chunks:
             chunk.sequence.ahead = 0
+        if not launched:
+            self._zeros = [*plan.zeros, *self._zeros]
 
     def advance(self, chunk: Chunk, accepted: int = 0) -> None:
         """A chunk was computed, and `accepted` of its draft tokens were right: those count as computed.

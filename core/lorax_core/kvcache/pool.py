@@ -70,7 +70,7 @@ class KVPool:
     def copy(self, pages: Sequence[tuple[int, int]]) -> None:
         """Copy whole pages of all layers, `(from, to)` each."""
         if pages:
-            old, new = (torch.tensor(side, device=self.data.device) for side in zip(*pages, strict=True))
+            old, new = (self._index(side) for side in zip(*pages, strict=True))
             store = self._bytes()
             # The right side is a gathered copy, so a page may be source and target in one call.
             store[:, :, new] = store[:, :, old]
@@ -78,7 +78,11 @@ class KVPool:
     def zero(self, pages: Sequence[int]) -> None:
         """Zero whole pages of all layers."""
         if pages:
-            self._bytes()[:, :, torch.tensor(list(pages), device=self.data.device)] = 0
+            self._bytes().index_fill_(2, self._index(pages), 0)
+
+    def _index(self, pages: Sequence[int]) -> Tensor:
+        # Without waiting for what the device is computing.
+        return torch.tensor(list(pages)).to(self.data.device, non_blocking=True)
 
     def _bytes(self) -> Tensor:
         return self.data.view(torch.uint8) if self.quantized else self.data

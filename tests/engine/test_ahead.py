@@ -1,0 +1,256 @@
+"""The next step is launched before the result of the last is read: who ended meanwhile, failed or left changes no answer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import make_lora, make_qwen2_model
+from fakes import FlakyBackend
+from rigs import finish, kernel_for, make_adapters, make_loaded, make_loop, make_pool, make_sequence
+
+from lorax_core.attention.torch import TorchBackend
+from lorax_core.engine.drafting import PromptLookup
+from lorax_core.engine.loop import EngineLoop
+from lorax_core.engine.runner import Runner
+from lorax_core.engine.scheduler import Scheduler
+from lorax_core.engine.sequence import Sampling
+from lorax_core.errors import StepError
+from lorax_core.kvcache.allocator import PageAllocator
+
+PROMPTS = [[20, 21, 22], [30, 31], [40, 41, 42, 43]]
+
+
+class Watched(Runner):
+    """A runner that counts steps launched ahead; the result of those whose number is in `fails` cannot be read."""
+
+    ahead = 0
+    launches = 0
+    fails: frozenset[int] = frozenset()
+
+    def launch(self, step):
+        self.launches += 1
+        self.ahead += any(chunk.awaits_token for chunk in step.chunks)
+        pending = super().launch(step)
+        return Lost(pending) if self.launches in self.fails else pending
+
+
+class Lost:
+    """A step whose computation failed after its launch, as the device reports late."""
+
+    graph = ""
+    revised = False
+
+    def __init__(self, pending):
+        self.pending = pending
+
+    def result(self):
+        raise RuntimeError("the device failed")
+
+
+@pytest.fixture(scope="module")
+def base(qwen2, host):
+    return make_loaded(qwen2, host)
+
+
+@pytest.fixture(scope="module")
+def ends(base):
+    """A token that the first prompt's answer has in the middle, and where."""
+    answer = alone(base, PROMPTS[0], 12)
+    at = next(at for at in range(3, 12) if answer[at] not in answer[:at])
+    return answer[at], at
+
+
+def alone(base, prompt, count, **options):
+    return finish(make_loop(base), make_sequence(prompt, count, **options))[0]
+
+
+def make_ahead(base, *, backend=None, adapters=None, pages=32, fails=()):
+    pool = make_pool(base, pages)
+    scheduler = Scheduler(max_tokens=64, max_rows=16, allocator=PageAllocator(pages + 1, pool.page_size))
+    bound = adapters.bound if adapters is not None else {}
+    runner = Watched(base.model, backend or TorchBackend(), pool, bound, kernel_for(base))
+    runner.fails = frozenset(fails)
+    return EngineLoop(scheduler, runner, ahead=True), runner
+
+
+def test_decoding_steps_are_launched_ahead(base):
+    loop, runner = make_ahead(base)
+
+    answers = finish(loop, *(make_sequence(prompt, 6) for prompt in PROMPTS))
+
+    assert answers == [alone(base, prompt, 6) for prompt in PROMPTS]
+    assert runner.ahead == 5  # all but the prompts' own step
+    assert runner.launches == 6
+
+
+def test_a_sequence_that_ended_has_a_row_too_many_which_nobody_hears_of(base, ends):
+    loop, runner = make_ahead(base)
+    token, at = ends
+    first, second = make_sequence(PROMPTS[0], 12, eos=[token]), make_sequence(PROMPTS[1], 12)
+
+    finish(loop, first, second)
+
+    assert (len(first.output), first.output[-1]) == (at + 1, token)
+    assert second.output == alone(base, PROMPTS[1], 12)
+    assert runner.launches == 12
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
+
+
+def test_a_step_of_none_but_ended_sequences_is_forgotten(base, ends):
+    loop, _ = make_ahead(base)
+
+    finish(loop, make_sequence(PROMPTS[0], 12, eos=[ends[0]]))
+
+    steps = loop.totals.steps
+    loop.step()
+
+    assert loop.totals.steps == steps
+    assert finish(loop, make_sequence(PROMPTS[1], 5)) == [alone(base, PROMPTS[1], 5)]
+
+
+def test_what_a_row_too_many_left_in_the_cache_is_zeroed(base, ends):
+    token, _ = ends
+    backend = FlakyBackend(silent=True)
+    loop, _ = make_ahead(base, pages=2, backend=backend)
+    # The row too many begins with the end token, and is NaN; one page of the two is used next.
+    backend.blows = lambda ids: ids == [token]
+
+    finish(loop, make_sequence(PROMPTS[0], 12, eos=[token]))
+    backend.blows = lambda ids: False
+
+    assert finish(loop, make_sequence(PROMPTS[1], 5)) == [alone(base, PROMPTS[1], 5)]
+
+
+@pytest.mark.parametrize("fails", [[2], [3], [2, 3], [4, 5]])
+def test_a_step_that_fails_late_is_done_in_pieces_and_what_was_launched_ahead_is_void(base, fails):
+    loop, _ = make_ahead(base, fails=fails)
+
+    answers = finish(loop, *(make_sequence(prompt, 8) for prompt in PROMPTS))
+
+    assert answers == [alone(base, prompt, 8) for prompt in PROMPTS]
+
+
+def test_a_step_that_cannot_be_launched_ahead_hits_only_whom_it_would_hit_alone(base):
+    answer = alone(base, PROMPTS[0], 8)
+    at = next(
+        at for at in range(2, 8) if answer[at] not in answer[:at] and answer[at] not in alone(base, PROMPTS[1], 8)
+    )
+    loop, _ = make_ahead(base, backend=FlakyBackend(lambda ids: ids == [answer[at]]))
+    first, second = make_sequence(PROMPTS[0], 12), make_sequence(PROMPTS[1], 8)
+
+    finish(loop, first, second)
+
+    assert isinstance(first.sink.error, StepError)
+    assert first.output == answer[: at + 1]
+    assert second.output == alone(base, PROMPTS[1], 8)
+
+
+def test_a_request_may_be_cancelled_and_its_adapter_go_while_its_next_token_is_computed(base, tmp_path):
+    store = make_adapters(base, one=make_lora(make_qwen2_model(), tmp_path, target_modules="all-linear"))
+    loop, runner = make_ahead(base, adapters=store)
+    first, second = make_sequence(PROMPTS[0], 12, adapter=store.get("one")), make_sequence(PROMPTS[1], 8)
+    loop.add(first)
+    loop.add(second)
+    for _ in range(3):
+        loop.step()
+
+    loop.abort(first)
+    first.adapter = None
+    store.unload("one")
+    finish(loop)
+
+    assert len(first.output) == 3
+    assert second.output == alone(base, PROMPTS[1], 8)
+    assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
+    assert runner.ahead > 3
+
+
+def test_a_request_that_joins_does_so_after_the_step_that_was_launched(base):
+    loop, _ = make_ahead(base)
+    first, second = make_sequence(PROMPTS[0], 8), make_sequence(PROMPTS[1], 8)
+    loop.add(first)
+    for _ in range(3):
+        loop.step()
+
+    finish(loop, second)
+
+    assert [first.output, second.output] == [alone(base, prompt, 8) for prompt in PROMPTS[:2]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "logprobs": 2}],
+    ids=["plain", "filtered", "scored"],
+)
+def test_drawn_tokens_are_the_same(base, options):
+    sampling = Sampling(seed=5, **options)
+    loop, runner = make_ahead(base)
+
+    [answer] = finish(loop, make_sequence(PROMPTS[0], 8, sampling=sampling))
+
+    assert answer == alone(base, PROMPTS[0], 8, sampling=sampling)
+    assert runner.ahead == 7
+
+
+def test_a_token_that_reading_changed_voids_what_was_launched_with_the_other(tmp_path, host):
+    from builders import QWEN2
+    from oracles import make_model, saved
+    from transformers import Qwen2ForCausalLM
+
+    # More tokens than filters look at first; logits so near each other that top_p keeps most of them.
+    model = make_model(Qwen2ForCausalLM, QWEN2, seed=4, vocab_size=2500)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.05)
+    base = make_loaded(saved(model, tmp_path), host)
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=3)
+    loop, runner = make_ahead(base)
+
+    [answer] = finish(loop, make_sequence(PROMPTS[0], 8, sampling=sampling))
+
+    assert answer == alone(base, PROMPTS[0], 8, sampling=sampling)
+    assert runner.launches > 8  # some were launched for nothing
+
+
+class Vowels:
+    """A grammar that takes any of some tokens."""
+
+    complete = False
+
+    def allowed(self):
+        return bytes([0b10101010] * 33)
+
+    def advance(self, token_id):
+        pass
+
+    def copy(self):
+        return self
+
+
+def needing_the_host():
+    penalised = make_sequence(PROMPTS[0], 6, sampling=Sampling(repetition_penalty=1.2))
+    drafting, constrained = (make_sequence(PROMPTS[0], 6) for _ in range(2))
+    drafting.drafter = PromptLookup(3, 1)
+    constrained.grammar = Vowels()
+    return {"penalties": penalised, "drafts": drafting, "grammar": constrained}
+
+
+@pytest.mark.parametrize("name", needing_the_host())
+def test_sequences_that_need_the_host_between_tokens_wait_for_each_result(base, name):
+    loop, runner = make_ahead(base)
+    sequence = needing_the_host()[name]
+
+    [answer] = finish(loop, sequence)
+
+    assert answer == finish(make_loop(base), needing_the_host()[name])[0]
+    assert runner.ahead == 0
+
+
+def test_forks_join_before_anything_is_launched_ahead(base):
+    loop, runner = make_ahead(base)
+    first, fork = (make_sequence(PROMPTS[0], 6) for _ in range(2))
+    first.forks = [fork]
+
+    finish(loop, first)
+
+    assert first.output == fork.output == alone(base, PROMPTS[0], 6)
+    assert runner.ahead > 0

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import make_lora, make_qwen2_model
+from builders import QWEN2, make_lora, make_qwen2_model
+from captured import CapturableBackend, CapturableKernel
 from fakes import FlakyBackend
+from gpu.doubles.tape import Tape
+from oracles import make_model, saved
 from rigs import finish, kernel_for, make_adapters, make_loaded, make_loop, make_pool, make_sequence
+from transformers import Qwen2ForCausalLM
 
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.drafting import PromptLookup
+from lorax_core.engine.graphs import OFF, DecodeGraphs
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
@@ -31,7 +36,10 @@ class Watched(Runner):
         self.launches += 1
         self.ahead += any(chunk.awaits_token for chunk in step.chunks)
         pending = super().launch(step)
-        return Lost(pending) if self.launches in self.fails else pending
+        if self.launches not in self.fails:
+            return pending
+        self._newest = torch.zeros_like(self._newest)  # what a failed step sampled is rubbish
+        return Lost()
 
 
 class Lost:
@@ -39,9 +47,6 @@ class Lost:
 
     graph = ""
     revised = False
-
-    def __init__(self, pending):
-        self.pending = pending
 
     def result(self):
         raise RuntimeError("the device failed")
@@ -64,11 +69,15 @@ def alone(base, prompt, count, **options):
     return finish(make_loop(base), make_sequence(prompt, count, **options))[0]
 
 
-def make_ahead(base, *, backend=None, adapters=None, pages=32, fails=()):
+def make_ahead(base, *, backend=None, adapters=None, pages=32, fails=(), graphs=False):
     pool = make_pool(base, pages)
+    if graphs:
+        backend = CapturableBackend()
     scheduler = Scheduler(max_tokens=64, max_rows=16, allocator=PageAllocator(pages + 1, pool.page_size))
     bound = adapters.bound if adapters is not None else {}
-    runner = Watched(base.model, backend or TorchBackend(), pool, bound, kernel_for(base))
+    backend = backend or TorchBackend()
+    made = DecodeGraphs(base.model, backend, pool, CapturableKernel(), 4, Tape) if graphs else OFF
+    runner = Watched(base.model, backend, pool, bound, kernel_for(base), made)
     runner.fails = frozenset(fails)
     return EngineLoop(scheduler, runner, ahead=True), runner
 
@@ -111,8 +120,8 @@ def test_a_step_of_none_but_ended_sequences_is_forgotten(base, ends):
 def test_what_a_row_too_many_left_in_the_cache_is_zeroed(base, ends):
     token, _ = ends
     backend = FlakyBackend(silent=True)
-    loop, _ = make_ahead(base, pages=2, backend=backend)
-    # The row too many begins with the end token, and is NaN; one page of the two is used next.
+    loop, _ = make_ahead(base, pages=1, backend=backend)
+    # The row too many begins with the end token, and is NaN; the next request has the same page.
     backend.blows = lambda ids: ids == [token]
 
     finish(loop, make_sequence(PROMPTS[0], 12, eos=[token]))
@@ -145,6 +154,37 @@ def test_a_step_that_cannot_be_launched_ahead_hits_only_whom_it_would_hit_alone(
     assert second.output == alone(base, PROMPTS[1], 8)
 
 
+def test_pages_are_zeroed_though_the_step_that_was_to_do_it_could_not_be_launched():
+    allocator = PageAllocator(9, 4)
+    scheduler = Scheduler(max_tokens=8, max_rows=2, allocator=allocator)
+    leaving, staying = make_sequence([1, 2, 3], 9), make_sequence([4, 5], 9)
+    scheduler.add(leaving)
+    scheduler.add(staying)
+    plan = scheduler.plan()
+    [page] = leaving.pages
+    scheduler.invalidate(leaving)
+    scheduler.remove(leaving)
+
+    following = scheduler.plan_ahead(plan)
+    scheduler.forgo(following, launched=False)
+
+    assert following.zeros == (page,)
+    assert scheduler.plan().zeros == (page,)
+
+
+def test_warming_up_in_the_middle_of_an_answer_changes_nothing(base):
+    loop, _ = make_ahead(base, graphs=True)
+    sequence = make_sequence(PROMPTS[0], 8)
+    loop.add(sequence)
+    for _ in range(3):
+        loop.step()
+
+    loop.warmup(64)
+    finish(loop)
+
+    assert sequence.output == alone(base, PROMPTS[0], 8)
+
+
 def test_a_request_may_be_cancelled_and_its_adapter_go_while_its_next_token_is_computed(base, tmp_path):
     store = make_adapters(base, one=make_lora(make_qwen2_model(), tmp_path, target_modules="all-linear"))
     loop, runner = make_ahead(base, adapters=store)
@@ -172,7 +212,11 @@ def test_a_request_that_joins_does_so_after_the_step_that_was_launched(base):
     for _ in range(3):
         loop.step()
 
-    finish(loop, second)
+    loop.add(second)
+    for _ in range(2):  # what was launched, and then both
+        loop.step()
+    assert len(second.output) == 1
+    finish(loop)
 
     assert [first.output, second.output] == [alone(base, prompt, 8) for prompt in PROMPTS[:2]]
 
@@ -192,18 +236,15 @@ def test_drawn_tokens_are_the_same(base, options):
     assert runner.ahead == 7
 
 
-def test_a_token_that_reading_changed_voids_what_was_launched_with_the_other(tmp_path, host):
-    from builders import QWEN2
-    from oracles import make_model, saved
-    from transformers import Qwen2ForCausalLM
-
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_a_token_that_reading_changed_voids_what_was_launched_with_the_other(graphs, tmp_path, host):
     # More tokens than filters look at first; logits so near each other that top_p keeps most of them.
     model = make_model(Qwen2ForCausalLM, QWEN2, seed=4, vocab_size=2500)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.05)
     base = make_loaded(saved(model, tmp_path), host)
     sampling = Sampling(temperature=1.0, top_p=0.95, seed=3)
-    loop, runner = make_ahead(base)
+    loop, runner = make_ahead(base, graphs=graphs)
 
     [answer] = finish(loop, make_sequence(PROMPTS[0], 8, sampling=sampling))
 

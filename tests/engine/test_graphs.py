@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from array import array
 
 import pytest
@@ -11,15 +13,19 @@ from builders import make_lora, make_qwen2_model
 from captured import CapturableBackend, CapturableKernel, CapturedAttention, CapturedLora
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
-from rigs import PAGE, make_adapters, make_loaded, make_pool
+from rigs import PAGE, finish, make_adapters, make_loaded, make_pool, make_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.graphs import DecodeGraphs, sizes, why_eager
+from lorax_core.engine.loop import EngineLoop
+from lorax_core.engine.runner import Runner
+from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.static_inputs import StaticInputs
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
+from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.types import Task
 
 ROWS = 8
@@ -185,6 +191,88 @@ def test_the_memory_of_graphs_is_bounded_and_counted(folders, host):
     width = 160 // PAGE
     rows = ROWS * (4 * 8 + 4 + 4 * width) + 4 * (ROWS + 1)
     assert rig.graphs.nbytes == rows + ROWS * rig.base.model.config.vocab_size * 4
+
+
+def test_pages_of_an_older_step_are_not_looked_at_again(folders, host):
+    rig = Rig(folders["full"][0], host)
+    long, short = rig.sequences[3], rig.sequences[2]
+    rig.sequences = {3: (40, long[1])}
+    rig.step(1)
+    for pool in (rig.pool, rig.twin):  # its pages are another's by now, whose numbers are NaN
+        pool.data[:, :, long[1]] = float("nan")
+    rig.sequences = {2: short}
+    chunks = rig.chunks(1, (None,))
+
+    logits = rig.graphs.run(chunks, [], lambda ids: None)
+
+    assert torch.isfinite(logits).all()
+
+
+def make_graph_loop(base, store, make=Tape, rows=4):
+    pool = make_pool(base, 32)
+    backend, kernel = CapturableBackend(), CapturableKernel(rank=8)
+    graphs = DecodeGraphs(base.model, backend, pool, kernel, rows, make)
+    runner = Runner(base.model, backend, pool, store.bound, kernel, graphs)
+    scheduler = Scheduler(max_tokens=64, max_rows=rows + 1, allocator=PageAllocator(33, PAGE))
+    return EngineLoop(scheduler, runner)
+
+
+def test_steps_are_counted_by_how_they_were_computed(folders, host):
+    folder, lora = folders["full"]
+    base = make_loaded(folder, host)
+    store = make_adapters(base, small=lora[0], large=lora[1])
+    loop = make_graph_loop(base, store)
+
+    finish(loop, make_sequence([1, 2, 3], 4), make_sequence([4, 5], 4, adapter=store.get("small")))
+    finish(loop, make_sequence([4, 5], 3, adapter=store.get("large")))
+    finish(loop, *(make_sequence([at, 5], 2) for at in range(5)))
+
+    assert loop.totals.graphs == {
+        "prompt tokens": 3,
+        "replayed": 3,
+        "an adapter of a rank above 8": 2,
+        "more rows than were captured": 1,
+    }
+    assert loop.last_step.graph == "more rows than were captured"
+
+
+def test_an_adapter_that_was_unloaded_is_freed_though_no_step_is_eager(folders, host):
+    folder, lora = folders["full"]
+    base = make_loaded(folder, host)
+    store = make_adapters(base, one=lora[0])
+    loop = make_graph_loop(base, store)
+    staying, adapted = make_sequence([1, 2, 3], 30), make_sequence([4, 5], 1, adapter=store.get("one"))
+    loop.add(staying)
+    loop.add(adapted)
+    loop.step()  # eager, and the last for the adapter
+    bound = weakref.ref(store.bound[adapted.adapter.identity])
+    adapted.adapter = None
+    store.unload("one")
+
+    for _ in range(2):
+        loop.step()
+    gc.collect()
+
+    assert loop.last_step.graph == "replayed"
+    assert bound() is None
+
+
+def test_warming_up_captures_every_size(folders, host):
+    base = make_loaded(folders["full"][0], host)
+    made = []
+
+    def make():
+        made.append(Tape())
+        return made[-1]
+
+    loop = make_graph_loop(base, make_adapters(base), make)
+
+    loop.warmup(64)
+    assert len(made) == len(sizes(4))
+    finish(loop, make_sequence([1, 2, 3], 4))
+
+    assert len(made) == len(sizes(4))
+    assert loop.totals.graphs["replayed"] == 3
 
 
 @pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20])])

@@ -110,7 +110,7 @@ class Batcher:
             )
 
     def _tensor(self, values: Int64s) -> Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
 
 
 class _Buffer:
@@ -118,15 +118,15 @@ class _Buffer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host = _host_tensor((64,), device)
+        self._host = _host_tensor(64)
 
     def fill(self, values: Sequence[int]) -> HostAndDevice:
         if len(values) > len(self._host):
-            self._host = _host_tensor((2 * len(values),), self._device)
+            self._host = _host_tensor(2 * len(values))
         # On a CPU `.to` returns this buffer itself: a batch is valid until the next one is packed.
         host = self._host[: len(values)]
         host.numpy()[:] = values
-        return HostAndDevice(host, host.to(self._device))
+        return HostAndDevice(host, host.to(self._device, non_blocking=True))
 
 
 class _PageTable:
@@ -134,27 +134,28 @@ class _PageTable:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host = _host_tensor((64, 64), device)
+        self._host = _host_tensor(64, 64)
         self._filled: list[int] = [0] * 64  # how many numbers of each row are not 0
 
     def fill(self, rows: Sequence[NDArray[np.int32]]) -> HostAndDevice:
         most = max(map(len, rows))
         height, width = self._host.shape
-        # Doubled, so that growing sequences do not pin new memory at every page.
+        # Doubled, so that growing sequences do not take new memory at every page.
         if len(rows) > height or most > width:
             height, width = max(height, 2 * len(rows)), max(width, 2 * most)
-            self._host, self._filled = _host_tensor((height, width), self._device), [0] * height
+            self._host, self._filled = _host_tensor(height, width), [0] * height
         table = self._host.numpy()
         for at, pages in enumerate(rows):
             table[at, : len(pages)] = pages
             table[at, len(pages) : self._filled[at]] = 0
             self._filled[at] = len(pages)
         host = self._host[: len(rows), :most]
-        return HostAndDevice(host, host.to(self._device))
+        return HostAndDevice(host, host.to(self._device, non_blocking=True))
 
 
-def _host_tensor(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.zeros(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+def _host_tensor(*shape: int) -> Tensor:
+    # Not pinned: of pageable memory the driver takes a copy before the call returns, so the next step may overwrite it.
+    return torch.zeros(shape, dtype=torch.int32)
 
 
 def _joined(runs: Sequence[Int64s]) -> Int64s:

@@ -75,8 +75,6 @@ class EngineLoop:
         Raises CapacityError when it does not fit in memory; living sequences are not touched.
         """
         tokens = min(self.scheduler.max_tokens, longest) if self.scheduler.allocator is not None else longest
-        while self._following is not None:  # its tokens on the device would be lost
-            self.step()
         try:
             self._runner.warmup(tokens, self.scheduler.max_rows)
         except RuntimeError as error:  # torch's out-of-memory errors are of this kind

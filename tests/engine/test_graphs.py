@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import random
 import weakref
 from array import array
 
@@ -13,24 +12,20 @@ from builders import make_lora, make_qwen2_model
 from captured import CapturableBackend, CapturableKernel, CapturedAttention, CapturedLora
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
+from replays import COUNTS, ROWS, Rig, drive, make_chunk
 from rigs import PAGE, finish, make_adapters, make_loaded, make_pool, make_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorax_core.attention.torch import TorchBackend
-from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.graphs import DecodeGraphs, sizes, why_eager
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
-from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.static_inputs import StaticInputs
-from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
+from lorax_core.engine.step_input import HeadRead
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.types import Task
 
-ROWS = 8
-COUNTS = (8, 6, 8, 3, 7, 8)
-PAGES = 32
 WINDOWED = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}
 GPT2 = {
     "vocab_size": 97,
@@ -74,99 +69,10 @@ def folders(tmp_path_factory):
     return made
 
 
-class Rig:
-    """A model that decodes the same steps twice: through graphs over one cache, eagerly over its twin."""
-
-    def __init__(
-        self, folder, host, *, graphs=DecodeGraphs, backend=CapturableBackend, kernel=CapturableKernel, seed=0
-    ):
-        self.base = make_loaded(folder, host)
-        model = self.base.model
-        self.store = make_adapters(self.base)
-        self.source = random.Random(seed)
-        self.pool, self.twin = (make_pool(self.base, PAGES) for _ in range(2))
-        self.pool.data.normal_(generator=torch.Generator().manual_seed(1))
-        self.pool.data[:, :, 0] = 0
-        self.twin.data.copy_(self.pool.data)
-        self.backend, self.eager = backend(), TorchBackend()
-        self.backend.bind(model.attention_specs, model.dtype, self.pool)
-        self.eager.bind(model.attention_specs, model.dtype, self.twin)
-        self.batcher = Batcher(model, PAGE, self.store.bound)
-        self.tapes = []
-        self.graphs = graphs(model, self.backend, self.pool, kernel(), ROWS, self.tape)
-        free = self.source.sample(range(1, PAGES + 1), PAGES)
-        # Some lengths end a page, others begin one.
-        lengths = [16, 31, 1, 47, 20, 33, 5, 40, 28, 12]
-        self.sequences = {at: (length, [free.pop() for _ in range(3)]) for at, length in enumerate(lengths)}
-
-    def tape(self):
-        self.tapes.append(Tape())
-        return self.tapes[-1]
-
-    def chunks(self, count, adapters):
-        """A step of so many sequences, rows of one adapter side by side; each sequence is a token longer afterwards."""
-        rows = []
-        for number in self.source.sample(sorted(self.sequences), count):
-            start, pages = self.sequences[number]
-            if start >= 3 * PAGE - 1:
-                start = 0
-            self.sequences[number] = start + 1, pages
-            token = self.source.randrange(90)
-            adapter = self.source.choice(adapters)
-            rows.append((adapter.identity if adapter else "", number, start, pages[: start // PAGE + 1], token))
-        return tuple(
-            make_chunk(number, token, start, pages, adapter or None)
-            for adapter, number, start, pages, token in sorted(rows)
-        )
-
-    @torch.inference_mode()
-    def step(self, count, adapters=(None,)):
-        """How far a replayed step is from the eager one, in logits and in the cache; infinite where it is NaN."""
-        chunks = self.chunks(count, adapters)
-        segments = self.batcher.segments(chunks)
-        found = self.graphs.run(chunks, segments, lambda ids: None)
-        assert isinstance(found, torch.Tensor), found
-        batch = self.batcher.pack(StepInput(chunks))
-        batch.attention = self.eager.plan(batch)
-        [expected] = self.base.model(batch).answers
-        cache = self.pool.data[:, :, 1:] - self.twin.data[:, :, 1:]
-        error = max(float((found - expected).abs().max() / expected.abs().max()), float(cache.abs().max()))
-        return error if error == error else float("inf")
-
-
-def make_chunk(number, token, start, pages, adapter=None, **changes):
-    fields = {
-        "sequence": number + 1,
-        "start": start,
-        "tokens": array("q", [token]),
-        "reads": (HeadRead(Task.GENERATE, range(1)),),
-        "pages": array("i", pages),
-        "adapter": adapter,
-        "sampled": (SamplingRow(Sampling(), start + 1),),
-        "restarted": False,
-    }
-    return ChunkInput(**{**fields, **changes})
-
-
-def drive(rig, lora):
-    """Steps between which adapters come, go and take each other's place; the largest error."""
-    handles = {}
-    worst = 0.0
-    for at, count in enumerate(COUNTS):
-        if at in (1, 2, 4):
-            handles[at] = rig.store.load(f"adapter-{at}", lora[len(handles)])
-        if at == 3:
-            rig.store.unload("adapter-1")
-            del handles[1]
-            handles[3] = rig.store.load("adapter-1", lora[2])
-        worst = max(worst, rig.step(count, (None, *handles.values())))
-    return worst
-
-
 @pytest.mark.parametrize("kind", TARGETS)
 def test_replays_give_the_numbers_of_eager_steps(kind, folders, host):
     folder, lora = folders[kind]
-    rig = Rig(folder, host)
+    rig = Rig(make_loaded(folder, host))
 
     assert drive(rig, lora) < 1e-5
     assert len(rig.tapes) == 2 * len(sizes(ROWS))  # captured once, whatever adapters came
@@ -174,7 +80,7 @@ def test_replays_give_the_numbers_of_eager_steps(kind, folders, host):
 
 
 def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):
-    rig = Rig(folders["windowed"][0], host)
+    rig = Rig(make_loaded(folders["windowed"][0], host))
     before = rig.pool.data[:, :, 1:].clone()
 
     assert rig.graphs.prepare(adapted=False) is None
@@ -184,7 +90,7 @@ def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):
 
 
 def test_the_memory_of_graphs_is_bounded_and_counted(folders, host):
-    rig = Rig(folders["full"][0], host)
+    rig = Rig(make_loaded(folders["full"][0], host))
 
     rig.graphs.prepare(adapted=False)
 
@@ -194,7 +100,7 @@ def test_the_memory_of_graphs_is_bounded_and_counted(folders, host):
 
 
 def test_pages_of_an_older_step_are_not_looked_at_again(folders, host):
-    rig = Rig(folders["full"][0], host)
+    rig = Rig(make_loaded(folders["full"][0], host))
     long, short = rig.sequences[3], rig.sequences[2]
     rig.sequences = {3: (40, long[1])}
     rig.step(1)
@@ -376,7 +282,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_what_a_replay_reads_shows(mistake, folders, host):
     folder, lora = folders["windowed"]
-    rig = Rig(folder, host, **MISTAKES[mistake])
+    rig = Rig(make_loaded(folder, host), **MISTAKES[mistake])
 
     assert drive(rig, lora) > 1e-3
 
@@ -400,7 +306,7 @@ class IndexesByMask(CapturedAttention):
 
 @pytest.mark.parametrize("kind", [ReadsBack, MakesOfHostValues, IndexesByMask])
 def test_what_a_gpu_cannot_capture_is_refused_and_decoding_stays_eager(kind, folders, host, caplog):
-    rig = Rig(folders["full"][0], host, **with_attention(kind))
+    rig = Rig(make_loaded(folders["full"][0], host), **with_attention(kind))
     chunks = rig.chunks(2, (None,))
 
     reasons = [rig.graphs.run(chunks, [], lambda ids: None) for _ in range(2)]
@@ -437,7 +343,7 @@ def test_steps_that_are_not_decoding_alone_are_eager():
 
 
 def test_what_does_not_fit_a_graph_is_eager_with_the_reason(folders, host):
-    rig = Rig(folders["full"][0], host, kernel=lambda: CapturableKernel(rank=8))
+    rig = Rig(make_loaded(folders["full"][0], host), kernel=lambda: CapturableKernel(rank=8))
     adapter = rig.store.load("large", folders["full"][1][1])
     many = [make_chunk(at, 1, 1, [1]) for at in range(ROWS + 1)]
     of_adapter = [make_chunk(0, 1, 1, [1], adapter.identity)]
@@ -449,8 +355,8 @@ def test_what_does_not_fit_a_graph_is_eager_with_the_reason(folders, host):
 
 def test_a_backend_or_kernel_without_graphs_gives_its_reason(folders, host):
     chunks = [make_chunk(0, 1, 1, [1])]
-    backend = Rig(folders["full"][0], host, backend=TorchBackend)
-    kernel = Rig(folders["full"][0], host, kernel=lambda: None)
+    backend = Rig(make_loaded(folders["full"][0], host), backend=TorchBackend)
+    kernel = Rig(make_loaded(folders["full"][0], host), kernel=lambda: None)
     adapter = kernel.store.load("one", folders["full"][1][0])
     of_adapter = [make_chunk(0, 1, 1, [1], adapter.identity)]
 

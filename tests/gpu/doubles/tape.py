@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from gpu.doubles.launch import ACTIVE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -51,8 +52,12 @@ class Tape(Graph):
 
     def capture(self, compute: Callable[[], None]) -> None:
         compute()
-        with _Recording(self):
-            compute()
+        ACTIVE.recorder = self
+        try:
+            with _Recording(self):
+                compute()
+        finally:
+            ACTIVE.recorder = None
 
     def replay(self) -> None:
         self.replays += 1

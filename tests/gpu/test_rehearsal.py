@@ -3,14 +3,22 @@ their module, Triton's LoRA kernels compiled for sm_90 and interpreted, captured
 and go. The oracle is the eager step with the torch backend and torch's products.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import pytest
+
+# Only where the backends and kernels that it rehearses are in the tree.
+pytest.importorskip("gpu.doubles.backends")
+pytest.importorskip("gpu.doubles.triton_driver")
+
 import torch
 from builders import make_lora, make_qwen2_model
 from gpu.doubles.backends import FlashInferOnCpu, backends_on_cpu
+from gpu.doubles.launch import Misuse
 from gpu.doubles.triton_driver import pretend_gpu
-from lorax_core.adapters.lora_kernels.triton import TritonKernel
+from lorax_core.adapters.lora_kernels.triton import TritonGraph, TritonKernel
 from oracles import saved
 from replays import COUNTS, ROWS, Rig, drive
 from rigs import make_loaded
@@ -46,3 +54,45 @@ def test_a_whole_decoding_model_is_captured_and_replayed(files, host):
         assert len(gpu.compiled) == compiled  # adapters came and went
         assert len(rig.tapes) == 2 * len(sizes(ROWS))
         assert sum(tape.replays for tape in rig.tapes) == len(COUNTS)
+
+
+class PlansOneWindow(FlashInferOnCpu):
+    """Plans the wrapper of one kind of layer again before a replay, and forgets the other's."""
+
+    def prepare(self, wrappers, rows):
+        planned = wrappers if not hasattr(next(iter(wrappers.values())), "seen") else dict([*wrappers.items()][:1])
+        super().prepare(planned, rows)
+        next(iter(wrappers.values())).seen = True
+
+
+class SetsOnce(TritonGraph):
+    """Keeps the tiles of the first step with adapters."""
+
+    done = False
+
+    def set(self, segments):
+        if not self.done:
+            super().set(segments)
+        self.done = bool(segments)
+
+
+class SetsOnceKernel(TritonKernel):
+    def plan_graph(self, rows, sites):
+        return SetsOnce(self, rows, sites)
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernel"), [(PlansOneWindow, TritonKernel), (FlashInferOnCpu, SetsOnceKernel)], ids=["window", "tiles"]
+)
+def test_a_mistake_between_two_replays_shows(files, host, backend, kernel):
+    folder, lora = files
+    with backends_on_cpu(), pretend_gpu(90):
+        base = make_loaded(folder, host, dtype=torch.bfloat16)
+        rig = Rig(base, backend=backend, kernel=lambda: kernel(torch.device("cpu")))
+
+        try:
+            error = drive(rig, lora)
+        except Misuse:  # the double knows what was planned
+            error = float("inf")
+
+    assert error > 0.2

@@ -193,12 +193,12 @@ def forgetting(name):
     """Graphs one of whose inputs is not copied after the capture."""
 
     class Forgets(StaticInputs):
-        def upload(self, pages):
+        def upload(self, rows, pages):
             batch = self.batch(ROWS)
             tensor = getattr(batch, name)
             memory = tensor if isinstance(tensor, torch.Tensor) else tensor.device
             before = memory.clone()
-            super().upload(pages)
+            super().upload(rows, pages)
             memory.copy_(before)
 
     return type("Forgetful", (DecodeGraphs,), {"inputs": Forgets})
@@ -207,10 +207,10 @@ def forgetting(name):
 class KeepsSlots(StaticInputs):
     """Padding rows keep the slots of the step before, which belong to sequences."""
 
-    def upload(self, pages):
+    def upload(self, rows, pages):
         slots, before = self._host_rows[3], self._rows[3].clone()
         slots.copy_(torch.where(slots == 0, before, slots))
-        super().upload(pages)
+        super().upload(rows, pages)
 
 
 class KeepsSlotsGraphs(DecodeGraphs):

@@ -3,8 +3,6 @@ their module, Triton's LoRA kernels compiled for sm_90 and interpreted, captured
 and go. The oracle is the eager step with the torch backend and torch's products.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import pytest
@@ -12,13 +10,13 @@ import pytest
 # Only where the backends and kernels that it rehearses are in the tree.
 pytest.importorskip("gpu.doubles.backends")
 pytest.importorskip("gpu.doubles.triton_driver")
+lora_kernel = pytest.importorskip("lorax_core.adapters.lora_kernels.triton")
 
 import torch
 from builders import make_lora, make_qwen2_model
 from gpu.doubles.backends import FlashInferOnCpu, backends_on_cpu
 from gpu.doubles.launch import Misuse
 from gpu.doubles.triton_driver import pretend_gpu
-from lorax_core.adapters.lora_kernels.triton import TritonGraph, TritonKernel
 from oracles import saved
 from replays import COUNTS, ROWS, Rig, drive
 from rigs import make_loaded
@@ -44,7 +42,7 @@ def test_a_whole_decoding_model_is_captured_and_replayed(files, host):
     folder, lora = files
     with backends_on_cpu(), pretend_gpu(90) as gpu:
         base = make_loaded(folder, host, dtype=torch.bfloat16)
-        rig = Rig(base, backend=FlashInferOnCpu, kernel=lambda: TritonKernel(torch.device("cpu")))
+        rig = Rig(base, backend=FlashInferOnCpu, kernel=lambda: lora_kernel.TritonKernel(torch.device("cpu")))
         assert rig.graphs.prepare(adapted=False) is None
         assert rig.graphs.prepare(adapted=True) is None
         compiled = len(gpu.compiled)
@@ -65,7 +63,7 @@ class PlansOneWindow(FlashInferOnCpu):
         next(iter(wrappers.values())).seen = True
 
 
-class SetsOnce(TritonGraph):
+class SetsOnce(lora_kernel.TritonGraph):
     """Keeps the tiles of the first step with adapters."""
 
     done = False
@@ -76,13 +74,15 @@ class SetsOnce(TritonGraph):
         self.done = bool(segments)
 
 
-class SetsOnceKernel(TritonKernel):
+class SetsOnceKernel(lora_kernel.TritonKernel):
     def plan_graph(self, rows, sites):
         return SetsOnce(self, rows, sites)
 
 
 @pytest.mark.parametrize(
-    ("backend", "kernel"), [(PlansOneWindow, TritonKernel), (FlashInferOnCpu, SetsOnceKernel)], ids=["window", "tiles"]
+    ("backend", "kernel"),
+    [(PlansOneWindow, lora_kernel.TritonKernel), (FlashInferOnCpu, SetsOnceKernel)],
+    ids=["window", "tiles"],
 )
 def test_a_mistake_between_two_replays_shows(files, host, backend, kernel):
     folder, lora = files

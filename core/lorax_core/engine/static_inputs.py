@@ -75,11 +75,12 @@ class StaticInputs:
         lengths[:] = 1
         lengths[:count] = positions + 1
         # Also what the step before had beyond: the pages of others, which may hold NaN by now.
-        self.upload(max(most, self._most))
+        self.upload(max(count, self._filled), max(most, self._most))
         self._filled, self._most = count, most
 
-    def upload(self, pages: int) -> None:
-        """Copy everything to the device, of the page table the first `pages` columns."""
+    def upload(self, rows: int, pages: int) -> None:
+        """Copy everything to the device, of the page table the first `rows` rows and `pages` columns."""
         self._rows.copy_(self._host_rows, non_blocking=True)
         self._lengths.copy_(self._host_lengths, non_blocking=True)
-        self._pages[:, :pages].copy_(self._host_pages[:, :pages], non_blocking=True)
+        # The rest of the table is zero, here and there: it is as wide as the longest sequence that can come.
+        self._pages[:rows, :pages].copy_(self._host_pages[:rows, :pages], non_blocking=True)

@@ -10,7 +10,6 @@ import pytest
 # Only where the backends and kernels that it rehearses are in the tree.
 pytest.importorskip("gpu.doubles.backends")
 pytest.importorskip("gpu.doubles.triton_driver")
-lora_kernel = pytest.importorskip("lorax_core.adapters.lora_kernels.triton")
 
 import torch
 from builders import make_lora, make_qwen2_model
@@ -22,6 +21,8 @@ from replays import COUNTS, ROWS, Rig, drive
 from rigs import make_loaded
 
 from lorax_core.engine.graphs import sizes
+
+lora_kernel = pytest.importorskip("lorax_core.adapters.lora_kernels.triton")
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 160}
 WINDOW = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-# Only where the backends and kernels that it rehearses are in the tree.
-pytest.importorskip("gpu.doubles.backends")
+# Only where the kernels that it rehearses are in the tree.
 pytest.importorskip("gpu.doubles.triton_driver")
 
 import torch

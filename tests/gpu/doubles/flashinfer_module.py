@@ -241,7 +241,9 @@ class Module:
         insist(layout == 0, "the cache is NHD")
         insist((soft_cap > 0) == self.capped, "a soft cap of another module")
         insist((mask_mode, window_left) == (int(plan.causal), plan.window_left), "another mask than was planned")
-        insist(q.shape == (int(plan.qo_indptr[-1]), plan.heads, self.dim), f"q {tuple(q.shape)} was not planned")
+        insist(
+            q.shape == (int(plan.qo_indptr.numpy()[-1]), plan.heads, self.dim), f"q {tuple(q.shape)} was not planned"
+        )
         insist((q.dtype, k.dtype, v.dtype) == (self.dtypes[0], *self.dtypes[1:] * 2), "dtypes of another module")
         insist(q.is_contiguous(), "q has gaps")
         for one in (k, v):

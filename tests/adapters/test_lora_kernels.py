@@ -198,10 +198,10 @@ def test_the_first_kernel_that_can_be_used_is_taken_and_the_others_have_a_reason
             return super().plan(segments)
 
     def source(*given, **options):
-        return given[0], lambda settings: (Named(*given, **options), "it is here")
+        return given[0], lambda settings, device: (Named(*given, **options), "it is here")
 
     offered = [
-        ("absent", lambda settings: (None, "nobody built it")),
+        ("absent", lambda settings, device: (None, "nobody built it")),
         source("picky", "not on a Thursday"),
         source("broken", fault=RuntimeError("no such instruction")),
         source("good"),

@@ -102,7 +102,7 @@ class NativeKernel(LoraKernel):
 
     def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":
-            return f"it computes on the CPU, not on {device}"
+            return _not_here(device)
         if dtype not in self._product.dtypes:
             return f"it computes in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
         return None
@@ -141,7 +141,13 @@ class NativeKernel(LoraKernel):
         return made
 
 
-def load_native_kernel(settings: Settings) -> tuple[NativeKernel | None, str]:
+def _not_here(device: torch.device) -> str:
+    return f"it computes on the CPU, not on {device}"
+
+
+def load_native_kernel(settings: Settings, device: torch.device) -> tuple[NativeKernel | None, str]:
     """The kernel, compiled at its first use, and where it is; or None, and why it cannot be."""
+    if device.type != "cpu":  # asked first, since compiling takes seconds
+        return None, _not_here(device)
     product, reason = load_low_rank(settings)
     return (NativeKernel(product) if product is not None else None), reason

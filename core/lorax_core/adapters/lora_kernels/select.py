@@ -15,12 +15,13 @@ from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import GraphLora, LoraKernel, LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import load_native_kernel
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
+from lorax_core.adapters.lora_kernels.triton import load_triton_kernel
 from lorax_core.settings import Settings
 
-LoadKernel = Callable[[Settings], tuple[LoraKernel | None, str]]
-"""Gives a kernel and where it comes from, or None and why it is not there."""
+LoadKernel = Callable[[Settings, torch.device], tuple[LoraKernel | None, str]]
+"""Gives a kernel for a device and where it comes from, or None and why it is not there."""
 
-KERNELS: tuple[tuple[str, LoadKernel], ...] = (("native", load_native_kernel),)
+KERNELS: tuple[tuple[str, LoadKernel], ...] = (("triton", load_triton_kernel), ("native", load_native_kernel))
 """What core offers beside torch's, by name, the first choice first."""
 
 
@@ -41,7 +42,7 @@ def select_kernel(
     """The kernel for a model of this dtype on this device: torch's where no other can be used, with each reason."""
     passed_over: list[str] = []
     for name, load in offered:
-        kernel, reason = load(settings)
+        kernel, reason = load(settings, device)
         if kernel is not None:
             problem = kernel.supports(dtype, device) or wrong_numbers(kernel, dtype, device)
             if problem is None:

@@ -1,0 +1,243 @@
+"""Low-rank products of all adapters in two Triton launches a site, on NVIDIA GPUs.
+
+Decides what a step's tables say. An adapter's table is made once and stays on the device; a step brings its tiles alone, in
+one copy. Captured steps read tiles from memory of their own, so adapters come and go without a new capture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorax_core.adapters.deltas import LowRank
+from lorax_core.adapters.lora_kernels.base import GraphLora, LoraKernel, LoraPlan, Segment, Updates
+from lorax_core.kernels.triton.available import unavailable
+from lorax_core.settings import Settings
+
+if TYPE_CHECKING:
+    from lorax_core.kernels.triton.lora import Form, Launch
+
+CAPTURED_RANKS: Final = 1024
+"""Ranks that a captured step has memory for, those of a fused layer's parts counted together."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """What an adapter does at each site by number, on the device, and what the host must know of it."""
+
+    table: Tensor  # int64, as `kernels.triton.lora` reads it
+    ranks: NDArray[np.int64]  # [sites]; 0 where a site is not changed
+    aligned: NDArray[np.bool_]  # [sites]
+    dtypes: frozenset[torch.dtype]
+    held: tuple[Tensor, ...]  # whose addresses the table has
+
+
+class TritonPlan(LoraPlan):
+    """The tiles of one set of rows."""
+
+    def __init__(self, kernel: TritonKernel, segments: Sequence[Segment]) -> None:
+        from lorax_core.kernels.triton import lora
+
+        self._sites = kernel.sites
+        self._tables = [kernel.table(segment.updates) for segment in segments]  # held while their addresses are in use
+        self._dtypes = frozenset().union(*(table.dtypes for table in self._tables))
+        self._ranks, self._aligned = _over_sites(self._tables)
+        rows, ranks = max(segment.stop for segment in segments), _rounded(int(self._ranks.max(initial=1)))
+        form = lora.form(sum(segment.rows for segment in segments))
+        tiles = _on_device(_tiles(segments, self._tables, form), kernel.device)
+        self.launch = lora.Launch(tiles, lora.scratch(rows, ranks, form, kernel.device), rows, ranks, form)
+
+    def add(self, site: str, x: Tensor, y: Tensor) -> None:
+        number = self._sites.get(site, -1)
+        if 0 <= number < len(self._ranks) and self._ranks[number]:
+            _refuse_other_dtypes(site, x, self._dtypes)
+            _add(self.launch, number, int(self._ranks[number]), x, y, aligned=bool(self._aligned[number]))
+
+
+class TritonGraph(GraphLora):
+    """The tiles of captured steps, in memory that stays where it is."""
+
+    def __init__(self, kernel: TritonKernel, rows: int, sites: Mapping[str, tuple[int, int]]) -> None:
+        from lorax_core.kernels.triton import lora
+
+        self._kernel = kernel
+        self._rows = rows
+        self._numbers = {site: kernel.number(site) for site in sites}
+        self._paths = {number: site for site, number in self._numbers.items()}
+        # Part of what is compiled, so settled at capture: an adapter that cannot be loaded so wide does not fit.
+        self._aligned = {self._numbers[site]: out % lora.ALIGNED_TO == 0 for site, (_, out) in sites.items()}
+        self._form: Form = lora.form(rows)
+        # Every tile has a row at least, so there are never more tiles than rows.
+        tiles = torch.zeros(rows, lora.TILE_FIELDS, dtype=torch.int64, device=kernel.device)
+        scratch = lora.scratch(rows, CAPTURED_RANKS, self._form, kernel.device)
+        self.launch = lora.Launch(tiles, scratch, rows, CAPTURED_RANKS, self._form)
+        self._dtypes: frozenset[torch.dtype] = frozenset()  # of the rows that were captured
+        self._tables: list[AdapterTable] = []
+
+    def fits(self, segments: Sequence[Segment]) -> str | None:
+        for segment in segments:
+            if segment.stop > self._rows:
+                return f"rows up to {segment.stop}, where {self._rows} were captured"
+            problem = self._misfit(self._kernel.table(segment.updates))
+            if problem is not None:
+                return problem
+        return None
+
+    def set(self, segments: Sequence[Segment]) -> None:
+        problem = self.fits(segments)
+        if problem is not None:  # replayed all the same, it would read and write memory of others
+            raise RuntimeError(f"adapters that captured steps cannot replay: {problem}")
+        tables = [self._kernel.table(segment.updates) for segment in segments]
+        tiles = _tiles(segments, tables, self._form, length=self._rows)
+        self.launch.tiles.copy_(_pinned(tiles, self._kernel.device), non_blocking=True)
+        # The tables of the step before are dropped only now: on the stream, their memory is free when that step is through.
+        self._tables = tables
+
+    def add(self, site: str, x: Tensor, y: Tensor) -> None:
+        number = self._numbers.get(site)
+        if number is not None:  # `fits` refuses adapters that change others
+            self._dtypes |= {x.dtype}
+            _add(self.launch, number, CAPTURED_RANKS, x, y, aligned=self._aligned[number])
+
+    def _misfit(self, table: AdapterTable) -> str | None:
+        for number in np.flatnonzero(table.ranks).tolist():
+            site = self._paths.get(number)
+            if site is None:
+                return "an adapter of a layer that was not captured"
+            if table.ranks[number] > CAPTURED_RANKS:
+                return f"rank {table.ranks[number]} at {site}, where captured steps hold at most {CAPTURED_RANKS}"
+            if self._aligned[number] and not table.aligned[number]:
+                return f"an update of {site} whose memory is not aligned, as captured steps load it"
+        if self._dtypes and not table.dtypes <= self._dtypes:
+            return f"an adapter in {_listed(table.dtypes)}, where {_listed(self._dtypes)} was captured"
+        return None
+
+
+class TritonKernel(LoraKernel):
+    """Any number of adapters, of any ranks, on one CUDA device."""
+
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sites: dict[str, int] = {}
+        """The number of each site path, by which tables are read; given at first sight, and kept."""
+        self._tables: WeakKeyDictionary[Updates, AdapterTable] = WeakKeyDictionary()
+
+    def supports(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return unavailable(dtype, device)
+
+    def plan(self, segments: Sequence[Segment]) -> LoraPlan:
+        return TritonPlan(self, segments)
+
+    def plan_graph(self, rows: int, sites: Mapping[str, tuple[int, int]]) -> GraphLora | str:
+        return TritonGraph(self, rows, sites)
+
+    def number(self, site: str) -> int:
+        """The number of a site path."""
+        return self.sites.setdefault(site, len(self.sites))
+
+    def table(self, updates: Updates) -> AdapterTable:
+        """The table of an adapter, made when it is first asked for."""
+        found = self._tables.get(updates)
+        if found is None:
+            entries = {self.number(path): update for path, update in updates.by_site.items()}
+            found = self._tables[updates] = _table(entries, self.device)
+        return found
+
+
+def load_triton_kernel(_: Settings, device: torch.device) -> tuple[TritonKernel | None, str]:
+    """The kernel for a CUDA device, which triton compiles at its first use; or None, and why it cannot be."""
+    problem = unavailable(torch.float32, device)
+    return (None, problem) if problem is not None else (TritonKernel(device), f"compiled by triton for {device}")
+
+
+def _table(entries: Mapping[int, LowRank], device: torch.device) -> AdapterTable:
+    from lorax_core.kernels.triton import lora
+
+    sites = max(entries, default=-1) + 1
+    most_blocks = max((len(update.blocks) for update in entries.values()), default=0)
+    length = lora.ENTRY_FIELDS + lora.BLOCK_FIELDS * most_blocks
+    numbers = np.zeros(lora.TABLE_FIELDS + sites * length, np.int64)
+    numbers[: lora.TABLE_FIELDS] = sites, length
+    rows = numbers[lora.TABLE_FIELDS :].reshape(sites, length)
+    aligned = np.ones(sites, np.bool_)
+    held: list[Tensor] = []
+    for site, update in entries.items():
+        a = update.a.contiguous()
+        held.append(a)
+        entry = [a.data_ptr(), a.shape[0], len(update.blocks)]
+        sizes: list[int] = []
+        for block in update.blocks:
+            b = block.b.contiguous()
+            held.append(b)
+            entry += [b.data_ptr(), block.ranks.start, b.shape[0], block.column, b.shape[1]]
+            sizes += [block.column, b.shape[1]]
+        rows[site, : len(entry)] = entry
+        at_16 = all(tensor.data_ptr() % 16 == 0 for tensor in held[-1 - len(update.blocks) :])
+        aligned[site] = at_16 and all(size % lora.ALIGNED_TO == 0 for size in sizes)
+    dtypes = frozenset(tensor.dtype for tensor in held)
+    return AdapterTable(_on_device(numbers, device), rows[:, 1].copy(), aligned, dtypes, tuple(held))
+
+
+def _tiles(
+    segments: Sequence[Segment], tables: Sequence[AdapterTable], form: Form, length: int | None = None
+) -> NDArray[np.int64]:
+    """Tiles of rows, first, count and address of the table each; filled up to `length` with tiles of no adapter."""
+    tiles = [
+        (first, min(form.tile_rows, segment.stop - first), table.table.data_ptr())
+        for segment, table in zip(segments, tables, strict=True)
+        for first in range(segment.start, segment.stop, form.tile_rows)
+    ]
+    made = np.zeros((len(tiles) if length is None else length, 3), np.int64)
+    made[: len(tiles)] = np.array(tiles, np.int64).reshape(-1, 3)
+    return made
+
+
+def _over_sites(tables: Sequence[AdapterTable]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The largest rank of each site, and whether all tables are aligned there."""
+    sites = max(len(table.ranks) for table in tables)
+    ranks, aligned = np.zeros(sites, np.int64), np.ones(sites, np.bool_)
+    for table in tables:
+        known = len(table.ranks)
+        np.maximum(ranks[:known], table.ranks, out=ranks[:known])
+        aligned[:known] &= table.aligned
+    return ranks, aligned
+
+
+def _add(launch: Launch, site: int, rank: int, x: Tensor, y: Tensor, *, aligned: bool) -> None:
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    into = y if y.stride(1) == 1 else y.contiguous()
+    launch.add(site, rank, rows, into, aligned=aligned)
+    if into is not y:
+        y.copy_(into)
+
+
+def _refuse_other_dtypes(site: str, x: Tensor, dtypes: frozenset[torch.dtype]) -> None:
+    if dtypes != {x.dtype}:  # addresses say nothing of what lies there
+        raise RuntimeError(f"{site} computes in {x.dtype}, its adapters in {_listed(dtypes)}")
+
+
+def _listed(dtypes: frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(map(str, dtypes)))
+
+
+def _rounded(ranks: int) -> int:
+    return -(-ranks // 16) * 16
+
+
+def _pinned(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    host = torch.from_numpy(numbers)
+    # Each copy has pinned memory of its own, which torch keeps until the copy is through.
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def _on_device(numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    return _pinned(numbers, device).to(device, non_blocking=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from gpu.doubles.triton_driver import pretend_gpu, resources
+from gpu.doubles.triton_driver import device, pretend_gpu, resources
 
 from lorax_core.kernels.elementwise import Angles
 from lorax_core.kernels.triton import lora, rows
@@ -43,6 +43,8 @@ class Line:
 
 def compiled(arch: int) -> Iterator[Line]:
     """A line for each kernel, case and dtype; nothing is computed."""
+    for kernel in KERNELS:
+        kernel.device_caches.pop(device(arch), None)  # what was compiled before would not be seen
     with pretend_gpu(arch, computes=False):
         for dtype in DTYPES:
             for case, launch in _cases(dtype):
@@ -55,7 +57,7 @@ def compiled(arch: int) -> Iterator[Line]:
 
 
 def _cache(kernel, arch: int) -> dict:
-    return kernel.device_caches["pretended", arch][0]
+    return kernel.device_caches[device(arch)][0]
 
 
 def _line(made, case: str, dtype: torch.dtype) -> Line:

@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 MANY = ("several programs",)
@@ -26,10 +28,15 @@ class Race(AssertionError):
 
 class _Watch:
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        spans = sorted((t.data_ptr(), _end(t)) for t in tensors)
-        self.starts, self.ends = (np.array(side, np.uint64) for side in zip(*spans, strict=True))
+        self.tensors: list[Tensor] = []
+        self.admit(*tensors)
         self.writers: dict[int, tuple] = {}
         self.readers: dict[int, tuple] = {}
+
+    def admit(self, *tensors: Tensor) -> None:
+        self.tensors += tensors  # held, so that their memory is not given to others
+        spans = sorted((t.data_ptr(), _end(t)) for t in self.tensors)
+        self.starts, self.ends = (np.array(side, np.uint64) for side in zip(*spans, strict=True))
 
     def start(self) -> None:
         self.writers.clear()
@@ -66,9 +73,24 @@ def _end(tensor: Tensor) -> int:
     return tensor.data_ptr() + (steps + 1) * tensor.element_size() if tensor.numel() else tensor.data_ptr()
 
 
+class _Allocations(TorchDispatchMode):
+    """What is allocated for results is admitted, and full of NaN: a number that was never written shows."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        # The interpreter itself makes some, of no numbers.
+        if function is torch.ops.aten.new_empty.default and made.numel() and made.is_floating_point():
+            self.watch.admit(made.fill_(float("nan")))
+        return made
+
+
 @contextlib.contextmanager
 def watched(*tensors: Tensor) -> Iterator[None]:
-    """Kernels may touch these tensors alone; name those too that tables point to."""
+    """Kernels may touch these tensors alone, and what is allocated meanwhile; name those too that tables point to."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
     watch = _Watch(tensors)
@@ -88,7 +110,8 @@ def watched(*tensors: Tensor) -> Iterator[None]:
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
     executor.__call__ = watched_launch
     try:
-        yield
+        with _Allocations(watch):
+            yield
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
         executor.__call__ = launch

@@ -68,32 +68,39 @@ class _Utils:
         return {"max_shared_mem": SHARED[self.gpu.arch], "multiprocessor_count": 132, "warpSize": 32}
 
 
+class _Launcher:
+    def __init__(self, source, metadata) -> None:
+        self.function, self.name = source.fn.fn, metadata.name
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
+        gpu = drivers.active.gpu  # of now: triton keeps launchers with what it compiled
+        gpu.launches.append(self.name)
+        if gpu.computes and x * y * z:
+            run_interpreted(self.function, (x, y, z), args)
+
+
 class _Driver:
     def __init__(self, gpu: PretendedGpu) -> None:
         self.gpu, self.utils = gpu, _Utils(gpu)
 
-        class Launcher:
-            def __init__(self, source, metadata) -> None:
-                self.function, self.name = source.fn.fn, metadata.name
-
-            def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args) -> None:
-                gpu.launches.append(self.name)
-                if gpu.computes and x * y * z:
-                    run_interpreted(self.function, (x, y, z), args)
-
-        self.launcher_cls = Launcher
+        self.launcher_cls = _Launcher
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.gpu.arch, 32)
 
     def get_current_device(self) -> tuple[str, int]:
-        return "pretended", self.gpu.arch  # a key of triton's caches: what one test compiled, the next need not
+        return device(self.gpu.arch)
 
     def get_current_stream(self, device: object) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+def device(arch: int) -> tuple[str, int]:
+    """The key of such a GPU in triton's caches: what one test compiled, the next need not."""
+    return "pretended", arch
 
 
 @contextlib.contextmanager
@@ -116,7 +123,7 @@ def run_interpreted(function, grid: tuple[int, ...], args) -> None:
     # Functions that kernels call (tl.cdiv is one) were made for the compiler when they were imported.
     jit.JITFunction.__call__ = _call_interpreted
     try:
-        with np.errstate(over="ignore"):  # as on a GPU, where exp() of much is infinite without a word
+        with np.errstate(over="ignore", invalid="ignore"):  # a GPU computes infinity and NaN without a word
             _of(function)[grid](*args)
     finally:
         jit.JITFunction.__call__ = _device_call

@@ -46,12 +46,12 @@ class TritonPlan(LoraPlan):
         from lorax_core.kernels.triton import lora
 
         self._sites = kernel.sites
-        self._tables = [kernel.table(segment.updates) for segment in segments]  # held while their addresses are in use
-        self._dtypes = frozenset().union(*(table.dtypes for table in self._tables))
-        self._ranks, self._aligned = _over_sites(self._tables)
+        self.tables = [kernel.table(segment.updates) for segment in segments]  # held while their addresses are in use
+        self._dtypes = frozenset().union(*(table.dtypes for table in self.tables))
+        self._ranks, self._aligned = _over_sites(self.tables)
         rows, ranks = max(segment.stop for segment in segments), _rounded(int(self._ranks.max(initial=1)))
         form = lora.form(sum(segment.rows for segment in segments))
-        tiles = _on_device(_tiles(segments, self._tables, form), kernel.device)
+        tiles = _on_device(_tiles(segments, self.tables, form), kernel.device)
         self.launch = lora.Launch(tiles, lora.scratch(rows, ranks, form, kernel.device), rows, ranks, form)
 
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
@@ -79,7 +79,7 @@ class TritonGraph(GraphLora):
         scratch = lora.scratch(rows, CAPTURED_RANKS, self._form, kernel.device)
         self.launch = lora.Launch(tiles, scratch, rows, CAPTURED_RANKS, self._form)
         self._dtypes: frozenset[torch.dtype] = frozenset()  # of the rows that were captured
-        self._tables: list[AdapterTable] = []
+        self.tables: list[AdapterTable] = []
 
     def fits(self, segments: Sequence[Segment]) -> str | None:
         for segment in segments:
@@ -98,7 +98,7 @@ class TritonGraph(GraphLora):
         tiles = _tiles(segments, tables, self._form, length=self._rows)
         self.launch.tiles.copy_(_pinned(tiles, self._kernel.device), non_blocking=True)
         # The tables of the step before are dropped only now: on the stream, their memory is free when that step is through.
-        self._tables = tables
+        self.tables = tables
 
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
         number = self._numbers.get(site)

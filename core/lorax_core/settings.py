@@ -19,6 +19,7 @@ from lorax_core.errors import PluginError, nearest
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _CACHE: Final = Path("~/.cache/lorax")
 _TRUE: Final = ("1", "true", "yes", "on")
+_TRIALS: Final = {"gpu": ("cuda",), "all": ("cuda", "cpu"), "off": ()}
 _FALSE: Final = ("0", "false", "no", "off")
 
 
@@ -40,6 +41,8 @@ class Settings:
       leading `~` is still to be expanded. Unset: `lorax` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
 
     - `native` (`LORAX_NATIVE`, on by default): native kernels may be compiled for this machine.
+    - `trials` (`LORAX_TRIALS`: `gpu`, which is the default, `all` or `off`): the types of devices whose kernels compute small
+      steps in a process of their own before an engine uses them.
 
     Names are kept in canonical form.
     """
@@ -49,6 +52,7 @@ class Settings:
     strict: bool = False
     cache: Path = _CACHE
     native: bool = True
+    trials: tuple[str, ...] = ("cuda",)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -62,6 +66,7 @@ class Settings:
             strict=_switch(environ, "LORAX_STRICT", False),
             cache=_cache(environ),
             native=_switch(environ, "LORAX_NATIVE", True),
+            trials=_trials(environ),
         )
 
 
@@ -83,6 +88,17 @@ def _cache(environ: Mapping[str, str]) -> Path:
         return Path(given)
     shared = environ.get("XDG_CACHE_HOME", "")
     return Path(shared) / "lorax" if os.path.isabs(shared) else _CACHE  # XDG ignores relative ones
+
+
+def _trials(environ: Mapping[str, str]) -> tuple[str, ...]:
+    value = environ.get("LORAX_TRIALS", "").strip().lower() or "gpu"
+    if value in _TRIALS:
+        return _TRIALS[value]
+    close = nearest(value, list(_TRIALS))
+    raise PluginError(
+        f"LORAX_TRIALS is {value!r}, which is none of gpu, all and off",
+        hint=f"did you mean {close!r}?" if close else "leave it unset: kernels of a GPU are tried before they are used",
+    )
 
 
 def _switch(environ: Mapping[str, str], variable: str, default: bool) -> bool:

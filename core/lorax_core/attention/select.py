@@ -5,7 +5,7 @@ Decides by asking each declared backend in order of priority, and remembers why 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,13 @@ def select_backend(
     kv_dtype: torch.dtype | None = None,
     page_size: int | None = None,
     name: str | None = None,
+    verify: Callable[[BackendSpec, CacheLayout], str | None] | None = None,
 ) -> Selection:
     """The first declared backend that supports every layer, or the one called `name`.
 
-    `kv_dtype` None stores keys and values in `dtype`; `page_size` None leaves it to the backend. Raises RequestError when
-    `name` is unknown or cannot serve the model, with the reason.
+    `kv_dtype` None stores keys and values in `dtype`; `page_size` None leaves it to the backend. `verify` says why a backend
+    that supports the model is not to be used after all. Raises RequestError when `name` is unknown or cannot serve the model,
+    with the reason.
     """
     check_backend_name(declared, name)
     passed: list[tuple[str, str]] = []
@@ -54,6 +56,8 @@ def select_backend(
             layout = backend.layout(specs, dtype, kv_dtype or dtype, torch.device(device).type, page_size)
         except Exception as error:  # a backend that is broken must not keep the others from being used
             layout = f"its layout() failed: {type(error).__name__}: {error}"
+        if isinstance(layout, CacheLayout) and verify is not None:
+            layout = verify(spec, layout) or layout
         if isinstance(layout, CacheLayout):
             return Selection(backend, layout, tuple(passed))
         passed.append((spec.name, layout or "it gives no reason"))

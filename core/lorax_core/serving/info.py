@@ -20,7 +20,9 @@ class EngineInfo:
     the largest step took beyond weights and cache (on a CPU, the growth of the process, 0 when it had been as large before).
     `totals` has the numbers of all steps so far, and `last_step` those of the last one. `linear_methods` counts the layers that
     each linear method computes, `linear_notes` say why others were passed over, and `lora_kernel` is the kernel of low-rank
-    products with the reason for it.
+    products with the reason for it; `elementwise` that of norms, gates and rotations. `graphs` says why decoding steps are not
+    captured, None where they are. `weight_bytes` were read from files and made ready in `load_seconds`. `notes` say what was
+    chosen otherwise than the checkpoint states it.
     """
 
     model_type: str
@@ -36,6 +38,11 @@ class EngineInfo:
     linear_methods: Mapping[str, int] = field(default_factory=dict)
     linear_notes: tuple[str, ...] = ()
     lora_kernel: tuple[str, str] | None = None
+    elementwise: tuple[str, str] | None = None
+    graphs: str | None = None
+    weight_bytes: int = 0
+    load_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
     step_bytes: int | None = None
     totals: Totals = field(default_factory=Totals)
     last_step: StepStats | None = None

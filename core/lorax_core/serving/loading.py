@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lorax_core.adapters.lora_kernels.triton import load_triton_kernel
 from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend
@@ -35,6 +36,7 @@ from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
+from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
 from lorax_core.settings import Settings
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
@@ -70,17 +72,28 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     # First, as loading computes too: it converts and packs weights.
     _set_threads(options.threads)
     host = checked_host(host)
+    settings = Settings.from_env()
     base = _load_base(options, host)
+    trusted = Trusted(base.model, settings)
+    elementwise, why = trusted.elementwise()
+    base.model.use_elementwise(elementwise)
     text = load_text_front(
         base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
     )
-    store = _load_adapters(options, base)
+    store = _load_adapters(options, base, settings, trusted)
     # After weights and adapters: a cache given as a fraction takes its share of what they leave free.
-    chosen, pool = _attention_and_cache(options, base, host)
+    chosen, pool = _attention_and_cache(options, base, host, trusted)
     preparer = _preparer(options, base, text, store, pool)
-    worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store))
+    graphs = _graphs(options, base.model, chosen, pool, store, trusted)
+    worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store, graphs))
     store.listener = worker.adapter_came
-    return EngineParts(worker, preparer, store, _info(base, chosen, preparer, pool))
+    info = replace(
+        _info(base, chosen, preparer, pool),
+        elementwise=(elementwise.name, why),
+        graphs=graphs if isinstance(graphs, str) else None,
+        notes=_notes(options, base),
+    )
+    return EngineParts(worker, preparer, store, info)
 
 
 def checked_host(host: PluginHost | None) -> PluginHost:
@@ -105,11 +118,17 @@ def find_device(device: str) -> str:
     return device
 
 
-def choose_dtype(name: str, files: Checkpoint, device: str) -> torch.dtype:
-    """What a checkpoint is computed in on a device, by the word of `EngineOptions.dtype`."""
+def choose_dtype(name: str, files: Checkpoint, device: str, half: torch.dtype | None = None) -> torch.dtype:
+    """What a checkpoint is computed in on a device, by the word of `EngineOptions.dtype`.
+
+    `half` is the dtype of 16 bit that a GPU computes in, see `sixteen_bit`.
+    """
     if name != "auto":
         return _DTYPES[name]
     stored = stored_dtype(files)
+    if half is not None:
+        # Kernels for GPUs compute in 16 bit; a GPU without bfloat16 would emulate it.
+        return half if stored is torch.float32 or half is torch.float16 else stored
     # A CPU without instructions for 16 bit converts on the way, which is slower than float32 throughout.
     if stored is torch.float32 or torch.device(device).type != "cpu":
         return stored
@@ -120,12 +139,22 @@ def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
     device = find_device(options.device)
     token = options.token.get_secret_value() if options.token is not None else None
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
-    dtype = choose_dtype(options.dtype, files, device)
+    dtype = choose_dtype(options.dtype, files, device, sixteen_bit(device))
     return load_model(files, host, dtype=dtype, device=device, linear_policy=LinearPolicy(options.linear_methods))
 
 
-def _load_adapters(options: EngineOptions, base: LoadedModel) -> AdapterStore:
-    settings = Settings.from_env()
+def _notes(options: EngineOptions, base: LoadedModel) -> tuple[str, ...]:
+    """What was chosen otherwise than the checkpoint states it."""
+    stored, dtype = stored_dtype(base.checkpoint), base.model.dtype
+    if options.dtype != "auto" or stored is dtype:
+        return ()
+    names = [str(one).removeprefix("torch.") for one in (stored, dtype)]
+    note = f"the checkpoint is in {names[0]} and computed in {names[1]}; dtype={names[0]!r} keeps it"
+    _log.info(note)
+    return (note,)
+
+
+def _load_adapters(options: EngineOptions, base: LoadedModel, settings: Settings, trusted: Trusted) -> AdapterStore:
     store = AdapterStore(
         base,
         settings,
@@ -134,13 +163,14 @@ def _load_adapters(options: EngineOptions, base: LoadedModel) -> AdapterStore:
         max_fetched=options.max_fetched_adapters,
         sources=AdapterSources(settings.cache, options.adapter_sources, options.adapter_timeout),
     )
+    store.bound.kernel.verify = trusted.lora
     for name, source in options.adapters.items():
         store.load(name, source)
     return store
 
 
 def _attention_and_cache(
-    options: EngineOptions, base: LoadedModel, host: PluginHost
+    options: EngineOptions, base: LoadedModel, host: PluginHost, trusted: Trusted
 ) -> tuple[Selection, KVPool | None]:
     """The backend, which says what cache it needs, and then that cache."""
     model = base.model
@@ -152,6 +182,7 @@ def _attention_and_cache(
         kv_dtype=_KV_DTYPES.get(options.kv_dtype, model.dtype),
         device=str(model.device),
         name=options.attention,
+        verify=trusted.attention,
     )
     if not model.needs_kv_cache:
         if size.given or options.kv_dtype != "auto":
@@ -186,6 +217,28 @@ def _preparer(
     return Preparer(model, text, store, limits, eos_ids, options.seed, base.default_task, grammars, options.speculate)
 
 
+def _graphs(
+    options: EngineOptions,
+    model: Model,
+    chosen: Selection,
+    pool: KVPool | None,
+    store: AdapterStore,
+    trusted: Trusted,
+) -> DecodeGraphs | str:
+    """Captured decoding steps, or why there are none; without a LoRA kernel where that one cannot be captured."""
+    if not options.cuda_graphs:
+        return "cuda_graphs=False was asked for"
+    graphs = decode_graphs(model, chosen.backend, pool, store.bound.kernel, options.max_batch_rows)
+    if isinstance(graphs, str):
+        return graphs
+    if (problem := trusted.graphs(chosen.backend, chosen.layout)) is not None:
+        return f"graphs did not give what eager steps give: {problem}"
+    if (problem := trusted.graphs(chosen.backend, chosen.layout, load_triton_kernel)) is not None:
+        _log.warning("steps with adapters are not captured: %s", problem)
+        return decode_graphs(model, chosen.backend, pool, None, options.max_batch_rows)
+    return graphs
+
+
 def _loop(
     options: EngineOptions,
     model: Model,
@@ -193,6 +246,7 @@ def _loop(
     pool: KVPool | None,
     text: TextFront,
     store: AdapterStore,
+    graphs: DecodeGraphs | str,
 ) -> EngineLoop:
     scheduler = Scheduler(
         max_tokens=options.max_batch_tokens,
@@ -201,9 +255,6 @@ def _loop(
         window=model.widest_window,
         gate=store,
     )
-    graphs: DecodeGraphs | str = "cuda_graphs=False was asked for"
-    if options.cuda_graphs:
-        graphs = decode_graphs(model, backend, pool, store.bound.kernel, options.max_batch_rows)
     runner = Runner(model, backend, pool, store.bound, store.bound.kernel, graphs)
     # A CPU computes a step while it is launched: there is nothing to be ahead of.
     ahead = model.device.type == "cuda"
@@ -225,6 +276,8 @@ def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool
         kv_cache_bytes=pool.nbytes if pool is not None else 0,
         linear_methods=model.linears.methods,
         linear_notes=model.linears.reasons,
+        weight_bytes=base.checkpoint.nbytes,
+        load_seconds=base.load_seconds,
     )
 
 

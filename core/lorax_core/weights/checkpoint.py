@@ -57,6 +57,11 @@ class Checkpoint:
             self.files = self._weight_files()
             self.tensors = self._headers()
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the files that hold tensors."""
+        return sum(file.stat().st_size for file in self.files)
+
     def json(self, name: str) -> dict[str, Any] | list[Any] | None:
         """A JSON file of the folder by a name from the folder's files, or None when it is not there."""
         file = file_in(self.path, name, CheckpointError)

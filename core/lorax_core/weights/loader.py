@@ -7,6 +7,7 @@ fills, is an error that names it. Knows nothing of requests.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -57,6 +58,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     default_task: Task
     owner: PluginRecord
+    load_seconds: float = 0.0  # to read, check and prepare all weights
 
     def is_tied(self, name: str) -> bool:
         """Whether a parameter of the map's ties has no numbers of its own in the checkpoint."""
@@ -86,6 +88,7 @@ def load_model(
     A `model_class` that fixes a task gets the head of that task alone.
     Raises PluginError when nothing serves the `model_type`, CheckpointError when a tensor is missing, unused or misshapen.
     """
+    started = time.perf_counter()
     built, account = assemble(checkpoint, host, dtype, device, model_class)
     if account.problems:
         raise CheckpointError(
@@ -94,6 +97,9 @@ def load_model(
         )
     # Last, as preparing may copy the numbers into another layout and drops the parameters.
     built.model.linears = prepare_linears(built.model, linear_policy)
+    if built.model.device.type == "cuda":
+        torch.cuda.synchronize(built.model.device)  # copies to it may still be on their way
+    built.load_seconds = time.perf_counter() - started
     return built
 
 

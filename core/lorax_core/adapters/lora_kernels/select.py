@@ -21,6 +21,9 @@ from lorax_core.settings import Settings
 LoadKernel = Callable[[Settings, torch.device], tuple[LoraKernel | None, str]]
 """Gives a kernel for a device and where it comes from, or None and why it is not there."""
 
+Verify = Callable[[LoadKernel], str | None]
+"""Why the kernel that a function loads is not to be used; None when it may be."""
+
 KERNELS: tuple[tuple[str, LoadKernel], ...] = (("triton", load_triton_kernel), ("native", load_native_kernel))
 """What core offers beside torch's, by name, the first choice first."""
 
@@ -38,13 +41,19 @@ def select_kernel(
     device: torch.device,
     settings: Settings,
     offered: Sequence[tuple[str, LoadKernel]] = KERNELS,
+    verify: Verify | None = None,
 ) -> Choice:
-    """The kernel for a model of this dtype on this device: torch's where no other can be used, with each reason."""
+    """The kernel for a model of this dtype on this device: torch's where no other can be used, with each reason.
+
+    `verify` says why a kernel is not to be used after all; None compares it with torch's on a small product, in this process.
+    """
     passed_over: list[str] = []
     for name, load in offered:
         kernel, reason = load(settings, device)
         if kernel is not None:
-            problem = kernel.supports(dtype, device) or wrong_numbers(kernel, dtype, device)
+            problem = kernel.supports(dtype, device)
+            if problem is None:
+                problem = wrong_numbers(kernel, dtype, device) if verify is None else verify(load)
             if problem is None:
                 return Choice(kernel, reason)
             reason = problem
@@ -85,14 +94,17 @@ class AutoKernel(LoraKernel):
 
     name = "auto"
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, settings: Settings) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, settings: Settings, verify: Verify | None = None
+    ) -> None:
         self._wanted = (dtype, device, settings)
+        self.verify = verify
         self._choice: Choice | None = None
 
     def prepare(self) -> Choice:
         """Choose now, if that has not been done."""
         if self._choice is None:
-            self._choice = select_kernel(*self._wanted)
+            self._choice = select_kernel(*self._wanted, verify=self.verify)
         return self._choice
 
     @property

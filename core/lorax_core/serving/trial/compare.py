@@ -1,0 +1,32 @@
+"""How far numbers of a kernel may be from the readable form's.
+
+Decides by what the readable form itself loses in the same dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORST = 0.05
+"""No number may be off by more of the largest: one wrong row among thousands hardly shows in a mean."""
+
+
+def off(found: Tensor, readable: Tensor, exact: Tensor, rounding: float = 1) -> str | None:
+    """Why `found` is not what it should be, None when it is: `readable` is in the same dtype, `exact` in float32.
+
+    `rounding` counts how often the numbers may have been rounded otherwise.
+    """
+    mine, theirs, right = found.float(), readable.float(), exact.float()
+    if not bool(mine.isfinite().all()):
+        return "numbers that are not finite, or were not written"
+    size = right.square().mean().sqrt()
+    lost = float((mine - right).square().mean().sqrt() / size)
+    # Sums in another order lose as much again.
+    allowed = 2 * float((theirs - right).square().mean().sqrt() / size) + rounding * torch.finfo(found.dtype).eps
+    worst = float((mine - right).abs().amax() / right.abs().amax())
+    if lost > allowed or worst > max(_WORST, 2 * allowed):
+        return (
+            f"off by {lost:.1e} of the readable form's numbers where {allowed:.1e} is allowed, at worst by {worst:.1e}"
+        )
+    return None

@@ -1,0 +1,99 @@
+"""What of this machine's kernels an engine may use.
+
+Decides which trials stand before which kernel. On a CPU kernels are compared in the process that uses them, by those who choose
+them; on any other device nothing is used before it was tried in a process of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lorax_core.adapters.lora_kernels.select import LoadKernel, Verify
+from lorax_core.attention.base import AttentionBackend, CacheLayout
+from lorax_core.kernels.elementwise import READABLE, Elementwise
+from lorax_core.kernels.select import select_elementwise
+from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.model import Model
+from lorax_core.modeling.norm import Norm
+from lorax_core.plugins.spec import BackendSpec
+from lorax_core.serving.trial.run import Trials
+from lorax_core.serving.trial.spec import (
+    AttentionTrial,
+    ElementwiseTrial,
+    GraphTrial,
+    LoraTrial,
+    dtype_name,
+    layers_of,
+)
+from lorax_core.settings import Settings
+
+
+class Trusted:
+    """The verdicts on kernels for one model. `settings.trials` says on which types of devices kernels are tried."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self._model = model
+        self._trials = Trials(settings)
+        self._tries = model.device.type in settings.trials
+        self._on = {"device": str(model.device), "dtype": dtype_name(model.dtype)}
+
+    def attention(self, spec: BackendSpec, layout: CacheLayout) -> str | None:
+        """Why a backend is not to be used for the model."""
+        if not self._tries or spec.backend == _READABLE_BACKEND:
+            return None
+        trial = {"backend": spec.backend, "layers": self._layers, **self._on, **_cache(layout)}
+        return self._trials.problem(AttentionTrial.model_validate(trial))
+
+    @property
+    def lora(self) -> Verify | None:
+        """Why a LoRA kernel is not to be used; None where that is found out in this process."""
+        return self._lora if self._tries else None
+
+    def elementwise(self) -> tuple[Elementwise, str]:
+        """The form of elementwise arithmetic, and why it is this one."""
+        form, reason = select_elementwise(self._model.dtype, self._model.device)
+        if not self._tries or form is READABLE:
+            return form, reason
+        widths = {module.in_features for module in self._model.modules() if isinstance(module, Norm)}
+        trial = {"form": class_path(type(form)), "widths": sorted(widths), "layers": self._layers, **self._on}
+        problem = self._trials.problem(ElementwiseTrial.model_validate(trial))
+        return (form, reason) if problem is None else (READABLE, f"no {form.name} kernels: {problem}")
+
+    def graphs(self, backend: AttentionBackend, layout: CacheLayout, load: LoadKernel | None = None) -> str | None:
+        """Why decoding is not to be captured with a backend, and with the LoRA kernel that `load` gives."""
+        if not self._tries:
+            return None
+        trial = {"backend": class_path(type(backend)), "layers": self._layers, **self._on, **_cache(layout)}
+        kernel = None if load is None else class_path(load)
+        return self._trials.problem(GraphTrial.model_validate({**trial, "kernel": kernel}))
+
+    @property
+    def _layers(self) -> list[Any]:
+        return [layer.model_dump() for layer in layers_of(self._model.attention_specs)]
+
+    def _lora(self, load: LoadKernel) -> str | None:
+        sites = (module for module in self._model.modules() if isinstance(module, Linear))
+        sizes = sorted({(site.in_features, site.out_features) for site in sites})
+        return self._trials.problem(LoraTrial.model_validate({"kernel": class_path(load), "sizes": sizes, **self._on}))
+
+
+def _cache(layout: CacheLayout) -> dict[str, Any]:
+    return {"kv_dtype": dtype_name(layout.dtype), "page_size": layout.page_size}
+
+
+def class_path(found: type | Callable[..., object]) -> str:
+    """The path by which another process finds a class or function."""
+    return f"{found.__module__}:{found.__qualname__}"
+
+
+_READABLE_BACKEND = "lorax_core.attention.torch:TorchBackend"
+
+
+def sixteen_bit(device: str) -> torch.dtype | None:
+    """The dtype of 16 bit that a GPU computes in: bfloat16 where it can; None where there is no GPU."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

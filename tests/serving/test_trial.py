@@ -1,0 +1,198 @@
+"""What trials find, and that neither a crash nor a hang gets past them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace as changed
+
+import pytest
+
+from lorax_core.serving.trial.child import run_trial
+from lorax_core.serving.trial.run import Trials, machine
+from lorax_core.serving.trial.spec import TRIALS, AttentionTrial, ElementwiseTrial, GraphTrial, LayerKind, LoraTrial
+from lorax_core.settings import Settings
+
+PLAIN = LayerKind(heads=4, kv_heads=2, head_dim=16, causal=True)
+WINDOWED = PLAIN.model_copy(update={"window": 20})
+CAPPED = PLAIN.model_copy(update={"soft_cap": 1.0})
+BOTH_WAYS = LayerKind(heads=4, kv_heads=4, head_dim=16, causal=False)
+LAYERS = (PLAIN, WINDOWED, CAPPED)
+TORCH = "lorax_core.attention.torch:TorchBackend"
+READABLE = "lorax_core.kernels.elementwise:Elementwise"
+MACHINE = {"gpu": "none"}
+
+
+def attention(backend, layers=LAYERS, **changes):
+    path = backend if ":" in backend else f"faulty_kernels:{backend}"
+    trial = {"device": "cpu", "dtype": "bfloat16", "kv_dtype": "bfloat16", "page_size": 16, **changes}
+    return AttentionTrial(backend=path, layers=layers, **trial)
+
+
+def lora(kernel, dtype="bfloat16"):
+    return LoraTrial(device="cpu", dtype=dtype, kernel=f"faulty_kernels:{kernel}", sizes=((48, 96), (64, 1)))
+
+
+def elementwise(form, dtype="bfloat16"):
+    path = form if ":" in form else f"faulty_kernels:{form}"
+    return ElementwiseTrial(device="cpu", dtype=dtype, form=path, widths=(48, 100), layers=(PLAIN,))
+
+
+def graphs(backend, **changes):
+    trial = {"device": "cpu", "dtype": "float32", "kv_dtype": "float32", "page_size": 16, **changes}
+    return GraphTrial(backend=backend, layers=(PLAIN, WINDOWED), graph="faulty_kernels:again", **trial)
+
+
+RIGHT = {
+    "attention": attention(TORCH),
+    "attention in float32": attention(TORCH, dtype="float32", kv_dtype="float32"),
+    "attention over 8 bits": attention(TORCH, kv_dtype="float8_e4m3fn"),
+    "attention over large pages": attention(TORCH, page_size=256),
+    "encoders": attention(TORCH, (BOTH_WAYS, BOTH_WAYS.model_copy(update={"window": 9}))),
+    "LoRA": lora("load_torch"),
+    "LoRA in float32": lora("load_torch", "float32"),
+    "elementwise": elementwise(READABLE),
+    "elementwise in float32": elementwise(READABLE, "float32"),
+    "graphs": graphs("captured:CapturableBackend"),
+    "graphs in 16 bit": graphs("captured:CapturableBackend", dtype="bfloat16", kv_dtype="bfloat16"),
+    "graphs with adapters": graphs("captured:CapturableBackend", kernel="faulty_kernels:load_capturable"),
+}
+WRONG = {
+    "window": (attention("WindowOffByOne"), "window 20: off by"),
+    "cap": (attention("CapForgotten"), "cap 1: off by"),
+    "rows past a tile": (attention("RowsPastATile"), "prompts"),
+    "splits": (attention("LostSplits"), "decoding over many keys"),
+    "scale": (attention("ScaleForgotten", kv_dtype="float8_e4m3fn"), "off by"),
+    "NaN": (attention("GivesNaN"), "not finite"),
+    "an error": (attention("Raises"), "RuntimeError: nvcc: no such architecture"),
+    "a refusal": (attention("Refuses"), "refuses the model: not today"),
+    "rows of a segment": (lora("load_rows_unwritten"), "48 to 96: off by"),
+    "large ranks": (lora("load_ranks_cut"), "48 to 96: off by"),
+    "no kernel": (lora("load_none"), "nobody is at home"),
+    "an offset": (elementwise("OffsetForgotten"), "rms_norm with an offset of 1 rows of 48"),
+    "gate and up": (elementwise("GateAndUpExchanged"), "gated silu"),
+    "a row of the cache": (elementwise("LastRowNotStored"), "stored keys"),
+    "a replay's lengths": (graphs("faulty_kernels:NotReplanned"), "step "),
+    "no graphs": (graphs(TORCH), "'torch' cannot be captured"),
+}
+
+
+@pytest.mark.parametrize("trial", RIGHT.values(), ids=RIGHT)
+def test_what_computes_rightly_has_no_problem(trial):
+    assert run_trial(trial) is None
+
+
+@pytest.mark.parametrize(("trial", "told"), WRONG.values(), ids=WRONG)
+def test_every_mistake_is_found(trial, told):
+    problem = run_trial(trial)
+
+    assert problem is not None
+    assert told in problem
+
+
+def test_trials_travel_as_json():
+    trials = [*RIGHT.values()]
+
+    assert TRIALS.validate_json(TRIALS.dump_json(trials)) == trials
+
+
+# --- in a process of their own ---
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return changed(Settings(), cache=tmp_path / "cache")
+
+
+def test_a_crash_is_a_verdict_and_what_comes_after_it_is_tried(settings):
+    orders = [attention(TORCH, (PLAIN,)), attention("Aborts"), attention("CapForgotten")]
+    seen = []
+
+    verdicts = Trials(settings, MACHINE).verdicts(orders, seen=seen.append)
+
+    assert [verdict.trial for verdict in verdicts] == orders
+    assert verdicts == seen
+    assert verdicts[0].problem is None
+    assert verdicts[1].problem == "the process of the trial ended with SIGABRT"
+    assert "off by" in verdicts[2].problem
+
+
+def test_a_hang_is_a_verdict(settings):
+    verdicts = Trials(settings, MACHINE, seconds=15).verdicts([attention("Hangs")])
+
+    assert verdicts[0].problem == "it took longer than 15 s"
+
+
+def test_what_is_printed_in_a_trial_is_no_verdict(settings):
+    assert Trials(settings, MACHINE).problem(attention("Prints", (PLAIN,))) is None
+
+
+def test_a_verdict_is_kept_until_the_machine_or_the_trial_is_another(settings, monkeypatch):
+    trial = attention("Refuses")
+    Trials(settings, MACHINE).verdicts([trial])
+    ran = []
+    monkeypatch.setattr(Trials, "_run", lambda _, trials: ran.append(trials) or [None] * len(trials))
+
+    kept = Trials(settings, MACHINE).verdicts([trial])
+    other = Trials(settings, {"gpu": "another"}).verdicts([trial])
+    again = Trials(settings, MACHINE).verdicts([trial], again=True)
+    different = Trials(settings, MACHINE).verdicts([attention("Refuses", page_size=32)])
+
+    assert [one.kept for (one,) in (kept, other, again, different)] == [True, False, False, False]
+    assert kept[0].problem == "RuntimeError: refuses the model: not today"
+    assert len(ran) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"trial": "x"}'])
+def test_a_verdict_that_cannot_be_read_is_made_again(settings, content, monkeypatch):
+    monkeypatch.setattr(Trials, "_run", lambda _, trials: ["wrong"] * len(trials))
+    trial = attention(TORCH)
+    Trials(settings, MACHINE).verdicts([trial])
+    (file,) = (settings.cache / "trials").iterdir()
+    file.write_text(content)
+
+    (verdict,) = Trials(settings, MACHINE).verdicts([trial])
+
+    assert (verdict.problem, verdict.kept) == ("wrong", False)
+    assert json.loads(file.read_text())["problem"] == "wrong"
+
+
+def test_a_folder_that_others_may_write_to_is_not_believed(settings, monkeypatch):
+    monkeypatch.setattr(Trials, "_run", lambda _, trials: ["wrong"] * len(trials))
+    trial = attention(TORCH)
+    Trials(settings, MACHINE).verdicts([trial])
+    (settings.cache / "trials").chmod(0o777)
+
+    (verdict,) = Trials(settings, MACHINE).verdicts([trial])
+
+    assert not verdict.kept
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing_and_fails_nothing(settings, monkeypatch):
+    monkeypatch.setattr(Trials, "_run", lambda _, trials: [None] * len(trials))
+    settings.cache.write_text("no folder")
+
+    assert Trials(settings, MACHINE).problem(attention(TORCH)) is None
+
+
+def test_verdicts_depend_on_the_versions_of_what_computes():
+    facts = machine()
+
+    assert {"lorax-core", "torch", "python"} <= set(facts)
+    assert facts["torch"].startswith("2.")
+
+
+def test_the_process_says_which_trial_it_has_begun():
+    orders = TRIALS.dump_json([attention("Raises"), attention("Aborts")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    done = subprocess.run(
+        [sys.executable, "-m", "lorax_core.serving.trial.child"], input=orders, capture_output=True, env=environment
+    )
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert lines[0] == {"begin": 0}
+    assert lines[1]["problem"].startswith("RuntimeError: nvcc")
+    assert lines[2:] == [{"begin": 1}]

@@ -1,0 +1,165 @@
+"""What an engine does with the verdicts of trials. Here the kernels of a CPU are tried, as a GPU's are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import make_lora, make_qwen2_model
+from fakes import make_backend_spec, with_backends
+
+import lorax_core as lorax
+from lorax_core.adapters.lora_kernels.select import select_kernel
+from lorax_core.errors import PluginError, RequestError
+from lorax_core.kernels.elementwise import READABLE
+from lorax_core.serving.loading import choose_dtype
+from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
+from lorax_core.settings import Settings
+from lorax_core.weights.checkpoint import Checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _tried_on_a_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_TRIALS", "all")
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def faulty(host):
+    spec = make_backend_spec("faulty", "GivesNaN", priority=50)
+    return with_backends(host, spec.model_copy(update={"backend": "faulty_kernels:GivesNaN"}))
+
+
+def test_a_backend_that_fails_its_trial_is_passed_over_with_the_reason(qwen2, faulty, host):
+    with lorax.load(qwen2, host=host, kv_cache_tokens=64) as engine:
+        expected = engine.generate([1, 2, 3], max_tokens=4)
+
+    with lorax.load(qwen2, host=faulty, kv_cache_tokens=64) as engine:
+        info, answer = engine.info(), engine.generate([1, 2, 3], max_tokens=4)
+
+    assert info.attention != "faulty"
+    assert "not finite" in dict(info.passed_over)["faulty"]
+    assert answer == expected
+
+
+def test_a_backend_that_was_named_and_fails_its_trial_is_an_error(qwen2, faulty):
+    with pytest.raises(RequestError, match=r"faulty: prompts, .* not finite") as caught:
+        lorax.load(qwen2, host=faulty, kv_cache_tokens=64, attention="faulty")
+
+    assert "lorax doctor" in caught.value.hint
+
+
+def test_without_trials_a_backend_is_believed(qwen2, faulty, monkeypatch):
+    monkeypatch.setenv("LORAX_TRIALS", "off")
+
+    with lorax.load(qwen2, host=faulty, kv_cache_tokens=64) as engine:
+        assert engine.info().attention == "faulty"
+
+
+def test_kernels_of_adapters_are_tried_at_the_sizes_of_the_model(qwen2, tmp_path):
+    folder = make_lora(make_qwen2_model(), tmp_path / "it")
+
+    with lorax.load(qwen2, adapters={"it": folder}, kv_cache_tokens=64) as engine:
+        name, reason = engine.info().lora_kernel
+
+    assert name == "native", reason
+    kept = [file.read_text() for file in (tmp_path / "cache/trials").iterdir()]
+    assert any("LoRA, float32" in text and "64 to 128" in text for text in kept)
+
+
+def test_a_kernel_that_fails_its_trial_is_passed_over_with_the_reason():
+    from faulty_kernels import load_ranks_cut
+
+    choice = select_kernel(
+        torch.float32, torch.device("cpu"), Settings(), (("cut", load_ranks_cut),), verify=lambda _: "off by 0.5"
+    )
+
+    assert (choice.kernel.name, choice.reason) == ("torch", "no cut kernel: off by 0.5")
+
+
+def test_the_trial_of_a_kernel_is_its_verdict(qwen2):
+    from faulty_kernels import load_ranks_cut, load_torch
+
+    model = lorax.load_model(qwen2)
+    verify = Trusted(model, Settings.from_env()).lora
+
+    assert verify is not None
+    assert verify(load_torch) is None
+    assert "off by" in verify(load_ranks_cut)
+
+
+def test_on_a_cpu_the_readable_form_is_not_tried(qwen2):
+    model = lorax.load_model(qwen2)
+
+    form, reason = Trusted(model, Settings.from_env()).elementwise()
+
+    assert form is READABLE
+    assert "CUDA" in reason
+
+
+def test_a_backend_that_cannot_be_captured_has_no_graphs(qwen2):
+    from captured import CapturableBackend
+
+    from lorax_core.attention.base import CacheLayout
+
+    model = lorax.load_model(qwen2)
+    layout = CacheLayout(16, torch.float32)
+
+    # There is no GPU, so the capture itself fails: the reason is what matters here.
+    reason = Trusted(model, Settings.from_env()).graphs(CapturableBackend(), layout)
+
+    assert reason is not None
+    assert Trusted(model, Settings()).graphs(CapturableBackend(), layout) is None
+
+
+@pytest.mark.parametrize("value", ["gpus", "1"])
+def test_a_setting_that_is_none_is_refused(value):
+    with pytest.raises(PluginError, match=f"LORAX_TRIALS is '{value}'") as caught:
+        Settings.from_env({"LORAX_TRIALS": value})
+
+    assert caught.value.hint
+
+
+def test_without_the_setting_kernels_of_a_gpu_are_tried():
+    assert Settings.from_env({}).trials == ("cuda",)
+
+
+# --- dtypes ---
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.mark.parametrize(
+    ("stored", "half", "chosen"),
+    [(F32, BF16, BF16), (BF16, BF16, BF16), (F16, BF16, F16), (F32, F16, F16), (BF16, F16, F16), (F16, F16, F16)],
+)
+def test_on_a_gpu_auto_is_a_dtype_of_16_bit_that_it_has(stored, half, chosen, tmp_path):
+    make_qwen2_model().to(stored).save_pretrained(tmp_path)
+
+    assert choose_dtype("auto", Checkpoint(tmp_path), "cuda", half) is chosen
+    assert choose_dtype("float32", Checkpoint(tmp_path), "cuda", half) is F32
+
+
+def test_a_cpu_has_no_dtype_of_16_bit_of_its_own():
+    assert sixteen_bit("cpu") is None
+
+
+def test_an_engine_says_when_it_computes_in_another_dtype_than_the_checkpoint(tmp_path):
+    make_qwen2_model().to(F16).save_pretrained(tmp_path / "f16")
+    make_qwen2_model().save_pretrained(tmp_path / "f32")
+
+    with (
+        lorax.load(tmp_path / "f16", kv_cache_tokens=64) as other,
+        lorax.load(tmp_path / "f32", kv_cache_tokens=64) as same,
+    ):
+        assert other.info().notes == ("the checkpoint is in float16 and computed in float32; dtype='float16' keeps it",)
+        assert same.info().notes == ()
+
+
+def test_an_engine_says_what_loading_took(qwen2):
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        info = engine.info()
+
+    assert info.weight_bytes == sum(file.stat().st_size for file in qwen2.glob("*.safetensors"))
+    assert info.load_seconds > 0
+    assert info.graphs == "graphs need a GPU, and the model is on 'cpu'"
+    assert info.elementwise[0] == "torch"

@@ -59,6 +59,13 @@ def test_what_an_extra_names_is_pinned_for_ci_to_a_version_that_it_allows(extra:
     assert refused == []
 
 
+@pytest.mark.parametrize("extra", OF_THE_GPU)
+def test_docs_say_what_an_extra_for_a_gpu_brings_and_needs(extra: str):
+    document = (ROOT / "docs/gpu.md").read_text("utf-8")
+
+    assert f"| `lorax-core[{extra}]` |" in document
+
+
 def test_no_dependency_and_no_extra_for_tests_brings_the_packages_for_a_gpu():
     project = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"]
     everywhere = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}

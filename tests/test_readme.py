@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 MAP = ROOT / "docs/architecture.md"
 TUTORIAL = ROOT / "docs/plugins.md"
+GPU = ROOT / "docs/gpu.md"
 CORE = ROOT / "core/lorax_core"
 
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -164,7 +165,7 @@ def test_console_examples_run_and_print_what_is_shown(command, shown):
 
 
 def test_links_lead_somewhere():
-    for document in (README, MAP, TUTORIAL):
+    for document in (README, MAP, TUTORIAL, GPU):
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / link).exists(), f"{document.name} links to {link}"
 

@@ -35,7 +35,16 @@ from lorax_core.engine.stopping import StopRule
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.types import Task
 
-SIZES = {
+SIZES: dict[str, dict[str, int]] = {
+    "7b": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
     "0.5b": {
         "hidden_size": 896,
         "intermediate_size": 4864,
@@ -52,17 +61,26 @@ SIZES = {
         "num_key_value_heads": 2,
         "vocab_size": 8192,
     },
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 512,
+    },
 }
 talk = Console(stderr=True)
 
 
-def make_model(size: str, folder: str) -> Any:
+def make_model(size: str, folder: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """A Qwen2 of random weights, saved to `folder`; gives the transformers model."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
-    config = Qwen2Config(**SIZES[size], tie_word_embeddings=True, max_position_embeddings=4096)
-    model = Qwen2ForCausalLM(config).eval()
+    config = Qwen2Config(**{"tie_word_embeddings": True, "max_position_embeddings": 16_384, **SIZES[size]})
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.save_pretrained(folder)
     return model
 

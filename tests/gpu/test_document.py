@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine import test_graphs
+from gpu import test_planted, test_planted_kernels
 from gpu.doubles.backends import BACKENDS, backends_on_cpu
 
 from lorax_core.attention.base import AttentionBackend, AttentionSpec, CacheLayout
@@ -82,3 +84,10 @@ def test_page_sizes_are_as_stated():
 
     assert sizes == {"flashinfer": 16, "flash_attn": 256, "torch": 16}
     assert re.search(r"16 tokens, 256 for `flash_attn`", DOCUMENT.read_text("utf-8"))
+
+
+def test_every_planted_mistake_is_named():
+    planted = [test_planted.PLANS, test_planted.FLASH, test_planted_kernels.MISTAKES, test_graphs.MISTAKES]
+    section = " ".join(DOCUMENT.read_text("utf-8").partition("## Planted mistakes")[2].split())
+
+    assert [name for mistakes in planted for name in mistakes if name not in section] == []

@@ -38,7 +38,7 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 900 MB of packages, once)
+test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 300 MB to download, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/gpu $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import faulty_kernels
 import torch
 
 import lorax_core
@@ -39,3 +40,33 @@ def test_a_plugin_that_failed_is_told_and_counts(main, monkeypatch):
     assert code == 1
     assert [problem["plugin"] for problem in json.loads(out)["problems"]] == ["no-such-plugin"]
     assert "no-such-plugin" in err
+
+
+# --- kernels ---
+
+
+def test_verify_tries_the_kernels_of_this_machine(main, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+
+    code, out, _ = main("doctor", "--verify", "--json")
+
+    told = json.loads(out)
+    assert code == 0
+    assert told["machine"]["torch"] == torch.__version__
+    assert {one["trial"]["kind"] for one in told["trials"]} >= {"lora"}
+    assert [one["problem"] for one in told["trials"]] == [None] * len(told["trials"])
+    assert told["refused"]["flashinfer"] == "runs on 'cuda', not on 'cpu'"
+    assert "CUDA" in told["refused"]["elementwise"]
+
+
+def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "lorax_core.serving.trial.standard.KERNELS", (("cut", faulty_kernels.load_ranks_cut),), raising=True
+    )
+
+    code, out, _ = main("doctor", "--verify")
+
+    assert code == 1
+    line = next(line for line in out.splitlines() if line.startswith("load_ranks_cut"))
+    assert "896 to 1152: off by" in line

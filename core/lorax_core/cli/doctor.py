@@ -32,14 +32,23 @@ _PACKAGES = (
     "s3fs",
     "flashinfer-python",
     "flash-attn",
+    "triton",
 )
 
 
 @app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin has failed."""
+def doctor(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Try the kernels of this machine against plain torch, and nothing else.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions, devices, attention backends with reasons, and plugins. Exits with 1 when a plugin or a kernel failed."""
     from lorax_core.plugins.host import PluginHost
 
+    if verify:
+        _verify(json)
+        return
     with data_only_stdout():
         host = PluginHost.discover()
         versions, machine, attention, plugins = _versions(), _machine(), _attention(host), _plugins(host)
@@ -54,6 +63,35 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         show_table(("", "", ""), lines)
     print_problems(host.records)
     if host.problems:
+        raise typer.Exit(1)
+
+
+def _verify(json: bool) -> None:
+    """A table of verdicts: what this machine would use beside plain torch, compared with it in a process of its own."""
+    import torch
+    from rich.console import Console
+
+    from lorax_core.plugins.host import PluginHost
+    from lorax_core.serving.trial.run import Trials, machine
+    from lorax_core.serving.trial.standard import standard_trials
+    from lorax_core.settings import Settings
+
+    settings, device = Settings.from_env(), "cuda" if torch.cuda.is_available() else "cpu"
+    with data_only_stdout():
+        trials, refused = standard_trials(PluginHost.discover().backends, device, settings)
+    talk = Console(stderr=True)
+    with talk.status(
+        f"trying {len(trials)} kinds of kernels; the first time on a machine they may be compiled for minutes"
+    ):
+        facts = machine()
+        verdicts = Trials(settings, facts).verdicts(trials, again=True)
+    if json:
+        tried = [{"trial": one.trial.model_dump(mode="json"), "problem": one.problem} for one in verdicts]
+        show_json({"machine": facts, "trials": tried, "refused": refused})
+    else:
+        lines = [(one.trial.subject, str(one.trial), one.problem or "right") for one in verdicts]
+        show_table(("KERNELS", "TRIED", "VERDICT"), [*lines, *((name, "", reason) for name, reason in refused.items())])
+    if any(one.problem is not None for one in verdicts):
         raise typer.Exit(1)
 
 

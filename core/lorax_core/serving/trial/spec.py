@@ -73,6 +73,11 @@ class AttentionTrial(_OnDevice):
     kv_dtype: Dtype
     page_size: int
 
+    @property
+    def subject(self) -> str:
+        """What is tried, by its own name."""
+        return self.backend.rpartition(":")[2]
+
     def __str__(self) -> str:
         return (
             f"attention, {self.dtype}, pages of {self.page_size} in {self.kv_dtype}: {'; '.join(map(str, self.layers))}"
@@ -86,6 +91,11 @@ class LoraTrial(_OnDevice):
     kernel: str
     sizes: tuple[tuple[int, int], ...]
 
+    @property
+    def subject(self) -> str:
+        """What is tried, by its own name."""
+        return self.kernel.rpartition(":")[2]
+
     def __str__(self) -> str:
         return f"LoRA, {self.dtype}: layers {', '.join(f'{width} to {out}' for width, out in self.sizes)}"
 
@@ -97,6 +107,11 @@ class ElementwiseTrial(_OnDevice):
     form: str
     widths: tuple[int, ...]
     layers: tuple[LayerKind, ...]
+
+    @property
+    def subject(self) -> str:
+        """What is tried, by its own name."""
+        return self.form.rpartition(":")[2]
 
     def __str__(self) -> str:
         return f"elementwise, {self.dtype}: rows of {', '.join(map(str, self.widths))}"
@@ -112,6 +127,11 @@ class GraphTrial(_OnDevice):
     page_size: int
     kernel: str | None = None
     graph: str | None = None
+
+    @property
+    def subject(self) -> str:
+        """What is tried, by its own name."""
+        return self.backend.rpartition(":")[2]
 
     def __str__(self) -> str:
         return f"graphs, {self.dtype}, pages of {self.page_size} in {self.kv_dtype}: {'; '.join(map(str, self.layers))}"

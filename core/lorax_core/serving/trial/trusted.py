@@ -7,7 +7,7 @@ them; on any other device nothing is used before it was tried in a process of it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -42,7 +42,7 @@ class Trusted:
 
     def attention(self, spec: BackendSpec, layout: CacheLayout) -> str | None:
         """Why a backend is not to be used for the model."""
-        if not self._tries or spec.backend == _READABLE_BACKEND:
+        if not self._tries or spec.backend == READABLE_BACKEND:
             return None
         trial = {"backend": spec.backend, "layers": self._layers, **self._on, **_cache(layout)}
         return self._trials.problem(AttentionTrial.model_validate(trial))
@@ -89,7 +89,8 @@ def class_path(found: type | Callable[..., object]) -> str:
     return f"{found.__module__}:{found.__qualname__}"
 
 
-_READABLE_BACKEND = "lorax_core.attention.torch:TorchBackend"
+READABLE_BACKEND: Final = "lorax_core.attention.torch:TorchBackend"
+"""What everything else is compared with."""
 
 
 def sixteen_bit(device: str) -> torch.dtype | None:

@@ -1,0 +1,93 @@
+"""What `lorax doctor --verify` tries when no model says which shapes matter.
+
+Decides on sizes that published models have: heads of 64 and 128, grouped queries, windows, caps, encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from lorax_core.adapters.lora_kernels.select import KERNELS
+from lorax_core.attention.base import CacheLayout
+from lorax_core.attention.select import why_not
+from lorax_core.kernels.elementwise import READABLE
+from lorax_core.kernels.select import select_elementwise
+from lorax_core.plugins.resolve import load_class
+from lorax_core.plugins.spec import BackendSpec
+from lorax_core.serving.trial.spec import TRIALS, LayerKind, Trial, dtype_name
+from lorax_core.serving.trial.trusted import READABLE_BACKEND, class_path, sixteen_bit
+from lorax_core.settings import Settings
+
+_KINDS: Final[Mapping[str, tuple[LayerKind, ...]]] = {
+    "heads of 64": (LayerKind(heads=14, kv_heads=2, head_dim=64, causal=True),),
+    "heads of 128, windows": (
+        LayerKind(heads=8, kv_heads=2, head_dim=128, causal=True),
+        LayerKind(heads=8, kv_heads=2, head_dim=128, causal=True, window=128),
+    ),
+    "a cap": (LayerKind(heads=8, kv_heads=4, head_dim=128, causal=True, window=64, soft_cap=30.0),),
+    "an encoder": (LayerKind(heads=6, kv_heads=6, head_dim=64, causal=False),),
+}
+_SIZES: Final = ((896, 1152), (896, 9728), (4864, 896))
+_WIDTHS: Final = (896, 4096)
+
+
+def standard_trials(
+    backends: Sequence[BackendSpec], device: str, settings: Settings
+) -> tuple[list[Trial], dict[str, str]]:
+    """Trials of whatever this machine would use beside plain torch; and what was refused, with the reason."""
+    dtypes = [dtype] if (dtype := sixteen_bit(device)) is not None else [torch.float32, torch.bfloat16]
+    orders: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
+    for spec in backends:
+        if spec.backend == READABLE_BACKEND:
+            continue
+        if (reason := why_not(spec, device)) is not None:
+            refused[spec.name] = reason
+            continue
+        for dtype in dtypes:
+            for name, kinds in _KINDS.items():
+                orders += _of_backend(spec, name, kinds, device, dtype, refused)
+    for dtype in dtypes:
+        on = {"device": device, "dtype": dtype_name(dtype)}
+        orders += _of_kernels(on, dtype, settings, refused)
+    return TRIALS.validate_python(orders), refused
+
+
+def _of_backend(
+    spec: BackendSpec, name: str, kinds: tuple[LayerKind, ...], device: str, dtype: torch.dtype, refused: dict[str, str]
+) -> list[dict[str, Any]]:
+    layout = load_class(spec.backend, None)().layout([kind.spec for kind in kinds], dtype, dtype, device)
+    if not isinstance(layout, CacheLayout):
+        refused[f"{spec.name}, {name}, {dtype_name(dtype)}"] = layout
+        return []
+    cache = {"kv_dtype": dtype_name(layout.dtype), "page_size": layout.page_size}
+    order = {"device": device, "dtype": dtype_name(dtype), "backend": spec.backend, "layers": kinds, **cache}
+    made = [{"kind": "attention", **order}]
+    # Graphs are for decoding, on a GPU.
+    if kinds[0].causal and torch.device(device).type == "cuda":
+        made.append({"kind": "graphs", **order})
+    return made
+
+
+def _of_kernels(
+    on: dict[str, Any], dtype: torch.dtype, settings: Settings, refused: dict[str, str]
+) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = []
+    device = torch.device(on["device"])
+    for name, load in KERNELS:
+        kernel, reason = load(settings, device)
+        problem = reason if kernel is None else kernel.supports(dtype, device)
+        if problem is not None:
+            refused[f"LoRA kernel {name}"] = problem
+        else:
+            made.append({"kind": "lora", "kernel": class_path(load), "sizes": _SIZES, **on})
+    form, reason = select_elementwise(dtype, device)
+    if form is READABLE:
+        refused["elementwise"] = reason
+    else:
+        layers = [kinds[0] for kinds in _KINDS.values()]
+        made.append({"kind": "elementwise", "form": class_path(type(form)), "widths": _WIDTHS, "layers": layers, **on})
+    return made

@@ -6,11 +6,14 @@ import gc
 
 import pytest
 import torch
-from builders import make_qwen2
+from builders import make_bert, make_qwen2
 from rigs import make_loaded
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from lorax_core.kernels import onednn
 from lorax_core.linear_methods.base import LinearKernel
+from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.prepared import PreparedSite
 
 
@@ -43,3 +46,40 @@ def test_a_tied_model_holds_its_weights_once(dtype, tmp_path, host):
     numbers = sum(site.dense_weight().numel() for path, site in model.sites.items() if path != "lm_head")
     assert held_bytes(model) < 1.15 * numbers * dtype.itemsize
     assert model.sites["lm_head"].kernel.method == "onednn"
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+        self._known = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def known(tensor):
+            self._known[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        tree_map_only(torch.Tensor, known, (args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.set_.source_Storage:  # a tensor of a mapped file: its pages are the file's
+            known(out)
+        for tensor in tree_flatten(out)[0]:
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                continue
+            if tensor.untyped_storage().data_ptr() not in self._known:
+                self.nbytes += known(tensor).untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("make", [make_qwen2, make_bert])
+def test_weights_go_to_their_place_without_a_second_copy(make, tmp_path, host):
+    folder = make(tmp_path)  # float32, so that each number is converted on its way
+
+    with Allocations() as made:
+        model = make_loaded(folder, host, dtype=torch.bfloat16, linear_policy=LinearPolicy({"*": "plain"})).model
+
+    # The weights themselves, and what each tensor needs to be looked at: its smallest and its largest number.
+    weights = held_bytes(model)
+    assert weights <= made.nbytes < weights + 4096

@@ -119,8 +119,13 @@ class TorchBackend(AttentionBackend):
         self._bidirectional = tuple(dict.fromkeys(spec.window for spec in specs if not spec.causal))
 
     def plan(self, rows: AttentionRows) -> StepAttention:
+        return self.plan_some(rows, range(len(rows.kv_lengths.host)))
+
+    def plan_some(self, rows: AttentionRows, sequences: Sequence[int]) -> StepAttention:
+        """A plan that computes these sequences of a step alone, given in order; rows of others are left as they are."""
         starts: list[int] = rows.query_starts.host.tolist()
-        runs = list(pairwise(starts))
+        every = list(pairwise(starts))
+        runs = [every[at] for at in sequences]
         device = rows.query_starts.device.device
         inputs = {window: _inputs(runs, window, device) for window in self._bidirectional}
         if not self._causal:
@@ -128,12 +133,12 @@ class TorchBackend(AttentionBackend):
         assert self._cache is not None, "bind() comes before plan()"
         assert rows.page_table is not None, "a causal model's rows have no page table"
         lengths: list[int] = rows.kv_lengths.host.tolist()
-        single = [i for i, (start, stop) in enumerate(runs) if stop - start == 1 and lengths[i] <= _GATHER_KEYS]
-        others = [i for i in range(len(runs)) if i not in set(single)]
+        single = [i for i in sequences if every[i][1] - every[i][0] == 1 and lengths[i] <= _GATHER_KEYS]
+        others = sorted(set(sequences) - set(single))
         table, size = rows.page_table.device, self._cache.page_size
         decode = _decode_plan(rows, table, single, starts, lengths, size, self._causal) if single else None
         extends = {
-            window: [_extend_plan(table[i], runs[i], lengths[i], size, window) for i in others]
+            window: [_extend_plan(table[i], every[i], lengths[i], size, window) for i in others]
             for window in self._causal
         }
         return TorchStep(self._cache, rows.slots, decode, extends, inputs)

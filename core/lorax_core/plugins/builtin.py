@@ -26,6 +26,13 @@ def lorax_attention_backends() -> Iterable[BackendSpec]:
         priority=10,
     )
     yield BackendSpec(
+        name="native",
+        summary="Paged attention in C++ for causal models on a CPU, compiled at its first use.",
+        backend="lorax_core.attention.native:NativeBackend",
+        device_types=("cpu",),
+        priority=10,
+    )
+    yield BackendSpec(
         name="torch",
         summary="Reference in plain torch; the oracle of every other backend.",
         backend="lorax_core.attention.torch:TorchBackend",

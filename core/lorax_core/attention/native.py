@@ -93,7 +93,8 @@ class NativeBackend(AttentionBackend):
 
     name = "native"
 
-    def __init__(self) -> None:
+    def __init__(self, few_rows: int = FEW_ROWS) -> None:
+        self._few_rows = few_rows
         self._torch = TorchBackend()
         self._windows: tuple[int | None, ...] = ()
         self._largest: dict[int | None, tuple[int, int]] = {}
@@ -160,8 +161,8 @@ class NativeBackend(AttentionBackend):
         starts: list[int] = rows.query_starts.host.tolist()
         lengths: list[int] = rows.kv_lengths.host.tolist()
         runs = [(at, start, stop - start) for at, (start, stop) in enumerate(pairwise(starts))]
-        few = [run for run in runs if run[2] <= FEW_ROWS]
-        many = [at for at, _, count in runs if count > FEW_ROWS]
+        few = [run for run in runs if run[2] <= self._few_rows]
+        many = [at for at, _, count in runs if count > self._few_rows]
         work: dict[int | None, _Work] = {}
         if few:
             keys = [lengths[at] for at, _, _ in few]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -83,16 +84,28 @@ def find_rows(packed: Tensor, weight: Tensor) -> PackedRows | None:
 
     `weight` `[out, in]` is what was packed: a layout is only taken when every row read through it equals the weight's.
     """
+    out, width = weight.shape
+    for blocks in layouts(packed, out, width, weight.dtype):
+        found = PackedRows(blocks, packed)
+        if _reads(found, weight):
+            return found
+    return None
+
+
+def layouts(packed: Tensor, out: int, width: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The ways in which a packed weight `[out, width]` may lie in its memory, `[blocks, in / vector, rows of a block, vector]`.
+
+    Each looks into the memory of `packed`, which must live as long. Which one is right, the numbers must show.
+    """
     try:
         address, size = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
     except (RuntimeError, AttributeError, NotImplementedError):
-        return None
-    out, width = weight.shape
-    if not size or size % weight.element_size():
-        return None
-    # No copy: the weight is in memory once, packed, and rows are read out of that.
+        return
+    if not size or size % dtype.itemsize:
+        return
+    # No copy: the weight is in memory once, packed, and is read out of that.
     memory = (ctypes.c_char * size).from_address(address)
-    flat = torch.frombuffer(memory, dtype=weight.dtype)
+    flat = torch.frombuffer(memory, dtype=dtype)
     for rows in _ROWS_IN_A_BLOCK:
         blocks = -(-out // rows)
         # oneDNN pads the last block with rows, which `nbytes` counts.
@@ -100,10 +113,7 @@ def find_rows(packed: Tensor, weight: Tensor) -> PackedRows | None:
             continue
         for vector in _INPUTS_IN_A_VECTOR:
             if width % vector == 0:
-                found = PackedRows(flat.view(blocks, width // vector, rows, vector), packed)
-                if _reads(found, weight):
-                    return found
-    return None
+                yield flat.view(blocks, width // vector, rows, vector)
 
 
 def _reads(found: PackedRows, weight: Tensor) -> bool:

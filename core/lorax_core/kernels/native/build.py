@@ -19,7 +19,7 @@ from lorax_core.kernels.native.trust import file_problem, folder_problem
 from lorax_core.settings import Settings
 
 # Sums may be reordered freely, which is what lets them be vectorised; NaN stays NaN.
-_FLAGS = (
+FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
@@ -59,7 +59,7 @@ def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
     compiler = find_compiler(user)
     # A library is made for the processor that made it, and a home may be shared by several.
     version = compiler.run("--version", folder=Path("/"))
-    key = (source.read_bytes(), " ".join(_FLAGS).encode(), version, _processor())
+    key = (source.read_bytes(), " ".join(FLAGS).encode(), version, _processor())
     library = folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
     code = _read(library, user)
     if code is None:
@@ -125,7 +125,7 @@ def _compile(compiler: Compiler, source: Path, library: Path) -> None:
         folder = Path(scratch)
         linked = folder / "code.so"
         # Linked on its own, without an OpenMP library: torch's is in the process already, and two would fight for the cores.
-        compiler.run(*_FLAGS, "-c", str(source), "-o", "code.o", folder=folder)
+        compiler.run(*FLAGS, "-c", str(source), "-o", "code.o", folder=folder)
         compiler.run("-shared", "code.o", "-o", linked.name, folder=folder)
         with linked.open("r+b") as file:
             code = file.read()

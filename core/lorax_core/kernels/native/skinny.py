@@ -43,7 +43,9 @@ class SkinnyProduct:
     def reads(self, blocks: Tensor) -> bool:
         """Whether it knows the layout of `blocks` `[blocks, in / vector, rows of a block, vector]`."""
         known = _TYPES.get(blocks.dtype)
-        return known is not None and blocks.shape[3] == known[1] and blocks.shape[2] in WIDTHS and blocks.is_contiguous()
+        return (
+            known is not None and blocks.shape[3] == known[1] and blocks.shape[2] in WIDTHS and blocks.is_contiguous()
+        )
 
     def __call__(self, x: Tensor, blocks: Tensor, bias: Tensor | None, out: int) -> Tensor:
         """The product `[rows, out]` of x `[rows, in]`, at most `MOST_ROWS`, with a weight of `out` rows."""

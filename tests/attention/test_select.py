@@ -142,7 +142,7 @@ def test_a_scale_that_cannot_be_is_refused_when_the_layer_is_made(scale):
 
 
 def test_an_engine_has_the_pages_that_its_backend_asked_for(qwen2, host):
-    host = with_backends(host, make_backend_spec("wide", "WidePages", priority=9))
+    host = with_backends(host, make_backend_spec("wide", "WidePages", priority=11))
 
     with lorax.load(qwen2, host=host, kv_cache_tokens=100) as engine:
         info = engine.info()

@@ -53,7 +53,16 @@ def test_the_list_has_core_and_what_each_plugin_brings(main):
 
     rows = {line.split()[0]: line.split() for line in out.splitlines()}
     assert (code, err) == (0, "")
-    assert rows["core"][1:] == ["lorax-core", rows["core"][2], "-", "flashinfer,", "flash_attn,", "torch", "ready"]
+    assert rows["core"][1:] == [
+        "lorax-core",
+        rows["core"][2],
+        "-",
+        "flashinfer,",
+        "flash_attn,",
+        "native,",
+        "torch",
+        "ready",
+    ]
     assert rows["qwen2"][1:] == ["lorax-qwen2", rows["qwen2"][2], "qwen2", "-", "ready"]
 
 
@@ -77,7 +86,7 @@ def test_the_json_of_a_plugin_has_its_declarations(main):
     plugins = {plugin["package"]: plugin for plugin in json.loads(out)["plugins"]}
     (spec,) = plugins["lorax-qwen2"]["architectures"]
     assert ArchitectureSpec.model_validate(spec).model_type == "qwen2"
-    assert [one["name"] for one in plugins["lorax-core"]["backends"]] == ["flashinfer", "flash_attn", "torch"]
+    assert [one["name"] for one in plugins["lorax-core"]["backends"]] == ["flashinfer", "flash_attn", "native", "torch"]
     assert plugins["lorax-qwen2"]["import_seconds"] > 0
 
 

@@ -52,7 +52,7 @@ def test_core_declares_its_backend_through_the_same_hook_and_others_line_up_by_p
 
     host = discover(importable_strangers)
 
-    assert [spec.name for spec in host.backends] == ["flashinfer", "flash_attn", "fast", "torch", "slow"]
+    assert [spec.name for spec in host.backends] == ["flashinfer", "flash_attn", "native", "fast", "torch", "slow"]
     assert record_of(host, "lorax-core").status is PluginStatus.READY
 
 
@@ -335,7 +335,7 @@ def test_the_environment_steers_discovery(importable_strangers, monkeypatch):
 def test_core_s_own_plugin_cannot_be_blocked(importable_strangers):
     host = discover(importable_strangers, Settings(block_plugins=frozenset({"lorax-core"})))
 
-    assert [spec.name for spec in host.backends] == ["flashinfer", "flash_attn", "torch"]
+    assert [spec.name for spec in host.backends] == ["flashinfer", "flash_attn", "native", "torch"]
 
 
 def test_strict_discovery_raises_on_the_first_failure(importable_strangers):

@@ -331,7 +331,7 @@ def test_closing_ends_a_call_that_is_waiting(tmp_path):
 def test_an_engine_shows_what_it_is_made_of(engine, encoder):
     info = engine.info()
 
-    assert (info.model_type, info.dtype, info.device, info.attention) == ("qwen2", "float32", "cpu", "torch")
+    assert (info.model_type, info.dtype, info.device, info.attention) == ("qwen2", "float32", "cpu", "native")
     assert info.tasks == ("generate", "embed")
     assert (info.max_tokens, info.kv_cache_tokens) == (512, 2048)
     assert info.kv_cache_bytes == (2048 + 16) * 2 * 2 * 2 * 16 * 4  # with the scratch page

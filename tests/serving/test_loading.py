@@ -114,7 +114,7 @@ def test_sixteen_bits_become_thirty_two_where_the_processor_has_no_fast_ones(tmp
 def test_the_backend_asked_for_is_used_and_those_passed_over_are_reported(qwen2, host):
     host = with_backends(
         host,
-        make_backend_spec("absent", "AbsentBackend", priority=9),
+        make_backend_spec("absent", "AbsentBackend", priority=11),
         make_backend_spec("stumbling", "StumblingBackend", priority=-1),
     )
 
@@ -122,7 +122,7 @@ def test_the_backend_asked_for_is_used_and_those_passed_over_are_reported(qwen2,
         lorax.load(qwen2, host=host, kv_cache_tokens=64) as default,
         lorax.load(qwen2, host=host, kv_cache_tokens=64, attention="stumbling") as asked,
     ):
-        assert default.info().attention == "torch"
+        assert default.info().attention == "native"
         elsewhere = "runs on 'cuda', not on 'cpu'"
         passed = {"flashinfer": elsewhere, "flash_attn": elsewhere, "absent": "its library is not installed"}
         assert dict(default.info().passed_over) == passed

@@ -99,10 +99,6 @@ class KVCache(Protocol):
     def scales(self) -> Sequence[tuple[float, float]]:
         """What the stored K and V of each layer are multiplied by; 1 where nothing is scaled."""
 
-    @property
-    def scales(self) -> Sequence[tuple[float, float]]:
-        """What each layer's numbers in a quantised cache are multiplied with, K and V."""
-
     def write(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """Store k and v `[tokens, kv_heads, dim]` of one layer at `slots` `[tokens]`."""
 

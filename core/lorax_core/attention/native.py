@@ -20,8 +20,8 @@ from lorax_core.attention.base import (
     AttentionRows,
     AttentionSpec,
     CacheLayout,
-    CacheRows,
     KVCache,
+    PagedStep,
     StepAttention,
 )
 from lorax_core.attention.torch import PAGE_SIZE, TorchBackend
@@ -42,7 +42,7 @@ class _Work:
     scratch: Tensor
 
 
-class NativeStep(StepAttention):
+class NativeStep(PagedStep):
     """One step of `NativeBackend`; `rest` computes the sequences with many rows, None when there are none."""
 
     def __init__(
@@ -52,6 +52,7 @@ class NativeStep(StepAttention):
         work: dict[int | None, _Work],
         rest: StepAttention | None,
     ) -> None:
+        super().__init__(backend.cache, rows.slots)
         self._backend = backend
         self._rows = rows  # kept: jobs point into its page table
         self._work = work
@@ -67,21 +68,12 @@ class NativeStep(StepAttention):
             shape, q, k, v, angles, (to.k, to.v), to.slots, work.jobs, work.scratch
         )
 
-    def cache_rows(self, layer: AttentionLayer) -> CacheRows | None:
-        assert self._rows.slots is not None, "a causal layer's rows have no slots"
-        cache = self._backend.cache
-        return None if cache.quantized else CacheRows(*cache.layer(layer.index), self._rows.slots)
-
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor) -> None:
-        assert self._rows.slots is not None, "a causal layer's rows have no slots"
-        self._backend.cache.write(layer.index, k, v, self._rows.slots)
-
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
         out = self._rest.attend(layer, q) if self._rest is not None else torch.empty(q.shape, dtype=q.dtype)
         if self._work:
             work = self._work[layer.spec.window]
-            cache = self._backend.cache.layer(layer.index)
-            self._backend.product.attend(self._backend.shape(layer), q, cache, work.jobs, work.scratch, out)
+            stored = self.cache.layer(layer.index)
+            self._backend.product.attend(self._backend.shape(layer), q, stored, work.jobs, work.scratch, out)
         return out
 
     def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

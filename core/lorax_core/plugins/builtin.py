@@ -10,7 +10,7 @@ from lorax_core.plugins.spec import BackendSpec
 
 @hookimpl
 def lorax_attention_backends() -> Iterable[BackendSpec]:
-    """Two backends for GPUs, and the reference in plain torch, which runs everywhere that torch runs."""
+    """Two backends for GPUs, one for CPUs, and the reference in plain torch, which runs everywhere that torch runs."""
     yield BackendSpec(
         name="flashinfer",
         summary="FlashInfer: paged attention in 16 bit, also over an fp8 cache; heads of 64, 128 or 256.",

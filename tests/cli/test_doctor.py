@@ -17,7 +17,7 @@ def test_doctor_tells_versions_backends_with_reasons_and_plugins(main):
     assert told["versions"]["torch"] == torch.__version__
     elsewhere = "runs on 'cuda', not on 'cpu'"
     reasons = {one["name"]: one["reason"] for one in told["attention"]}
-    assert reasons == {"flashinfer": elsewhere, "flash_attn": elsewhere, "torch": None}
+    assert reasons == {"flashinfer": elsewhere, "flash_attn": elsewhere, "native": None, "torch": None}
     assert told["machine"]["threads"] == torch.get_num_threads()
     assert told["machine"]["low-rank kernel"]
     assert "ready" in told["plugins"]["qwen2"]

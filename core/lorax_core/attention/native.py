@@ -90,7 +90,7 @@ class NativeBackend(AttentionBackend):
         self._torch = TorchBackend()
         self._windows: tuple[int | None, ...] = ()
         self._largest: dict[int | None, tuple[int, int]] = {}
-        self._shapes: dict[int, Shape] = {}  # by layer
+        self._shapes: dict[tuple[int, AttentionSpec], Shape] = {}
         self._cache: KVCache | None = None
         self._product: PagedAttention | None = None
 
@@ -165,11 +165,12 @@ class NativeBackend(AttentionBackend):
 
     def shape(self, layer: AttentionLayer) -> Shape:
         """What the kernel must know of a layer, made when it first asks."""
-        found = self._shapes.get(layer.index)
+        key = layer.index, layer.spec
+        found = self._shapes.get(key)
         if found is None:
             spec, (k, _) = layer.spec, self.cache.layer(layer.index)
             k_scale, v_scale = self.cache.scales[layer.index] if self.cache.quantized else (1.0, 1.0)
-            found = self._shapes[layer.index] = Shape(
+            found = self._shapes[key] = Shape(
                 heads=spec.heads,
                 kv_heads=spec.kv_heads,
                 dim=spec.head_dim,

@@ -12,11 +12,14 @@ _WORST = 0.05
 """No number may be off by more of the largest: one wrong row among thousands hardly shows in a mean."""
 
 
-def off(found: Tensor, readable: Tensor, exact: Tensor, rounding: float = 1) -> str | None:
+def off(found: Tensor, readable: Tensor, exact: Tensor, rounding: float | None = None) -> str | None:
     """Why `found` is not what it should be, None when it is: `readable` is in the same dtype, `exact` in float32.
 
-    `rounding` counts how often the numbers may have been rounded otherwise.
+    `rounding` counts how often numbers may have been rounded otherwise; None is once in 16 bit, and 16 times in float32, in
+    which the readable form is itself the exact one.
     """
+    if rounding is None:
+        rounding = 16 if found.dtype is torch.float32 else 1
     mine, theirs, right = found.float(), readable.float(), exact.float()
     if not bool(mine.isfinite().all()):
         return "numbers that are not finite, or were not written"

@@ -192,7 +192,7 @@ def test_nothing_is_loaded_below_a_folder_that_a_group_can_write_to(source, tmp_
 
 def test_another_processor_has_another_library(source, tmp_path, monkeypatch):
     first = made(source, tmp_path / "cache")
-    monkeypatch.setattr(build, "_processor", lambda: b"another")
+    monkeypatch.setattr(build, "processor", lambda: b"another")
 
     found = load_native(source, Settings(cache=tmp_path / "cache"))
 

@@ -11,6 +11,7 @@ import lorax_core as lorax
 from lorax_core.adapters.lora_kernels.select import select_kernel
 from lorax_core.errors import PluginError, RequestError
 from lorax_core.kernels.elementwise import READABLE
+from lorax_core.kernels.native.attention import PagedAttention
 from lorax_core.serving.loading import choose_dtype
 from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
 from lorax_core.settings import Settings
@@ -163,3 +164,28 @@ def test_an_engine_says_what_loading_took(qwen2):
     assert info.load_seconds > 0
     assert info.graphs == "graphs need a GPU, and the model is on 'cpu'"
     assert info.elementwise[0] == "torch"
+
+
+# --- compiled on a CPU ---
+
+
+def test_the_compiled_attention_is_tried_in_this_process_and_its_verdict_kept(qwen2, monkeypatch, tmp_path):
+    monkeypatch.delenv("LORAX_TRIALS")
+
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        assert engine.info().attention == "native"
+
+    (kept,) = (tmp_path / "cache/trials").iterdir()
+    assert "attention, float32" in kept.read_text()
+
+
+def test_a_compiled_attention_with_wrong_numbers_is_passed_over(qwen2, monkeypatch):
+    monkeypatch.delenv("LORAX_TRIALS")
+    compute = PagedAttention.append_and_attend
+    monkeypatch.setattr(PagedAttention, "append_and_attend", lambda *args: compute(*args) * 1.01)
+
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        info = engine.info()
+
+    assert info.attention == "torch"
+    assert "off by" in dict(info.passed_over)["native"]

@@ -59,7 +59,7 @@ def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
     compiler = find_compiler(user)
     # A library is made for the processor that made it, and a home may be shared by several.
     version = compiler.run("--version", folder=Path("/"))
-    key = (source.read_bytes(), " ".join(FLAGS).encode(), version, _processor())
+    key = (source.read_bytes(), " ".join(FLAGS).encode(), version, processor())
     library = folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
     code = _read(library, user)
     if code is None:
@@ -137,7 +137,8 @@ def _compile(compiler: Compiler, source: Path, library: Path) -> None:
         os.replace(linked, library)
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
+    """What tells processors apart for which code is compiled differently: their names and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

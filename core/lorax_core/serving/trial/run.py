@@ -22,7 +22,10 @@ from typing import Any, Final
 
 import torch
 
+from lorax_core.kernels import native
+from lorax_core.kernels.native.build import processor
 from lorax_core.kernels.native.trust import file_problem, folder_problem
+from lorax_core.serving.trial.child import run_trial
 from lorax_core.serving.trial.spec import TRIALS, Trial
 from lorax_core.settings import Settings
 from lorax_core.version import __version__
@@ -45,8 +48,12 @@ class Verdict:
 
 
 def machine() -> dict[str, str]:
-    """What verdicts depend on beside the trial: the GPU, its driver, and the versions of what computes on it."""
+    """What verdicts depend on beside the trial: processor, GPU and driver, and the versions of what computes on them."""
     found = {"lorax-core": __version__, "python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    # A home may be shared by machines.
+    found["processor"] = hashlib.sha256(processor()).hexdigest()[:16]
+    sources = sorted(Path(native.__path__[0]).glob("*.cpp"))
+    found["compiled"] = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
@@ -69,6 +76,14 @@ class Trials:
     def problem(self, trial: Trial) -> str | None:
         """Why the kernels of a trial are not to be used; None when they may be."""
         (verdict,) = self.verdicts([trial])
+        return verdict.problem
+
+    def problem_here(self, trial: Trial) -> str | None:
+        """The same, tried in this process: for kernels that core compiles itself, which fail by their numbers alone."""
+        verdict = self._kept(trial)
+        if verdict is None:
+            verdict = Verdict(trial, run_trial(trial))
+            self._keep(verdict)
         return verdict.problem
 
     def verdicts(

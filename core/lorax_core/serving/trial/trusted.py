@@ -42,10 +42,12 @@ class Trusted:
 
     def attention(self, spec: BackendSpec, layout: CacheLayout) -> str | None:
         """Why a backend is not to be used for the model."""
-        if not self._tries or spec.backend == READABLE_BACKEND:
+        compiled = spec.backend == COMPILED_BACKEND
+        if spec.backend == READABLE_BACKEND or not (self._tries or compiled):
             return None
-        trial = {"backend": spec.backend, "layers": self._layers, **self._on, **_cache(layout)}
-        return self._trials.problem(AttentionTrial.model_validate(trial))
+        order = {"backend": spec.backend, "layers": self._layers, **self._on, **_cache(layout)}
+        trial = AttentionTrial.model_validate(order)
+        return self._trials.problem(trial) if self._tries else self._trials.problem_here(trial)
 
     @property
     def lora(self) -> Verify | None:
@@ -91,6 +93,8 @@ def class_path(found: type | Callable[..., object]) -> str:
 
 READABLE_BACKEND: Final = "lorax_core.attention.torch:TorchBackend"
 """What everything else is compared with."""
+COMPILED_BACKEND: Final = "lorax_core.attention.native:NativeBackend"
+"""Core's own on a CPU, which is compared in the process that uses it."""
 
 
 def sixteen_bit(device: str) -> torch.dtype | None:

@@ -9,7 +9,7 @@ from captured import CapturableBackend, CapturableKernel
 from fakes import FlakyBackend
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
-from rigs import finish, kernel_for, make_adapters, make_loaded, make_loop, make_pool, make_sequence
+from rigs import finish, kernel_for, make_adapters, make_capturable, make_loop, make_pool, make_sequence
 from transformers import Qwen2ForCausalLM
 
 from lorax_core.attention.torch import TorchBackend
@@ -54,7 +54,7 @@ class Lost:
 
 @pytest.fixture(scope="module")
 def base(qwen2, host):
-    return make_loaded(qwen2, host)
+    return make_capturable(qwen2, host)
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +242,7 @@ def test_a_token_that_reading_changed_voids_what_was_launched_with_the_other(gra
     model = make_model(Qwen2ForCausalLM, QWEN2, seed=4, vocab_size=2500)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.05)
-    base = make_loaded(saved(model, tmp_path), host)
+    base = make_capturable(saved(model, tmp_path), host)
     sampling = Sampling(temperature=1.0, top_p=0.95, seed=3)
     loop, runner = make_ahead(base, graphs=graphs)
 

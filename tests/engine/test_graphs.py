@@ -13,7 +13,7 @@ from captured import CapturableBackend, CapturableKernel, CapturedAttention, Cap
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
 from replays import COUNTS, ROWS, Rig, drive, make_chunk
-from rigs import PAGE, finish, make_adapters, make_loaded, make_pool, make_sequence
+from rigs import PAGE, finish, make_adapters, make_capturable, make_pool, make_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lorax_core.attention.torch import TorchBackend
@@ -72,7 +72,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("kind", TARGETS)
 def test_replays_give_the_numbers_of_eager_steps(kind, folders, host):
     folder, lora = folders[kind]
-    rig = Rig(make_loaded(folder, host))
+    rig = Rig(make_capturable(folder, host))
 
     assert drive(rig, lora) < 1e-5
     assert len(rig.tapes) == 2 * len(sizes(ROWS))  # captured once, whatever adapters came
@@ -80,7 +80,7 @@ def test_replays_give_the_numbers_of_eager_steps(kind, folders, host):
 
 
 def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):
-    rig = Rig(make_loaded(folders["windowed"][0], host))
+    rig = Rig(make_capturable(folders["windowed"][0], host))
     before = rig.pool.data[:, :, 1:].clone()
 
     assert rig.graphs.prepare(adapted=False) is None
@@ -90,7 +90,7 @@ def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):
 
 
 def test_the_memory_of_graphs_is_bounded_and_counted(folders, host):
-    rig = Rig(make_loaded(folders["full"][0], host))
+    rig = Rig(make_capturable(folders["full"][0], host))
 
     rig.graphs.prepare(adapted=False)
 
@@ -100,7 +100,7 @@ def test_the_memory_of_graphs_is_bounded_and_counted(folders, host):
 
 
 def test_pages_of_an_older_step_are_not_looked_at_again(folders, host):
-    rig = Rig(make_loaded(folders["full"][0], host))
+    rig = Rig(make_capturable(folders["full"][0], host))
     long, short = rig.sequences[3], rig.sequences[2]
     rig.sequences = {3: (40, long[1])}
     rig.step(1)
@@ -125,7 +125,7 @@ def make_graph_loop(base, store, make=Tape, rows=4):
 
 def test_steps_are_counted_by_how_they_were_computed(folders, host):
     folder, lora = folders["full"]
-    base = make_loaded(folder, host)
+    base = make_capturable(folder, host)
     store = make_adapters(base, small=lora[0], large=lora[1])
     loop = make_graph_loop(base, store)
 
@@ -144,7 +144,7 @@ def test_steps_are_counted_by_how_they_were_computed(folders, host):
 
 def test_an_adapter_that_was_unloaded_is_freed_though_no_step_is_eager(folders, host):
     folder, lora = folders["full"]
-    base = make_loaded(folder, host)
+    base = make_capturable(folder, host)
     store = make_adapters(base, one=lora[0])
     loop = make_graph_loop(base, store)
     staying, adapted = make_sequence([1, 2, 3], 30), make_sequence([4, 5], 1, adapter=store.get("one"))
@@ -164,7 +164,7 @@ def test_an_adapter_that_was_unloaded_is_freed_though_no_step_is_eager(folders, 
 
 
 def test_warming_up_captures_every_size(folders, host):
-    base = make_loaded(folders["full"][0], host)
+    base = make_capturable(folders["full"][0], host)
     made = []
 
     def make():
@@ -282,7 +282,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_what_a_replay_reads_shows(mistake, folders, host):
     folder, lora = folders["windowed"]
-    rig = Rig(make_loaded(folder, host), **MISTAKES[mistake])
+    rig = Rig(make_capturable(folder, host), **MISTAKES[mistake])
 
     assert drive(rig, lora) > 1e-3
 
@@ -306,7 +306,7 @@ class IndexesByMask(CapturedAttention):
 
 @pytest.mark.parametrize("kind", [ReadsBack, MakesOfHostValues, IndexesByMask])
 def test_what_a_gpu_cannot_capture_is_refused_and_decoding_stays_eager(kind, folders, host, caplog):
-    rig = Rig(make_loaded(folders["full"][0], host), **with_attention(kind))
+    rig = Rig(make_capturable(folders["full"][0], host), **with_attention(kind))
     chunks = rig.chunks(2, (None,))
 
     reasons = [rig.graphs.run(chunks, [], lambda ids: None) for _ in range(2)]
@@ -343,7 +343,7 @@ def test_steps_that_are_not_decoding_alone_are_eager():
 
 
 def test_what_does_not_fit_a_graph_is_eager_with_the_reason(folders, host):
-    rig = Rig(make_loaded(folders["full"][0], host), kernel=lambda: CapturableKernel(rank=8))
+    rig = Rig(make_capturable(folders["full"][0], host), kernel=lambda: CapturableKernel(rank=8))
     adapter = rig.store.load("large", folders["full"][1][1])
     many = [make_chunk(at, 1, 1, [1]) for at in range(ROWS + 1)]
     of_adapter = [make_chunk(0, 1, 1, [1], adapter.identity)]
@@ -355,8 +355,8 @@ def test_what_does_not_fit_a_graph_is_eager_with_the_reason(folders, host):
 
 def test_a_backend_or_kernel_without_graphs_gives_its_reason(folders, host):
     chunks = [make_chunk(0, 1, 1, [1])]
-    backend = Rig(make_loaded(folders["full"][0], host), backend=TorchBackend)
-    kernel = Rig(make_loaded(folders["full"][0], host), kernel=lambda: None)
+    backend = Rig(make_capturable(folders["full"][0], host), backend=TorchBackend)
+    kernel = Rig(make_capturable(folders["full"][0], host), kernel=lambda: None)
     adapter = kernel.store.load("one", folders["full"][1][0])
     of_adapter = [make_chunk(0, 1, 1, [1], adapter.identity)]
 

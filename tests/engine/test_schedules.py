@@ -9,7 +9,7 @@ import torch
 from builders import make_qwen2, make_qwen2_model
 from captured import CapturableBackend
 from gpu.doubles.tape import Tape
-from rigs import make_loaded
+from rigs import make_capturable
 
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.engine.drafting import PromptLookup
@@ -35,7 +35,7 @@ class Subject:
     """One model, ours and theirs, some prompts, and theirs continued."""
 
     def __init__(self, folder, host, **changes):
-        self.base = make_loaded(make_qwen2(folder, seed=3, tokenizer=False, **changes), host)
+        self.base = make_capturable(make_qwen2(folder, seed=3, tokenizer=False, **changes), host)
         reference = make_qwen2_model(seed=3, **changes)
         self.prompts = make_prompts()
         self.answers = [continued(reference, prompt) for prompt in self.prompts]

@@ -13,7 +13,7 @@ from gpu.doubles.launch import Misuse
 from gpu.doubles.triton_driver import pretend_gpu
 from oracles import saved
 from replays import COUNTS, ROWS, Rig, drive
-from rigs import make_loaded
+from rigs import make_capturable
 
 from lorax_core.adapters.lora_kernels import triton as lora_kernel
 from lorax_core.engine.graphs import sizes
@@ -36,7 +36,7 @@ def files(tmp_path_factory):
 def test_a_whole_decoding_model_is_captured_and_replayed(files, host):
     folder, lora = files
     with backends_on_cpu(), pretend_gpu(90) as gpu:
-        base = make_loaded(folder, host, dtype=torch.bfloat16)
+        base = make_capturable(folder, host, dtype=torch.bfloat16)
         rig = Rig(base, backend=FlashInferOnCpu, kernel=lambda: lora_kernel.TritonKernel(torch.device("cpu")))
         assert rig.graphs.prepare(adapted=False) is None
         assert rig.graphs.prepare(adapted=True) is None
@@ -82,7 +82,7 @@ class SetsOnceKernel(lora_kernel.TritonKernel):
 def test_a_mistake_between_two_replays_shows(files, host, backend, kernel):
     folder, lora = files
     with backends_on_cpu(), pretend_gpu(90):
-        base = make_loaded(folder, host, dtype=torch.bfloat16)
+        base = make_capturable(folder, host, dtype=torch.bfloat16)
         rig = Rig(base, backend=backend, kernel=lambda: kernel(torch.device("cpu")))
 
         try:

@@ -36,6 +36,7 @@ from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopRule
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
+from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.model import Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.settings import Settings
@@ -50,6 +51,11 @@ PAGE = 16
 def make_loaded(folder: Path, host: PluginHost, **options: object) -> LoadedModel:
     """The model of a checkpoint folder."""
     return load_model(Checkpoint(folder), host, **options)
+
+
+def make_capturable(folder: Path, host: PluginHost, **options: object) -> LoadedModel:
+    """The model of a checkpoint folder, whose every product is an operator of torch, which a tape can record."""
+    return make_loaded(folder, host, linear_policy=LinearPolicy({"*": "plain"}), **options)
 
 
 def make_adapters(base: LoadedModel, **folders: Path) -> AdapterStore:

@@ -69,7 +69,7 @@ class Trials:
     """Runs trials and keeps their verdicts in `settings.cache`; `facts` are what verdicts depend on, see `machine`."""
 
     def __init__(self, settings: Settings, facts: Mapping[str, str] | None = None, seconds: float = SECONDS) -> None:
-        self._folder = settings.cache.expanduser() / "trials"
+        self._cache = settings.cache
         self._facts = facts
         self._seconds = seconds
 
@@ -139,32 +139,37 @@ class Trials:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _kept(self, trial: Trial) -> Verdict | None:
-        file = self._folder / f"{self._key(trial)}.json"
         try:
-            if folder_problem(self._folder.resolve(), os.geteuid()) is not None:
+            folder = self._folder()
+            if folder_problem(folder.resolve(), os.geteuid()) is not None:
                 return None
+            file = folder / f"{self._key(trial)}.json"
             with file.open("rb") as opened:
                 if file_problem(file, os.fstat(opened.fileno()), os.geteuid()) is not None:
                     return None
                 said: Any = json.loads(opened.read(_MOST_BYTES))
             return Verdict(trial, said["problem"], kept=True)
-        # None yet, or one that was cut short: it is tried again.
-        except (OSError, ValueError, KeyError, TypeError):
+        # None yet, or one that was cut short: it is tried again. RuntimeError: a user without a home.
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             return None
 
     def _keep(self, verdict: Verdict) -> None:
         said = {"trial": str(verdict.trial), "problem": verdict.problem, "machine": self._facts}
-        file = self._folder / f"{self._key(verdict.trial)}.json"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if folder_problem(self._folder.resolve(), os.geteuid()) is not None:
+            folder = self._folder()
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder_problem(folder.resolve(), os.geteuid()) is not None:
                 return
+            file = folder / f"{self._key(verdict.trial)}.json"
             # Renamed into place: another process may read it now.
             part = file.with_suffix(f".{os.getpid()}")
             part.write_text(json.dumps(said, indent=1))
             part.replace(file)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             _log.info("a verdict could not be kept: %s", error)
+
+    def _folder(self) -> Path:
+        return self._cache.expanduser() / "trials"
 
 
 def _unseen(_: Verdict) -> None:

@@ -81,8 +81,9 @@ class EngineOptions(Checked):
     """The options of `load`; raises RequestError naming the option, its value and what is valid.
 
     - `checkpoint`: a folder, or a hub id with `revision` and `token`.
-    - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32.
-    - `device`: "auto" is a GPU where there is one, else the CPU.
+    - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32, and that a GPU
+      computes float32 in bfloat16, and everything in float16 where it has no bfloat16.
+    - `device`: "auto" is a GPU where there is one, else the CPU. A GPU is the first that `CUDA_VISIBLE_DEVICES` leaves visible.
     - `adapters`: names to sources, loaded with the engine.
     - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
       in host memory, four times as many when None. The least recently used makes room, and is loaded again when a request

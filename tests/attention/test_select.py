@@ -53,7 +53,7 @@ def test_a_backend_asked_for_by_name_is_the_only_one_tried():
 
 
 def test_a_backend_asked_for_that_cannot_serve_the_model_is_refused_with_its_reason():
-    with pytest.raises(RequestError, match="windowless: no window of 8"):
+    with pytest.raises(RequestError, match="'windowless' cannot serve this model on 'cpu': no window of 8"):
         selected(TORCH, WINDOWLESS, name="windowless")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lorax_core.serving.trial.child import run_trial
 from lorax_core.serving.trial.run import Trials, machine
-from lorax_core.serving.trial.spec import TRIALS, AttentionTrial, ElementwiseTrial, GraphTrial, LayerKind, LoraTrial
+from lorax_core.serving.trial.spec import TRIAL, AttentionTrial, ElementwiseTrial, GraphTrial, LayerKind, LoraTrial
 from lorax_core.settings import Settings
 
 PLAIN = LayerKind(heads=4, kv_heads=2, head_dim=16, causal=True)
@@ -93,9 +93,8 @@ def test_every_mistake_is_found(trial, told):
 
 
 def test_trials_travel_as_json():
-    trials = [*RIGHT.values()]
-
-    assert TRIALS.validate_json(TRIALS.dump_json(trials)) == trials
+    for trial in RIGHT.values():
+        assert TRIAL.validate_json(TRIAL.dump_json(trial)) == trial
 
 
 # --- in a process of their own ---
@@ -133,7 +132,7 @@ def test_a_verdict_is_kept_until_the_machine_or_the_trial_is_another(settings, m
     trial = attention("Refuses")
     Trials(settings, MACHINE).verdicts([trial])
     ran = []
-    monkeypatch.setattr(Trials, "_run", lambda _, trials: ran.append(trials) or [None] * len(trials))
+    monkeypatch.setattr(Trials, "_run", lambda _, trial: ran.append(trial))
 
     kept = Trials(settings, MACHINE).verdicts([trial])
     other = Trials(settings, {"gpu": "another"}).verdicts([trial])
@@ -147,7 +146,7 @@ def test_a_verdict_is_kept_until_the_machine_or_the_trial_is_another(settings, m
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"trial": "x"}'])
 def test_a_verdict_that_cannot_be_read_is_made_again(settings, content, monkeypatch):
-    monkeypatch.setattr(Trials, "_run", lambda _, trials: ["wrong"] * len(trials))
+    monkeypatch.setattr(Trials, "_run", lambda _, __: "wrong")
     trial = attention(TORCH)
     Trials(settings, MACHINE).verdicts([trial])
     (file,) = (settings.cache / "trials").iterdir()
@@ -160,7 +159,7 @@ def test_a_verdict_that_cannot_be_read_is_made_again(settings, content, monkeypa
 
 
 def test_a_folder_that_others_may_write_to_is_not_believed(settings, monkeypatch):
-    monkeypatch.setattr(Trials, "_run", lambda _, trials: ["wrong"] * len(trials))
+    monkeypatch.setattr(Trials, "_run", lambda _, __: "wrong")
     trial = attention(TORCH)
     Trials(settings, MACHINE).verdicts([trial])
     (settings.cache / "trials").chmod(0o777)
@@ -171,7 +170,7 @@ def test_a_folder_that_others_may_write_to_is_not_believed(settings, monkeypatch
 
 
 def test_a_cache_that_cannot_be_written_keeps_nothing_and_fails_nothing(settings, monkeypatch):
-    monkeypatch.setattr(Trials, "_run", lambda _, trials: [None] * len(trials))
+    monkeypatch.setattr(Trials, "_run", lambda _, __: None)
     settings.cache.write_text("no folder")
 
     assert Trials(settings, MACHINE).problem(attention(TORCH)) is None
@@ -184,15 +183,80 @@ def test_verdicts_depend_on_the_versions_of_what_computes():
     assert facts["torch"].startswith("2.")
 
 
-def test_the_process_says_which_trial_it_has_begun():
-    orders = TRIALS.dump_json([attention("Raises"), attention("Aborts")])
+@pytest.mark.parametrize("backend", ["Prints", "PrintsBelow"])
+def test_only_the_verdict_leaves_the_process(backend):
+    order = TRIAL.dump_json(attention(backend, (PLAIN,)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
     done = subprocess.run(
-        [sys.executable, "-m", "lorax_core.serving.trial.child"], input=orders, capture_output=True, env=environment
+        [sys.executable, "-m", "lorax_core.serving.trial.child"], input=order, capture_output=True, env=environment
     )
 
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert lines[0] == {"begin": 0}
-    assert lines[1]["problem"].startswith("RuntimeError: nvcc")
-    assert lines[2:] == [{"begin": 1}]
+    assert json.loads(done.stdout) == {"problem": None}
+
+
+def test_modules_of_the_current_folder_do_not_run(settings, tmp_path, monkeypatch):
+    (tmp_path / "safetensors.py").write_text("raise SystemExit('planted')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(tmp_path))])
+
+    assert Trials(settings, MACHINE).problem(attention(TORCH, (PLAIN,))) is None
+
+
+@pytest.mark.parametrize("backend", ["OutOfMemory", "Killed"])
+def test_what_may_be_otherwise_the_next_time_is_not_kept(settings, backend):
+    trial = attention(backend, (PLAIN,))
+
+    first, second = (Trials(settings, MACHINE).verdicts([trial])[0] for _ in range(2))
+
+    assert first.problem is not None
+    assert not second.kept
+
+
+def test_a_fault_of_one_trial_does_not_reach_the_next(settings):
+    verdicts = Trials(settings, MACHINE).verdicts([attention("BreaksItsProcess", (PLAIN,)), attention(TORCH, (PLAIN,))])
+
+    assert "illegal memory access" in verdicts[0].problem
+    assert verdicts[1].problem is None
+
+
+def test_a_backend_whose_code_changed_is_tried_again(settings, tmp_path, monkeypatch):
+    module = tmp_path / "theirs.py"
+    module.write_text("from lorax_core.attention.torch import TorchBackend")
+    monkeypatch.syspath_prepend(tmp_path)
+    trial = attention("theirs:TorchBackend", (PLAIN,))
+    first, second = (Trials(settings, MACHINE).verdicts([trial])[0] for _ in range(2))
+
+    module.write_text("from lorax_core.attention.torch import TorchBackend  # another version")
+
+    assert [first.kept, second.kept] == [False, True]
+    assert not Trials(settings, MACHINE).verdicts([trial])[0].kept
+
+
+def test_verdicts_are_kept_whatever_the_umask(settings, monkeypatch):
+    monkeypatch.setattr(Trials, "_run", lambda _, __: None)
+    before = os.umask(0o002)
+    try:
+        first, second = (Trials(settings, MACHINE).verdicts([attention(TORCH)])[0] for _ in range(2))
+    finally:
+        os.umask(before)
+
+    assert [first.kept, second.kept] == [False, True]
+
+
+@pytest.mark.parametrize("window", [3, 130, 255, 4096, 131_072])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_window_of_one_key_too_many_is_found_at_any_width(window, dtype):
+    wide = PLAIN.model_copy(update={"window": window})
+
+    assert "off by" in run_trial(attention("WindowOffByOne", (wide,), dtype=dtype, kv_dtype=dtype))
+    assert run_trial(attention(TORCH, (wide,), dtype=dtype, kv_dtype=dtype)) is None
+
+
+@pytest.mark.parametrize("cap", [0.5, 5.0, 30.0, 50.0])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forgotten_cap_is_found_at_any_height(cap, dtype):
+    capped = PLAIN.model_copy(update={"soft_cap": cap})
+
+    assert "off by" in run_trial(attention("CapForgotten", (capped,), dtype=dtype, kv_dtype=dtype))
+    assert run_trial(attention(TORCH, (capped,), dtype=dtype, kv_dtype=dtype)) is None

@@ -12,7 +12,8 @@ from lorax_core.adapters.lora_kernels.select import select_kernel
 from lorax_core.errors import PluginError, RequestError
 from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.native.attention import PagedAttention
-from lorax_core.serving.loading import choose_dtype
+from lorax_core.serving.loading import choose_dtype, find_device
+from lorax_core.serving.trial.run import Trials
 from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
 from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
@@ -22,6 +23,11 @@ from lorax_core.weights.checkpoint import Checkpoint
 def _tried_on_a_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAX_TRIALS", "all")
     monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def settings():
+    return Settings.from_env()
 
 
 @pytest.fixture
@@ -43,10 +49,41 @@ def test_a_backend_that_fails_its_trial_is_passed_over_with_the_reason(qwen2, fa
 
 
 def test_a_backend_that_was_named_and_fails_its_trial_is_an_error(qwen2, faulty):
-    with pytest.raises(RequestError, match=r"faulty: prompts, .* not finite") as caught:
+    with pytest.raises(
+        RequestError, match=r"'faulty' cannot serve this model on 'cpu': prompts, .* not finite"
+    ) as caught:
         lorax.load(qwen2, host=faulty, kv_cache_tokens=64, attention="faulty")
 
-    assert "lorax doctor" in caught.value.hint
+    assert "lorax doctor --verify" in caught.value.hint
+
+
+def test_the_doctor_shows_what_failed_a_trial_until_it_is_tried_again(qwen2, faulty, settings):
+    trials = Trials(settings)
+    with lorax.load(qwen2, host=faulty, kv_cache_tokens=64):
+        pass
+
+    failures = trials.failures()
+    trials.forget()
+
+    assert set(failures) == {"faulty_kernels:GivesNaN"}
+    assert "not finite" in failures["faulty_kernels:GivesNaN"]
+    assert trials.failures() == {}
+    assert not list((settings.cache / "trials").iterdir())
+
+
+def test_a_backend_that_cannot_be_imported_keeps_none_of_the_others_from_being_used(qwen2, host):
+    spec = make_backend_spec("absent", "AbsentBackend", priority=50)
+    broken = with_backends(host, spec.model_copy(update={"backend": "no_such_module_at_all:Backend"}))
+
+    with lorax.load(qwen2, host=broken, kv_cache_tokens=64) as engine:
+        assert "no_such_module_at_all" in dict(engine.info().passed_over)["absent"]
+
+
+def test_a_second_gpu_is_refused_with_the_way_to_it():
+    with pytest.raises(RequestError, match="'cuda:1'") as caught:
+        find_device("cuda:1")
+
+    assert "CUDA_VISIBLE_DEVICES=1" in caught.value.hint
 
 
 def test_without_trials_a_backend_is_believed(qwen2, faulty, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -121,6 +122,35 @@ class Prints(TorchBackend):
         print('{"done": 0, "problem": "not ours"}')
         os.system("echo compiled")
         return super().plan(rows)
+
+
+class PrintsBelow(TorchBackend):
+    """What a library writes to file 1, below Python and without an end of line."""
+
+    def plan(self, rows):
+        os.write(1, b"42")
+        return super().plan(rows)
+
+
+class OutOfMemory(TorchBackend):
+    def plan(self, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+class Killed(TorchBackend):
+    def plan(self, rows):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BreaksItsProcess(TorchBackend):
+    """As a fault of a GPU's memory: every use of torch fails from then on."""
+
+    def plan(self, rows):
+        def fail(*_, **__):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        torch.randn = torch.zeros = torch.rand = fail
+        fail()
 
 
 class RowsUnwritten(TorchKernel):

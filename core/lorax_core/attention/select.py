@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lorax_core.attention.base import AttentionBackend, AttentionSpec, CacheLayout
-from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.errors import LoraxError, RequestError, listed, nearest
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import BackendSpec
 
@@ -62,6 +62,12 @@ def select_backend(
             return Selection(backend, layout, tuple(passed))
         passed.append((spec.name, layout or "it gives no reason"))
     reasons = "; ".join(f"{backend_name}: {reason}" for backend_name, reason in passed)
+    if name is not None:
+        raise RequestError(
+            f"attention backend {name!r} cannot serve this model on {device!r}: {passed[0][1]}",
+            hint="leave the backend out, and the first that can be used is taken; `lorax doctor` lists them, and "
+            "`lorax doctor --verify` tries their kernels again",
+        )
     raise RequestError(
         f"no attention backend supports this model on {device!r}: {reasons}",
         hint="`lorax doctor` lists the backends of this machine; the backend 'torch' supports most on a CPU",
@@ -100,7 +106,10 @@ def why_not(spec: BackendSpec, device: str) -> str | None:
 def _available(spec: BackendSpec, kind: str) -> tuple[type[AttentionBackend] | None, str]:
     if kind not in spec.device_types:
         return None, f"runs on {listed(spec.device_types)}, not on {kind!r}"
-    backend_class = load_class(spec.backend, None)
+    try:
+        backend_class = load_class(spec.backend, None)
+    except LoraxError as error:  # a plugin's backend that cannot be imported must not keep the others from being used
+        return None, error.message
     if not issubclass(backend_class, AttentionBackend):
         return None, f"{spec.backend} is not an AttentionBackend"
     try:

@@ -39,7 +39,10 @@ _PACKAGES = (
 @app.command()
 def doctor(
     verify: Annotated[
-        bool, typer.Option("--verify", help="Try the kernels of this machine against plain torch, and nothing else.")
+        bool,
+        typer.Option(
+            "--verify", help="Try the kernels of this machine against plain torch, and forget earlier verdicts."
+        ),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -84,12 +87,14 @@ def _verify(json: bool) -> None:
         f"trying {len(trials)} kinds of kernels; the first time on a machine they may be compiled for minutes"
     ):
         facts = machine()
-        verdicts = Trials(settings, facts).verdicts(trials, again=True)
+        tried = Trials(settings, facts)
+        tried.forget()
+        verdicts = tried.verdicts(trials)
     if json:
-        tried = [{"trial": one.trial.model_dump(mode="json"), "problem": one.problem} for one in verdicts]
-        show_json({"machine": facts, "trials": tried, "refused": refused})
+        found = [{"trial": one.trial.model_dump(mode="json"), "problem": one.problem} for one in verdicts]
+        show_json({"machine": facts, "trials": found, "refused": refused})
     else:
-        lines = [(one.trial.subject, str(one.trial), one.problem or "right") for one in verdicts]
+        lines = [(one.trial.subject, str(one.trial), one.problem or "passed") for one in verdicts]
         show_table(("KERNELS", "TRIED", "VERDICT"), [*lines, *((name, "", reason) for name, reason in refused.items())])
     if any(one.problem is not None for one in verdicts):
         raise typer.Exit(1)
@@ -137,9 +142,16 @@ def _attention(host: PluginHost) -> list[dict[str, Any]]:
     import torch
 
     from lorax_core.attention.select import why_not
+    from lorax_core.serving.trial.run import Trials
+    from lorax_core.settings import Settings
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [{"name": spec.name, "summary": spec.summary, "reason": why_not(spec, device)} for spec in host.backends]
+    failed = {
+        path: f"failed a trial, and is not used for such layers: {problem}"
+        for path, problem in Trials(Settings.from_env()).failures().items()
+    }
+    reasons = {spec.name: why_not(spec, device) or failed.get(spec.backend) for spec in host.backends}
+    return [{"name": spec.name, "summary": spec.summary, "reason": reasons[spec.name]} for spec in host.backends]
 
 
 def _plugins(host: PluginHost) -> dict[str, str]:

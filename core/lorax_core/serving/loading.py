@@ -113,6 +113,11 @@ def find_device(device: str) -> str:
         raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
     if kind not in ("cpu", "cuda"):
         raise RequestError(f"device {device!r} is not supported", hint="use 'cpu', 'cuda' or 'auto'")
+    if torch.device(device).index not in (None, 0):
+        raise RequestError(
+            f"device {device!r}: an engine uses the first GPU that is visible",
+            hint=f"set CUDA_VISIBLE_DEVICES={torch.device(device).index} and use device='cuda'",
+        )
     if kind == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use device='cpu'")
     return device
@@ -232,7 +237,7 @@ def _graphs(
     if isinstance(graphs, str):
         return graphs
     if (problem := trusted.graphs(chosen.backend, chosen.layout)) is not None:
-        return f"graphs did not give what eager steps give: {problem}"
+        return f"graphs are off: {problem}"
     if (problem := trusted.graphs(chosen.backend, chosen.layout, load_triton_kernel)) is not None:
         _log.warning("steps with adapters are not captured: %s", problem)
         return decode_graphs(model, chosen.backend, pool, None, options.max_batch_rows)

@@ -51,7 +51,7 @@ def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
     """The library and what it holds, compiled unless the cache has it; raises RuntimeError or OSError when there is none."""
     if not hasattr(os, "memfd_create"):
         raise RuntimeError("native code is loaded on Linux alone")
-    _make_private(folder)
+    make_private(folder)
     # Links are followed first: the checks hold for the folder that is opened in the end.
     folder, user = folder.resolve(), os.geteuid()
     # Before anything is read from there or written to it.
@@ -75,7 +75,7 @@ def _refuse(problem: str | None) -> None:
         raise RuntimeError(f"native code is not loaded: {problem}")
 
 
-def _make_private(folder: Path) -> None:
+def make_private(folder: Path) -> None:
     """Makes a folder, and those above it that are missing, for this user alone, whatever the umask."""
     for place in reversed((folder, *folder.parents)):
         # Not mkdir(parents=True): that leaves the mode of those above to the umask.

@@ -1,12 +1,12 @@
-"""The process in which trials run: what crashes or hangs here takes no engine with it.
+"""The process in which a trial runs: what crashes or hangs here takes no engine with it.
 
-Decides the lines that it writes: `{"begin": i}` before each trial and `{"done": i, "problem": ...}` after it, so that whoever
-reads them knows which trial was the last.
+Decides that nothing but the verdict reaches whoever waits for it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TextIO
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from lorax_core.serving.trial.attention import try_attention
 from lorax_core.serving.trial.graphs import try_graphs
 from lorax_core.serving.trial.kernels import try_elementwise, try_lora
-from lorax_core.serving.trial.spec import TRIALS, Trial
+from lorax_core.serving.trial.spec import TRIAL, Trial
 
 _TRIALS: dict[str, Callable[[Any], str | None]] = {
     "attention": try_attention,
@@ -32,19 +32,14 @@ def run_trial(trial: Trial) -> str | None:
         return f"{type(error).__name__}: {error}"[:2000]
 
 
-def main(orders: TextIO, answers: TextIO) -> None:
-    """Runs the trials that `orders` lists as JSON."""
-    for number, trial in enumerate(TRIALS.validate_json(orders.read())):
-        _say(answers, begin=number)
-        _say(answers, done=number, problem=run_trial(trial))
-
-
-def _say(answers: TextIO, **line: Any) -> None:
-    answers.write(json.dumps(line) + "\n")
+def main(order: str, answers: TextIO) -> None:
+    """Runs the trial that `order` states as JSON, and writes `{"problem": ...}`."""
+    json.dump({"problem": run_trial(TRIAL.validate_json(order))}, answers)
     answers.flush()
 
 
 if __name__ == "__main__":
-    # Compilers and libraries print; only what this process says may go to the pipe.
-    own, sys.stdout = sys.stdout, sys.stderr
-    main(sys.stdin, own)
+    # Compilers and libraries print, below Python too: what is written to file 1 goes to stderr from here on.
+    own = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main(sys.stdin.read(), own)

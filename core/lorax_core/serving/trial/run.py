@@ -17,16 +17,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from lorax_core.kernels import native
-from lorax_core.kernels.native.build import processor
+from lorax_core.kernels.native.build import make_private, processor
 from lorax_core.kernels.native.trust import file_problem, folder_problem
 from lorax_core.serving.trial.child import run_trial
-from lorax_core.serving.trial.spec import TRIALS, Trial
+from lorax_core.serving.trial.spec import TRIAL, Trial
 from lorax_core.settings import Settings
 from lorax_core.version import __version__
 
@@ -35,6 +36,9 @@ _log = logging.getLogger(__name__)
 SECONDS: Final = 900.0
 """How long one trial may take: kernels are compiled in it, some for minutes."""
 _PACKAGES = ("torch", "triton", "flashinfer-python", "flash-attn")
+_ENDED: Final = "the process of the trial ended with"
+# What says nothing of the kernels: whoever has no memory now may have some the next time.
+_PASSING: Final = ("out of memory", f"{_ENDED} SIGKILL", "OutOfMemoryError")
 _MOST_BYTES = 1 << 20  # of a verdict that was kept
 
 
@@ -90,52 +94,67 @@ class Trials:
         self, trials: Sequence[Trial], *, again: bool = False, seen: Callable[[Verdict], None] | None = None
     ) -> list[Verdict]:
         """The verdict of each trial, in order; with `again` those that were kept do not count. `seen` gets each as it comes."""
-        found: list[Verdict | None] = [None if again else self._kept(trial) for trial in trials]
-        seen = seen or _unseen
-        for verdict in filter(None, found):
-            seen(verdict)
-        left = [number for number, verdict in enumerate(found) if verdict is None]
-        if left:
-            _log.info("trying %d kinds of kernels of this machine for the first time", len(left))
-        while left:
-            problems = self._run([trials[number] for number in left])
-            for number, problem in zip(left, problems, strict=False):
-                found[number] = verdict = Verdict(trials[number], problem)
+        found: list[Verdict] = []
+        for trial in trials:
+            verdict = None if again else self._kept(trial)
+            if verdict is None:
+                _log.warning("trying %s (%s); kernels may be compiled for minutes, once", trial.subject, trial)
+                verdict = Verdict(trial, self._run(trial))
                 self._keep(verdict)
+            found.append(verdict)
+            if seen is not None:
                 seen(verdict)
-            left = left[len(problems) :]
-        return [verdict for verdict in found if verdict is not None]
+        return found
 
-    def _run(self, trials: Sequence[Trial]) -> list[str | None]:
-        """What is wrong with the first trials, at least one of them: a process that dies takes the others with it."""
-        # As this process found its modules, so that plugins are there.
+    def failures(self) -> dict[str, str]:
+        """What failed a trial whose verdict is kept, by its path, with the reason."""
+        found: dict[str, str] = {}
+        for file in self._files():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                said = json.loads(file.read_bytes()[:_MOST_BYTES])
+                if said["problem"] is not None:
+                    found[str(said["path"])] = str(said["problem"])
+        return found
+
+    def forget(self) -> None:
+        """Drop all verdicts: the next engine tries its kernels again."""
+        for file in self._files():
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+    def _files(self) -> list[Path]:
+        try:
+            return sorted(self._folder().glob("*.json"))
+        except (OSError, RuntimeError):
+            return []
+
+    def _run(self, trial: Trial) -> str | None:
+        """What is wrong with a trial. Each has a process of its own: after a fault of a GPU's memory that is of no use."""
+        # As this process found its modules, so that plugins are there; and -P, for nothing of the current folder.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-m", "lorax_core.serving.trial.child"]
+        command = [sys.executable, "-P", "-m", "lorax_core.serving.trial.child"]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
         ) as process:
             try:
-                output, _ = process.communicate(TRIALS.dump_json(list(trials)), self._seconds * len(trials))
-                ended = f"the process of the trial ended with {_ending(process.returncode)}"
-            except subprocess.TimeoutExpired as error:
-                output = error.output or b""
-                ended = f"it took longer than {self._seconds:g} s"
+                output, _ = process.communicate(TRIAL.dump_json(trial), self._seconds)
+            except subprocess.TimeoutExpired:
+                return f"it took longer than {self._seconds:g} s"
             finally:
                 # The whole group: compilers that it started would run on.
                 with contextlib.suppress(OSError):
                     os.killpg(process.pid, signal.SIGKILL)
-        problems: list[str | None] = []
-        for line in output.splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut short
-                said = json.loads(line)
-                if "done" in said:
-                    problems.append(said["problem"])
-        return problems if len(problems) == len(trials) else [*problems, ended]
+        try:
+            problem: str | None = json.loads(output)["problem"]
+        except (ValueError, KeyError, TypeError):
+            return f"{_ENDED} {_ending(process.returncode)}"
+        return problem
 
     def _key(self, trial: Trial) -> str:
         if self._facts is None:
             self._facts = machine()
-        text = json.dumps([trial.model_dump(mode="json"), dict(sorted(self._facts.items()))], sort_keys=True)
+        order = [trial.model_dump(mode="json"), _code(trial), dict(sorted(self._facts.items()))]
+        text = json.dumps(order, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _kept(self, trial: Trial) -> Verdict | None:
@@ -154,16 +173,25 @@ class Trials:
             return None
 
     def _keep(self, verdict: Verdict) -> None:
-        said = {"trial": str(verdict.trial), "problem": verdict.problem, "machine": self._facts}
+        if verdict.problem is not None and any(word in verdict.problem for word in _PASSING):
+            return
+        said = {
+            "path": verdict.trial.path,
+            "trial": str(verdict.trial),
+            "problem": verdict.problem,
+            "machine": self._facts,
+        }
         try:
             folder = self._folder()
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_private(folder)
             if folder_problem(folder.resolve(), os.geteuid()) is not None:
                 return
             file = folder / f"{self._key(verdict.trial)}.json"
             # Renamed into place: another process may read it now.
             part = file.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(said, indent=1))
+            # For this user alone, whatever the umask: others could write a verdict of their own.
+            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
+                json.dump(said, opened, indent=1)
             part.replace(file)
         except (OSError, RuntimeError) as error:
             _log.info("a verdict could not be kept: %s", error)
@@ -172,8 +200,13 @@ class Trials:
         return self._cache.expanduser() / "trials"
 
 
-def _unseen(_: Verdict) -> None:
-    """Nobody waits for verdicts as they come."""
+def _code(trial: Trial) -> str:
+    """A hash of the module that is tried: a plugin's may change while every version here stays."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        found = find_spec(trial.path.partition(":")[0])
+        if found is not None and found.origin is not None:
+            return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()[:16]
+    return ""
 
 
 def _ending(code: int) -> str:

@@ -59,6 +59,16 @@ class _OnDevice(_Plain):
     dtype: Dtype
 
     @property
+    def path(self) -> str:
+        """What is tried, as `module:name`."""
+        raise NotImplementedError
+
+    @property
+    def subject(self) -> str:
+        """What is tried, by its own name."""
+        return self.path.rpartition(":")[2]
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         found: torch.dtype = getattr(torch, self.dtype)
         return found
@@ -74,9 +84,8 @@ class AttentionTrial(_OnDevice):
     page_size: int
 
     @property
-    def subject(self) -> str:
-        """What is tried, by its own name."""
-        return self.backend.rpartition(":")[2]
+    def path(self) -> str:
+        return self.backend
 
     def __str__(self) -> str:
         return (
@@ -92,9 +101,8 @@ class LoraTrial(_OnDevice):
     sizes: tuple[tuple[int, int], ...]
 
     @property
-    def subject(self) -> str:
-        """What is tried, by its own name."""
-        return self.kernel.rpartition(":")[2]
+    def path(self) -> str:
+        return self.kernel
 
     def __str__(self) -> str:
         return f"LoRA, {self.dtype}: layers {', '.join(f'{width} to {out}' for width, out in self.sizes)}"
@@ -109,9 +117,8 @@ class ElementwiseTrial(_OnDevice):
     layers: tuple[LayerKind, ...]
 
     @property
-    def subject(self) -> str:
-        """What is tried, by its own name."""
-        return self.form.rpartition(":")[2]
+    def path(self) -> str:
+        return self.form
 
     def __str__(self) -> str:
         return f"elementwise, {self.dtype}: rows of {', '.join(map(str, self.widths))}"
@@ -129,17 +136,16 @@ class GraphTrial(_OnDevice):
     graph: str | None = None
 
     @property
-    def subject(self) -> str:
-        """What is tried, by its own name."""
-        return self.backend.rpartition(":")[2]
+    def path(self) -> str:
+        return self.backend
 
     def __str__(self) -> str:
         return f"graphs, {self.dtype}, pages of {self.page_size} in {self.kv_dtype}: {'; '.join(map(str, self.layers))}"
 
 
 Trial = Annotated[AttentionTrial | LoraTrial | ElementwiseTrial | GraphTrial, Field(discriminator="kind")]
-TRIALS: TypeAdapter[list[Trial]] = TypeAdapter(list[Trial])
-"""Lists of trials to JSON and back."""
+TRIAL: TypeAdapter[Trial] = TypeAdapter(Trial)
+"""A trial to JSON and back."""
 
 
 def dtype_name(dtype: torch.dtype) -> Dtype:

@@ -11,13 +11,13 @@ from typing import Any, Final
 import torch
 
 from lorax_core.adapters.lora_kernels.select import KERNELS
-from lorax_core.attention.base import CacheLayout
+from lorax_core.attention.base import AttentionBackend, CacheLayout
 from lorax_core.attention.select import why_not
 from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.select import select_elementwise
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import BackendSpec
-from lorax_core.serving.trial.spec import TRIALS, LayerKind, Trial, dtype_name
+from lorax_core.serving.trial.spec import TRIAL, LayerKind, Trial, dtype_name
 from lorax_core.serving.trial.trusted import READABLE_BACKEND, class_path, sixteen_bit
 from lorax_core.settings import Settings
 
@@ -53,13 +53,17 @@ def standard_trials(
     for dtype in dtypes:
         on = {"device": device, "dtype": dtype_name(dtype)}
         orders += _of_kernels(on, dtype, settings, refused)
-    return TRIALS.validate_python(orders), refused
+    return [TRIAL.validate_python(order) for order in orders], refused
 
 
 def _of_backend(
     spec: BackendSpec, name: str, kinds: tuple[LayerKind, ...], device: str, dtype: torch.dtype, refused: dict[str, str]
 ) -> list[dict[str, Any]]:
-    layout = load_class(spec.backend, None)().layout([kind.spec for kind in kinds], dtype, dtype, device)
+    layout: CacheLayout | str
+    try:
+        layout = load_class(spec.backend, None)().layout([kind.spec for kind in kinds], dtype, dtype, device)
+    except Exception as error:  # a backend that is broken must not keep the others from being tried
+        layout = f"its layout() failed: {type(error).__name__}: {error}"
     if not isinstance(layout, CacheLayout):
         refused[f"{spec.name}, {name}, {dtype_name(dtype)}"] = layout
         return []
@@ -67,7 +71,8 @@ def _of_backend(
     order = {"device": device, "dtype": dtype_name(dtype), "backend": spec.backend, "layers": kinds, **cache}
     made = [{"kind": "attention", **order}]
     # Graphs are for decoding, on a GPU.
-    if kinds[0].causal and torch.device(device).type == "cuda":
+    captured = load_class(spec.backend, None).plan_graph is not AttentionBackend.plan_graph  # type: ignore[attr-defined]
+    if captured and kinds[0].causal and torch.device(device).type == "cuda":
         made.append({"kind": "graphs", **order})
     return made
 

@@ -66,6 +66,8 @@ class Trusted:
 
     def graphs(self, backend: AttentionBackend, layout: CacheLayout, load: LoadKernel | None = None) -> str | None:
         """Why decoding is not to be captured with a backend, and with the LoRA kernel that `load` gives."""
+        if type(backend).plan_graph is AttentionBackend.plan_graph:
+            return f"the backend {backend.name!r} cannot be captured"
         if not self._tries:
             return None
         trial = {"backend": class_path(type(backend)), "layers": self._layers, **self._on, **_cache(layout)}

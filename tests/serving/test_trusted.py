@@ -177,6 +177,16 @@ def test_on_a_gpu_auto_is_a_dtype_of_16_bit_that_it_has(stored, half, chosen, tm
     assert choose_dtype("float32", Checkpoint(tmp_path), "cuda", half) is F32
 
 
+def test_a_model_without_an_engine_is_in_the_dtype_of_one(qwen2, monkeypatch):
+    # What a GPU without bfloat16 says; the model itself may be anywhere.
+    for module in ("loading", "model"):
+        monkeypatch.setattr(f"lorax_core.serving.{module}.sixteen_bit", lambda device: F16)
+
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        assert engine.info().dtype == "float16"
+    assert lorax.load_model(qwen2).dtype is F16
+
+
 def test_a_cpu_has_no_dtype_of_16_bit_of_its_own():
     assert sixteen_bit("cpu") is None
 

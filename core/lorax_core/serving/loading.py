@@ -123,7 +123,7 @@ def find_device(device: str) -> str:
     return device
 
 
-def choose_dtype(name: str, files: Checkpoint, device: str, half: torch.dtype | None = None) -> torch.dtype:
+def choose_dtype(name: str, files: Checkpoint, device: str, half: torch.dtype | None) -> torch.dtype:
     """What a checkpoint is computed in on a device, by the word of `EngineOptions.dtype`.
 
     `half` is the dtype of 16 bit that a GPU computes in, see `sixteen_bit`.

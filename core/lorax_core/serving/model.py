@@ -25,6 +25,7 @@ from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.loading import checked_host, choose_dtype, find_device
+from lorax_core.serving.trial.trusted import sixteen_bit
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
@@ -63,7 +64,7 @@ def load_model(
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=secret))
     # Before the weights are read, which may take minutes.
     _check_class(model_class, files.config["model_type"], host)
-    chosen = choose_dtype(options.dtype, files, where)
+    chosen = choose_dtype(options.dtype, files, where, sixteen_bit(where))
     base = load_weights(files, host, dtype=chosen, device=where, model_class=model_class)
     set_up_embedding(base, None, None, None)
     return cast("M", base.model)

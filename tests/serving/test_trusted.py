@@ -203,12 +203,16 @@ def test_an_engine_says_when_it_computes_in_another_dtype_than_the_checkpoint(tm
         assert same.info().notes == ()
 
 
-def test_an_engine_says_what_loading_took(qwen2):
+def test_an_engine_says_what_loading_took(qwen2, caplog):
+    caplog.set_level("INFO", logger="lorax_core.serving.loading")
+
     with lorax.load(qwen2, kv_cache_tokens=64) as engine:
         info = engine.info()
 
     assert info.weight_bytes == sum(file.stat().st_size for file in qwen2.glob("*.safetensors"))
     assert info.load_seconds > 0
+    assert info.load_bytes_per_second == info.weight_bytes / info.load_seconds
+    assert "GB of weights in" in caplog.text
     assert info.graphs == "graphs need a GPU, and the model is on 'cpu'"
     assert info.elementwise[0] == "torch"
 

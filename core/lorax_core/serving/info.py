@@ -46,3 +46,8 @@ class EngineInfo:
     step_bytes: int | None = None
     totals: Totals = field(default_factory=Totals)
     last_step: StepStats | None = None
+
+    @property
+    def load_bytes_per_second(self) -> float:
+        """How fast the weights came, from files to where they are used."""
+        return self.weight_bytes / self.load_seconds if self.load_seconds else 0.0

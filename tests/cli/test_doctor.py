@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 
 import faulty_kernels
+import pytest
 import torch
+from builders import make_lora, make_qwen2, make_qwen2_model
 
 import lorax_core
+from lorax_core.serving.trial.run import Trials
 
 
 def test_doctor_tells_versions_backends_with_reasons_and_plugins(main):
@@ -70,3 +73,25 @@ def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path):
     assert code == 1
     line = next(line for line in out.splitlines() if line.startswith("load_ranks_cut"))
     assert "896 to 1152: off by" in line
+
+
+def test_what_was_verified_for_a_checkpoint_is_not_tried_again_by_an_engine(main, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAX_TRIALS", "all")
+    folder, adapter = make_qwen2(tmp_path / "model"), make_lora(make_qwen2_model(), tmp_path / "adapter")
+
+    code, out, _ = main("doctor", "--verify", str(folder), "--json")
+    monkeypatch.setattr(Trials, "_run", lambda _, trials: pytest.fail(f"tried again: {trials}"))
+    with lorax_core.load(folder, adapters={"it": adapter}, kv_cache_tokens=64) as engine:
+        info = engine.info()
+
+    assert code == 0
+    assert {one["trial"]["kind"] for one in json.loads(out)["trials"]} == {"attention", "lora"}
+    assert (info.attention, info.lora_kernel[0]) == ("native", "native")
+
+
+def test_a_checkpoint_is_for_verify(main):
+    code, _, err = main("doctor", "somewhere")
+
+    assert code == 2
+    assert "--verify" in err

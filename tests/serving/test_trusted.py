@@ -14,6 +14,7 @@ from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.native.attention import PagedAttention
 from lorax_core.serving.loading import choose_dtype, find_device
 from lorax_core.serving.trial.run import Trials
+from lorax_core.serving.trial.standard import model_trials
 from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
 from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
@@ -147,6 +148,23 @@ def test_a_backend_that_cannot_be_captured_has_no_graphs(qwen2):
 
     assert reason is not None
     assert Trusted(model, Settings()).graphs(CapturableBackend(), layout) is None
+
+
+def test_on_a_gpu_what_is_verified_for_a_model_includes_its_graphs(qwen2, monkeypatch):
+    # Too old for Triton, with the package or without it.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    model = lorax.load_model(qwen2)
+    model.device = torch.device("cuda")  # nothing is computed: the orders alone matter
+    spec = make_backend_spec("captured", "CapturableBackend", device_types=("cuda",))
+    spec = spec.model_copy(update={"backend": "captured:CapturableBackend"})
+
+    trials, refused = model_trials(model, [spec], Settings())
+
+    assert [(one.kind, one.subject, one.device) for one in trials] == [
+        ("attention", "CapturableBackend", "cuda"),
+        ("graphs", "CapturableBackend", "cuda"),
+    ]
+    assert {"LoRA kernel triton", "elementwise"} <= refused.keys()
 
 
 @pytest.mark.parametrize("value", ["gpus", "1"])

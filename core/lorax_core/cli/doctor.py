@@ -38,6 +38,9 @@ _PACKAGES = (
 
 @app.command()
 def doctor(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="With --verify: the model whose shapes are tried, a folder or a hub id.")
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -50,8 +53,10 @@ def doctor(
     from lorax_core.plugins.host import PluginHost
 
     if verify:
-        _verify(json)
+        _verify(checkpoint, json)
         return
+    if checkpoint is not None:
+        raise typer.BadParameter("a checkpoint is for --verify alone", param_hint="CHECKPOINT")
     with data_only_stdout():
         host = PluginHost.discover()
         versions, machine, attention, plugins = _versions(), _machine(), _attention(host), _plugins(host)
@@ -69,19 +74,23 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _verify(json: bool) -> None:
+def _verify(checkpoint: str | None, json: bool) -> None:
     """A table of verdicts: what this machine would use beside plain torch, compared with it in a process of its own."""
     import torch
     from rich.console import Console
 
     from lorax_core.plugins.host import PluginHost
     from lorax_core.serving.trial.run import Trials, machine
-    from lorax_core.serving.trial.standard import standard_trials
+    from lorax_core.serving.trial.standard import model_trials, standard_trials
     from lorax_core.settings import Settings
 
     settings, device = Settings.from_env(), "cuda" if torch.cuda.is_available() else "cpu"
     with data_only_stdout():
-        trials, refused = standard_trials(PluginHost.discover().backends, device, settings)
+        host = PluginHost.discover()
+        if checkpoint is None:
+            trials, refused = standard_trials(host.backends, device, settings)
+        else:
+            trials, refused = model_trials(lorax_core.load_model(checkpoint, host=host), host.backends, settings)
     talk = Console(stderr=True)
     with talk.status(
         f"trying {len(trials)} kinds of kernels; the first time on a machine they may be compiled for minutes"

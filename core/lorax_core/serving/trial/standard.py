@@ -1,4 +1,4 @@
-"""What `lorax doctor --verify` tries when no model says which shapes matter.
+"""What `lorax doctor --verify` tries: all that this machine offers, for a model or for standard shapes.
 
 Decides on sizes that published models have: heads of 64 and 128, grouped queries, windows, caps, encoders.
 """
@@ -10,16 +10,19 @@ from typing import Any, Final
 
 import torch
 
-from lorax_core.adapters.lora_kernels.select import KERNELS
+from lorax_core.adapters.lora_kernels.select import KERNELS, LoadKernel
+from lorax_core.adapters.lora_kernels.triton import load_triton_kernel
 from lorax_core.attention.base import AttentionBackend, CacheLayout
 from lorax_core.attention.select import why_not
 from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.select import select_elementwise
+from lorax_core.modeling.model import Model
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import BackendSpec
 from lorax_core.serving.trial.spec import TRIAL, LayerKind, Trial, dtype_name
-from lorax_core.serving.trial.trusted import READABLE_BACKEND, class_path, sixteen_bit
+from lorax_core.serving.trial.trusted import READABLE_BACKEND, ModelTrials, class_path, sixteen_bit
 from lorax_core.settings import Settings
+from lorax_core.types import Task
 
 _KINDS: Final[Mapping[str, tuple[LayerKind, ...]]] = {
     "heads of 64": (LayerKind(heads=14, kv_heads=2, head_dim=64, causal=True),),
@@ -56,6 +59,51 @@ def standard_trials(
     return [TRIAL.validate_python(order) for order in orders], refused
 
 
+def model_trials(
+    model: Model, backends: Sequence[BackendSpec], settings: Settings
+) -> tuple[list[Trial], dict[str, str]]:
+    """Trials of whatever this machine could use for a model, those that an engine asks for; and what was refused."""
+    orders, device, dtype = ModelTrials(model), model.device, model.dtype
+    made: list[Trial] = []
+    refused: dict[str, str] = {}
+    # Decoding alone is captured, and on a GPU alone.
+    captured = device.type == "cuda" and model.needs_kv_cache and Task.GENERATE in model.tasks
+    adapted = captured and _lora_problem(load_triton_kernel, settings, dtype, device) is None
+    for spec in backends:
+        if spec.backend == READABLE_BACKEND:
+            continue
+        layout: CacheLayout | str | None = why_not(spec, str(device))
+        if layout is None:
+            layout = load_class(spec.backend, None)().layout(model.attention_specs, dtype, dtype, device.type)
+        if not isinstance(layout, CacheLayout):
+            refused[spec.name] = layout
+            continue
+        made.append(orders.attention(spec.backend, layout))
+        if not _has_graphs(spec):
+            continue
+        if captured:
+            made.append(orders.graphs(spec.backend, layout))
+        if adapted:
+            made.append(orders.graphs(spec.backend, layout, load_triton_kernel))
+    for name, load in KERNELS:
+        if (problem := _lora_problem(load, settings, dtype, device)) is not None:
+            refused[f"LoRA kernel {name}"] = problem
+        else:
+            made.append(orders.lora(load))
+    form, reason = select_elementwise(dtype, device)
+    if form is READABLE:
+        refused["elementwise"] = reason
+    else:
+        made.append(orders.elementwise(form))
+    return made, refused
+
+
+def _lora_problem(load: LoadKernel, settings: Settings, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a LoRA kernel computes nothing of this dtype here; None when it may."""
+    kernel, reason = load(settings, device)
+    return reason if kernel is None else kernel.supports(dtype, device)
+
+
 def _of_backend(
     spec: BackendSpec, name: str, kinds: tuple[LayerKind, ...], device: str, dtype: torch.dtype, refused: dict[str, str]
 ) -> list[dict[str, Any]]:
@@ -71,8 +119,7 @@ def _of_backend(
     order = {"device": device, "dtype": dtype_name(dtype), "backend": spec.backend, "layers": kinds, **cache}
     made = [{"kind": "attention", **order}]
     # Graphs are for decoding, on a GPU.
-    captured = load_class(spec.backend, None).plan_graph is not AttentionBackend.plan_graph  # type: ignore[attr-defined]
-    if captured and kinds[0].causal and torch.device(device).type == "cuda":
+    if _has_graphs(spec) and kinds[0].causal and torch.device(device).type == "cuda":
         made.append({"kind": "graphs", **order})
     return made
 
@@ -83,9 +130,7 @@ def _of_kernels(
     made: list[dict[str, Any]] = []
     device = torch.device(on["device"])
     for name, load in KERNELS:
-        kernel, reason = load(settings, device)
-        problem = reason if kernel is None else kernel.supports(dtype, device)
-        if problem is not None:
+        if (problem := _lora_problem(load, settings, dtype, device)) is not None:
             refused[f"LoRA kernel {name}"] = problem
         else:
             made.append({"kind": "lora", "kernel": class_path(load), "sizes": _SIZES, **on})
@@ -96,3 +141,7 @@ def _of_kernels(
         layers = [kinds[0] for kinds in _KINDS.values()]
         made.append({"kind": "elementwise", "form": class_path(type(form)), "widths": _WIDTHS, "layers": layers, **on})
     return made
+
+
+def _has_graphs(spec: BackendSpec) -> bool:
+    return load_class(spec.backend, None).plan_graph is not AttentionBackend.plan_graph  # type: ignore[attr-defined]

@@ -31,37 +31,66 @@ from lorax_core.serving.trial.spec import (
 from lorax_core.settings import Settings
 
 
+class ModelTrials:
+    """What is tried for one model: the same trials whoever asks for them, so that a verdict holds for all."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._on = {"device": str(model.device), "dtype": dtype_name(model.dtype)}
+        self._layers = [layer.model_dump() for layer in layers_of(model.attention_specs)]
+
+    def attention(self, backend: str, layout: CacheLayout) -> AttentionTrial:
+        """A backend, by class path, over all kinds of layers."""
+        order = {"backend": backend, "layers": self._layers, **self._on, **_cache(layout)}
+        return AttentionTrial.model_validate(order)
+
+    def lora(self, load: LoadKernel) -> LoraTrial:
+        """A LoRA kernel at each distinct size of a layer that adapters change."""
+        sites = (module for module in self._model.modules() if isinstance(module, Linear))
+        sizes = sorted({(site.in_features, site.out_features) for site in sites})
+        return LoraTrial.model_validate({"kernel": class_path(load), "sizes": sizes, **self._on})
+
+    def elementwise(self, form: Elementwise) -> ElementwiseTrial:
+        """An elementwise form at each width that is normalised."""
+        widths = {module.in_features for module in self._model.modules() if isinstance(module, Norm)}
+        order = {"form": class_path(type(form)), "widths": sorted(widths), "layers": self._layers, **self._on}
+        return ElementwiseTrial.model_validate(order)
+
+    def graphs(self, backend: str, layout: CacheLayout, load: LoadKernel | None = None) -> GraphTrial:
+        """Captured steps with a backend, and with the LoRA kernel that `load` gives."""
+        order = {"backend": backend, "layers": self._layers, **self._on, **_cache(layout)}
+        kernel = None if load is None else class_path(load)
+        return GraphTrial.model_validate({**order, "kernel": kernel})
+
+
 class Trusted:
     """The verdicts on kernels for one model. `settings.trials` says on which types of devices kernels are tried."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self._model = model
+        self._orders = ModelTrials(model)
         self._trials = Trials(settings)
         self._tries = model.device.type in settings.trials
-        self._on = {"device": str(model.device), "dtype": dtype_name(model.dtype)}
 
     def attention(self, spec: BackendSpec, layout: CacheLayout) -> str | None:
         """Why a backend is not to be used for the model."""
         compiled = spec.backend == COMPILED_BACKEND
         if spec.backend == READABLE_BACKEND or not (self._tries or compiled):
             return None
-        order = {"backend": spec.backend, "layers": self._layers, **self._on, **_cache(layout)}
-        trial = AttentionTrial.model_validate(order)
+        trial = self._orders.attention(spec.backend, layout)
         return self._trials.problem(trial) if self._tries else self._trials.problem_here(trial)
 
     @property
     def lora(self) -> Verify | None:
         """Why a LoRA kernel is not to be used; None where that is found out in this process."""
-        return self._lora if self._tries else None
+        return (lambda load: self._trials.problem(self._orders.lora(load))) if self._tries else None
 
     def elementwise(self) -> tuple[Elementwise, str]:
         """The form of elementwise arithmetic, and why it is this one."""
         form, reason = select_elementwise(self._model.dtype, self._model.device)
         if not self._tries or form is READABLE:
             return form, reason
-        widths = {module.in_features for module in self._model.modules() if isinstance(module, Norm)}
-        trial = {"form": class_path(type(form)), "widths": sorted(widths), "layers": self._layers, **self._on}
-        problem = self._trials.problem(ElementwiseTrial.model_validate(trial))
+        problem = self._trials.problem(self._orders.elementwise(form))
         return (form, reason) if problem is None else (READABLE, f"no {form.name} kernels: {problem}")
 
     def graphs(self, backend: AttentionBackend, layout: CacheLayout, load: LoadKernel | None = None) -> str | None:
@@ -70,18 +99,7 @@ class Trusted:
             return f"the backend {backend.name!r} cannot be captured"
         if not self._tries:
             return None
-        trial = {"backend": class_path(type(backend)), "layers": self._layers, **self._on, **_cache(layout)}
-        kernel = None if load is None else class_path(load)
-        return self._trials.problem(GraphTrial.model_validate({**trial, "kernel": kernel}))
-
-    @property
-    def _layers(self) -> list[Any]:
-        return [layer.model_dump() for layer in layers_of(self._model.attention_specs)]
-
-    def _lora(self, load: LoadKernel) -> str | None:
-        sites = (module for module in self._model.modules() if isinstance(module, Linear))
-        sizes = sorted({(site.in_features, site.out_features) for site in sites})
-        return self._trials.problem(LoraTrial.model_validate({"kernel": class_path(load), "sizes": sizes, **self._on}))
+        return self._trials.problem(self._orders.graphs(class_path(type(backend)), layout, load))
 
 
 def _cache(layout: CacheLayout) -> dict[str, Any]:

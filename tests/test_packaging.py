@@ -95,6 +95,6 @@ def collected(folder: Path, *arguments: str) -> list[str]:
 def test_ci_runs_the_tests_of_the_gpu_code_after_the_others():
     commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
-    assert commands[-3:] == ["make lint", "make test", "make test-gpu"]
+    assert commands[-4:] == ["make lint", "make test", "make test-gpu", "make test-triton"]
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert "tests/gpu $(ARGS)" in makefile.partition("\ntest-gpu:")[2].partition("\n\n")[0]

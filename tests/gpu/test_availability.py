@@ -97,6 +97,11 @@ full, windowed = AttentionSpec(4, 2, 64, True), AttentionSpec(4, 2, 64, True, wi
 print(Bare().layout([full], bf16, bf16, "cpu"))
 print(Bare().layout([full, windowed], bf16, bf16, "cpu"))
 print(Bare().layout([full], bf16, torch.float8_e4m3fn, "cpu"))
+name = prefill._gen_batch_prefill_primary_module("fa2", bf16, bf16, bf16, torch.int32, 64, 64, 0, True, False, False).name
+(folder / name).mkdir()
+(folder / name / (name + ".so")).touch()
+print(Bare().layout([AttentionSpec(4, 2, 64, True, soft_cap=5.0)], bf16, bf16, "cpu"))
+print(Bare().layout([full, windowed], bf16, bf16, "cpu"))
 """
 
 
@@ -110,11 +115,13 @@ def test_a_built_module_serves_without_tools_the_layers_that_it_was_built_for(tm
     )
 
     assert run.returncode == 0, run.stderr
-    taken, *refused = run.stdout.splitlines()
+    taken, *refused, both = run.stdout.splitlines()
     assert taken.startswith("CacheLayout(page_size=16")
+    assert both.startswith("CacheLayout(page_size=16")
     assert refused == [
         "has no built module for heads of 64, with a window, and to compile one no nvcc, no ninja",
         "has no built module for heads of 64, and to compile one no nvcc, no ninja",
+        "has no built module for heads of 64, with a soft cap, and to compile one no nvcc, no ninja",
     ]
 
 

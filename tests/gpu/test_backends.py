@@ -188,6 +188,19 @@ def test_a_graph_replays_other_steps_in_the_same_memory(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_a_graph_takes_sequences_that_fill_the_whole_table(name):
+    size = PAGES[name][0]
+    full = [(2 * size - 1, 1)] * 3
+    step = Step([spec(), spec(window=5)], full, page_size=size, width=2)
+    backend = step.bound(BACKENDS[name](), step.pool(step.dtype))
+    graph = graph_of(backend, step)
+
+    graph.replan(step.rows)
+
+    step.insist(step.run(graph))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_encoders_are_not_captured(name):
     step = Step([spec(causal=False)], [(0, 1), (0, 1)])
     backend = step.bound(BACKENDS[name](), None)

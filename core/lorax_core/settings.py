@@ -19,7 +19,7 @@ from lorax_core.errors import PluginError, nearest
 _NAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _CACHE: Final = Path("~/.cache/lorax")
 _TRUE: Final = ("1", "true", "yes", "on")
-_TRIALS: Final = {"gpu": ("cuda",), "all": ("cuda", "cpu"), "off": ()}
+_TRIALS: Final[Mapping[str, tuple[str, ...]]] = {"gpu": ("cuda",), "all": ("cuda", "cpu")}
 _FALSE: Final = ("0", "false", "no", "off")
 
 
@@ -92,9 +92,11 @@ def _cache(environ: Mapping[str, str]) -> Path:
 
 def _trials(environ: Mapping[str, str]) -> tuple[str, ...]:
     value = environ.get("LORAX_TRIALS", "").strip().lower() or "gpu"
+    if value in _FALSE:
+        return ()
     if value in _TRIALS:
         return _TRIALS[value]
-    close = nearest(value, list(_TRIALS))
+    close = nearest(value, [*_TRIALS, "off"])
     raise PluginError(
         f"LORAX_TRIALS is {value!r}, which is none of gpu, all and off",
         hint=f"did you mean {close!r}?" if close else "leave it unset: kernels of a GPU are tried before they are used",

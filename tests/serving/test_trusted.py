@@ -258,3 +258,19 @@ def test_a_compiled_attention_with_wrong_numbers_is_passed_over(qwen2, monkeypat
 
     assert info.attention == "torch"
     assert "off by" in dict(info.passed_over)["native"]
+
+
+@pytest.mark.parametrize("value", ["off", "0", "NO", "false"])
+def test_trials_are_switched_off_as_anything_else_is(value):
+    assert Settings.from_env({"LORAX_TRIALS": value}).trials == ()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("kv_cache_dtype", "kv_dtype"), ("enforce_eager", "cuda_graphs"), ("gpu_memory_utilization", "kv_cache_fraction")],
+)
+def test_options_of_vllm_lead_to_ours(theirs, ours):
+    with pytest.raises(RequestError) as caught:
+        lorax.EngineOptions(checkpoint="x", **{theirs: 1})
+
+    assert caught.value.hint == f"did you mean {ours!r}?"

@@ -241,3 +241,39 @@ def test_without_a_compiler_it_is_not_available(monkeypatch, tmp_path):
 
     assert not available
     assert "compiler" in why
+
+
+@pytest.mark.parametrize("kv_dtype", [None, FP8])
+@pytest.mark.parametrize("at", [2, 3900])
+def test_a_number_that_is_none_stays_none_in_whichever_part_it_is(kv_dtype, at):
+    class Broken(NativeBackend):
+        def plan(self, rows):
+            page = self.cache.data[1, 0, int(rows.page_table.host[0, at // 16])]
+            if kv_dtype is FP8:
+                page.view(torch.uint8)[at % 16] = 0x7F
+            else:
+                page[at % 16] = torch.nan
+            return super().plan(rows)
+
+    found, _ = Case(sequences=((4000, 1), (3, 1)), kv_dtype=kv_dtype).compute(Broken())
+
+    assert found[0].isnan().all()
+    assert not found[1].isnan().any()
+
+
+def test_a_backend_that_is_bound_anew_knows_nothing_of_the_cache_before():
+    backend = NativeBackend()
+    Case(page=16).compute(backend)
+
+    again, _ = Case(page=8).compute(backend)
+
+    assert torch.equal(again, Case(page=8).compute(NativeBackend())[0])
+
+
+def test_each_layer_has_scales_of_its_own():
+    backend = NativeBackend()
+    Case(kv_dtype=FP8).compute(backend)
+
+    shapes = [backend.shape(SimpleNamespace(index=index, spec=SPEC)) for index in (0, 1)]
+
+    assert [(shape.k_scale, shape.v_scale) for shape in shapes] == [(1.0, 1.0), (0.5, 2.0)]

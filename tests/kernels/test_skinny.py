@@ -138,3 +138,15 @@ def test_another_layout_is_not_read(product):
     assert not product.reads(blocks.view(1, 32, 64, 2))
     assert not product.reads(blocks.view(-1, 64, 8, 1))
     assert not product.reads(blocks.double())
+
+
+def test_results_between_two_numbers_of_bfloat16_go_to_the_even_one(product):
+    weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+    weight[0, :2] = torch.tensor([1.0, 2**-8])  # between 1 and 1 + 2^-7
+    weight[1, :2] = torch.tensor([1.0, 3 * 2**-8])  # between 1 + 2^-7 and 1 + 2^-6
+    blocks = onednn.pack(weight)
+    layouts = [found for found in onednn.layouts(blocks, 64, 64, torch.bfloat16) if product.reads(found)]
+
+    found = product(torch.ones(1, 64, dtype=torch.bfloat16), layouts[0], None, 64)
+
+    assert found[0, :2].tolist() == [1.0, 1 + 2**-6]

@@ -198,7 +198,7 @@ def test_an_older_flash_attn_serves_what_it_takes(monkeypatch):
 def test_both_are_declared_for_cuda_before_the_torch_backend(host, machine, compiled):
     declared = {spec.name: spec for spec in host.backends}
 
-    assert list(declared) == ["flashinfer", "flash_attn", "torch"]
+    assert list(declared) == ["flashinfer", "flash_attn", "native", "torch"]
     for name in ("flashinfer", "flash_attn"):
         assert why_not(declared[name], "cpu") == "runs on 'cuda', not on 'cpu'"
         assert why_not(declared[name], "cuda") is None

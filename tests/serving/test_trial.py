@@ -144,7 +144,7 @@ def test_a_verdict_is_kept_until_the_machine_or_the_trial_is_another(settings, m
     assert len(ran) == 3
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"trial": "x"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"trial": "x"}', '{"problem": ""}', '{"problem": 5}'])
 def test_a_verdict_that_cannot_be_read_is_made_again(settings, content, monkeypatch):
     monkeypatch.setattr(Trials, "_run", lambda _, __: "wrong")
     trial = attention(TORCH)

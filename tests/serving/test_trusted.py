@@ -274,3 +274,12 @@ def test_options_of_vllm_lead_to_ours(theirs, ours):
         lorax.EngineOptions(checkpoint="x", **{theirs: 1})
 
     assert caught.value.hint == f"did you mean {ours!r}?"
+
+
+def test_without_trials_the_compiled_attention_is_not_tried_either(qwen2, monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAX_TRIALS", "off")
+
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        assert engine.info().attention == "native"
+
+    assert not (tmp_path / "cache/trials").exists()

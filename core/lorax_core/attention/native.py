@@ -89,7 +89,7 @@ class NativeBackend(AttentionBackend):
         self._few_rows = few_rows
         self._torch = TorchBackend()
         self._windows: tuple[int | None, ...] = ()
-        self._largest: dict[int | None, tuple[int, int]] = {}
+        self._largest: dict[int | None, AttentionSpec] = {}
         self._shapes: dict[tuple[int, AttentionSpec], Shape] = {}
         self._cache: KVCache | None = None
         self._product: PagedAttention | None = None
@@ -144,8 +144,7 @@ class NativeBackend(AttentionBackend):
         self._windows = tuple(dict.fromkeys(spec.window for spec in specs))
         # The scratch of a window serves all its layers, whatever heads they have.
         self._largest = {
-            window: max((spec.heads, spec.head_dim) for spec in specs if spec.window == window)
-            for window in self._windows
+            window: max((spec for spec in specs if spec.window == window), key=_memory) for window in self._windows
         }
 
     def plan(self, rows: AttentionRows) -> StepAttention:
@@ -160,7 +159,8 @@ class NativeBackend(AttentionBackend):
             keys = [lengths[at] for at, _, _ in few]
             for window in self._windows:
                 jobs = make_jobs(rows.page_table.host, few, keys, window, torch.get_num_threads())
-                work[window] = _Work(jobs, torch.empty(scratch_size(jobs, *self._largest[window])))
+                spec = self._largest[window]
+                work[window] = _Work(jobs, torch.empty(scratch_size(jobs, spec.heads, spec.head_dim)))
         return NativeStep(self, rows, work, self._torch.plan_some(rows, many) if many else None)
 
     def shape(self, layer: AttentionLayer) -> Shape:
@@ -184,3 +184,8 @@ class NativeBackend(AttentionBackend):
                 window=spec.window or 0,
             )
         return found
+
+
+def _memory(spec: AttentionSpec) -> int:
+    """By which layers of one window differ in the scratch that they need."""
+    return spec.heads * (spec.head_dim + 2)

@@ -14,6 +14,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -167,7 +168,10 @@ class Trials:
                 if file_problem(file, os.fstat(opened.fileno()), os.geteuid()) is not None:
                     return None
                 said: Any = json.loads(opened.read(_MOST_BYTES))
-            return Verdict(trial, said["problem"], kept=True)
+            problem = said["problem"]
+            if problem is not None and not (isinstance(problem, str) and problem):
+                return None  # whoever wrote it, it was none of us
+            return Verdict(trial, problem, kept=True)
         # None yet, or one that was cut short: it is tried again. RuntimeError: a user without a home.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             return None
@@ -188,7 +192,7 @@ class Trials:
                 return
             file = folder / f"{self._key(verdict.trial)}.json"
             # Renamed into place: another process may read it now.
-            part = file.with_suffix(f".{os.getpid()}")
+            part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
             # For this user alone, whatever the umask: others could write a verdict of their own.
             with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as opened:
                 json.dump(said, opened, indent=1)

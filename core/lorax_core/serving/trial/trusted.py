@@ -71,10 +71,11 @@ class Trusted:
         self._orders = ModelTrials(model)
         self._trials = Trials(settings)
         self._tries = model.device.type in settings.trials
+        self._any = bool(settings.trials)
 
     def attention(self, spec: BackendSpec, layout: CacheLayout) -> str | None:
         """Why a backend is not to be used for the model."""
-        compiled = spec.backend == COMPILED_BACKEND
+        compiled = spec.backend == COMPILED_BACKEND and self._any
         if spec.backend == READABLE_BACKEND or not (self._tries or compiled):
             return None
         trial = self._orders.attention(spec.backend, layout)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from gpu.doubles import triton_driver
-from gpu.doubles.sanitizer import OutOfBounds, Race, watched
+from gpu.doubles.sanitizer import NotDivisible, OutOfBounds, Race, watched
 from gpu.doubles.triton_driver import pretend_gpu
 
 
@@ -30,6 +30,12 @@ def copied(x, out, count, BLOCK: tl.constexpr):
 def shifted(x, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x + i + 1, tl.load(x + i))
+
+
+@triton.jit
+def promised(x, OFFSET: tl.constexpr):
+    i = tl.multiple_of(x + OFFSET, 16) + tl.arange(0, 16)
+    tl.store(i, tl.load(i))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -85,6 +91,14 @@ def test_programs_that_touch_what_another_writes_are_seen():
         with pytest.raises(Race, match=r"a read of program \(1, 0, 0\) where program \(0, 0, 0\) writes"):
             shifted[(2,)](x, BLOCK=16)
         shifted[(1,)](x, BLOCK=16)
+
+
+def test_a_divisor_that_an_address_does_not_have_is_seen():
+    x = torch.zeros(64)
+    with pretend_gpu(), watched(x):
+        promised[(1,)](x, OFFSET=4)
+        with pytest.raises(NotDivisible, match="is no multiple of 16"):
+            promised[(1,)](x, OFFSET=3)
 
 
 def test_another_triton_than_those_that_it_was_made_for_is_refused(monkeypatch):

@@ -250,3 +250,15 @@ def test_an_update_that_is_not_aligned_is_computed_outside_captured_steps(gpu):
     work.add(TritonKernel(CPU).plan(work.segments))
 
     work.check(work.segments)
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["before", "behind"])
+def test_one_update_that_is_not_aligned_ends_wide_loads_for_its_step(gpu, first):
+    work = Work(torch.bfloat16, ((3, (4, 4, 4)), (2, (8, 8, 8))))
+    segments = work.segments
+    moved = Updates({"here": unaligned(segments[first].updates.by_site["here"])})
+    segments[first] = Segment(segments[first].start, segments[first].stop, moved)
+
+    work.add(TritonKernel(CPU).plan(segments))
+
+    work.check(segments)

@@ -1,7 +1,8 @@
 """What a GPU does not tell and the interpreter lets us see: `watched(*tensors)`.
 
 Inside, a kernel that reads or writes outside the memory of these tensors raises `OutOfBounds`, and one of whose programs
-touches what another writes raises `Race`: on a GPU they run in any order, or at once.
+touches what another writes raises `Race`: on a GPU they run in any order, or at once. One that states a divisor which a
+number or address does not have raises `NotDivisible`: compiled, its wide loads would fail.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class OutOfBounds(AssertionError):
 
 class Race(AssertionError):
     """Programs of one launch touched one address, and one of them wrote it."""
+
+
+class NotDivisible(AssertionError):
+    """A kernel called `tl.multiple_of` for what is no such multiple."""
 
 
 class _Watch:
@@ -93,6 +98,7 @@ def watched(*tensors: Tensor) -> Iterator[None]:
     """Kernels may touch these tensors alone, and what is allocated meanwhile; name those too that tables point to."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     load, store, launch = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    handle, set_attr = interpreter.TensorHandle, interpreter.TensorHandle.set_attr
     watch = _Watch(tensors)
 
     def watched_load(self, pointers, mask, *rest):
@@ -107,11 +113,17 @@ def watched(*tensors: Tensor) -> Iterator[None]:
         watch.start()
         return launch(self, *args, **kwargs)
 
+    def watched_attr(self, key, values):
+        if key == "tt.divisibility" and int(first := self.data.ravel()[0]) % values[-1]:
+            raise NotDivisible(f"{first} is no multiple of {values[-1]}")
+        set_attr(self, key, values)
+
     builder.create_masked_load, builder.create_masked_store = watched_load, watched_store
+    handle.set_attr = watched_attr
     executor.__call__ = watched_launch
     try:
         with _Allocations(watch):
             yield
     finally:
         builder.create_masked_load, builder.create_masked_store = load, store
-        executor.__call__ = launch
+        executor.__call__, handle.set_attr = launch, set_attr

@@ -23,6 +23,8 @@ def test_doctor_tells_versions_backends_with_reasons_and_plugins(main):
     assert reasons == {"flashinfer": elsewhere, "flash_attn": elsewhere, "native": None, "torch": None}
     assert told["machine"]["threads"] == torch.get_num_threads()
     assert told["machine"]["low-rank kernel"]
+    assert told["machine"]["elementwise kernels"] == "torch: no triton kernels: it computes on CUDA devices, not on cpu"
+    assert "compute capability" not in told["machine"]  # of a GPU, and there is none
     assert "ready" in told["plugins"]["qwen2"]
 
 

@@ -71,7 +71,9 @@ class Work:
         segments, start = [], 0
         for rows, ranks in runs:
             if ranks is not None:
-                made = Updates({"other": self.update(ranks), "here": self.update(ranks)})
+                # Of one part, so that sites of an adapter differ in their number of blocks.
+                other = self.update((sum(ranks), 0, 0))
+                made = Updates({"other": other, "here": self.update(ranks)})
                 segments.append(Segment(start, start + rows, made))
             start += rows
         return segments

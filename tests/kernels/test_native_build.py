@@ -79,6 +79,18 @@ def test_another_source_is_another_library(source, tmp_path):
     assert load_native(source, Settings(cache=tmp_path / "cache")).library.answer() == 43
 
 
+def test_another_header_is_another_library(source, tmp_path):
+    header = source.with_name("number.h")
+    header.write_text("#define NUMBER 42")
+    source.write_text('#include "number.h"\n' + RIGHT.replace("42", "NUMBER"))
+    before = load_native(source, Settings(cache=tmp_path / "cache")).library.answer()
+    header.write_text("#define NUMBER 43")
+
+    after = load_native(source, Settings(cache=tmp_path / "cache")).library.answer()
+
+    assert (before, after) == (42, 43)
+
+
 def replace(evil, library):
     library.unlink()  # never written over: this process may have it mapped
     shutil.copy(evil, library)

@@ -123,21 +123,27 @@ def _machine() -> dict[str, Any]:
     import torch
 
     from lorax_core.adapters.lora_kernels.select import select_kernel
+    from lorax_core.kernels.gpu import compute_capability
+    from lorax_core.kernels.select import select_elementwise
     from lorax_core.linear_methods.select import available
     from lorax_core.settings import Settings
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    # As an engine would: this compiles the kernel if need be, so a missing compiler shows here.
-    choice = select_kernel(torch.float32, torch.device("cpu"), Settings.from_env())
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     # What device="auto" takes.
-    device = "cuda" if gpus else "cpu"
+    device = torch.device("cuda" if gpus else "cpu")
+    # As an engine would: this compiles the kernel if need be, so a missing compiler shows here.
+    choice = select_kernel(torch.float32, device, Settings.from_env())
+    elementwise, why = select_elementwise(torch.float32, device)
+    capability = compute_capability(str(device))
     return {
-        "device": device,
+        "device": device.type,
         "gpus": ", ".join(gpus) or "none that torch sees",
+        **({"compute capability": "{}.{}".format(*capability)} if capability is not None else {}),
         "threads": torch.get_num_threads(),
-        **{f"linear methods in {name}": _methods(available(dtype, device)) for name, dtype in dtypes.items()},
+        **{f"linear methods in {name}": _methods(available(dtype, device.type)) for name, dtype in dtypes.items()},
         "low-rank kernel": f"{choice.kernel.name}: {choice.reason}",
+        "elementwise kernels": f"{elementwise.name}: {why}",
     }
 
 

@@ -5,56 +5,15 @@
 // cut depends on the jobs and the number of threads alone, so the same step gives the same bits. Sums are kept in float32.
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-typedef uint16_t bf16;
+#include "numbers.h"
+
 typedef uint8_t fp8;  // e4m3: no infinities, NaN is 0x7f and 0xff
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-static const int64_t LANES = 16;
 static const int64_t KEYS = 16;      // keys that are scored together
 static const int64_t QUERIES = 16;   // queries that share what was read of them
 static const int64_t MOST_DIM = 256;
 static const int64_t AHEAD = 32;     // keys by which reading runs ahead
-
-static inline Floats load(const float *at) {
-    Floats found;
-    memcpy(&found, at, sizeof found);
-    return found;
-}
-
-static inline Floats load(const bf16 *at) {
-    Halves found;
-    memcpy(&found, at, sizeof found);
-    Words words = __builtin_convertvector(found, Words) << 16;
-    return (Floats)words;
-}
-
-static inline void store(float *at, Floats value) { memcpy(at, &value, sizeof value); }
-
-static inline bf16 rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    return nan ? 0x7fc0 : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
-}
-
-static inline void put(float *at, float value) { *at = value; }
-static inline void put(bf16 *at, float value) { *at = rounded(value); }
-static inline float up(float value) { return value; }
-static inline float up(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-static inline Floats all(float value) { return value - (Floats){}; }
 
 static inline float sum(Floats value) {
     float total = 0;

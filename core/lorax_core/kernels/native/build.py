@@ -1,7 +1,7 @@
 """From a C++ source to a loaded library.
 
-Decides how a source is compiled (once for each processor, compiler, flags and source) and where the library is kept. What is
-loaded is a private copy of the bytes that were checked, so nothing can come between. Knows nothing of what a library computes.
+Decides how a source is compiled (once for each processor, compiler, flags, source and headers) and where the library is kept.
+What is loaded is a private copy of the bytes that were checked, so nothing can come between. Knows nothing of what a library computes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
     compiler = find_compiler(user)
     # A library is made for the processor that made it, and a home may be shared by several.
     version = compiler.run("--version", folder=Path("/"))
-    key = (source.read_bytes(), " ".join(FLAGS).encode(), version, processor())
+    headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+    key = (source.read_bytes(), *headers, " ".join(FLAGS).encode(), version, processor())
     library = folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
     code = _read(library, user)
     if code is None:

@@ -4,28 +4,7 @@
 // each is computed by one thread. Sums are kept in float32 whatever the tensors hold. Weights are read once for each row; for
 // long runs of rows a matrix product of the library is faster: the caller keeps those to itself.
 
-#include <cstdint>
-#include <cstring>
-
-typedef uint16_t bf16;
-
-static inline float up(float value) { return value; }
-
-static inline float up(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-static inline void put(float *at, float value) { *at = value; }
-
-static inline void put(bf16 *at, float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    *at = nan ? 0x7fc0 : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
-}
+#include "numbers.h"
 
 struct Job {
     const void *a;      // [rank, in]

@@ -5,45 +5,15 @@
 // memory once and in order, running ahead. Sums are kept in float32, in an order that does not depend on the number of rows or
 // threads: a row has the same bits in any batch.
 
-#include <cstdint>
-#include <cstring>
+#include "numbers.h"
+
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
-typedef uint16_t bf16;
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-
-static const int64_t LANES = 16;
 static const int64_t MOST_ROWS = 64;
 static const int64_t TILE_BYTES = 1 << 16;  // of a block that stay in the cache while all rows pass over them
 static const int64_t AHEAD = 2048;          // bytes
-
-static inline Floats load(const void *at) {
-    Floats found;
-    memcpy(&found, at, sizeof found);
-    return found;
-}
-
-static inline Floats all(float value) { return value - (Floats){}; }
-static inline float up(float value) { return value; }
-
-static inline float up(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-static inline void put(float *at, float value) { *at = value; }
-
-static inline void put(bf16 *at, float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    *at = nan ? 0x7fc0 : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to the nearest, ties to even
-}
 
 // One step along the inputs: `vector` of them for 16 outputs.
 static inline Floats plus(Floats sum, Floats weights, const float *x) { return sum + weights * *x; }
@@ -71,7 +41,7 @@ static inline void multiply(const T *w, const T *x, int64_t x_row, int64_t steps
         const T *at = w + k * Z * LANES * vector;
         Floats weights[Z];
         for (int z = 0; z < Z; ++z) {
-            weights[z] = load(at + z * LANES * vector);
+            weights[z] = load((const float *)(at + z * LANES * vector));  // in bf16 pairs
             __builtin_prefetch((const char *)(at + z * LANES * vector) + AHEAD);
         }
         for (int m = 0; m < M; ++m)

@@ -57,7 +57,7 @@ def machine() -> dict[str, str]:
     found = {"lorax-core": __version__, "python": platform.python_version(), "cuda": str(torch.version.cuda)}
     # A home may be shared by machines.
     found["processor"] = hashlib.sha256(processor()).hexdigest()[:16]
-    sources = sorted(Path(native.__path__[0]).glob("*.cpp"))
+    sources = sorted(Path(native.__path__[0]).glob("*.[ch]*"))  # and headers
     found["compiled"] = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,7 +1,7 @@
 """From a C++ source to a loaded library.
 
 Decides how a source is compiled (once for each processor, compiler, flags, source and headers) and where the library is kept.
-What is loaded is a private copy of the bytes that were checked, so nothing can come between. Knows nothing of what a library computes.
+What is loaded is a private copy of the bytes that were checked, so nothing can come between. Knows nothing of what is computed.
 """
 
 from __future__ import annotations

@@ -35,6 +35,9 @@ _OTHER_NAMES: dict[str, str | None] = {
     "kv_cache_dtype": "kv_dtype",
     "gpu_memory_utilization": "kv_cache_fraction",
     "enforce_eager": "cuda_graphs",
+    "quantization": "quantize",
+    "load_in_8bit": "quantize",
+    "load_in_4bit": "quantize",
     "attention_backend": "attention",
     "block_size": None,
     "guided_json": "json_schema",
@@ -102,6 +105,8 @@ class EngineOptions(Checked):
       default a quarter of the free memory, up to 65,536 tokens. `kv_dtype` "fp8_e4m3" stores it in 8 bits.
     - `max_batch_tokens`, `max_batch_rows`: the most that one step computes.
     - `attention`: a backend by name, instead of the first that supports the model.
+    - `quantize`: "int8" or "int4" rounds the weights of linear layers when they are loaded, on a CPU. Classification heads keep
+      their numbers, and the head of a language model has 8 bits at least.
     - `linear_methods`: patterns of module paths ("layers.*.mlp.*") to the linear method that computes those layers; `lorax
       doctor` lists the methods. Other layers take the first that supports them.
     - `speculate`: draft up to so many tokens ahead from the sequence itself; answers are the same, repetitive ones come faster.
@@ -132,6 +137,7 @@ class EngineOptions(Checked):
     max_batch_tokens: int = Field(default=2048, ge=1, lt=2**31)
     max_batch_rows: int = Field(default=256, ge=1, lt=2**31)
     attention: str | None = None
+    quantize: Literal["int8", "int4"] | None = None
     linear_methods: dict[str, str] = Field(default_factory=dict)
     speculate: int = Field(default=0, ge=0, le=1024)
     cuda_graphs: bool = True

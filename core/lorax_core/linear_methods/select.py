@@ -19,9 +19,13 @@ from lorax_core.kernels import onednn
 from lorax_core.linear_methods.base import LinearKernel, LinearMethod
 from lorax_core.linear_methods.onednn import OneDnn
 from lorax_core.linear_methods.plain import Plain, PlainKernel
+from lorax_core.linear_methods.quantized import Int4, Int8, Quantization
 
 METHODS: tuple[LinearMethod, ...] = (OneDnn(), Plain())
 """What core offers, the first choice first. The last one supports everything."""
+
+QUANTIZED: tuple[Quantization, ...] = (Int4(), Int8())
+"""Methods that round weights: for layers that ask for them, by `LinearPolicy`. The fewest bits first."""
 
 _tried: dict[tuple[str, tuple[int, ...], torch.dtype], str | None] = {}
 
@@ -30,10 +34,12 @@ _tried: dict[tuple[str, tuple[int, ...], torch.dtype], str | None] = {}
 class LinearPolicy:
     """Which methods may compute a layer: patterns of module paths (`layers.*.mlp.*`) to a method's name, the first match wins.
 
-    A layer that no pattern names takes the first method that supports it.
+    A layer that no pattern names is computed in the format that `quantize` names ("int8", "int4") or, where it needs more bits,
+    in one that has them; without `quantize` by the first method that supports it.
     """
 
     methods: Mapping[str, str] = field(default_factory=dict)
+    quantize: str | None = None
 
     def check(self, paths: Sequence[str]) -> None:
         """Raises RequestError for a pattern that names none of the layers at `paths`: it was meant to change something."""
@@ -45,14 +51,22 @@ class LinearPolicy:
                     hint=f"did you mean {close!r}?" if close else f"paths are such as {listed(paths, limit=3)}",
                 )
 
-    def candidates(self, path: str, offered: Sequence[LinearMethod] = METHODS) -> tuple[LinearMethod, ...]:
-        """The methods to ask for the layer at `path`, in order, the plain one last. Raises RequestError for an unknown name."""
+    def candidates(
+        self, path: str, offered: Sequence[LinearMethod] = METHODS, *, fewest_bits: int = 0
+    ) -> tuple[LinearMethod, ...]:
+        """The methods to ask for the layer at `path`, in order, the plain one last. Raises RequestError for an unknown name.
+
+        `fewest_bits` is how many bits the numbers of its weight need when a model is quantized.
+        """
+        named = (*offered, *QUANTIZED)
         name = next((name for pattern, name in self.methods.items() if fnmatchcase(path, pattern)), None)
         if name is None:
-            return tuple(offered)
-        found = next((method for method in offered if method.name == name), None)
+            asked = next((one.format.bits for one in QUANTIZED if one.name == self.quantize), 32)
+            narrow = [one for one in QUANTIZED if one.format.bits >= max(fewest_bits, asked)]
+            return (*narrow[:1], *offered)
+        found = next((method for method in named if method.name == name), None)
         if found is None:
-            names = [method.name for method in offered]
+            names = [method.name for method in named]
             close = nearest(name, names)
             raise RequestError(
                 f"there is no linear method {name!r}; there are {listed(names)}",
@@ -150,7 +164,9 @@ def _difference(kernel: LinearKernel, weight: Tensor, tolerance: float) -> str |
 def available(dtype: torch.dtype, device: str = "cpu") -> dict[str, str | None]:
     """Each method to None where it computes `dtype` on `device`, else to the reason why not."""
     # Any shape will do: what core offers does not look at it.
-    return {method.name: method.supports((64, 64), dtype, torch.device(device)) for method in METHODS}
+    return {
+        method.name: method.supports((64, 64), dtype, torch.device(device)) for method in (*METHODS, *QUANTIZED[::-1])
+    }
 
 
 def fast_in_bfloat16(device: str) -> bool:

@@ -20,21 +20,23 @@ from lorax_core.kernels.elementwise import Activation
 from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.config import ModelConfig, Problem
-from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.linear import KeepsBits, Linear
 from lorax_core.modeling.site import HasAdapters
 from lorax_core.types import Pooling, Task
 
 CLASSIFICATION = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
 
 
-class Head(nn.Module):
+class Head(KeepsBits):
     """Base of all heads. Parameters are named as in the checkpoint, for one table fills backbone and heads.
 
     `pooled` says that `forward` gives one row for each sequence, to be summed over chunks; otherwise one for each row.
+    `fewest_bits` is how many bits its weights keep when a model is quantized.
     """
 
     task: ClassVar[Task]
     pooled: ClassVar[bool] = False
+    fewest_bits: ClassVar[int] = 16
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
@@ -66,6 +68,7 @@ class LanguageModelHead(Head):
     """Logits over the vocabulary `[rows, vocab]`, in float32."""
 
     task = Task.GENERATE
+    fewest_bits = 8
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -6,6 +6,8 @@ product is computed: a kernel from `linear_methods` does that.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,12 @@ class Linear(PreparedSite):
     def compute(self, x: Tensor, kernel: LinearKernel) -> Tensor:
         """`x W^T + bias` `[rows, out]` with the weight and bias of `kernel`."""
         return kernel(x)
+
+
+class KeepsBits(nn.Module):
+    """A module whose linear layers need more bits than others when a model is quantized."""
+
+    fewest_bits: ClassVar[int]
 
 
 class QKVLinear(Linear):
@@ -70,6 +78,7 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
     Layers that share a parameter share one prepared weight, an embedding among them included: memory holds it once.
     """
     policy = policy or LinearPolicy()
+    bits = _fewest_bits(root)
     layers = [(name, module) for name, module in root.named_modules() if isinstance(module, PreparedSite)]
     # By identity: `_tie` made a tied embedding and its head hold the same parameter object.
     tables = {id(module.weight): module for _, module in layers if isinstance(module, Embedding)}
@@ -84,7 +93,9 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
         path = layer.path or name
         table = tables.get(id(weight))
         if id(weight) not in prepared:
-            kernel, passed_over = choose(weight.detach(), policy.candidates(path), rows=table is not None)
+            kernel, passed_over = choose(
+                weight.detach(), policy.candidates(path, fewest_bits=bits.get(id(weight), 0)), rows=table is not None
+            )
             # A packed layout that cannot give single rows leaves the table its parameter: memory then holds the weight twice.
             note = None if table is None or kernel.no_rows is None else f"a second, plain weight: {kernel.no_rows}"
             prepared[id(weight)] = kernel, LinearChoice(path, kernel.method, passed_over, note)
@@ -94,3 +105,13 @@ def prepare_linears(root: nn.Module, policy: LinearPolicy | None = None) -> Line
         choices.append(LinearChoice(path, choice.method, choice.passed_over, choice.note))
         layer.adopt(kernel.with_bias(layer.bias))
     return LinearReport(tuple(choices))
+
+
+def _fewest_bits(root: nn.Module) -> dict[int, int]:
+    """How many bits the numbers of a weight need at least, by identity; of weights of heads alone."""
+    found: dict[int, int] = {}
+    for head in (module for module in root.modules() if isinstance(module, KeepsBits)):
+        for layer in head.modules():
+            if isinstance(layer, Linear):
+                found[id(layer.weight)] = max(head.fewest_bits, found.get(id(layer.weight), 0))
+    return found

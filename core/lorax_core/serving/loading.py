@@ -145,9 +145,15 @@ def choose_dtype(name: str, files: Checkpoint, device: str, half: torch.dtype | 
 def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
     device = find_device(options.device)
     token = options.token.get_secret_value() if options.token is not None else None
+    if options.quantize is not None and torch.device(device).type != "cpu":
+        raise RequestError(
+            f"quantize={options.quantize!r} was asked for on {device!r}, but weights are quantized on a CPU alone",
+            hint="leave quantize out, or use device='cpu'",
+        )
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
     dtype = choose_dtype(options.dtype, files, device, sixteen_bit(device))
-    return load_model(files, host, dtype=dtype, device=device, linear_policy=LinearPolicy(options.linear_methods))
+    policy = LinearPolicy(options.linear_methods, options.quantize)
+    return load_model(files, host, dtype=dtype, device=device, linear_policy=policy)
 
 
 def _notes(options: EngineOptions, base: LoadedModel) -> tuple[str, ...]:

@@ -6,7 +6,18 @@ Decides that order, and no more. Each module beside this one holds the checks of
 from __future__ import annotations
 
 from lorax_core.testing.check import Check
-from lorax_core.testing.checks import adapters, cache, configs, declaration, dtypes, masking, numbers, packing, weights
+from lorax_core.testing.checks import (
+    adapters,
+    cache,
+    configs,
+    declaration,
+    dtypes,
+    masking,
+    numbers,
+    packing,
+    quantized,
+    weights,
+)
 
 CHECKS: tuple[Check, ...] = (
     *declaration.CHECKS,
@@ -18,4 +29,5 @@ CHECKS: tuple[Check, ...] = (
     *masking.CHECKS,
     *adapters.CHECKS,
     *dtypes.CHECKS,
+    *quantized.CHECKS,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 from builders import QWEN2, make_lora, make_qwen2_model
@@ -9,6 +11,7 @@ from captured import CapturableBackend, CapturableKernel
 from fakes import FlakyBackend
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
+from replays import make_chunk
 from rigs import finish, kernel_for, make_adapters, make_capturable, make_loop, make_pool, make_sequence
 from transformers import Qwen2ForCausalLM
 
@@ -19,8 +22,10 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.step_input import HeadRead, StepInput
 from lorax_core.errors import StepError
 from lorax_core.kvcache.allocator import PageAllocator
+from lorax_core.types import Task
 
 PROMPTS = [[20, 21, 22], [30, 31], [40, 41, 42, 43]]
 
@@ -152,6 +157,24 @@ def test_a_step_that_cannot_be_launched_ahead_hits_only_whom_it_would_hit_alone(
     assert isinstance(first.sink.error, StepError)
     assert first.output == answer[: at + 1]
     assert second.output == alone(base, PROMPTS[1], 8)
+
+
+def test_a_launch_that_fails_leaves_the_tokens_of_the_step_before(base):
+    pool = make_pool(base, 4)
+    runner = Runner(base.model, TorchBackend(), pool)
+    ids = array("q", PROMPTS[0])
+    prompt = make_chunk(0, 0, 0, [1], tokens=ids, reads=(HeadRead(Task.GENERATE, range(len(ids) - 1, len(ids))),))
+    ahead = make_chunk(0, 0, len(ids), [1], awaits_token=True)
+    # An input whose earlier chunks the runner does not have: found out when all the rest is launched.
+    lost = make_chunk(1, 7, 1, [2], task=Task.EMBED, reads=(), sampled=(), pooled_rows=2)
+    first = runner.launch(StepInput((prompt,)))
+
+    with pytest.raises(KeyError):
+        runner.launch(StepInput((ahead, lost)))
+    second = runner.launch(StepInput((ahead,)))
+
+    found = [step.result()[1].sampled[0].token_id for step in (first, second)]
+    assert found == alone(base, PROMPTS[0], 2)
 
 
 def test_pages_are_zeroed_though_the_step_that_was_to_do_it_could_not_be_launched():

@@ -95,6 +95,7 @@ def test_a_captured_step_reads_what_an_eager_one_reads(folders, host):
             static, packed = (getattr(getattr(one, name), memory) for one in (found, expected))
             assert static[..., : packed.shape[-1]].tolist() == packed.tolist(), name
             assert not static[..., packed.shape[-1] :].any(), name
+    assert not inputs.batch(ROWS).slots[3:].any()  # padding has the scratch page
 
 
 def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):

@@ -272,6 +272,53 @@ def test_pages_that_were_zeroed_are_not_found_again():
     assert second.output == echoed(list(range(20)), 4)
 
 
+class Unreachable(PagedEcho):
+    """The fake cache, some of whose launches fail before anything is done: the next `failing`."""
+
+    failing = 0
+
+    def launch(self, step):
+        if self.failing:
+            self.failing -= 1
+            raise RuntimeError("the device is not there")
+        return super().launch(step)
+
+
+def make_unreachable(pages):
+    runner = Unreachable(page_size=4)
+    return EngineLoop(Scheduler(max_tokens=8, max_rows=4, allocator=PageAllocator(pages + 1, 4)), runner), runner
+
+
+def test_the_runner_is_told_of_all_who_ended_though_a_launch_failed():
+    loop, runner = make_unreachable(pages=8)
+    sequences = [make_sequence([at, 9], 6) for at in range(3)]
+    for sequence in sequences:
+        loop.add(sequence)
+    loop.step()
+    loop.abort(sequences[0])
+    runner.failing = 2  # the step, and the first of its pieces
+    loop.step()
+    finish(loop, make_sequence([1, 2], 9))  # the last to end
+
+    told = [number for step in runner.steps for number in step.ended]
+    assert sorted(told) == [sequence.id for sequence in sequences]
+
+
+def test_pages_are_zeroed_once_though_a_step_is_done_in_pieces():
+    loop, runner = make_unreachable(pages=2)
+    leaving = make_sequence(range(12), 4)
+    loop.add(leaving)
+    loop.step()  # a part of its prompt, of which nothing is known yet
+    loop.abort(leaving)
+    runner.failing = 1
+    prompts = [[20, 21, 22], [30, 31, 32]]  # a page each
+
+    answers = finish(loop, *(make_sequence(prompt, 2) for prompt in prompts))
+
+    assert answers == [echoed(prompt, 2) for prompt in prompts]
+    assert sorted(page for step in runner.steps for page in step.zeros) == [1, 2]
+
+
 class Illiterate:
     """A decoder that gives up on one token."""
 

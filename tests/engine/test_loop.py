@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from builders import make_byte_tokenizer, make_lora, make_qwen2_model
-from fakes import EchoedStep, FlakyBackend, PagedEcho, echoed
+from fakes import EchoedStep, FlakyBackend, Illiterate, PagedEcho, echoed
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
 from lorax_core.engine.drafting import PromptLookup
@@ -317,18 +317,6 @@ def test_pages_are_zeroed_once_though_a_step_is_done_in_pieces():
 
     assert answers == [echoed(prompt, 2) for prompt in prompts]
     assert sorted(page for step in runner.steps for page in step.zeros) == [1, 2]
-
-
-class Illiterate:
-    """A decoder that gives up on one token."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def decode(self, ids):
-        if self.token in ids:
-            raise ValueError(f"token {self.token} cannot be read")
-        return "x" * len(ids)
 
 
 def test_a_decoder_that_fails_ends_that_request_and_no_other(base):

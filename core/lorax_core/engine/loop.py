@@ -133,7 +133,7 @@ class EngineLoop:
             return None
         following = self._launch(plan)
         if isinstance(following.pending, Exception):  # planned again, and tried in pieces, once the result is known
-            self.scheduler.forgo(plan, launched=False)
+            self.scheduler.forgo(plan)
             return None
         return following
 
@@ -143,12 +143,12 @@ class EngineLoop:
         if not isinstance(pending, Exception):
             try:
                 answers: dict[int, Answer | SequenceUpdate] = dict(pending.result())
-                if pending.revised:
-                    self._forgo_following()
+                if pending.revised:  # what was launched ahead read tokens that are void
+                    self._following = None
                 return answers
             except Exception as error:
                 pending = error
-        self._forgo_following()
+        self._following = None
         if len(plan.chunks) == 1:
             return {plan.chunks[0].sequence.id: _broken(pending)}
         _log.warning("a step over %d sequences failed (%r); each is tried alone", len(plan.chunks), pending)
@@ -164,12 +164,6 @@ class EngineLoop:
             # Once: a page zeroed again would lose what an earlier chunk of this retry wrote.
             zeros = ()
         return retried
-
-    def _forgo_following(self) -> None:
-        """What was launched ahead read tokens that are void."""
-        if self._following is not None:
-            self.scheduler.forgo(self._following.plan, launched=True)
-            self._following = None
 
     def _accept(self, chunk: Chunk, answer: Answer) -> SequenceUpdate | None:
         """Take an answer into the sequence; the update for its sink, None when there is nothing to report yet."""

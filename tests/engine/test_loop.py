@@ -216,6 +216,20 @@ def test_an_adapter_that_overflows_and_is_cancelled_spoils_nothing_either(base, 
     assert found == [written(base, [at, 9], 20) for at in (20, 21)]
 
 
+def test_an_adapter_that_overflows_in_a_step_that_breaks_spoils_nothing_either(base, tmp_path):
+    store = make_overflowing(tmp_path, base)
+    backend = FlakyBackend(lambda ids: BAD in ids)  # it breaks when the first layer has written its rows
+    loop = make_loop(base, pages=2, adapters=store, backend=backend)
+    rotten = make_sequence([*range(20, 40), BAD], 8, adapter=store.get("huge"))
+    finish(loop, rotten)
+    assert "a kernel broke" in rotten.sink.error.message
+    backend.blows = lambda ids: False
+
+    found = finish(loop, *(make_sequence([at, 9], 5) for at in (20, 21)))
+
+    assert found == [written(base, [at, 9], 5) for at in (20, 21)]
+
+
 def test_an_adapter_that_overflows_and_is_turned_back_spoils_nothing_either(base, tmp_path):
     store = make_overflowing(tmp_path, base)
     loop = make_loop(base, pages=4, max_tokens=20, adapters=store)

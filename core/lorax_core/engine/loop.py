@@ -86,7 +86,6 @@ class EngineLoop:
     def fail(self, adapter: AdapterRef, error: LoraxError) -> None:
         """Sequences of an adapter that cannot be loaded end with the error."""
         for sequence in [one for one in self.scheduler if one.salt == adapter.identity]:
-            self.scheduler.invalidate(sequence)
             self._emit(sequence, SequenceUpdate(error=error))
 
     def step(self) -> bool:
@@ -171,7 +170,6 @@ class EngineLoop:
         sequence.prompt_scores += answer.prompt_scores
         if not answer.sampled:
             if answer.values is not None and not np.isfinite(answer.values).all():
-                self.scheduler.invalidate(sequence)
                 return SequenceUpdate(
                     error=StepError(
                         "the model gave NaN or infinite values",
@@ -183,7 +181,6 @@ class EngineLoop:
             return SequenceUpdate(answer=answer.values) if answer.values is not None else None
         update = self._take(sequence, answer.sampled)
         if update.error is not None:
-            self.scheduler.invalidate(sequence)
             return update
         # The last token is the model's own; those before it are accepted drafts.
         accepted = max(len(update.token_ids) - 1, 0)
@@ -242,6 +239,8 @@ class EngineLoop:
     def _emit(self, sequence: Sequence, update: SequenceUpdate) -> None:
         if update.last:
             failed = update.error is not None
+            if failed:
+                self.scheduler.invalidate(sequence)
             self.totals = replace(
                 self.totals, finished=self.totals.finished + (not failed), failed=self.totals.failed + failed
             )

@@ -314,6 +314,22 @@ def test_without_a_cache_every_text_runs_once_and_in_order(lengths, max_tokens, 
     assert all(len(plan) <= max_rows and (sum(plan) <= max_tokens or len(plan) == 1) for plan in plans)
 
 
+def test_pages_to_zero_are_not_forgotten_by_a_plan_of_nothing():
+    scheduler = Scheduler(max_tokens=8, max_rows=2, allocator=PageAllocator(9, PAGE))
+    leaving = make_sequence([1, 2, 3], 9)
+    scheduler.add(leaving)
+    scheduler.plan()
+    [page] = leaving.pages
+    scheduler.invalidate(leaving)
+    scheduler.remove(leaving)
+
+    assert scheduler.plan().chunks == ()  # nobody runs: those who wait, wait for their adapters
+    scheduler.add(make_sequence([4], 1))
+
+    assert scheduler.plan().zeros == (page,)
+    assert scheduler.plan().zeros == ()
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (1, 0), (-3, 4)])
 def test_a_step_without_room_is_refused(tokens, rows):
     with pytest.raises(ValueError, match="room for a token and a row"):

@@ -119,6 +119,8 @@ class Scheduler:
             if sequence.pages or self.allocator is None:  # it has not just given them to one before it
                 self._continue(sequence, plan)
         self._admit_all(plan)
+        if not plan.chunks:  # nothing is computed, so nothing is zeroed
+            self._zeros = plan.zeros
         return plan.build()
 
     def plan_ahead(self, plan: StepPlan) -> StepPlan | None:

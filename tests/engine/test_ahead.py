@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 import torch
 from builders import QWEN2, make_lora, make_qwen2_model
@@ -9,6 +11,7 @@ from captured import CapturableBackend, CapturableKernel
 from fakes import FlakyBackend
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
+from replays import make_chunk
 from rigs import finish, kernel_for, make_adapters, make_capturable, make_loop, make_pool, make_sequence
 from transformers import Qwen2ForCausalLM
 
@@ -19,27 +22,42 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.step_input import HeadRead, StepInput
 from lorax_core.errors import StepError
 from lorax_core.kvcache.allocator import PageAllocator
+from lorax_core.types import Task
 
 PROMPTS = [[20, 21, 22], [30, 31], [40, 41, 42, 43]]
 
 
 class Watched(Runner):
-    """A runner that counts steps launched ahead; the result of those whose number is in `fails` cannot be read."""
+    """A runner that counts steps launched ahead; the result of those whose number is in `fails` cannot be read.
+
+    With `revises` reading any result voids the step after it.
+    """
 
     ahead = 0
     launches = 0
     fails: frozenset[int] = frozenset()
+    revises = False
 
     def launch(self, step):
         self.launches += 1
         self.ahead += any(chunk.awaits_token for chunk in step.chunks)
         pending = super().launch(step)
         if self.launches not in self.fails:
-            return pending
+            return Revised(pending) if self.revises else pending
         self._newest = torch.zeros_like(self._newest)  # what a failed step sampled is rubbish
         return Lost()
+
+
+class Revised:
+    """A step that says of its tokens that reading changed them."""
+
+    revised = True
+
+    def __init__(self, pending):
+        self.graph, self.result = pending.graph, pending.result
 
 
 class Lost:
@@ -57,16 +75,15 @@ def base(qwen2, host):
     return make_capturable(qwen2, host)
 
 
-@pytest.fixture(scope="module")
-def ends(base):
-    """A token that the first prompt's answer has in the middle, and where."""
-    answer = alone(base, PROMPTS[0], 12)
-    at = next(at for at in range(3, 12) if answer[at] not in answer[:at])
-    return answer[at], at
-
-
 def alone(base, prompt, count, **options):
     return finish(make_loop(base), make_sequence(prompt, count, **options))[0]
+
+
+def ending(base, prompt):
+    """The end token that makes an answer end in the middle, and the answer's length with it."""
+    answer = alone(base, prompt, 12)
+    at = next(at for at in range(3, 12) if answer[at] not in answer[:at])
+    return answer[at], at + 1
 
 
 def make_ahead(base, *, backend=None, adapters=None, pages=32, fails=(), graphs=False):
@@ -85,30 +102,30 @@ def make_ahead(base, *, backend=None, adapters=None, pages=32, fails=(), graphs=
 def test_decoding_steps_are_launched_ahead(base):
     loop, runner = make_ahead(base)
 
-    answers = finish(loop, *(make_sequence(prompt, 6) for prompt in PROMPTS))
+    answers = finish(loop, *(make_sequence(prompt, 20) for prompt in PROMPTS))
 
-    assert answers == [alone(base, prompt, 6) for prompt in PROMPTS]
-    assert runner.ahead == 5  # all but the prompts' own step
-    assert runner.launches == 6
+    assert answers == [alone(base, prompt, 20) for prompt in PROMPTS]
+    assert runner.ahead == 19  # all but the prompts' own step, those that begin a page included
+    assert runner.launches == 20
 
 
-def test_a_sequence_that_ended_has_a_row_too_many_which_nobody_hears_of(base, ends):
+def test_a_sequence_that_ended_has_a_row_too_many_which_nobody_hears_of(base):
     loop, runner = make_ahead(base)
-    token, at = ends
+    token, count = ending(base, PROMPTS[0])
     first, second = make_sequence(PROMPTS[0], 12, eos=[token]), make_sequence(PROMPTS[1], 12)
 
     finish(loop, first, second)
 
-    assert (len(first.output), first.output[-1]) == (at + 1, token)
+    assert (len(first.output), first.output[-1]) == (count, token)
     assert second.output == alone(base, PROMPTS[1], 12)
     assert runner.launches == 12
     assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
 
 
-def test_a_step_of_none_but_ended_sequences_is_forgotten(base, ends):
+def test_a_step_of_none_but_ended_sequences_is_forgotten(base):
     loop, _ = make_ahead(base)
 
-    finish(loop, make_sequence(PROMPTS[0], 12, eos=[ends[0]]))
+    finish(loop, make_sequence(PROMPTS[0], 12, eos=[ending(base, PROMPTS[0])[0]]))
 
     steps = loop.totals.steps
     loop.step()
@@ -117,17 +134,21 @@ def test_a_step_of_none_but_ended_sequences_is_forgotten(base, ends):
     assert finish(loop, make_sequence(PROMPTS[1], 5)) == [alone(base, PROMPTS[1], 5)]
 
 
-def test_what_a_row_too_many_left_in_the_cache_is_zeroed(base, ends):
-    token, _ = ends
-    backend = FlakyBackend(silent=True)
-    loop, _ = make_ahead(base, pages=1, backend=backend)
-    # The row too many begins with the end token, and is NaN; the next request has the same page.
-    backend.blows = lambda ids: ids == [token]
+@pytest.mark.parametrize("revises", [False, True], ids=["sound", "void"])
+@pytest.mark.parametrize("length", [3, 20], ids=["one page", "two pages"])
+def test_what_a_row_too_many_left_in_the_cache_is_zeroed(base, length, revises):
+    prompt = range(20, 20 + length)
+    token, _ = ending(base, prompt)
+    # The row too many begins with the end token, and is NaN; the next request has the same pages.
+    backend = FlakyBackend(lambda ids: ids == [token], silent=True)
+    loop, runner = make_ahead(base, pages=-(-length // 16), backend=backend)
+    runner.revises = revises
 
-    finish(loop, make_sequence(PROMPTS[0], 12, eos=[token]))
+    finish(loop, make_sequence(prompt, 12, eos=[token]))
     backend.blows = lambda ids: False
 
-    assert finish(loop, make_sequence(PROMPTS[1], 5)) == [alone(base, PROMPTS[1], 5)]
+    count = length + 2 - len(PROMPTS[1])
+    assert finish(loop, make_sequence(PROMPTS[1], count)) == [alone(base, PROMPTS[1], count)]
 
 
 @pytest.mark.parametrize("fails", [[2], [3], [2, 3], [4, 5]])
@@ -154,6 +175,24 @@ def test_a_step_that_cannot_be_launched_ahead_hits_only_whom_it_would_hit_alone(
     assert second.output == alone(base, PROMPTS[1], 8)
 
 
+def test_a_launch_that_fails_leaves_the_tokens_of_the_step_before(base):
+    pool = make_pool(base, 4)
+    runner = Runner(base.model, TorchBackend(), pool)
+    ids = array("q", PROMPTS[0])
+    prompt = make_chunk(0, 0, 0, [1], tokens=ids, reads=(HeadRead(Task.GENERATE, range(len(ids) - 1, len(ids))),))
+    ahead = make_chunk(0, 0, len(ids), [1], awaits_token=True)
+    # An input whose earlier chunks the runner does not have: found out when all the rest is launched.
+    lost = make_chunk(1, 7, 1, [2], task=Task.EMBED, reads=(), sampled=(), pooled_rows=2)
+    first = runner.launch(StepInput((prompt,)))
+
+    with pytest.raises(KeyError):
+        runner.launch(StepInput((ahead, lost)))
+    second = runner.launch(StepInput((ahead,)))
+
+    found = [step.result()[1].sampled[0].token_id for step in (first, second)]
+    assert found == alone(base, PROMPTS[0], 2)
+
+
 def test_pages_are_zeroed_though_the_step_that_was_to_do_it_could_not_be_launched():
     allocator = PageAllocator(9, 4)
     scheduler = Scheduler(max_tokens=8, max_rows=2, allocator=allocator)
@@ -166,10 +205,29 @@ def test_pages_are_zeroed_though_the_step_that_was_to_do_it_could_not_be_launche
     scheduler.remove(leaving)
 
     following = scheduler.plan_ahead(plan)
-    scheduler.forgo(following, launched=False)
+    scheduler.forgo(following)
 
     assert following.zeros == (page,)
     assert scheduler.plan().zeros == (page,)
+
+
+def test_a_void_row_is_zeroed_when_its_sequence_ends_and_overwritten_when_it_goes_on():
+    scheduler = Scheduler(max_tokens=8, max_rows=2, allocator=PageAllocator(9, 4))
+    ending, staying = make_sequence([1, 2], 9), make_sequence([4, 5], 9)
+    scheduler.add(ending)
+    scheduler.add(staying)
+    plan = scheduler.plan()
+    scheduler.plan_ahead(plan)  # launched, and void: reading the result of `plan` changed a token
+    [page] = ending.pages
+    for chunk in plan.chunks:
+        chunk.sequence.append(9)
+        scheduler.advance(chunk)
+
+    scheduler.remove(ending)
+    assert scheduler.plan().zeros == (page,)
+    scheduler.remove(staying)
+
+    assert scheduler.plan().zeros == ()
 
 
 def test_warming_up_in_the_middle_of_an_answer_changes_nothing(base):

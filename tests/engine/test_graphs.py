@@ -22,7 +22,7 @@ from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.static_inputs import StaticInputs
-from lorax_core.engine.step_input import HeadRead
+from lorax_core.engine.step_input import HeadRead, StepInput
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.types import Task
 
@@ -77,6 +77,25 @@ def test_replays_give_the_numbers_of_eager_steps(kind, folders, host):
     assert drive(rig, lora) < 1e-5
     assert len(rig.tapes) == 2 * len(sizes(ROWS))  # captured once, whatever adapters came
     assert sum(tape.replays for tape in rig.tapes) == len(COUNTS)
+
+
+def test_a_captured_step_reads_what_an_eager_one_reads(folders, host):
+    rig = Rig(make_capturable(folders["full"][0], host))
+    inputs = StaticInputs(ROWS, 10, torch.device("cpu"))
+    inputs.fill(rig.chunks(ROWS), PAGE)  # an older step of more rows
+    chunks = rig.chunks(3)
+
+    inputs.fill(chunks, PAGE)
+
+    found, expected = inputs.batch(3), rig.batcher.pack(StepInput(chunks))
+    for name in ("input_ids", "position_ids", "token_type_ids", "slots"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+    for name in ("query_starts", "kv_lengths", "page_table"):
+        for memory in ("host", "device"):
+            static, packed = (getattr(getattr(one, name), memory) for one in (found, expected))
+            assert static[..., : packed.shape[-1]].tolist() == packed.tolist(), name
+            assert not static[..., packed.shape[-1] :].any(), name
+    assert not inputs.batch(ROWS).slots[3:].any()  # padding has the scratch page
 
 
 def test_a_capture_touches_no_page_but_the_scratch_page(folders, host):

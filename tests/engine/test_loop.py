@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from builders import make_byte_tokenizer, make_lora, make_qwen2_model
-from fakes import EchoedStep, FlakyBackend, PagedEcho, echoed
+from fakes import EchoedStep, FlakyBackend, Illiterate, PagedEcho, echoed
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
 
 from lorax_core.engine.drafting import PromptLookup
@@ -216,6 +216,20 @@ def test_an_adapter_that_overflows_and_is_cancelled_spoils_nothing_either(base, 
     assert found == [written(base, [at, 9], 20) for at in (20, 21)]
 
 
+def test_an_adapter_that_overflows_in_a_step_that_breaks_spoils_nothing_either(base, tmp_path):
+    store = make_overflowing(tmp_path, base)
+    backend = FlakyBackend(lambda ids: BAD in ids)  # it breaks when the first layer has written its rows
+    loop = make_loop(base, pages=2, adapters=store, backend=backend)
+    rotten = make_sequence([*range(20, 40), BAD], 8, adapter=store.get("huge"))
+    finish(loop, rotten)
+    assert "a kernel broke" in rotten.sink.error.message
+    backend.blows = lambda ids: False
+
+    found = finish(loop, *(make_sequence([at, 9], 5) for at in (20, 21)))
+
+    assert found == [written(base, [at, 9], 5) for at in (20, 21)]
+
+
 def test_an_adapter_that_overflows_and_is_turned_back_spoils_nothing_either(base, tmp_path):
     store = make_overflowing(tmp_path, base)
     loop = make_loop(base, pages=4, max_tokens=20, adapters=store)
@@ -272,16 +286,51 @@ def test_pages_that_were_zeroed_are_not_found_again():
     assert second.output == echoed(list(range(20)), 4)
 
 
-class Illiterate:
-    """A decoder that gives up on one token."""
+class Unreachable(PagedEcho):
+    """The fake cache, some of whose launches fail before anything is done: the next `failing`."""
 
-    def __init__(self, token):
-        self.token = token
+    failing = 0
 
-    def decode(self, ids):
-        if self.token in ids:
-            raise ValueError(f"token {self.token} cannot be read")
-        return "x" * len(ids)
+    def launch(self, step):
+        if self.failing:
+            self.failing -= 1
+            raise RuntimeError("the device is not there")
+        return super().launch(step)
+
+
+def make_unreachable(pages):
+    runner = Unreachable(page_size=4)
+    return EngineLoop(Scheduler(max_tokens=8, max_rows=4, allocator=PageAllocator(pages + 1, 4)), runner), runner
+
+
+def test_the_runner_is_told_of_all_who_ended_though_a_launch_failed():
+    loop, runner = make_unreachable(pages=8)
+    sequences = [make_sequence([at, 9], 6) for at in range(3)]
+    for sequence in sequences:
+        loop.add(sequence)
+    loop.step()
+    loop.abort(sequences[0])
+    runner.failing = 2  # the step, and the first of its pieces
+    loop.step()
+    finish(loop, make_sequence([1, 2], 9))  # the last to end
+
+    told = [number for step in runner.steps for number in step.ended]
+    assert sorted(told) == [sequence.id for sequence in sequences]
+
+
+def test_pages_are_zeroed_once_though_a_step_is_done_in_pieces():
+    loop, runner = make_unreachable(pages=2)
+    leaving = make_sequence(range(12), 4)
+    loop.add(leaving)
+    loop.step()  # a part of its prompt, of which nothing is known yet
+    loop.abort(leaving)
+    runner.failing = 1
+    prompts = [[20, 21, 22], [30, 31, 32]]  # a page each
+
+    answers = finish(loop, *(make_sequence(prompt, 2) for prompt in prompts))
+
+    assert answers == [echoed(prompt, 2) for prompt in prompts]
+    assert sorted(page for step in runner.steps for page in step.zeros) == [1, 2]
 
 
 def test_a_decoder_that_fails_ends_that_request_and_no_other(base):

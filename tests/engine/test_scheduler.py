@@ -10,6 +10,7 @@ from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.sequence import Sampling, Sequence
+from lorax_core.engine.stopping import StopRule
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.types import Task
 
@@ -313,10 +314,40 @@ def test_without_a_cache_every_text_runs_once_and_in_order(lengths, max_tokens, 
     assert all(len(plan) <= max_rows and (sum(plan) <= max_tokens or len(plan) == 1) for plan in plans)
 
 
+def test_pages_to_zero_are_not_forgotten_by_a_plan_of_nothing():
+    scheduler = Scheduler(max_tokens=8, max_rows=2, allocator=PageAllocator(9, PAGE))
+    leaving = make_sequence([1, 2, 3], 9)
+    scheduler.add(leaving)
+    scheduler.plan()
+    [page] = leaving.pages
+    scheduler.invalidate(leaving)
+    scheduler.remove(leaving)
+
+    assert scheduler.plan().chunks == ()  # nobody runs: those who wait, wait for their adapters
+    scheduler.add(make_sequence([4], 1))
+
+    assert scheduler.plan().zeros == (page,)
+    assert scheduler.plan().zeros == ()
+
+
 @pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (1, 0), (-3, 4)])
 def test_a_step_without_room_is_refused(tokens, rows):
     with pytest.raises(ValueError, match="room for a token and a row"):
         Scheduler(max_tokens=tokens, max_rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ({"stop": None}, "needs a stop rule"),
+        ({"span": range(1)}, "needs a stop rule"),
+        ({"prompt": []}, "at least one token"),
+        ({"token_types": [0, 1]}, "has no token types"),
+    ],
+)
+def test_a_generating_sequence_that_could_not_be_computed_is_refused(given, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        Sequence(**{"task": Task.GENERATE, "prompt": [1, 2], "stop": StopRule(4), **given})
 
 
 def make_busy_scheduler():

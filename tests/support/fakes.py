@@ -197,6 +197,18 @@ def echoed(prompt: list[int], count: int, vocab: int = 50, choice: int = 0) -> l
     return tokens[len(prompt) :]
 
 
+class Illiterate:
+    """A decoder that gives up on one token."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def decode(self, ids: list[int]) -> str:
+        if self.token in ids:
+            raise ValueError(f"token {self.token} cannot be read")
+        return "x" * len(ids)
+
+
 def make_backend_spec(name: str, cls: str, **changes: object) -> BackendSpec:
     """A declaration of one of the backends here."""
     fields = {"name": name, "summary": "One of the tests' own.", "backend": f"fakes:{cls}", "device_types": ("cpu",)}

@@ -47,31 +47,35 @@ class Graph(ABC):
 
 
 class CudaGraph(Graph):
-    """A CUDA graph. Those of one pool share their memory, as no two of them run at the same time."""
+    """A CUDA graph. Those of one pool share their memory, as no two of them run at the same time.
 
-    def __init__(self, pool: Any, stream: torch.cuda.Stream) -> None:
+    `cuda` is `torch.cuda`, or what stands for it where no GPU is.
+    """
+
+    def __init__(self, pool: Any, stream: torch.cuda.Stream, cuda: Any = torch.cuda) -> None:
         self._pool = pool
         self._stream = stream
-        self._graph = torch.cuda.CUDAGraph()
+        self._cuda = cuda
+        self._graph = cuda.CUDAGraph()
 
     def capture(self, compute: Callable[[], None]) -> None:
-        current = torch.cuda.current_stream(self._stream.device)
+        current = self._cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with self._cuda.stream(self._stream):
             compute()
         current.wait_stream(self._stream)
         # thread_local: other threads copy adapters to the device meanwhile, which a capture of the whole process refuses.
-        with torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with self._cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             compute()
 
     def replay(self) -> None:
         self._graph.replay()
 
 
-def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
+def cuda_graphs(device: torch.device, cuda: Any = torch.cuda) -> Callable[[], Graph]:
     """Makes graphs of a device, all in one pool."""
-    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return lambda: CudaGraph(pool, stream)
+    pool, stream = cuda.graph_pool_handle(), cuda.Stream(device)
+    return lambda: CudaGraph(pool, stream, cuda)
 
 
 def decode_graphs(

@@ -86,7 +86,6 @@ class EngineLoop:
     def fail(self, adapter: AdapterRef, error: LoraxError) -> None:
         """Sequences of an adapter that cannot be loaded end with the error."""
         for sequence in [one for one in self.scheduler if one.salt == adapter.identity]:
-            self.scheduler.invalidate(sequence)
             self._emit(sequence, SequenceUpdate(error=error))
 
     def step(self) -> bool:
@@ -133,7 +132,7 @@ class EngineLoop:
             return None
         following = self._launch(plan)
         if isinstance(following.pending, Exception):  # planned again, and tried in pieces, once the result is known
-            self.scheduler.forgo(plan, launched=False)
+            self.scheduler.forgo(plan)
             return None
         return following
 
@@ -143,12 +142,12 @@ class EngineLoop:
         if not isinstance(pending, Exception):
             try:
                 answers: dict[int, Answer | SequenceUpdate] = dict(pending.result())
-                if pending.revised:
-                    self._forgo_following()
+                if pending.revised:  # what was launched ahead read tokens that are void
+                    self._following = None
                 return answers
             except Exception as error:
                 pending = error
-        self._forgo_following()
+        self._following = None
         if len(plan.chunks) == 1:
             return {plan.chunks[0].sequence.id: _broken(pending)}
         _log.warning("a step over %d sequences failed (%r); each is tried alone", len(plan.chunks), pending)
@@ -165,19 +164,12 @@ class EngineLoop:
             zeros = ()
         return retried
 
-    def _forgo_following(self) -> None:
-        """What was launched ahead read tokens that are void."""
-        if self._following is not None:
-            self.scheduler.forgo(self._following.plan, launched=True)
-            self._following = None
-
     def _accept(self, chunk: Chunk, answer: Answer) -> SequenceUpdate | None:
         """Take an answer into the sequence; the update for its sink, None when there is nothing to report yet."""
         sequence = chunk.sequence
         sequence.prompt_scores += answer.prompt_scores
         if not answer.sampled:
             if answer.values is not None and not np.isfinite(answer.values).all():
-                self.scheduler.invalidate(sequence)
                 return SequenceUpdate(
                     error=StepError(
                         "the model gave NaN or infinite values",
@@ -189,7 +181,6 @@ class EngineLoop:
             return SequenceUpdate(answer=answer.values) if answer.values is not None else None
         update = self._take(sequence, answer.sampled)
         if update.error is not None:
-            self.scheduler.invalidate(sequence)
             return update
         # The last token is the model's own; those before it are accepted drafts.
         accepted = max(len(update.token_ids) - 1, 0)
@@ -248,6 +239,8 @@ class EngineLoop:
     def _emit(self, sequence: Sequence, update: SequenceUpdate) -> None:
         if update.last:
             failed = update.error is not None
+            if failed:
+                self.scheduler.invalidate(sequence)
             self.totals = replace(
                 self.totals, finished=self.totals.finished + (not failed), failed=self.totals.failed + failed
             )

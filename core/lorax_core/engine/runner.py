@@ -94,7 +94,7 @@ class Runner:
                 pending.pool(group, rows, self._head(step.chunks[group.sequences[0]]))
         pending.finish(self._head)
         pending.start()
-        # Last: a launch that fails must leave the tokens of the step before for the retry.
+        # Last: a launch that fails leaves the tokens of the step before, which another one may await.
         self._newest, self._newest_at = pending.newest()
         return pending
 

@@ -98,8 +98,8 @@ class Scheduler:
             return
         sequence.finished = True
         if sequence.ahead and self.allocator is not None:
-            # Nobody reads the row that it has too many, so nobody would see a NaN in it.
-            self._zeros.append(sequence.pages[sequence.computed // self.allocator.page_size])
+            # Nobody reads the row that it has too many, so nobody would see a NaN in it. It is the last of its tokens.
+            self._zeros.append(sequence.pages[-1])
         running = sequence in self._running
         if running:
             self._stop(sequence)
@@ -119,6 +119,8 @@ class Scheduler:
             if sequence.pages or self.allocator is None:  # it has not just given them to one before it
                 self._continue(sequence, plan)
         self._admit_all(plan)
+        if not plan.chunks:  # nothing is computed, so nothing is zeroed
+            self._zeros = plan.zeros
         return plan.build()
 
     def plan_ahead(self, plan: StepPlan) -> StepPlan | None:
@@ -151,12 +153,11 @@ class Scheduler:
         zeros, self._zeros = tuple(self._zeros), []
         return StepPlan(tuple(chunks), zeros=zeros)
 
-    def forgo(self, plan: StepPlan, *, launched: bool) -> None:
-        """The result of a step that was planned ahead is void, or it was not even launched; its tokens are planned again."""
+    def forgo(self, plan: StepPlan) -> None:
+        """A step that was planned ahead could not be launched; its tokens are planned again."""
         for chunk in plan.chunks:
             chunk.sequence.ahead = 0
-        if not launched:
-            self._zeros = [*plan.zeros, *self._zeros]
+        self._zeros = [*plan.zeros, *self._zeros]
 
     def advance(self, chunk: Chunk, accepted: int = 0) -> None:
         """A chunk was computed, and `accepted` of its draft tokens were right: those count as computed.
@@ -227,7 +228,9 @@ class Scheduler:
         if self.allocator is not None:
             for sequence in self._running:
                 held = len(sequence.pages) * self.allocator.page_size
-                assert sequence.computed <= held, "more tokens computed than pages hold"
+                assert sequence.computed + sequence.ahead <= held, "more tokens computed than pages hold"
+                last = sequence.pages[-1:] if sequence.ahead else ()
+                assert all(self.allocator.holders(page) == 1 for page in last), "a shared page is written ahead"
             self.allocator.check(sequence.pages for sequence in self._running)
 
     def _continue(self, sequence: Sequence, plan: PlanBuilder) -> None:
@@ -243,8 +246,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return
-        drafted = len(sequence.draft)
-        plan.add(Chunk(sequence, sequence.computed, length, drafted))
+        sequence.ahead = 0  # a row of a step that was void is overwritten now
+        plan.add(Chunk(sequence, sequence.computed, length, len(sequence.draft)))
 
     def _draft(self, sequence: Sequence, budget: int) -> int:
         """Draft tokens as far as the budget and the sequence's own limit go; gives their number."""
@@ -336,11 +339,11 @@ class Scheduler:
         return True
 
     def _reserve_ahead(self, sequence: Sequence, start: int) -> bool:
-        """A page of its own for the token at `start`; False when that takes a copy, or there is none."""
+        """A page of its own for the token at `start`; False when there is none."""
         assert self.allocator is not None
-        at = start // self.allocator.page_size
-        if at < len(sequence.pages):
-            return self.allocator.holders(sequence.pages[at]) == 1
+        # The step in progress writes the token before: to a page of its own, and one that is not full nobody else finds.
+        if start < len(sequence.pages) * self.allocator.page_size:
+            return True
         pages = self.allocator.allocate(1)
         sequence.pages.extend(pages or ())
         return pages is not None
@@ -366,7 +369,7 @@ class Scheduler:
     def _forget(self, sequence: Sequence) -> None:
         """Drop everything computed; it is computed again when the sequence runs next."""
         self._release(sequence)
-        sequence.computed = 0
+        sequence.computed = sequence.ahead = 0
         sequence.draft = []
         sequence.restarted = True
         # Partial scores would be appended twice when the prompt is computed again.

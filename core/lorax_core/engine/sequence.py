@@ -123,7 +123,7 @@ class Sequence:
     # Filled by the request.
     task: Task
     prompt: list[int]
-    token_types: list[int] | None = None
+    token_types: list[int] | None = None  # not of one that generates
     adapter: AdapterRef | None = None
     sampling: Sampling = field(default_factory=Sampling)
     stop: StopRule | None = None  # generation only
@@ -147,7 +147,9 @@ class Sequence:
     restarted: bool = True  # nothing of the rows before the next chunk is kept in the runner
     page_keys: list[PageKey] = field(default_factory=list)
     preemptions: int = 0
-    ahead: int = 0  # tokens of a step that was planned before the result of the one in progress was known
+    ahead: int = (
+        0  # rows past `computed` of a step that was launched before the result of the one in progress was known
+    )
 
     # Filled as steps are accepted.
     output: list[int] = field(default_factory=list)
@@ -162,6 +164,8 @@ class Sequence:
             raise ValueError("a sequence needs at least one token")
         if (self.stop is not None) is not generating or (self.span is None) is not generating:
             raise ValueError("a generating sequence needs a stop rule, others the span that their head reads")
+        if generating and self.token_types is not None:
+            raise ValueError("a generating sequence has no token types: its answer would have none")
         self.pages = array("i", self.pages)
         if self.sampling.counts_tokens:
             self.counts = TokenCounts(self.prompt)

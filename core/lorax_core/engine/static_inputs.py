@@ -26,7 +26,7 @@ class StaticInputs:
         def zeros(*shape: int, dtype: torch.dtype, where: torch.device | str = device) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=where)
 
-        # Token ids, positions, token types and slots, which travel in one copy.
+        # Token ids, positions, token types (0: sequences that generate have no others) and slots, which travel in one copy.
         self._rows = zeros(4, rows, dtype=torch.int64)
         self._lengths = zeros(rows, dtype=torch.int32)
         self._pages = zeros(rows, width, dtype=torch.int32)
@@ -69,7 +69,6 @@ class StaticInputs:
         rows[:] = 0
         rows[0, :count] = [chunk.tokens[0] for chunk in chunks]
         rows[1, :count] = positions
-        rows[2, :count] = [chunk.token_types[0] if chunk.token_types is not None else 0 for chunk in chunks]
         pages = table[np.arange(count), positions // page_size].astype(np.int64)
         rows[3, :count] = pages * page_size + positions % page_size
         lengths[:] = 1

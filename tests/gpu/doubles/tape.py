@@ -75,16 +75,16 @@ class Tape(Graph):
 
     def keep(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator, and keep it where it does something to memory."""
-        known = {_memory(tensor) for tensor in _tensors((args, kwargs))}
+        known = {_memory(tensor) for tensor in tensors((args, kwargs))}
         out = func(*args, **kwargs)
-        results = _tensors(out)
+        results = tensors(out)
         if func._schema.is_mutable:
             self._add(func, lambda: func(*args, **kwargs))
         elif any(_memory(tensor) not in known for tensor in results):
             self._pool += results
 
             def again() -> None:
-                for mine, new in zip(results, _tensors(func(*args, **kwargs)), strict=True):
+                for mine, new in zip(results, tensors(func(*args, **kwargs)), strict=True):
                     mine.copy_(new)
 
             self._add(func, again)
@@ -121,7 +121,8 @@ def poison(tensor: Tensor) -> None:
         tensor.fill_(min(_FAR, torch.iinfo(tensor.dtype).max))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in any nesting."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

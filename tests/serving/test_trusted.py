@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import make_lora, make_qwen2_model
 from fakes import make_backend_spec, with_backends
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lorax_core as lorax
 from lorax_core.adapters.lora_kernels.select import select_kernel
@@ -15,7 +16,7 @@ from lorax_core.kernels.native.attention import PagedAttention
 from lorax_core.serving.loading import choose_dtype, find_device
 from lorax_core.serving.trial.run import Trials
 from lorax_core.serving.trial.standard import model_trials
-from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
+from lorax_core.serving.trial.trusted import ModelTrials, Trusted, sixteen_bit
 from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
 
@@ -165,6 +166,21 @@ def test_on_a_gpu_what_is_verified_for_a_model_includes_its_graphs(qwen2, monkey
         ("graphs", "CapturableBackend", "cuda"),
     ]
     assert {"LoRA kernel triton", "elementwise"} <= refused.keys()
+
+
+def test_elementwise_arithmetic_is_tried_at_the_sizes_of_the_model(qwen2, bert, tmp_path):
+    neox = tmp_path / "neox"
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=96, rotary_pct=0.25)).save_pretrained(neox)
+
+    of_neox, of_qwen2, of_bert = (
+        ModelTrials(lorax.load_model(folder)).elementwise(READABLE) for folder in (neox, qwen2, bert)
+    )
+
+    # Of GPT-NeoX a quarter of a head turns; neither it nor BERT has gates.
+    assert (of_neox.widths, of_neox.gates, of_neox.turned) == ((64,), (), (0, 4))
+    assert (of_qwen2.widths, of_qwen2.gates, of_qwen2.turned) == ((64,), (96,), (0, 16))
+    assert (of_bert.gates, of_bert.turned) == ((), (0,))
 
 
 @pytest.mark.parametrize("value", ["gpus", "1"])

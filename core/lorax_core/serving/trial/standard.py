@@ -34,7 +34,7 @@ _KINDS: Final[Mapping[str, tuple[LayerKind, ...]]] = {
     "an encoder": (LayerKind(heads=6, kv_heads=6, head_dim=64, causal=False),),
 }
 _SIZES: Final = ((896, 1152), (896, 9728), (4864, 896))
-_WIDTHS: Final = (896, 4096)
+_ROWS: Final = {"widths": (896, 4096), "gates": (4864,), "turned": (0, 64, 128)}
 
 
 def standard_trials(
@@ -139,7 +139,7 @@ def _of_kernels(
         refused["elementwise"] = reason
     else:
         layers = [kinds[0] for kinds in _KINDS.values()]
-        made.append({"kind": "elementwise", "form": class_path(type(form)), "widths": _WIDTHS, "layers": layers, **on})
+        made.append({"kind": "elementwise", "form": class_path(type(form)), "layers": layers, **_ROWS, **on})
     return made
 
 

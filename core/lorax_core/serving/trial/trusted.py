@@ -30,6 +30,7 @@ from lorax_core.serving.trial.spec import (
     layers_of,
 )
 from lorax_core.settings import Settings
+from lorax_core.types import Task
 
 
 class ModelTrials:
@@ -122,6 +123,11 @@ READABLE_BACKEND: Final = "lorax_core.attention.torch:TorchBackend"
 """What everything else is compared with."""
 COMPILED_BACKEND: Final = "lorax_core.attention.native:NativeBackend"
 """Core's own on a CPU, which is compared in the process that uses it."""
+
+
+def may_be_captured(model: Model) -> bool:
+    """Whether steps of a model can be captured at all: decoding, and on a GPU."""
+    return model.device.type == "cuda" and model.needs_kv_cache and Task.GENERATE in model.tasks
 
 
 def sixteen_bit(device: str) -> torch.dtype | None:

@@ -74,7 +74,7 @@ def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path):
 
     assert code == 1
     line = next(line for line in out.splitlines() if line.startswith("load_ranks_cut"))
-    assert "896 to 1152: off by" in line
+    assert "896 to 1152, few rows: off by" in line
 
 
 def test_what_was_verified_for_a_checkpoint_is_not_tried_again_by_an_engine(main, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ import torch
 from engine import test_graphs
 from gpu import test_planted, test_planted_kernels
 from gpu.doubles.backends import BACKENDS, backends_on_cpu
+from serving import test_trial
 
 from lorax_core.attention.base import AttentionBackend, AttentionSpec, CacheLayout
 from lorax_core.attention.torch import TorchBackend
@@ -87,7 +88,13 @@ def test_page_sizes_are_as_stated():
 
 
 def test_every_planted_mistake_is_named():
-    planted = [test_planted.PLANS, test_planted.FLASH, test_planted_kernels.MISTAKES, test_graphs.MISTAKES]
+    planted = [
+        test_planted.PLANS,
+        test_planted.FLASH,
+        test_planted_kernels.MISTAKES,
+        test_graphs.MISTAKES,
+        test_trial.WRONG,
+    ]
     section = " ".join(DOCUMENT.read_text("utf-8").partition("## Planted mistakes")[2].split())
 
     assert [name for mistakes in planted for name in mistakes if name not in section] == []

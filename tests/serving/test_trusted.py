@@ -6,16 +6,18 @@ import pytest
 import torch
 from builders import make_lora, make_qwen2_model
 from fakes import make_backend_spec, with_backends
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import lorax_core as lorax
 from lorax_core.adapters.lora_kernels.select import select_kernel
 from lorax_core.errors import PluginError, RequestError
 from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.native.attention import PagedAttention
+from lorax_core.serving import loading
 from lorax_core.serving.loading import choose_dtype, find_device
 from lorax_core.serving.trial.run import Trials
 from lorax_core.serving.trial.standard import model_trials
-from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
+from lorax_core.serving.trial.trusted import ModelTrials, Trusted, sixteen_bit
 from lorax_core.settings import Settings
 from lorax_core.weights.checkpoint import Checkpoint
 
@@ -165,6 +167,74 @@ def test_on_a_gpu_what_is_verified_for_a_model_includes_its_graphs(qwen2, monkey
         ("graphs", "CapturableBackend", "cuda"),
     ]
     assert {"LoRA kernel triton", "elementwise"} <= refused.keys()
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What is tried for graphs and what the cache takes, in order; the model is on a CPU, but that is not asked."""
+    monkeypatch.setenv("LORAX_TRIALS", "off")  # of the attention backend: that takes a process
+    happened, problems = [], {}
+    make = loading.make_pool
+
+    def tried(_, backend, layout, load=None):
+        happened.append("graphs" if load is None else "graphs with adapters")
+        return problems.get(happened[-1])
+
+    def captured(model, backend, pool, kernel, rows):
+        happened.append("captured" if kernel is not None else "captured without adapters")
+        return "as far as a CPU goes"
+
+    monkeypatch.setattr(loading, "may_be_captured", lambda model: True)
+    monkeypatch.setattr(Trusted, "graphs", tried)
+    monkeypatch.setattr(loading, "decode_graphs", captured)
+    monkeypatch.setattr(loading, "make_pool", lambda *args: [happened.append("cache"), make(*args)][1])
+    return happened, problems
+
+
+def test_graphs_are_tried_before_the_cache_takes_the_memory(qwen2, on_a_gpu):
+    happened, _ = on_a_gpu
+
+    with lorax.load(qwen2, kv_cache_tokens=64):
+        assert happened == ["graphs", "graphs with adapters", "cache", "captured"]
+
+
+def test_graphs_that_fail_their_trial_are_not_captured_and_the_reason_is_told(qwen2, on_a_gpu):
+    happened, problems = on_a_gpu
+    problems["graphs"] = "step 0 of 40 rows: off by 1"
+
+    with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+        assert engine.info().graphs == "graphs are off: step 0 of 40 rows: off by 1"
+    assert happened == ["graphs", "cache"]
+
+
+def test_steps_with_adapters_that_fail_their_trial_run_eagerly(qwen2, on_a_gpu, caplog):
+    happened, problems = on_a_gpu
+    problems["graphs with adapters"] = "step 0 of 40 rows: off by 1"
+
+    with lorax.load(qwen2, kv_cache_tokens=64):
+        assert happened[-1] == "captured without adapters"
+    assert "steps with adapters are not captured: step 0" in caplog.text
+
+
+def test_graphs_that_are_not_wanted_are_not_tried(qwen2, on_a_gpu):
+    with lorax.load(qwen2, kv_cache_tokens=64, cuda_graphs=False) as engine:
+        assert engine.info().graphs == "cuda_graphs=False was asked for"
+    assert on_a_gpu[0] == ["cache"]
+
+
+def test_elementwise_arithmetic_is_tried_at_the_sizes_of_the_model(qwen2, bert, tmp_path):
+    neox = tmp_path / "neox"
+    sizes = {"vocab_size": 96, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=96, rotary_pct=0.25)).save_pretrained(neox)
+
+    of_neox, of_qwen2, of_bert = (
+        ModelTrials(lorax.load_model(folder)).elementwise(READABLE) for folder in (neox, qwen2, bert)
+    )
+
+    # Of GPT-NeoX a quarter of a head turns; neither it nor BERT has gates.
+    assert (of_neox.widths, of_neox.gates, of_neox.turned) == ((64,), (), (0, 4))
+    assert (of_qwen2.widths, of_qwen2.gates, of_qwen2.turned) == ((64,), (96,), (0, 16))
+    assert (of_bert.gates, of_bert.turned) == ((), (0,))
 
 
 @pytest.mark.parametrize("value", ["gpus", "1"])

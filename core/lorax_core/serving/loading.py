@@ -16,7 +16,7 @@ import torch
 from lorax_core.adapters.lora_kernels.triton import load_triton_kernel
 from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.residency.store import AdapterStore
-from lorax_core.attention.base import AttentionBackend
+from lorax_core.attention.base import AttentionBackend, CacheLayout
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.engine.graphs import DecodeGraphs, decode_graphs
 from lorax_core.engine.loop import EngineLoop
@@ -36,7 +36,7 @@ from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
-from lorax_core.serving.trial.trusted import Trusted, sixteen_bit
+from lorax_core.serving.trial.trusted import Trusted, may_be_captured, sixteen_bit
 from lorax_core.settings import Settings
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
@@ -81,10 +81,13 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
         base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
     )
     store = _load_adapters(options, base, settings, trusted)
+    chosen = _attention(options, base.model, host, trusted)
+    # Before the cache, which leaves no memory for trials where it takes what there is.
+    eager = _why_eager(options, base.model, chosen, trusted)
     # After weights and adapters: a cache given as a fraction takes its share of what they leave free.
-    chosen, pool = _attention_and_cache(options, base, host, trusted)
+    pool = _cache(options, base.model, chosen.layout)
     preparer = _preparer(options, base, text, store, pool)
-    graphs = _graphs(options, base.model, chosen, pool, store, trusted)
+    graphs = _graphs(options, base.model, chosen.backend, pool, store, eager)
     worker = EngineWorker(_loop(options, base.model, chosen.backend, pool, text, store, graphs))
     store.listener = worker.adapter_came
     info = replace(
@@ -182,13 +185,9 @@ def _load_adapters(options: EngineOptions, base: LoadedModel, settings: Settings
     return store
 
 
-def _attention_and_cache(
-    options: EngineOptions, base: LoadedModel, host: PluginHost, trusted: Trusted
-) -> tuple[Selection, KVPool | None]:
-    """The backend, which says what cache it needs, and then that cache."""
-    model = base.model
-    size = CacheSize(options.kv_cache_tokens, options.kv_cache_pages, options.kv_cache_bytes, options.kv_cache_fraction)
-    chosen = select_backend(
+def _attention(options: EngineOptions, model: Model, host: PluginHost, trusted: Trusted) -> Selection:
+    """The backend, which says what cache it needs."""
+    return select_backend(
         host.backends,
         model.attention_specs,
         dtype=model.dtype,
@@ -197,25 +196,30 @@ def _attention_and_cache(
         name=options.attention,
         verify=trusted.attention,
     )
+
+
+def _cache(options: EngineOptions, model: Model, layout: CacheLayout) -> KVPool | None:
+    """The cache that a backend needs for the model, of the size that was asked for."""
+    size = CacheSize(options.kv_cache_tokens, options.kv_cache_pages, options.kv_cache_bytes, options.kv_cache_fraction)
     if not model.needs_kv_cache:
         if size.given or options.kv_dtype != "auto":
             raise RequestError(
                 "a size or dtype of the KV cache was given, but a bidirectional model has no KV cache",
                 hint="leave the kv_ options out",
             )
-        return chosen, None
+        return None
     # The pool is one tensor, so every layer must have the kv_heads and head_dim of the first.
     layers, spec = model.attention_layers, model.attention_specs[0]
     shape = CacheShape(
         layers=len(layers),
-        page_size=chosen.layout.page_size,
+        page_size=layout.page_size,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
-        dtype=chosen.layout.dtype,
+        dtype=layout.dtype,
         device=model.device,
         scales=tuple((layer.k_scale, layer.v_scale) for layer in layers),
     )
-    return chosen, make_pool(shape, size)
+    return make_pool(shape, size)
 
 
 def _preparer(
@@ -230,26 +234,40 @@ def _preparer(
     return Preparer(model, text, store, limits, eos_ids, options.seed, base.default_task, grammars, options.speculate)
 
 
+@dataclass(frozen=True, slots=True)
+class _Eager:
+    """Why decoding is not captured: all of it, and steps with adapters."""
+
+    every: str | None
+    adapted: str | None
+
+
+def _why_eager(options: EngineOptions, model: Model, chosen: Selection, trusted: Trusted) -> _Eager:
+    """What trials say of captured steps; of a model that has none they say nothing."""
+    if not options.cuda_graphs:
+        return _Eager("cuda_graphs=False was asked for", None)
+    if not may_be_captured(model):
+        return _Eager(None, None)  # `decode_graphs` says why
+    if (problem := trusted.graphs(chosen.backend, chosen.layout)) is not None:
+        return _Eager(f"graphs are off: {problem}", None)
+    return _Eager(None, trusted.graphs(chosen.backend, chosen.layout, load_triton_kernel))
+
+
 def _graphs(
     options: EngineOptions,
     model: Model,
-    chosen: Selection,
+    backend: AttentionBackend,
     pool: KVPool | None,
     store: AdapterStore,
-    trusted: Trusted,
+    eager: _Eager,
 ) -> DecodeGraphs | str:
     """Captured decoding steps, or why there are none; without a LoRA kernel where that one cannot be captured."""
-    if not options.cuda_graphs:
-        return "cuda_graphs=False was asked for"
-    graphs = decode_graphs(model, chosen.backend, pool, store.bound.kernel, options.max_batch_rows)
-    if isinstance(graphs, str):
-        return graphs
-    if (problem := trusted.graphs(chosen.backend, chosen.layout)) is not None:
-        return f"graphs are off: {problem}"
-    if (problem := trusted.graphs(chosen.backend, chosen.layout, load_triton_kernel)) is not None:
-        _log.warning("steps with adapters are not captured: %s", problem)
-        return decode_graphs(model, chosen.backend, pool, None, options.max_batch_rows)
-    return graphs
+    if eager.every is not None:
+        return eager.every
+    if eager.adapted is not None:
+        _log.warning("steps with adapters are not captured: %s", eager.adapted)
+    kernel = store.bound.kernel if eager.adapted is None else None
+    return decode_graphs(model, backend, pool, kernel, options.max_batch_rows)
 
 
 def _loop(

@@ -73,7 +73,6 @@ class TritonGraph(GraphLora):
         self._kernel = kernel
         self._rows = rows
         self._numbers = {site: kernel.number(site) for site in sites}
-        self._paths = {number: site for site, number in self._numbers.items()}
         # Part of what is compiled, so settled at capture: an adapter that cannot be loaded so wide does not fit.
         self._aligned = {self._numbers[site]: out % lora.ALIGNED_TO == 0 for site, (_, out) in sites.items()}
         self._form: Form = lora.form(rows)
@@ -87,7 +86,7 @@ class TritonGraph(GraphLora):
     def fits(self, segments: Sequence[Segment]) -> str | None:
         for segment in segments:
             if segment.stop > self._rows:
-                return f"rows up to {segment.stop}, where {self._rows} were captured"
+                return "more rows with adapters than were captured"
             problem = self._misfit(self._kernel.table(segment.updates))
             if problem is not None:
                 return problem
@@ -110,14 +109,14 @@ class TritonGraph(GraphLora):
             _add(self.launch, number, RANKS_AT_ONCE, x, y, aligned=self._aligned[number])
 
     def _misfit(self, table: AdapterTable) -> str | None:
+        # Steps are counted by these reasons, so they name no layer and no size of an adapter.
         for number in np.flatnonzero(table.ranks).tolist():
-            site = self._paths.get(number)
-            if site is None:
+            if number not in self._aligned:
                 return "an adapter of a layer that was not captured"
             if table.ranks[number] > CAPTURED_RANKS:
-                return f"rank {table.ranks[number]} at {site}, where captured steps hold at most {CAPTURED_RANKS}"
+                return f"an adapter of a rank above {CAPTURED_RANKS}, the most that captured steps hold"
             if self._aligned[number] and not table.aligned[number]:
-                return f"an update of {site} whose memory is not aligned, as captured steps load it"
+                return "an adapter whose memory is not aligned, as captured steps load it"
         if self._dtypes and not table.dtypes <= self._dtypes:
             return f"an adapter in {_listed(table.dtypes)}, where {_listed(self._dtypes)} was captured"
         return None

@@ -1,10 +1,12 @@
 """Captured decoding steps against eager ones.
 
-Decides which steps are replayed: with fewer rows than were captured and with as many, with adapters that come and go.
+Decides which steps are replayed: with fewer rows than were captured and with as many, with adapters that come and go, of
+one row and of several.
 """
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorax_core.adapters.deltas import LowRank
+from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import LoraKernel, Segment, Updates
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher
@@ -30,13 +32,19 @@ from lorax_core.modeling.norm import RMSNorm
 from lorax_core.modeling.rope import Rope
 from lorax_core.modeling.rotary import RotaryEmbedding
 from lorax_core.plugins.resolve import load_class
+from lorax_core.serving.trial.cache import filled_pool, strewn, tried_layers
 from lorax_core.serving.trial.compare import off
 from lorax_core.serving.trial.kernels import load_kernel
 from lorax_core.serving.trial.spec import GraphTrial
 from lorax_core.types import Task
 
-_HIDDEN, _VOCAB, _ROWS = 64, 128, 8
-_SITE = "layers.0.self_attn.o_proj"
+_HIDDEN, _VOCAB = 64, 128
+_ROWS = 40
+_STEPS = (_ROWS, 3, 1, 17, 9, 2, _ROWS)  # rows
+_MOST_KEYS = 150
+_RANKS = (8, 3, 100)
+_RUNS = ((0, 1), (1, 3), (5, 26))  # rows of an adapter each, first and last
+_WHOLE, _FUSED = "layers.0.self_attn.o_proj", "layers.1.mlp.gate_up_proj"
 
 
 class _Config(ModelConfig):
@@ -54,18 +62,21 @@ def try_graphs(trial: GraphTrial) -> str | None:
     layout = backend.layout(model.attention_specs, dtype, getattr(torch, trial.kv_dtype), trial.device, trial.page_size)
     if isinstance(layout, str):
         raise RuntimeError(f"refuses the model: {layout}")
-    pool = _pool(trial, len(model.attention_layers))
+    most = -(-_MOST_KEYS // trial.page_size)
+    pages = strewn([most] * _ROWS)
+    pool = filled_pool(trial, _ROWS * most + 1, layout.dtype)
     backend.bind(model.attention_specs, dtype, pool)
     kernel = load_kernel(trial.kernel, device) if trial.kernel is not None else None
     make: Callable[[], Graph] = (resolve_name(trial.graph) if trial.graph is not None else cuda_graphs)(device)
     graphs = DecodeGraphs(model, backend, pool, kernel, _ROWS, make)
     adapters = _adapters(model, dtype) if kernel is not None else []
     before = pool.data.clone()
-    for step in range(6):
-        rows = (_ROWS, 3, 1, 5, 2, _ROWS)[step]
-        lengths = [1 + (37 * (step + 1) * (row + 1)) % 150 for row in range(rows)]
-        chunks = [_chunk(row, length, trial.page_size) for row, length in enumerate(lengths)]
-        segments = [Segment(at, at + 1, updates) for at, updates in enumerate(adapters[step % 2 :]) if at < rows]
+    for step, rows in enumerate(_STEPS):
+        lengths = [1 + (37 * (step + 1) * (row + 1)) % _MOST_KEYS for row in range(rows)]
+        chunks = [
+            _chunk(row, length, pages[row][: -(-length // trial.page_size)]) for row, length in enumerate(lengths)
+        ]
+        segments = _segments(adapters, step, rows)
         eager = _eager(model, backend, kernel, pool, chunks, segments)
         pool.data.copy_(before)
         replayed = graphs.run(chunks, segments, _nothing)
@@ -109,14 +120,15 @@ class _Adapters:
 
 
 def _model(trial: GraphTrial) -> Model:
-    """A decoder with one layer of each kind and random numbers."""
+    """A decoder with a layer of each kind, two of the first, and random numbers."""
     first, device = trial.layers[0], torch.device(trial.device)
+    kinds = tried_layers(trial)
     config = _Config(
         model_type="trial",
         hidden_size=_HIDDEN,
         num_attention_heads=1,
         vocab_size=_VOCAB,
-        num_hidden_layers=len(trial.layers),
+        num_hidden_layers=len(kinds),
     )
     rope = Rope(type="default", theta=10_000.0, partial=1.0, original_length=512)
     layers = [
@@ -134,7 +146,7 @@ def _model(trial: GraphTrial) -> Model:
             GatedMLP(_HIDDEN, 2 * _HIDDEN, "silu"),
             lambda: RMSNorm(_HIDDEN, 1e-6),
         )
-        for layer in trial.layers
+        for layer in kinds
     ]
     backbone = Decoder(config, layers, RMSNorm(_HIDDEN, 1e-6))
     model = Model(config, backbone, {Task.GENERATE: LanguageModelHead(config)}, dtype=trial.torch_dtype, device=device)
@@ -145,49 +157,51 @@ def _model(trial: GraphTrial) -> Model:
     return model.to(device)
 
 
-def _pool(trial: GraphTrial, layers: int) -> KVPool:
-    first, device = trial.layers[0], torch.device(trial.device)
-    pages = _ROWS * -(-160 // trial.page_size) + 1
-    pool = KVPool(
-        layers=layers,
-        pages=pages,
-        page_size=trial.page_size,
-        kv_heads=first.kv_heads,
-        head_dim=first.head_dim,
-        dtype=getattr(torch, trial.kv_dtype),
-        device=device,
-        scales=[(1.0, 1.0)] * layers,
-    )
-    generator = torch.Generator().manual_seed(1)
-    slots = torch.arange(trial.page_size, pages * trial.page_size, device=device)
-    for layer in range(layers):
-        k, v = (
-            torch.randn(len(slots), first.kv_heads, first.head_dim, generator=generator).to(device, trial.torch_dtype)
-            for _ in "kv"
-        )
-        pool.write(layer, k, v, slots)
-    return pool
-
-
 def _adapters(model: Model, dtype: torch.dtype) -> list[Updates]:
-    site, generator = model.sites[_SITE], torch.Generator().manual_seed(2)
+    """Adapters of two layers, one of which is fused and has ranks of its own for each part."""
+    generator = torch.Generator().manual_seed(2)
+
+    def drawn(rows: int, width: int, scaled_by: int) -> Tensor:
+        return torch.randn(rows, width, generator=generator) / math.sqrt(scaled_by)
+
+    whole, fused = model.sites[_WHOLE], model.sites[_FUSED]
+    half = fused.out_features // 2
     made = []
-    for rank in (8, 3, 16):
-        a = torch.randn(rank, site.in_features, generator=generator) * site.in_features**-0.5
-        b = torch.randn(site.out_features, rank, generator=generator) * rank**-0.5
-        update = LowRank.whole(a, b).placed(None, site.out_features, model.device, dtype)
-        made.append(Updates({_SITE: update}))
+    for rank in _RANKS:
+        a = drawn(rank, whole.in_features, whole.in_features)
+        update = LowRank.whole(a, drawn(whole.out_features, rank, rank))
+        blocks = (
+            RankBlock(slice(0, 2), 0, drawn(2, half, 2)),
+            RankBlock(slice(2, rank), half, drawn(rank - 2, half, rank)),
+        )
+        parts = LowRank(drawn(rank, fused.in_features, fused.in_features), blocks)
+        made.append(
+            Updates(
+                {
+                    path: one.placed(None, model.sites[path].out_features, model.device, dtype)
+                    for path, one in ((_WHOLE, update), (_FUSED, parts))
+                }
+            )
+        )
     return made
 
 
-def _chunk(row: int, length: int, page: int) -> ChunkInput:
-    """The newest token of a sequence of `length` tokens, whose pages are its own."""
-    most = -(-160 // page)
+def _segments(adapters: list[Updates], step: int, rows: int) -> list[Segment]:
+    """Whose rows are whose in a step: adapters change places, and every other step the first row is the base's."""
+    return [
+        Segment(first, min(last, rows), adapters[(at + step) % len(adapters)])
+        for at, (first, last) in enumerate(_RUNS if adapters else ())
+        if first < rows and (at > 0 or step % 2 == 0)
+    ]
+
+
+def _chunk(row: int, length: int, pages: list[int]) -> ChunkInput:
+    """The newest token of a sequence of `length` tokens."""
     return ChunkInput(
         sequence=row,
         start=length - 1,
         tokens=array("q", [(11 * length + row) % _VOCAB]),
         reads=(HeadRead(Task.GENERATE, range(1)),),
-        pages=array("i", range(1 + row * most, 1 + row * most + -(-length // page))),
+        pages=array("i", pages),
         sampled=(SamplingRow(Sampling(), length),),
     )

@@ -109,19 +109,25 @@ class LoraTrial(_OnDevice):
 
 
 class ElementwiseTrial(_OnDevice):
-    """An `Elementwise`, by class path, over rows of some widths and heads of a layer."""
+    """An `Elementwise`, by class path: norms of rows of `widths`, gates of `gates`, and heads of `layers`.
+
+    `turned` are the dimensions of a head that are rotated, 0 where none is.
+    """
 
     kind: Literal["elementwise"] = "elementwise"
     form: str
     widths: tuple[int, ...]
+    gates: tuple[int, ...]
     layers: tuple[LayerKind, ...]
+    turned: tuple[int, ...]
 
     @property
     def path(self) -> str:
         return self.form
 
     def __str__(self) -> str:
-        return f"elementwise, {self.dtype}: rows of {', '.join(map(str, self.widths))}"
+        gates = f", gates of {', '.join(map(str, self.gates))}" if self.gates else ""
+        return f"elementwise, {self.dtype}: rows of {', '.join(map(str, self.widths))}{gates}"
 
 
 class GraphTrial(_OnDevice):

@@ -20,9 +20,8 @@ from lorax_core.modeling.model import Model
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import BackendSpec
 from lorax_core.serving.trial.spec import TRIAL, LayerKind, Trial, dtype_name
-from lorax_core.serving.trial.trusted import READABLE_BACKEND, ModelTrials, class_path, sixteen_bit
+from lorax_core.serving.trial.trusted import READABLE_BACKEND, ModelTrials, class_path, may_be_captured, sixteen_bit
 from lorax_core.settings import Settings
-from lorax_core.types import Task
 
 _KINDS: Final[Mapping[str, tuple[LayerKind, ...]]] = {
     "heads of 64": (LayerKind(heads=14, kv_heads=2, head_dim=64, causal=True),),
@@ -34,7 +33,7 @@ _KINDS: Final[Mapping[str, tuple[LayerKind, ...]]] = {
     "an encoder": (LayerKind(heads=6, kv_heads=6, head_dim=64, causal=False),),
 }
 _SIZES: Final = ((896, 1152), (896, 9728), (4864, 896))
-_WIDTHS: Final = (896, 4096)
+_ROWS: Final = {"widths": (896, 4096), "gates": (4864,), "turned": (0, 64, 128)}
 
 
 def standard_trials(
@@ -66,8 +65,7 @@ def model_trials(
     orders, device, dtype = ModelTrials(model), model.device, model.dtype
     made: list[Trial] = []
     refused: dict[str, str] = {}
-    # Decoding alone is captured, and on a GPU alone.
-    captured = device.type == "cuda" and model.needs_kv_cache and Task.GENERATE in model.tasks
+    captured = may_be_captured(model)
     adapted = captured and _lora_problem(load_triton_kernel, settings, dtype, device) is None
     for spec in backends:
         if spec.backend == READABLE_BACKEND:
@@ -139,7 +137,7 @@ def _of_kernels(
         refused["elementwise"] = reason
     else:
         layers = [kinds[0] for kinds in _KINDS.values()]
-        made.append({"kind": "elementwise", "form": class_path(type(form)), "widths": _WIDTHS, "layers": layers, **on})
+        made.append({"kind": "elementwise", "form": class_path(type(form)), "layers": layers, **_ROWS, **on})
     return made
 
 

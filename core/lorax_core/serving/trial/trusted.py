@@ -15,9 +15,10 @@ from lorax_core.adapters.lora_kernels.select import LoadKernel, Verify
 from lorax_core.attention.base import AttentionBackend, CacheLayout
 from lorax_core.kernels.elementwise import READABLE, Elementwise
 from lorax_core.kernels.select import select_elementwise
-from lorax_core.modeling.linear import Linear
+from lorax_core.modeling.linear import GateUpLinear, Linear
 from lorax_core.modeling.model import Model
 from lorax_core.modeling.norm import Norm
+from lorax_core.modeling.rotary import RotaryEmbedding
 from lorax_core.plugins.spec import BackendSpec
 from lorax_core.serving.trial.run import Trials
 from lorax_core.serving.trial.spec import (
@@ -29,6 +30,7 @@ from lorax_core.serving.trial.spec import (
     layers_of,
 )
 from lorax_core.settings import Settings
+from lorax_core.types import Task
 
 
 class ModelTrials:
@@ -51,9 +53,14 @@ class ModelTrials:
         return LoraTrial.model_validate({"kernel": class_path(load), "sizes": sizes, **self._on})
 
     def elementwise(self, form: Elementwise) -> ElementwiseTrial:
-        """An elementwise form at each width that is normalised."""
-        widths = {module.in_features for module in self._model.modules() if isinstance(module, Norm)}
-        order = {"form": class_path(type(form)), "widths": sorted(widths), "layers": self._layers, **self._on}
+        """An elementwise form at each width that is normalised or gated, and each number of dimensions that turn."""
+        modules = list(self._model.modules())
+        widths = {module.in_features for module in modules if isinstance(module, Norm)}
+        gates = {module.intermediate for module in modules if isinstance(module, GateUpLinear)}
+        # 0 as well: layers without rotation store keys all the same.
+        turned = {module.rotary_dim for module in modules if isinstance(module, RotaryEmbedding)} | {0}
+        sizes = {"widths": sorted(widths), "gates": sorted(gates), "turned": sorted(turned)}
+        order = {"form": class_path(type(form)), **sizes, "layers": self._layers, **self._on}
         return ElementwiseTrial.model_validate(order)
 
     def graphs(self, backend: str, layout: CacheLayout, load: LoadKernel | None = None) -> GraphTrial:
@@ -116,6 +123,11 @@ READABLE_BACKEND: Final = "lorax_core.attention.torch:TorchBackend"
 """What everything else is compared with."""
 COMPILED_BACKEND: Final = "lorax_core.attention.native:NativeBackend"
 """Core's own on a CPU, which is compared in the process that uses it."""
+
+
+def may_be_captured(model: Model) -> bool:
+    """Whether steps of a model can be captured at all: decoding, and on a GPU."""
+    return model.device.type == "cuda" and model.needs_kv_cache and Task.GENERATE in model.tasks
 
 
 def sixteen_bit(device: str) -> torch.dtype | None:

@@ -20,6 +20,7 @@ from transformers import Qwen2ForCausalLM
 from lorax_bert.modeling import FlashBertModel
 from lorax_core.attention.base import HostAndDevice, StepAttention
 from lorax_core.attention.torch import TorchBackend
+from lorax_core.linear_methods.quantized import QuantizedKernel
 from lorax_core.modeling import (
     Embedding,
     EmbeddingHead,
@@ -27,6 +28,7 @@ from lorax_core.modeling import (
     LanguageModelHead,
     LastTokenClassificationHead,
     LayerNorm,
+    Linear,
     RMSNorm,
 )
 from lorax_core.modeling.batch import Batch
@@ -463,6 +465,21 @@ class NormalisesIn16Bits(FlashQwen2Model):
 class RoughRMSNorm(RMSNorm):
     def compute(self, x, weight, bias):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
+
+
+class TakesCodesForNumbers(FlashQwen2Model):
+    """Computes one layer with rows of a quantized weight that are not its own."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        mlp = self.layers[0].mlp
+        mlp.down_proj = Turned(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
+
+
+class Turned(Linear):
+    def compute(self, x, kernel):
+        y = super().compute(x, kernel)
+        return y.roll(1, dims=-1) if isinstance(kernel, QuantizedKernel) else y
 
 
 class KeepsItsNorm(FlashQwen2Model):

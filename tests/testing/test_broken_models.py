@@ -136,6 +136,17 @@ def test_too_few_bits(dtype, make_spec, run, twins):
     assert wrong.ratio > right.ratio
 
 
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_rows_of_a_quantized_weight_that_are_mixed_up(name, make_spec, run, twins):
+    right = run(twins["qwen2"], f"quantized-{name}")
+    wrong = run(make_spec("qwen2", backbone="broken:TakesCodesForNumbers"), f"quantized-{name}")
+
+    assert right.status is CheckStatus.PASSED
+    assert right.ratio < 0.6
+    assert wrong.status is CheckStatus.FAILED
+    assert wrong.ratio > 2
+
+
 @pytest.mark.parametrize(
     ("broken", "key", "told"),
     [

@@ -147,9 +147,7 @@ class Sequence:
     restarted: bool = True  # nothing of the rows before the next chunk is kept in the runner
     page_keys: list[PageKey] = field(default_factory=list)
     preemptions: int = 0
-    ahead: int = (
-        0  # rows past `computed` of a step that was launched before the result of the one in progress was known
-    )
+    ahead: int = 0  # rows past `computed`, of a step launched before the result of the one in progress was known
 
     # Filled as steps are accepted.
     output: list[int] = field(default_factory=list)

@@ -20,6 +20,7 @@ from lorax_core.engine.process import OwnProcess
 from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
 from lorax_core.engine.stats import StepStats, Totals
 from lorax_core.errors import LoraxError, RequestError
+from lorax_core.kernels.workers import end_workers
 
 _log = logging.getLogger(__name__)
 _EXIT_SECONDS = 60.0
@@ -134,6 +135,7 @@ class _Stepper:
         done.result()
 
     def adapter_came(self, adapter: AdapterRef, error: LoraxError | None) -> None:
+        end_workers()  # of the thread that bound it, which waits for the next adapter now
         with self._changed:
             self._came.append((adapter, error))
             self._changed.notify_all()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.engine.process import OwnProcess
 from lorax_core.errors import LoraxError, RequestError, shown
+from lorax_core.kernels.workers import end_workers
 from lorax_core.kvcache.sizing import peak_memory
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
@@ -143,6 +144,7 @@ class Engine:
         """
         self._process.check()
         _check_requests(requests)
+        end_workers()  # of the thread that loaded the engine, or computes beside it
         call = Call(len(requests), self._worker.abort)
         missing = [() if one.adapter is None else self.adapters.missing(one.adapter) for one in requests]
         if any(missing):

@@ -1,6 +1,7 @@
 # One word a job; `make` alone lists them. Each sets up what it needs first, once, into .venv:
 #   .venv/.demo  core and the architectures of this repository, editable: enough to run
 #   .venv/.test  the test and lint tools on top
+#   .venv/.bench core, and what benchmarks plot with
 #   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
 # All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
 
@@ -8,7 +9,7 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 ARGS ?=
 PIP_ARGS ?=
 DIST ?= dist
-BENCHMARKS ?= benchmarks/startup.py
+BENCHMARKS ?= benchmarks/peers/run.py
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -75,7 +76,7 @@ check-wheels: $(VENV)/.test ## Install the wheels of core and Qwen2 into a clean
 	"$$dir/env/bin/python" -I -c "$$CHECK_LISTED" < "$$dir/listed"; \
 	"$$dir/env/bin/python" -I -c "$$CHECK_GENERATES" examples/tiny_qwen2/model
 
-bench: $(VENV)/.demo ## Run the benchmarks
+bench: $(VENV)/.bench ## Run beside the peers that are set up (set one up: make bench ARGS="--setup openvino")
 	@set -e; for each in $(BENCHMARKS); do $(RUN) $$each $(ARGS); done
 
 clean: ## Remove what builds and checks left behind; .venv stays
@@ -104,6 +105,11 @@ $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 $(VENV)/.test: $(VENV)/.demo $(THIRD_PARTY:=/pyproject.toml)
 	$(SAY) "set-up: installing the test and lint tools (once, about a minute)"
 	@$(PIP) "lorax-core[test]" ruff mypy build $(addprefix -e ./,$(THIRD_PARTY))
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.demo
+	$(SAY) "set-up: installing what benchmarks plot with (once)"
+	@$(PIP) matplotlib
 	@touch $@
 
 # flashinfer without its dependencies, of which only a GPU needs the large ones; of flash-attn the Python alone, nothing compiled.

@@ -33,6 +33,7 @@ EVERYTHING = {
     "max_batch_tokens": 64,
     "max_batch_rows": 8,
     "attention": "torch",
+    "quantize": "int8",
     "linear_methods": {"layers.*": "plain"},
     "cuda_graphs": False,
     "speculate": 3,

@@ -58,6 +58,7 @@ def machine() -> dict[str, str]:
     # A home may be shared by machines.
     found["processor"] = hashlib.sha256(processor()).hexdigest()[:16]
     sources = sorted(Path(native.__path__[0]).glob("*.[ch]*"))  # and headers
+    sources += sorted(Path(__file__).parent.glob("*.py"))  # what is asked of them
     found["compiled"] = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -75,7 +76,7 @@ class Trials:
 
     def __init__(self, settings: Settings, facts: Mapping[str, str] | None = None, seconds: float = SECONDS) -> None:
         self._cache = settings.cache
-        self._facts = facts
+        self._facts = dict(facts) if facts is not None else None
         self._seconds = seconds
 
     def problem(self, trial: Trial) -> str | None:
@@ -108,12 +109,12 @@ class Trials:
         return found
 
     def failures(self) -> dict[str, str]:
-        """What failed a trial whose verdict is kept, by its path, with the reason."""
+        """What failed a trial on this machine whose verdict is kept, by its path, with the reason."""
         found: dict[str, str] = {}
         for file in self._files():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 said = json.loads(file.read_bytes()[:_MOST_BYTES])
-                if said["problem"] is not None:
+                if said["problem"] is not None and said["machine"] == self._machine:
                     found[str(said["path"])] = str(said["problem"])
         return found
 
@@ -128,6 +129,12 @@ class Trials:
             return sorted(self._folder().glob("*.json"))
         except (OSError, RuntimeError):
             return []
+
+    @property
+    def _machine(self) -> dict[str, str]:
+        if self._facts is None:  # at first use: asking a GPU wakes it
+            self._facts = machine()
+        return self._facts
 
     def _run(self, trial: Trial) -> str | None:
         """What is wrong with a trial. Each has a process of its own: after a fault of a GPU's memory that is of no use."""
@@ -152,9 +159,7 @@ class Trials:
         return problem
 
     def _key(self, trial: Trial) -> str:
-        if self._facts is None:
-            self._facts = machine()
-        order = [trial.model_dump(mode="json"), _code(trial), dict(sorted(self._facts.items()))]
+        order = [trial.model_dump(mode="json"), _code(trial), dict(sorted(self._machine.items()))]
         text = json.dumps(order, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -183,7 +188,7 @@ class Trials:
             "path": verdict.trial.path,
             "trial": str(verdict.trial),
             "problem": verdict.problem,
-            "machine": self._facts,
+            "machine": self._machine,
         }
         try:
             folder = self._folder()

@@ -25,7 +25,8 @@
 static const int64_t OUTPUTS = 64;  // of a record
 static const int64_t PARTS = OUTPUTS / LANES;
 static const int64_t ROWS = 6;         // that share what is read of the weight
-static const int64_t ROWS_AT_ONCE = 96;  // that pass over a weight while it is in the cache
+static const int64_t ROWS_AT_ONCE = 96;  // that pass over a part of the weight while it is in the first cache
+static const int64_t PART_BYTES = 1 << 14;  // of such a part
 static const int64_t AHEAD = 2048;     // bytes by which reading runs ahead
 
 template <int BITS>
@@ -80,7 +81,7 @@ static inline void add_group(const uint8_t *record, const int8_t *x, int64_t wid
     typedef Format<BITS> F;
     Ints sum[M][PARTS];
     for (int m = 0; m < M; ++m)
-        for (int z = 0; z < PARTS; ++z) sum[m][z] = (Ints){} - zeros[m * groups];
+        for (int z = 0; z < PARTS; ++z) sum[m][z] = (Ints){};
     const int64_t steps = F::CODES / (LANES * 4 * PARTS);
     for (int64_t k = 0; k < steps; ++k) {
         Words codes[PARTS];
@@ -106,28 +107,31 @@ static inline void add_group(const uint8_t *record, const int8_t *x, int64_t wid
         const Floats scale = load(theirs + z * LANES);
         for (int m = 0; m < M; ++m) {
             float *at = sums + m * OUTPUTS + z * LANES;
-            store(at, load(at) + __builtin_convertvector(sum[m][z], Floats) * (scale * scales[m * groups]));
+            const Floats exact = __builtin_convertvector(sum[m][z] - zeros[m * groups], Floats);
+            store(at, load(at) + exact * (scale * scales[m * groups]));
         }
     }
 }
 
 template <int BITS, int M>
-static void add_all(const uint8_t *block, const Rounded &rows, int64_t first, float *sums) {
+static void add_all(const uint8_t *block, const Rounded &rows, int64_t start, int64_t end, int64_t first, float *sums) {
     typedef Format<BITS> F;
-    for (int64_t g = 0; g < rows.groups; ++g)
+    for (int64_t g = start; g < end; ++g)
         add_group<BITS, M>(block + g * F::RECORD, rows.x + first * rows.width + g * F::GROUP, rows.width,
                            rows.scales + first * rows.groups + g, rows.zeros + first * rows.groups + g, rows.groups, sums);
 }
 
+// Groups `start` to `end` of some rows.
 template <int BITS>
-static void add_rows(const uint8_t *block, const Rounded &rows, int64_t first, int64_t count, float *sums) {
+static void add_rows(const uint8_t *block, const Rounded &rows, int64_t start, int64_t end, int64_t first, int64_t count,
+                     float *sums) {
     switch (count) {
-        case 1: return add_all<BITS, 1>(block, rows, first, sums);
-        case 2: return add_all<BITS, 2>(block, rows, first, sums);
-        case 3: return add_all<BITS, 3>(block, rows, first, sums);
-        case 4: return add_all<BITS, 4>(block, rows, first, sums);
-        case 5: return add_all<BITS, 5>(block, rows, first, sums);
-        default: return add_all<BITS, 6>(block, rows, first, sums);
+        case 1: return add_all<BITS, 1>(block, rows, start, end, first, sums);
+        case 2: return add_all<BITS, 2>(block, rows, start, end, first, sums);
+        case 3: return add_all<BITS, 3>(block, rows, start, end, first, sums);
+        case 4: return add_all<BITS, 4>(block, rows, start, end, first, sums);
+        case 5: return add_all<BITS, 5>(block, rows, start, end, first, sums);
+        default: return add_all<BITS, 6>(block, rows, start, end, first, sums);
     }
 }
 
@@ -189,15 +193,17 @@ static void multiply(const T *x, int64_t x_row, const uint8_t *weight, const T *
             const int64_t block = item / chunks, start = item % chunks * each;
             const int64_t end = start + each < rows ? start + each : rows;
             const int64_t first = block * OUTPUTS, count = out - first < OUTPUTS ? out - first : OUTPUTS;
-            for (int64_t r = start; r < end; r += ROWS) {
-                const int64_t m = end - r < ROWS ? end - r : ROWS;
-                alignas(64) float sums[ROWS * OUTPUTS];
-                for (int64_t i = 0; i < m * OUTPUTS; ++i) sums[i] = 0;
-                add_rows<BITS>(weight + block * groups * F::RECORD, rounded, r, m, sums);
-                for (int64_t i = 0; i < m; ++i)
-                    for (int64_t n = 0; n < count; ++n)
-                        put(y + (r + i) * out + first + n, sums[i * OUTPUTS + n] + (bias ? up(bias[first + n]) : 0.0f));
-            }
+            alignas(64) float sums[ROWS_AT_ONCE * OUTPUTS];
+            for (int64_t i = 0; i < (end - start) * OUTPUTS; ++i) sums[i] = 0;
+            // Few rows read the weight once, so it need not stay in a cache.
+            const int64_t part = end - start <= ROWS ? groups : PART_BYTES / F::RECORD;
+            for (int64_t g = 0; g < groups; g += part)
+                for (int64_t r = start; r < end; r += ROWS)
+                    add_rows<BITS>(weight + block * groups * F::RECORD, rounded, g, g + part < groups ? g + part : groups, r,
+                                   end - r < ROWS ? end - r : ROWS, sums + (r - start) * OUTPUTS);
+            for (int64_t r = start; r < end; ++r)
+                for (int64_t n = 0; n < count; ++n)
+                    put(y + r * out + first + n, sums[(r - start) * OUTPUTS + n] + (bias ? up(bias[first + n]) : 0.0f));
         }
     }
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorax_core.kernels import quantized as readable
+from lorax_core.kernels.native import quantized as native
 from lorax_core.kernels.native.build import FLAGS
 from lorax_core.kernels.native.compiler import find_compiler
 from lorax_core.kernels.native.quantized import SOURCE, QuantizedProduct, load_quantized
@@ -203,6 +204,41 @@ def test_rows_of_zeros_or_none_and_rows_that_lie_apart(product, name):
     assert torch.equal(apart, product(wide[:, 96:].contiguous(), packed, None))
     columns = product(wide[:, 96:].t().contiguous().t(), packed, None)
     assert torch.equal(columns, apart)
+
+
+class Off(Readable):
+    def __call__(self, x, weight, bias):
+        return super().__call__(x, weight, bias) * 1.02
+
+
+class Forgets(Readable):
+    def __call__(self, x, weight, bias):
+        return super().__call__(x, weight, None)
+
+
+class Coarse(Readable):
+    @staticmethod
+    def quantize(weight, form):
+        return readable.quantize((weight * 4).round() / 4, form)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (Off, "gives other numbers in int8 and float32 than torch"),
+        (Forgets, "gives other numbers in int8 and float32 than torch"),
+        (Coarse, "loses more than torch in int8"),
+    ],
+)
+def test_a_compiled_form_with_other_numbers_is_not_used(wrong, told):
+    assert native._difference(wrong()) == told
+    assert native._difference(Readable()) is None
+
+
+def test_a_compiled_form_is_compared_before_it_is_given(monkeypatch):
+    monkeypatch.setattr(native, "_difference", lambda product: "off")
+
+    assert native.load_quantized.__wrapped__(Settings.from_env()) == (None, "off")
 
 
 @pytest.mark.parametrize("name", FORMATS)

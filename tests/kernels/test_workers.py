@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -83,3 +85,22 @@ def test_a_caller_keeps_no_workers_while_its_engine_computes(three_threads, tmp_
         engine.embed(["ab"])
 
         assert settled(with_own - 2)
+
+
+FORKS = """
+import os, signal, torch
+import lorax_core.kernels.workers
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    os._exit(0 if torch.ones(1 << 20).exp().sum() > 0 else 1)
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_forked_child_can_compute_though_its_parent_had():
+    ended = subprocess.run([sys.executable, "-c", FORKS], check=False, timeout=60)
+
+    assert ended.returncode == 0

@@ -231,3 +231,44 @@ def test_a_method_that_rounds_weights_is_measured_by_its_own_tolerance():
 
     assert passed_over == {}
     assert not torch.equal(kernel.dense(), make_weight(len(kernel.dense())))
+
+
+@pytest.mark.skipif(not onednn.works(torch.float32), reason="this build of torch packs nothing")
+@pytest.mark.parametrize("size", [1e-22, 1e-24, 1e-30, 1e-38, 0.0])
+def test_dead_rows_say_nothing_of_a_method(size):
+    weight = make_weight(out=next(_sizes), width=64)
+    weight[5:] *= size
+
+    kernel, passed_over = choose(weight, METHODS)
+
+    assert passed_over == {}
+    assert kernel.method == METHODS[0].name
+    assert choose(make_weight(out=len(weight), width=64), METHODS)[0].method == METHODS[0].name
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_weights_that_are_hard_to_round_are_rounded_all_the_same(name):
+    weight = torch.full((next(_sizes), 96), 0.045)
+    weight[:, ::32] = 1.0  # an outlier in each group
+
+    kernel, passed_over = choose(weight, LinearPolicy(quantize=name).candidates("layer"))
+
+    assert (kernel.method, passed_over) == (name, {})
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_quantized_product_in_float16_is_that_in_float32(bias):
+    weight = make_weight(width=64)
+    added = torch.linspace(-1, 1, len(weight)) if bias else None
+    x = make_weight(7, 64)
+
+    wide, narrow = (
+        choose(weight.to(dtype), LinearPolicy(quantize="int8").candidates("layer"))[0].with_bias(
+            None if added is None else added.to(dtype)
+        )(x.to(dtype))
+        for dtype in (torch.float32, torch.float16)
+    )
+
+    assert narrow.dtype is torch.float16
+    # Codes near a half go the other way for some of the rounded numbers.
+    assert float((narrow.float() - wide).norm() / wide.norm()) < 0.01

@@ -346,3 +346,20 @@ def test_an_engine_may_be_warmed_up(tmp_path):
             assert engine.warmup() == tokens
             assert engine.info().step_bytes is not None
             assert engine.info().lora_kernel == ("none", "no adapter has been loaded yet")
+
+
+@pytest.mark.parametrize("limit", [16, 2048])
+def test_prompt_logprobs_come_once_though_sequences_are_preempted(qwen2, limit):
+    prompts = [[(7 * row + at) % 250 + 1 for at in range(20)] for row in range(4)]
+    options = {"max_tokens": 100, "ignore_eos": True, "prompt_logprobs": 0}
+    with lorax.load(qwen2, dtype="float32", kv_cache_tokens=4096) as roomy:
+        expected = roomy.generate(prompts, **options)
+
+    with lorax.load(qwen2, dtype="float32", kv_cache_tokens=192, max_batch_tokens=limit) as tight:
+        found = tight.generate(prompts, **options)
+        computed = tight.info().totals.prompt_tokens
+
+    assert computed > 80  # some were preempted, and computed again
+    for prompt, one, right in zip(prompts, found, expected, strict=True):
+        assert one.token_ids == right.token_ids
+        assert [told and told.token_id for told in one.prompt_logprobs] == [None, *prompt[1:]]

@@ -35,8 +35,14 @@ class Chunk:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether every row of the chunk is read, because the prompt's own tokens are scored."""
-        return self.sequence.prompt_logprobs is not None and self.start < len(self.sequence.prompt) - 1
+        """Whether every row of the chunk is read, because the prompt's own tokens are scored.
+
+        Once: a prompt that is computed again after a preemption has its scores.
+        """
+        last = len(self.sequence.prompt) - 1
+        return (
+            self.sequence.prompt_logprobs is not None and self.start < last and len(self.sequence.prompt_scores) < last
+        )
 
     @property
     def reads(self) -> range:

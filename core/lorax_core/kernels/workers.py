@@ -1,8 +1,9 @@
 """The OpenMP workers of threads that have no more to compute.
 
-Decides which runtime is asked to end them. GNU's OpenMP gives each thread that computes workers of its own. As soon as all of
-them together are more than the processors, none spins between two parallel loops any more: each loop then waits for the system
-to wake them, which takes longer than a small product. A step of decoding has some 150 such loops. Knows nothing of engines.
+Decides which runtime is asked to end them, and that a thread has none when it forks. GNU's OpenMP gives each thread that
+computes workers of its own. As soon as all of them together are more than the processors, none spins between two parallel loops:
+each loop then waits for the system to wake them, which takes longer than a small product, and a step of decoding has some 150
+such loops. Knows nothing of engines.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def end_workers() -> bool:
     """
     pause = _pause()
     return pause is not None and pause(_HARD) == 0
+
+
+# A child that was forked while its thread had workers would wait for them in its first loop, for ever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=end_workers)
 
 
 @functools.cache

@@ -58,8 +58,11 @@ class LinearMethod(ABC):
     def supports(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
         """None when it computes weights `[out, in]` of such a kind, else the reason why not."""
 
-    def tolerance(self, dtype: torch.dtype) -> float:
-        """How far a product may be from the plain one, as a share of `|x| |w|`; methods that round weights state their own."""
+    def tolerance(self, dtype: torch.dtype) -> float | None:
+        """How far a product may be from the plain one, as a share of `|x| |w|`.
+
+        None for methods that round weights, which lose as much as the weights ask for: they prove themselves without them.
+        """
         return _TOLERANCES.get(dtype, 1e-2)
 
     @abstractmethod

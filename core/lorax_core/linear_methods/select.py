@@ -27,6 +27,9 @@ METHODS: tuple[LinearMethod, ...] = (OneDnn(), Plain())
 QUANTIZED: tuple[Quantization, ...] = (Int4(), Int8())
 """Methods that round weights: for layers that ask for them, by `LinearPolicy`. The fewest bits first."""
 
+_TINY = 1e-30
+"""Numbers of this size say nothing of a method: products of such ones are rounded to 0, by some earlier than by others."""
+
 _tried: dict[tuple[str, tuple[int, ...], torch.dtype], str | None] = {}
 
 
@@ -136,9 +139,10 @@ def _tried_kernel(method: LinearMethod, weight: Tensor, rows: bool) -> LinearKer
         return known
     try:
         kernel = method.prepare(weight, None, rows=rows)
+        tolerance = method.tolerance(weight.dtype)
         if key not in _tried:
             # Compared once a key: a model has many layers of one shape.
-            _tried[key] = _difference(kernel, weight, method.tolerance(weight.dtype))
+            _tried[key] = None if tolerance is None else _difference(kernel, weight, tolerance)
     except (RuntimeError, NotImplementedError) as error:
         _tried[key] = f"failed when it was tried: {error}"
         return f"failed when it was tried: {error}"
@@ -150,11 +154,12 @@ def _difference(kernel: LinearKernel, weight: Tensor, tolerance: float) -> str |
     width = weight.shape[1]
     x = torch.linspace(-1, 1, 3 * width, device=weight.device).view(3, width).cos().to(weight.dtype)  # [3, in]
     expected = PlainKernel(weight.detach(), None)(x).float()  # [3, out]
-    lengths = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float32)  # [out]
-    # [3, out]; |x| |w| bounds each sum, which may itself cancel to nearly 0.
-    scale = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32)[:, None] * lengths
+    # In 64 bits: squares of the numbers of a dead row have no place in 32.
+    lengths = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=torch.float64)  # [out]
+    # [3, out]; |x| |w| bounds each sum, which may itself cancel to nearly 0. What has no normal number may be lost whole.
+    scale = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)[:, None] * (lengths + width * _TINY)
     for count in (1, 3):  # one row and several are often computed by different code
-        off = (kernel(x[:count]).float() - expected[:count]).abs() - tolerance * scale[:count]
+        off = (kernel(x[:count]).float() - expected[:count]).abs().double() - tolerance * scale[:count]
         # A weight that is not finite says nothing about the method.
         if not bool(((off <= 0) | ~expected[:count].isfinite()).all()):
             return f"gives other numbers than the plain product for a weight of {list(weight.shape)}"

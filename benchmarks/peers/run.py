@@ -7,7 +7,7 @@ Every round runs all contestants once, one after the other; while one runs the o
 the rounds of the seconds of transformers in float32 divided by the contestant's, so what the machine does meanwhile drops out
 as far as it lasts a round. The limit is the time in which a plain loop reads all weights once at the contestant's precision.
 
-`--setup` makes the environments of peers under `benchmarks/.peers`; a peer without one is left out, and named.
+`--setup` makes the environments of peers in `.peers`; a peer without one is left out, and named.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 HERE = Path(__file__).parent
-HOME = HERE.parent / ".peers"
+HOME = HERE.parents[1] / ".peers"
 REFERENCE = "transformers-float32"
 PROMPT, NEW = 128, 32
 BITS = {"float32": 32, "bfloat16": 16, "int8": 8.25, "int4": 4.5, "q8_0": 8.5, "q4_0": 4.5}

@@ -104,8 +104,8 @@ def openvino_export(folder: str, precision: str, task: str) -> str:
     weights = {"float32": "fp32", "bfloat16": "fp16", "int8": "int8"}[precision]
     made = f"{folder}-openvino-{weights}"
     if not Path(made, "openvino_model.xml").exists():
-        tool = str(Path(sys.executable).parent / "optimum-cli")
-        command = [tool, "export", "openvino", "-m", folder, "--task", task, "--weight-format", weights, made]
+        tool = [sys.executable, "-m", "optimum.commands.optimum_cli"]
+        command = [*tool, "export", "openvino", "-m", folder, "--task", task, "--weight-format", weights, made]
         subprocess.run(command, check=True, stdout=sys.stderr)
     return made
 

@@ -1,9 +1,9 @@
 """The OpenMP workers of threads that have no more to compute.
 
 Decides which runtime is asked to end them, and that a thread has none when it forks. GNU's OpenMP gives each thread that
-computes workers of its own. As soon as all of them together are more than the processors, none spins between two parallel loops:
-each loop then waits for the system to wake them, which takes longer than a small product, and a step of decoding has some 150
-such loops. Knows nothing of engines.
+computes workers of its own. As soon as all together are more than the processors, none spins between two parallel loops: each
+loop then waits for the system to wake them, which takes longer than a small product, and a step of decoding has some 150 such
+loops. Knows nothing of engines.
 """
 
 from __future__ import annotations

@@ -271,8 +271,12 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     panels = [(one, what) for one in results for what in next(iter(one["contestants"].values()))["ratio"]]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (result, what) in zip(axes[0], panels, strict=True):
+    across = min(len(panels), 2)
+    down = -(-len(panels) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(5 * across, 3.4 * down), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (result, what) in zip(axes.flat, panels, strict=False):
         names = list(result["contestants"])[::-1]
         ratios = [result["contestants"][name]["ratio"][what] for name in names]
         axis.barh(names, ratios, color=["#d9480f" if name.startswith("lorax") else "#868e96" for name in names])

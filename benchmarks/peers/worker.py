@@ -64,11 +64,11 @@ def transformers_embed(folder: str, precision: str) -> Embed:
 
 
 def lorax_engine(folder: str, precision: str) -> Any:
-    """An engine; int8 and int4 compute the rest in what the processor is fast in, by `dtype="auto"`."""
+    """An engine; with weights in int8 and int4 the rest is in bfloat16, as in OpenVINO's."""
     import lorax_core
 
     quantize = precision if precision.startswith("int") else None
-    dtype = "auto" if quantize else precision
+    dtype = "bfloat16" if quantize else precision
     return lorax_core.load(folder, dtype=dtype, quantize=quantize, device="cpu", threads=THREADS)
 
 

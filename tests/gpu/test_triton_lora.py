@@ -201,13 +201,16 @@ def test_adapters_live_as_long_as_tiles_point_to_them():
     assert lives() is None
 
 
-def unaligned(update):
-    """The same update, its B two bytes off."""
-    moved = []
-    for block in update.blocks:
-        memory = torch.empty(block.b.numel() + 1, dtype=block.b.dtype)
-        moved.append(RankBlock(block.ranks, block.column, memory[1:].view(block.b.shape).copy_(block.b)))
-    return LowRank(update.a, tuple(moved))
+def unaligned(update, what="B"):
+    """The same update, its A or B one number off."""
+
+    def moved(tensor):
+        memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        return memory[1:].view(tensor.shape).copy_(tensor)
+
+    if what == "A":
+        return LowRank(moved(update.a), update.blocks)
+    return LowRank(update.a, tuple(RankBlock(block.ranks, block.column, moved(block.b)) for block in update.blocks))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,8 @@ def unaligned(update):
         ("rows", "more rows with adapters than were captured"),
         ("site", "an adapter of a layer that was not captured"),
         ("rank", f"an adapter of a rank above {CAPTURED_RANKS}, the most that captured steps hold"),
-        ("alignment", "an adapter whose memory is not aligned, as captured steps load it"),
+        ("alignment of A", "an adapter whose memory is not aligned, as captured steps load it"),
+        ("alignment of B", "an adapter whose memory is not aligned, as captured steps load it"),
         ("dtype", "an adapter in torch.float32, where torch.bfloat16 was captured"),
     ],
 )
@@ -230,7 +234,8 @@ def test_what_captured_steps_have_no_room_for_does_not_fit_and_says_why(case, to
     changes = {
         "site": lambda: by_site | {"elsewhere": by_site["here"]},
         "rank": lambda: by_site | {"here": work.update((400, 400, 400))},
-        "alignment": lambda: by_site | {"here": unaligned(by_site["here"])},
+        "alignment of A": lambda: by_site | {"here": unaligned(by_site["here"], "A")},
+        "alignment of B": lambda: by_site | {"here": unaligned(by_site["here"], "B")},
         "dtype": lambda: dict(Work(torch.float32, ((3, (4, 4, 4)),)).segments[0].updates.by_site),
     }
     updates = Updates(changes[case]() if case in changes else by_site)
@@ -243,9 +248,10 @@ def test_what_captured_steps_have_no_room_for_does_not_fit_and_says_why(case, to
         graph.set(segments)
 
 
-def test_an_update_that_is_not_aligned_is_computed_outside_captured_steps(gpu):
+@pytest.mark.parametrize("what", ["A", "B"])
+def test_an_update_that_is_not_aligned_is_computed_outside_captured_steps(gpu, what):
     work = Work(torch.bfloat16, ((3, (4, 4, 4)),))
-    moved = Updates({"here": unaligned(work.segments[0].updates.by_site["here"])})
+    moved = Updates({"here": unaligned(work.segments[0].updates.by_site["here"], what)})
     work.segments = [Segment(0, 3, moved)]
 
     work.add(TritonKernel(CPU).plan(work.segments))

@@ -13,6 +13,7 @@ from gpu.kernel_checks import (
     check_norms,
     check_rotation,
     drawn,
+    fenced,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -100,6 +101,16 @@ def test_shapes_and_dtypes_that_no_kernel_takes_are_computed_readably(gpu):
     with pytest.raises(RuntimeError, match="view"):
         kernels.rotate_and_store(rows, rows, rows, None, strided, strided, torch.tensor([0, 1]))
     assert gpu.launches == []
+
+
+@pytest.mark.parametrize(("name", "rest"), [("add_rms_norm", (1e-6,)), ("add_layer_norm", (None, 1e-5))])
+def test_a_residual_of_one_row_for_all_is_not_read_past_its_end(gpu, name, rest):
+    x, residual, weight = (fenced(drawn(rows, 16, dtype=torch.bfloat16)) for rows in (3, 1, 1))
+
+    normed, total = getattr(TritonElementwise(), name)(x, residual, weight[0], *rest)
+
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(normed, getattr(READABLE, name)(x, residual, weight[0], *rest)[0])
 
 
 def test_no_rows_are_no_numbers(gpu):

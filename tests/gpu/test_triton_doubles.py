@@ -33,6 +33,15 @@ def shifted(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def read_by_others(x, WRITER: tl.constexpr):
+    i = tl.arange(0, 16)
+    if tl.program_id(0) == WRITER:
+        tl.store(x + i, i)
+    else:
+        tl.load(x + i)
+
+
+@triton.jit
 def promised(x, OFFSET: tl.constexpr):
     i = tl.multiple_of(x + OFFSET, 16) + tl.arange(0, 16)
     tl.store(i, tl.load(i))
@@ -91,6 +100,13 @@ def test_programs_that_touch_what_another_writes_are_seen():
         with pytest.raises(Race, match=r"a read of program \(1, 0, 0\) where program \(0, 0, 0\) writes"):
             shifted[(2,)](x, BLOCK=16)
         shifted[(1,)](x, BLOCK=16)
+
+
+@pytest.mark.parametrize(("programs", "readers"), [(2, r"\(0, 0, 0\)"), (3, r"\('several programs',\)")])
+def test_a_write_where_other_programs_read_is_seen(programs, readers):
+    x = torch.zeros(16)
+    with pretend_gpu(), watched(x), pytest.raises(Race, match=f"where {readers} read"):
+        read_by_others[(programs,)](x, WRITER=programs - 1)
 
 
 def test_a_divisor_that_an_address_does_not_have_is_seen():

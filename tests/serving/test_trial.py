@@ -9,6 +9,7 @@ from dataclasses import replace as changed
 
 import pytest
 import torch
+from rigs import within
 
 from lorax_core.serving.trial.child import run_trial
 from lorax_core.serving.trial.compare import off
@@ -108,6 +109,7 @@ WRONG = {
     "large ranks": (lora("load_ranks_cut"), "48 to 96, few rows: off by"),
     "larger ranks": (lora("load_large_ranks_cut"), "48 to 96, many rows: off by"),
     "many rows": (lora("load_many_rows_unwritten"), "48 to 96, many rows: off by"),
+    "the row behind an adapter's": (lora("load_row_behind_the_last"), "48 to 96, few rows: off by"),
     "many adapters": (lora("load_adapters_cut"), "48 to 96, many adapters: off by"),
     "no kernel": (lora("load_none"), "nobody is at home"),
     "an offset": (elementwise("OffsetForgotten"), "rms_norm with an offset of 1 rows of 48"),
@@ -126,6 +128,8 @@ WRONG = {
     "a replay's rows of an adapter": (graphs(CAPTURABLE, kernel="load_first_row_alone"), "step 0 of 40 rows"),
     "a replay's ranks": (graphs(CAPTURABLE, kernel="load_ranks_at_once"), "step 0 of 40 rows"),
     "a replay's second layer": (graphs(CAPTURABLE, kernel="load_first_site_alone"), "step 0 of 40 rows"),
+    "a replay's row without an adapter": (graphs(CAPTURABLE, kernel="load_first_row_kept"), "step 5 of 40 rows"),
+    "a replay's adapters": (graphs(CAPTURABLE, kernel="load_set_once"), "step 5 of 40 rows"),
     "no graphs": (graphs(TORCH), "'torch' cannot be captured"),
 }
 
@@ -210,10 +214,30 @@ def test_a_crash_is_a_verdict_and_what_comes_after_it_is_tried(settings):
     assert "off by" in verdicts[1].problem
 
 
-def test_a_hang_is_a_verdict(settings):
-    verdicts = Trials(settings, MACHINE, seconds=6).verdicts([attention("Hangs")])
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """What compilers that a trial started wrote; its end is read when none of them runs any more."""
+    path = tmp_path / "compiler"
+    os.mkfifo(path)
+    monkeypatch.setenv("COMPILER", str(path))
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as reader:
+        os.set_blocking(reader.fileno(), True)
+        yield reader
+
+
+def test_a_hang_is_a_verdict_and_compilers_end_with_it(settings, compiler):
+    verdicts = Trials(settings, MACHINE, seconds=6).verdicts([attention("HangsOverACompiler", (PLAIN,))])
 
     assert verdicts[0].problem == "it took longer than 6 s"
+    # Nothing, where a slow machine had started none by then.
+    assert within(30, compiler.read) in (b"started", b"")
+
+
+def test_compilers_end_with_a_trial_that_dies(settings, compiler):
+    problem = Trials(settings, MACHINE).problem(attention("DiesOverACompiler", (PLAIN,)))
+
+    assert problem == "the process of the trial ended with SIGKILL"
+    assert within(30, compiler.read) == b"started"
 
 
 def test_a_verdict_is_kept_until_the_machine_or_the_trial_is_another(settings, monkeypatch):

@@ -91,6 +91,29 @@ class RanksAtOnce(CapturedLora):
             table[:, 64:] = 0
 
 
+class KeepsTheFirstRow(CapturedLora):
+    """The first row keeps its adapter when it goes back to the base."""
+
+    def set(self, segments):
+        tables = (*self.a.values(), *self.b.values())
+        before = [table[0].clone() for table in tables]
+        super().set(segments)
+        if segments and segments[0].start > 0:
+            for table, kept in zip(tables, before, strict=True):
+                table[0] = kept
+
+
+class SetsOnce(CapturedLora):
+    """The adapters of the first replay stay."""
+
+    done = False
+
+    def set(self, segments):
+        if not self.done:
+            super().set(segments)
+        self.done = bool(segments)
+
+
 class FirstSiteAlone(CapturedLora):
     def set(self, segments):
         super().set([replace(one, updates=Updates(dict([*one.updates.by_site.items()][:1]))) for one in segments])
@@ -108,6 +131,14 @@ def load_first_row_alone(settings, device):
 
 def load_ranks_at_once(settings, device):
     return load_capturable(settings, device, RanksAtOnce)
+
+
+def load_first_row_kept(settings, device):
+    return load_capturable(settings, device, KeepsTheFirstRow)
+
+
+def load_set_once(settings, device):
+    return load_capturable(settings, device, SetsOnce)
 
 
 def load_first_site_alone(settings, device):

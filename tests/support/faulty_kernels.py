@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -214,9 +215,25 @@ class Aborts(TorchBackend):
         os.abort()
 
 
-class Hangs(TorchBackend):
+class Compiles(TorchBackend):
+    """Starts a compiler, which holds the file of the variable COMPILER open for as long as it runs."""
+
     def plan(self, rows):
+        with open(os.environ["COMPILER"], "w") as held:
+            # Not for hours: where nobody ends it, it ends by itself.
+            subprocess.Popen(["/bin/sh", "-c", "exec sleep 120"], stdin=subprocess.DEVNULL, stdout=held, stderr=held)
+            held.write("started")
+        return self.end()
+
+
+class HangsOverACompiler(Compiles):
+    def end(self):
         time.sleep(3600)
+
+
+class DiesOverACompiler(Compiles):
+    def end(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Prints(TorchBackend):
@@ -289,6 +306,13 @@ class RanksCut(TorchKernel):
         return made
 
 
+class RowBehindTheLast(TorchKernel):
+    """The row behind those of the last adapter is changed too."""
+
+    def plan(self, segments):
+        return super().plan([*segments[:-1], replace(segments[-1], stop=segments[-1].stop + 1)])
+
+
 class SomeRowsOff(TorchKernel):
     def plan(self, segments):
         made = super().plan(segments)
@@ -304,6 +328,10 @@ class SomeRowsOff(TorchKernel):
 
 def load_rows_unwritten(_settings, _device):
     return RowsUnwritten(), ""
+
+
+def load_row_behind_the_last(_settings, _device):
+    return RowBehindTheLast(), ""
 
 
 def load_ranks_cut(_settings, _device):

@@ -40,7 +40,8 @@ from lorax_core.types import Task
 
 _HIDDEN, _VOCAB = 64, 128
 _ROWS = 40
-_STEPS = (_ROWS, 3, 1, 17, 9, 2, _ROWS)  # rows
+# Rows. A graph is replayed twice, and between the two its adapters change and its first row goes back to the base.
+_STEPS = (_ROWS, 3, 1, 17, 9, _ROWS, 2)
 _MOST_KEYS = 150
 _RANKS = (8, 3, 100)
 _RUNS = ((0, 1), (1, 3), (5, 26))  # rows of an adapter each, first and last

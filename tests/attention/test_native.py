@@ -15,7 +15,7 @@ from lorax_core.attention.base import AttentionSpec, CacheLayout, HostAndDevice
 from lorax_core.attention.native import FEW_ROWS, NativeBackend
 from lorax_core.attention.torch import TorchBackend
 from lorax_core.kernels.elementwise import READABLE, Angles
-from lorax_core.kernels.native.attention import make_jobs
+from lorax_core.kernels.native.attention import make_jobs, scratch_size
 from lorax_core.kvcache.pool import KVPool
 
 FP8 = torch.float8_e4m3fn
@@ -182,10 +182,11 @@ def test_pages_behind_the_window_are_not_read():
     assert torch.equal(found, expected)
 
 
-def test_a_number_that_is_none_stays_none():
+@pytest.mark.parametrize("keys", [2, slice(None)], ids=["a key", "a page"])
+def test_a_number_that_is_none_stays_none(keys):
     class Broken(NativeBackend):
         def plan(self, rows):
-            self.cache.data[1, 0, int(rows.page_table.host[3, 0]), 2] = float("nan")
+            self.cache.data[1, 0, int(rows.page_table.host[3, 0]), keys] = float("nan")
             return super().plan(rows)
 
     found, _ = Case().compute(Broken())
@@ -259,6 +260,24 @@ def test_a_number_that_is_none_stays_none_in_whichever_part_it_is(kv_dtype, at):
 
     assert found[0].isnan().all()
     assert not found[1].isnan().any()
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_layers_of_one_window_share_memory_that_is_enough_for_the_largest(heads):
+    class Beside(NativeBackend):
+        def bind(self, specs, dtype, cache):
+            super().bind([replace(SPEC, heads=heads), *specs], dtype, cache)
+
+        def plan(self, rows):
+            step = super().plan(rows)
+            work = step._work[None]
+            needed = scratch_size(work.jobs, max(heads, SPEC.heads), SPEC.head_dim)
+            assert work.scratch.numel() >= needed  # before it is written past its end
+            return step
+
+    found, _ = Case().compute(Beside())
+
+    assert torch.equal(found, Case().compute(NativeBackend())[0])
 
 
 def test_a_backend_that_is_bound_anew_knows_nothing_of_the_cache_before():

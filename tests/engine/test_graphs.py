@@ -372,6 +372,16 @@ def test_what_does_not_fit_a_graph_is_eager_with_the_reason(folders, host):
     assert found == "an adapter of a rank above 8"
 
 
+def test_a_sequence_of_all_tokens_that_the_model_allows_is_replayed(folders, host):
+    rig = Rig(make_capturable(folders["full"][0], host))
+    pages = list(range(1, 160 // PAGE + 1))
+    longest = [make_chunk(0, 1, 159, pages)]
+    longer = [make_chunk(0, 1, 159, [*pages, 11])]
+
+    assert isinstance(rig.graphs.run(longest, [], lambda ids: None), torch.Tensor)
+    assert rig.graphs.run(longer, [], lambda ids: None) == "more pages than were captured"
+
+
 def test_a_backend_or_kernel_without_graphs_gives_its_reason(folders, host):
     chunks = [make_chunk(0, 1, 1, [1])]
     backend = Rig(make_capturable(folders["full"][0], host), backend=TorchBackend)

@@ -230,6 +230,28 @@ def test_a_void_row_is_zeroed_when_its_sequence_ends_and_overwritten_when_it_goe
     assert scheduler.plan().zeros == ()
 
 
+def test_a_sequence_that_was_launched_ahead_may_be_preempted_and_leave_while_it_waits():
+    allocator = PageAllocator(3, 4)
+    scheduler = Scheduler(max_tokens=16, max_rows=2, allocator=allocator)
+    older, younger = make_sequence([7, 8, 9], 9), make_sequence([4, 5], 9)
+    scheduler.add(older)
+    scheduler.add(younger)
+    plan = scheduler.plan()
+    scheduler.plan_ahead(plan)  # launched, and void
+    for chunk in plan.chunks:
+        chunk.sequence.append(7)
+        scheduler.advance(chunk)
+    older.drafter = PromptLookup(4, 1)  # its drafts need a page more than was held ahead
+    scheduler.plan()
+    assert (younger.preemptions, scheduler.waiting) == (1, 1)
+
+    scheduler.remove(younger)
+    scheduler.check()
+    scheduler.remove(older)
+
+    assert allocator.available == allocator.capacity
+
+
 def test_warming_up_in_the_middle_of_an_answer_changes_nothing(base):
     loop, _ = make_ahead(base, graphs=True)
     sequence = make_sequence(PROMPTS[0], 8)

@@ -333,6 +333,22 @@ def test_pages_are_zeroed_once_though_a_step_is_done_in_pieces():
     assert sorted(page for step in runner.steps for page in step.zeros) == [1, 2]
 
 
+def test_pages_are_copied_once_though_a_step_is_done_in_pieces():
+    loop, runner = make_unreachable(pages=8)
+    prompt = [20, 21, 22]  # the answers part in the middle of a page
+    sequences = [make_sequence(prompt, 4, sampling=Sampling(choice=choice)) for choice in range(3)]
+    sequences[0].forks = sequences[1:]
+    loop.add(sequences[0])
+    loop.step()
+    runner.failing = 1
+
+    finish(loop)
+
+    assert [one.output for one in sequences] == [echoed(prompt, 4, choice=choice) for choice in range(3)]
+    copied = [new for step in runner.steps for _, new in step.copies]
+    assert len(copied) == len(set(copied)) == 2
+
+
 def test_a_decoder_that_fails_ends_that_request_and_no_other(base):
     free, other = written(base, [20, 21], 8), written(base, [33, 21], 8)
     token = next(token for token in free if token not in other)

@@ -106,6 +106,28 @@ def test_numbers_of_any_size_keep_their_scale(product, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("size", [1e-37, 1e-40, 1e-45])
+def test_groups_whose_scale_has_no_inverse_count_as_zero(product, name, size):
+    weight = drawn(4, 64)
+    weight[1:] = size
+
+    packed = product.quantize(weight, FORMATS[name])
+
+    assert not packed.dense()[1:].any()
+    assert not product(torch.full((2, 64), size), product.quantize(drawn(4, 64), FORMATS[name]), None).any()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_may_lie_column_by_column(product, dtype, name):
+    weight = drawn(96, 70, dtype=dtype).t()
+
+    found = product.quantize(weight, FORMATS[name]).dense()
+
+    assert torch.equal(found, product.quantize(weight.contiguous(), FORMATS[name]).dense())
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_in_a_weight_stays_in_sight(product, name, bad):
     weight = drawn(4, 128)

@@ -6,8 +6,10 @@ import faulty_kernels
 import pytest
 import torch
 from builders import make_lora, make_qwen2, make_qwen2_model
+from caches import fresh_cache
 
 import lorax_core
+from lorax_core.serving.trial import standard
 from lorax_core.serving.trial.run import Trials
 
 
@@ -50,8 +52,26 @@ def test_a_plugin_that_failed_is_told_and_counts(main, monkeypatch):
 # --- kernels ---
 
 
-def test_verify_tries_the_kernels_of_this_machine(main, monkeypatch, tmp_path):
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer and smaller shapes than those of real models, in whose place they stand."""
+    kinds = dict(list(standard._KINDS.items())[:2])
+    monkeypatch.setattr(standard, "_KINDS", kinds)
+    monkeypatch.setattr(standard, "_SIZES", ((64, 96),))
+
+
+def test_the_shapes_that_are_tried_are_those_of_real_models():
+    kinds = [kind for kinds in standard._KINDS.values() for kind in kinds]
+
+    assert {kind.head_dim for kind in kinds} >= {64, 128}
+    assert {kind.causal for kind in kinds} == {True, False}
+    assert any(kind.window for kind in kinds)
+    assert any(kind.soft_cap for kind in kinds)
+    assert max(max(size) for size in standard._SIZES) > 4000
+
+
+def test_verify_tries_the_kernels_of_this_machine(main, monkeypatch, tmp_path, small):
+    monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
 
     code, out, _ = main("doctor", "--verify", "--json")
 
@@ -64,8 +84,8 @@ def test_verify_tries_the_kernels_of_this_machine(main, monkeypatch, tmp_path):
     assert "CUDA" in told["refused"]["elementwise"]
 
 
-def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path):
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path))
+def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path, small):
+    monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
     monkeypatch.setattr(
         "lorax_core.serving.trial.standard.KERNELS", (("cut", faulty_kernels.load_ranks_cut),), raising=True
     )
@@ -74,11 +94,11 @@ def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path):
 
     assert code == 1
     line = next(line for line in out.splitlines() if line.startswith("load_ranks_cut"))
-    assert "896 to 1152, few rows: off by" in line
+    assert "64 to 96, few rows: off by" in line
 
 
 def test_what_was_verified_for_a_checkpoint_is_not_tried_again_by_an_engine(main, monkeypatch, tmp_path):
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
     monkeypatch.setenv("LORAX_TRIALS", "all")
     folder, adapter = make_qwen2(tmp_path / "model"), make_lora(make_qwen2_model(), tmp_path / "adapter")
 

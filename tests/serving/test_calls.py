@@ -14,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 from builders import make_lora, make_qwen2, make_qwen2_model
+from caches import fresh_cache
 from fakes import make_backend_spec, with_backends
 from fsspec.implementations.memory import MemoryFileSystem
 from rigs import make_sequence, within
@@ -67,7 +68,7 @@ class Gated(MemoryFileSystem):
 @pytest.fixture
 def gated(tmp_path, monkeypatch):
     """The name of an adapter that must be fetched through the gate."""
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
     fsspec.register_implementation("gated", Gated, clobber=True)
     Gated.store.clear()
     Gated.asked.clear()

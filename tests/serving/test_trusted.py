@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from builders import make_lora, make_qwen2_model
+from caches import fresh_cache
 from fakes import make_backend_spec, with_backends
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -25,7 +26,7 @@ from lorax_core.weights.checkpoint import Checkpoint
 @pytest.fixture(autouse=True)
 def _tried_on_a_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAX_TRIALS", "all")
-    monkeypatch.setenv("LORAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How every test process behaves: one thread for torch, one profile for hypothesis.
+"""How every test process, and each that it starts, behaves: one thread for torch, one profile for hypothesis.
 
 A conftest takes both with `from house import one_thread, settle`, and calls `settle()`. Torch is not imported here: some
 tests have no use for it.
@@ -6,6 +6,7 @@ tests have no use for it.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -25,6 +26,8 @@ def settle() -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
     settings.load_profile("house")
+    # For processes that tests start: several at once with all cores each would mostly wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Started in the background of a shell, a process ignores Ctrl-C, and so do those that it starts.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from engine import test_graphs
-from gpu import test_planted, test_planted_kernels
+from gpu import test_planted, test_planted_kernels, test_trial
 from gpu.doubles.backends import BACKENDS, backends_on_cpu
-from serving import test_trial
 
 from lorax_core.attention.base import AttentionBackend, AttentionSpec, CacheLayout
 from lorax_core.attention.torch import TorchBackend

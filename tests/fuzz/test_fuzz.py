@@ -22,7 +22,7 @@ from fuzz.pool import run_cases
 from fuzz.verdicts import Finding, Kind, Verdict
 from lorax_core.errors import RequestError
 
-CASES = 200
+CASES = 100
 SEED = 12
 TESTS = Path(__file__).resolve().parents[1]
 

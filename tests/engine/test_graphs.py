@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import make_lora, make_qwen2_model
 from captured import CapturableBackend, CapturableKernel, CapturedAttention, CapturedLora
+from faulty_graphs import SetsOnce
 from gpu.doubles.tape import Tape
 from oracles import make_model, saved
 from replays import COUNTS, ROWS, Rig, drive, make_chunk
@@ -259,15 +260,6 @@ class MakesTablesAnew(CapturedAttention):
     def replan_window(self, window, rows):
         self.masks[window] = self.masks[window].clone()
         super().replan_window(window, rows)
-
-
-class SetsOnce(CapturedLora):
-    done = False
-
-    def set(self, segments):
-        if not self.done:
-            super().set(segments)
-        self.done = bool(segments)
 
 
 class CopiesTablesAnew(CapturedLora):

@@ -40,13 +40,14 @@ class Format:
         """Groups of a row."""
         return -(-width // self.group)
 
+    @property
     def record(self) -> int:
         """Bytes of a record."""
         return self.code_bytes + 2 * OUTPUTS
 
     def empty(self, out: int, width: int) -> Tensor:
         """Memory for a weight `[out, width]`: `[blocks, groups, bytes]`."""
-        return torch.empty(-(-out // OUTPUTS), self.groups(width), self.record(), dtype=torch.uint8)
+        return torch.empty(-(-out // OUTPUTS), self.groups(width), self.record, dtype=torch.uint8)
 
 
 FORMATS: Final = {"int8": Format(bits=8, group=64), "int4": Format(bits=4, group=32)}
@@ -127,9 +128,8 @@ def quantize(weight: Tensor, form: Format) -> Quantized:
     found = torch.where(largest.abs() > _LEAST, found, 0)
     found = torch.where(largest.isfinite(), found, torch.nan)
     codes = (numbers * found.reciprocal()[..., None]).nan_to_num(0, 0, 0).clamp(least, most).round() + form.middle
-    steps = (
-        codes.to(torch.uint8).view(*codes.shape[:3], -1, 4).transpose(2, 3)
-    )  # [blocks, groups, group / 4, OUTPUTS, 4]
+    # [blocks, groups, group / 4, OUTPUTS, 4]
+    steps = codes.to(torch.uint8).view(*codes.shape[:3], -1, 4).transpose(2, 3)
     if form.bits == 4:
         first, second = steps.chunk(2, dim=2)
         steps = first | second << 4

@@ -9,11 +9,14 @@ them by 1e-2 and more. 2e-5 lies between, far from both.
 Some models magnify rounding: attention that is all but a choice, layers that each add a hundredfold. What the reference loses
 in float32 against itself in float64 says how much, and a right model may lose as much again. Where that comes near to what a
 mistake would do, no mistake can be seen, and the verdict is "badly conditioned".
+
+In 16 bit and with rounded weights single numbers are noise: there `rms_apart` is the measure.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,3 +83,11 @@ class Worst:
         if not math.isfinite(error):
             where = f"not finite: {place}"
         return Measured(error, self.tolerance, "; ".join(filter(None, (where, note))))
+
+
+def rms_apart(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Root mean square of the differences, as a share of that of the exact numbers."""
+    pairs = list(zip(ours, exact, strict=True))
+    wrong = sum(float((one.double() - other.double()).square().sum()) for one, other in pairs)
+    size = sum(float(other.double().square().sum()) for _, other in pairs)
+    return math.sqrt(wrong / size)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lorax_core.testing import reference
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
+from lorax_core.testing.compare import rms_apart
 from lorax_core.testing.inputs import Input
 from lorax_core.testing.reference import Expected
 from lorax_core.testing.result import BadlyConditioned, Measured, NotApplicable
@@ -77,19 +78,11 @@ def _errors(case: Case, task: Task, dtype: torch.dtype) -> Iterable[tuple[str, i
 def _judged(
     what: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], exact: Sequence[Tensor]
 ) -> tuple[str, int, float, float]:
-    return what, sum(one.numel() for one in exact), _apart(ours, exact), _apart(theirs, exact)
+    return what, sum(one.numel() for one in exact), rms_apart(ours, exact), rms_apart(theirs, exact)
 
 
 def _logits(expected: Sequence[Expected]) -> list[Tensor]:
     return [one.logits for one in expected if one.logits is not None]
-
-
-def _apart(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Root mean square of the differences, as a share of that of the exact numbers."""
-    pairs = list(zip(ours, exact, strict=True))
-    wrong = sum(float((one.double() - other.double()).square().sum()) for one, other in pairs)
-    size = sum(float(other.double().square().sum()) for _, other in pairs)
-    return math.sqrt(wrong / size)
 
 
 def _constants(case: Case) -> Measured:

@@ -25,6 +25,7 @@ from lorax_core.modeling.linear import Linear, prepare_linears
 from lorax_core.modeling.prepared import PreparedSite
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
+from lorax_core.testing.compare import rms_apart
 from lorax_core.testing.packed import PackedAnswer
 from lorax_core.testing.result import BadlyConditioned, CheckFailed, Measured, NotApplicable
 from lorax_core.types import Task
@@ -69,7 +70,7 @@ def _computed(case: Case, name: str) -> Measured:
         answers = [case.bench(one).whole(case.inputs[:-1]) for one in models]  # without the longest input
         for what, read in (("hidden rows", _hidden), (f"answers of {task}", partial(_part, task=task))):
             ours, exact, moved = ([read(one) for one in each] for each in answers)
-            error, allowed = _apart(ours, exact), _apart(moved, exact)
+            error, allowed = rms_apart(ours, exact), rms_apart(moved, exact)
             if not allowed <= _MOST_MOVED:
                 raise BadlyConditioned(f"{what} move by {allowed:.1e} of their size when inputs are rounded")
             factor = _FACTOR if sum(one.numel() for one in exact) >= _FEW else _FACTOR_OF_FEW
@@ -118,12 +119,6 @@ def _refuse_wide_layers(base: LoadedModel) -> None:
     ]
     if wide:
         raise CheckFailed(f"layers of the backbone keep all their bits: {', '.join(wide)}")
-
-
-def _apart(found: list[Tensor], expected: list[Tensor]) -> float:
-    pairs = list(zip(found, expected, strict=True))
-    wrong = sum(float((one.double() - other.double()).square().sum()) for one, other in pairs)
-    return math.sqrt(wrong / sum(float(other.double().square().sum()) for _, other in pairs))
 
 
 CHECKS = tuple(

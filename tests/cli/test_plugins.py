@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from lorax_core.plugins import ArchitectureSpec
 
 SLOW = """
@@ -106,46 +104,48 @@ def test_doctor_survives_what_would_end_its_own_process(lorax, strangers):
     assert said["lorax-core"]["status"] == "ready"
 
 
-@pytest.mark.parametrize(
-    ("field", "path", "told"),
-    [
-        ("config", "lorax_bert.config:BertConfiguration", "module lorax_bert.config has no class 'BertConfiguration'"),
-        ("backbone", "lorax_bert.modeling:FlashBerdModel", "module lorax_bert.modeling has no class 'FlashBerdModel'"),
-        ("backbone", "lorax_stranger.modeling:Model", "importing lorax_stranger.modeling failed: ModuleNotFoundError"),
-        ("heads", {"embed": "lorax_bert.modeling:Embedder"}, "module lorax_bert.modeling has no class 'Embedder'"),
-        ("cases", "lorax_bert.cases:BERTHA", "module lorax_bert.cases has no object 'BERTHA'"),
-    ],
-)
-def test_doctor_finds_classes_that_are_not_there(field, path, told, lorax, strangers):
-    strangers.install("lorax-renamed", **{**SOUND, field: path})
+BROKEN = {
+    "config": (
+        {"config": "lorax_bert.config:BertConfiguration"},
+        "module lorax_bert.config has no class 'BertConfiguration'",
+    ),
+    "backbone": (
+        {"backbone": "lorax_bert.modeling:FlashBerdModel"},
+        "module lorax_bert.modeling has no class 'FlashBerdModel'",
+    ),
+    "module": (
+        {"backbone": "lorax_stranger.modeling:Model"},
+        "importing lorax_stranger.modeling failed: ModuleNotFoundError",
+    ),
+    "head": (
+        {"heads": {"embed": "lorax_bert.modeling:Embedder"}},
+        "module lorax_bert.modeling has no class 'Embedder'",
+    ),
+    "cases": ({"cases": "lorax_bert.cases:BERTHA"}, "module lorax_bert.cases has no object 'BERTHA'"),
+}
+"""What a declaration names that is not there, and what is said of it."""
 
-    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="renamed")
 
-    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}["lorax-renamed"]
-    assert said["status"] == "broken"
-    assert told in said["cause"]
-    assert said["architectures"] == []
-    assert said["hint"]
-
-
-def test_doctor_finds_a_backend_that_is_not_there(lorax, strangers):
+def test_doctor_finds_what_is_not_there(lorax, strangers):
+    # All in one process of `lorax`: the doctor examines each in a process of its own.
+    for name, (fields, _) in BROKEN.items():
+        strangers.install(f"lorax-no-{name}", **{**SOUND, "model_type": name, **fields})
     strangers.install("lorax-fast", BACKEND)
-
-    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="fast")
-
-    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}["lorax-fast"]
-    assert said["status"] == "broken"
-    assert "module lorax_core.attention.torch has no class 'TorchBackendd'" in said["cause"]
-
-
-def test_a_plugin_whose_classes_are_there_is_ready(lorax, strangers):
     strangers.install("lorax-sound", **SOUND)
+    names = [*(f"no-{name}" for name in BROKEN), "fast", "sound"]
 
-    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS="sound")
+    done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS=",".join(names))
 
-    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}["lorax-sound"]
-    assert (said["status"], said["cause"]) == ("ready", None)
-    assert [spec["model_type"] for spec in said["architectures"]] == ["stranger"]
+    said = {plugin["package"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
+    for name, (_, told) in BROKEN.items():
+        broken = said[f"lorax-no-{name}"]
+        assert (broken["status"], broken["architectures"]) == ("broken", [])
+        assert told in broken["cause"]
+        assert broken["hint"]
+    assert said["lorax-fast"]["status"] == "broken"
+    assert "module lorax_core.attention.torch has no class 'TorchBackendd'" in said["lorax-fast"]["cause"]
+    assert (said["lorax-sound"]["status"], said["lorax-sound"]["cause"]) == ("ready", None)
+    assert [spec["model_type"] for spec in said["lorax-sound"]["architectures"]] == ["stranger"]
 
 
 def test_doctor_does_not_wait_for_ever(lorax, strangers):

@@ -233,7 +233,7 @@ def test_a_timeout_around_an_awaited_call_takes_it_out(endless):
 def test_an_event_loop_that_was_closed_while_it_waited_hurts_nobody(endless):
     call = endless.submit([lorax.GenerateRequest(prompt=[5], ignore_eos=True)])
     loop = asyncio.new_event_loop()
-    task = loop.create_task(call._update_async())
+    task = loop.create_task(call._update_async(each=True))
     loop.run_until_complete(asyncio.sleep(0))
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
@@ -567,6 +567,49 @@ def test_who_waits_while_another_thread_takes_the_last_answer_is_woken():
 
     waiting.join(LIMIT)
     assert found == call.wait() == ["it"]
+
+
+def started_call():
+    """A call of one generating request that has started, with the sink of its sequence."""
+    call = Call(1, abort=lambda sequences: None)
+    sequence = make_sequence([5])
+    call.start([Prepared(sequence, lambda values: values)], submit=lambda sequences: None)
+    return call, sequence
+
+
+def test_who_waits_for_the_end_is_woken_by_the_end_alone():
+    call, sequence = started_call()
+    call._changed = ToldOfWaits()
+    waiting = threading.Thread(target=call.wait, daemon=True)
+    waiting.start()
+    assert call._changed.waits.acquire(timeout=LIMIT)
+    woken = []
+    call._wake = lambda wake=call._wake: (woken.append(call._coming), wake())
+
+    for token in range(5):
+        sequence.sink(SequenceUpdate(token_ids=(token,)))
+    sequence.sink(SequenceUpdate(token_ids=(5,), finish_reason=lorax.FinishReason.STOP))
+
+    waiting.join(LIMIT)
+    assert not waiting.is_alive()
+    assert woken[0] == 0
+
+
+def test_what_came_since_the_last_event_is_one_event():
+    call, sequence = started_call()
+
+    for token in range(3):
+        sequence.sink(SequenceUpdate(token_ids=(token,), text=f"{token} "))
+    first = call.next_event()
+    sequence.sink(SequenceUpdate(token_ids=(3,), text="3"))
+    sequence.sink(SequenceUpdate(error=lorax.StepError("broken", results=[])))
+    second = call.next_event()
+
+    assert (first.text, first.token_ids, first.finish_reason) == ("0 1 2 ", [0, 1, 2], None)
+    # What came before an error is shown before it.
+    assert (second.text, second.token_ids, second.finish_reason) == ("3", [3], None)
+    with pytest.raises(lorax.StepError, match="broken"):
+        call.next_event()
 
 
 def test_cancelled_sequences_leave_the_numbers_of_the_last_step(qwen2):

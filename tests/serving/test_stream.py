@@ -79,8 +79,10 @@ def test_a_stream_may_be_awaited(engine):
 
     events = asyncio.run(asyncio.wait_for(collect(), LIMIT))
 
-    plain = list(engine.stream(["hello", "x"], max_tokens=8))
-    assert [(event.index, event.token_ids) for event in events] == [(event.index, event.token_ids) for event in plain]
+    plain = engine.generate(["hello", "x"], max_tokens=8)
+    # How many tokens an event has is a matter of time; which they are is not.
+    for index, completion in enumerate(plain):
+        assert [token for one in events if one.index == index for token in one.token_ids] == completion.token_ids
 
 
 def test_many_streams_share_one_event_loop(engine):
@@ -263,5 +265,6 @@ def test_a_second_task_that_waits_for_a_stream_is_refused_and_the_first_goes_on(
         (first, second), rest = asyncio.run(asyncio.wait_for(both(), LIMIT))
 
         assert first.index == 0
-        assert isinstance(second, lorax.Event | lorax.RequestError)
-        assert len(rest[-1].completion.token_ids) == 6
+        assert isinstance(second, lorax.Event | lorax.RequestError | StopAsyncIteration)
+        events = [one for one in (first, second, *rest) if isinstance(one, lorax.Event)]
+        assert len(events[-1].completion.token_ids) == 6

@@ -34,7 +34,7 @@ from lorax_core.modeling.model import Model
 from lorax_core.types import Task, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes five times as long, at each row
 class Answer:
     """What a step gave one sequence.
 
@@ -330,9 +330,11 @@ class _Generated:
         made: list[Scores | None] = []
         for chunk, start in zip(self.chunks, self._starts, strict=True):
             count = len(chunk.scored)
-            rows = logits[start : start + count]
-            tokens = _tensor(chunk.scored, logits)
-            made.append(Scores(rows, tokens, [chunk.prompt_logprobs] * count, transfer) if count else None)
+            if not count:
+                made.append(None)
+                continue
+            rows, tokens = logits[start : start + count], _tensor(chunk.scored, logits)
+            made.append(Scores(rows, tokens, [chunk.prompt_logprobs] * count, transfer))
         return made
 
 

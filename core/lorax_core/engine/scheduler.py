@@ -178,10 +178,11 @@ class Scheduler:
         # Only full pages: a partly filled one is still written to.
         full = min(sequence.computed, len(sequence)) // size
         first = chunk.start // size
-        keys = sequence.keys(full, size)
-        for page, key in zip(sequence.pages[first:full], keys[first:full], strict=True):
-            if page != SCRATCH_PAGE:
-                self.allocator.publish(key, page)
+        if first < full:
+            keys = sequence.keys(full, size)
+            for page, key in zip(sequence.pages[first:full], keys[first:full], strict=True):
+                if page != SCRATCH_PAGE:
+                    self.allocator.publish(key, page)
         self._slide(sequence)
 
     def fork(self, parent: Sequence) -> None:

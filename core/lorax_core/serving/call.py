@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,26 @@ class _Answer:
     completion: Completion | None = None
 
 
+@dataclass(slots=True)
+class _News:
+    """What came of one answer since a caller last took some. Lists: objects that live long cost the collector of garbage."""
+
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    end: SequenceUpdate | None = None
+
+    def add(self, update: SequenceUpdate) -> None:
+        """One update more."""
+        self.token_ids += update.token_ids
+        if update.text:
+            self.text.append(update.text)
+        if update.logprobs:
+            self.logprobs += update.logprobs
+        if update.last:
+            self.end = update
+
+
 class Call:
     """`count` requests that were submitted together. Made by `Engine.submit`; safe to use from any thread.
 
@@ -51,10 +70,12 @@ class Call:
         self._answers: list[_Answer] = []
         self._choices: list[list[_Answer]] = [[] for _ in range(count)]
         self._open: int | None = None  # answers that are not complete; None before the call starts
-        # (place in `_answers`, update), put by the engine's thread and taken by the callers' threads.
-        self._updates: deque[tuple[int, SequenceUpdate]] = deque()
+        # By place in `_answers`, the longest waiting first: put by the engine's thread, taken by the callers' threads.
+        self._news: dict[int, _News] = {}
+        self._coming = 0  # answers whose last update has not been put
+        self._watched = False  # whether somebody waits for any update, and not for the end alone
         self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
-        # Guards `_updates`, `_open` and `_wakers`. Lock order: `_taking` before `_changed`, never the reverse.
+        # Guards all of these. Lock order: `_taking` before `_changed`, never the reverse.
         self._changed = threading.Condition()
         # Reentrant: `cancel` and `done` take all updates while they hold it.
         self._taking = threading.RLock()  # one thread at a time turns updates into results
@@ -76,6 +97,7 @@ class Call:
                     sequence.sink = partial(self._put, len(self._answers))
                     self._answers.append(answer)
                     self._choices[index].append(answer)
+            self._coming = len(self._answers)
             # Under the lock, so that a cancellation comes before or after, and finds the sequences then.
             submit([one.sequence for one in self._prepared])
             # After the submission: when that raises, the call has not started and `fail` may end it.
@@ -93,13 +115,21 @@ class Call:
 
     def _put(self, place: int, update: SequenceUpdate) -> None:
         with self._changed:
-            if self._open != 0:  # a step may be in progress while its call is cancelled
-                self._updates.append((place, update))
+            if self._open == 0:  # a step may be in progress while its call is cancelled
+                return
+            news = self._news.get(place)
+            if news is None:
+                news = self._news[place] = _News()
+            news.add(update)
+            self._coming -= update.last
+            # Whoever waits for the end is not woken by each token: it would take the interpreter from the engine's thread.
+            if self._watched or not self._coming:
                 self._wake()
 
     def _wake(self) -> None:
         """Wake all waiters. The caller holds `_changed`."""
         self._changed.notify_all()
+        self._watched = False  # those who wait on say so again
         wakers, self._wakers = self._wakers, []
         for loop, event in wakers:
             try:
@@ -132,7 +162,7 @@ class Call:
         deadline = _deadline(timeout)
         try:
             while not self.done:
-                self._wait_for_update(deadline)
+                self._wait_for_update(deadline, each=False)
         # The only end that leaves the call running; all others, KeyboardInterrupt included, cancel it.
         except TimeoutError:
             raise
@@ -156,7 +186,7 @@ class Call:
                 unfinished = [answer.sequence for answer in self._answers if not answer.sequence.finished]
                 error = LoraxError("the call was cancelled", hint="submit the requests again")
                 self.results = [error if result is None else result for result in self.results]
-                self._updates.clear()
+                self._news.clear()
                 # A step in progress may still give these an update, which must not reach the call.
                 for sequence in unfinished:
                     sequence.sink = discard
@@ -171,7 +201,7 @@ class Call:
             event, over = self._next()
             if event is not None or over:
                 return event
-            self._wait_for_update(None)
+            self._wait_for_update(None, each=True)
 
     async def next_event_async(self) -> Event | None:
         """`next_event` for an event loop."""
@@ -179,28 +209,33 @@ class Call:
             event, over = self._next()
             if event is not None or over:
                 return event
-            await self._update_async()
+            await self._update_async(each=True)
 
     async def _result(self) -> list[Result]:
         try:
             while not self.done:
-                await self._update_async()
+                await self._update_async(each=False)
         except BaseException:  # the task was cancelled
             self.cancel()
             raise
         return self._outcome()
 
-    def _wait_for_update(self, deadline: float | None) -> None:
+    def _nothing_to_take(self, *, each: bool) -> bool:
+        """Whether to wait: for any update with `each`, else for the last. The caller holds `_changed`."""
+        self._watched = self._watched or each
+        return self._open != 0 and not (self._news and (each or not self._coming))
+
+    def _wait_for_update(self, deadline: float | None, *, each: bool) -> None:
         with self._changed:
-            while not self._updates and self._open != 0:
+            while self._nothing_to_take(each=each):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError("the call is still running; wait() again, or cancel() it")
                 self._changed.wait(left)
 
-    async def _update_async(self) -> None:
+    async def _update_async(self, *, each: bool) -> None:
         with self._changed:
-            if self._updates or self._open == 0:
+            if not self._nothing_to_take(each=each):
                 return
             # Made under `_changed`: an update cannot come between the check above and the registration.
             event = asyncio.Event()
@@ -214,9 +249,8 @@ class Call:
         self._process.check()
         with self._taking:
             while (found := self._pop()) is not None:
-                event = self._take(*found)
-                if event is not None:
-                    return event, False
+                if self._take(*found):
+                    return _event(*found), False
             over = self._open == 0
         if over:
             self._outcome()
@@ -226,15 +260,16 @@ class Call:
         while (found := self._pop()) is not None:
             self._take(*found)
 
-    def _pop(self) -> tuple[int, SequenceUpdate] | None:
+    def _pop(self) -> tuple[_Answer, _News] | None:
         with self._changed:
-            return self._updates.popleft() if self._updates else None
+            place = next(iter(self._news), None)
+            return None if place is None else (self._answers[place], self._news.pop(place))
 
-    def _take(self, place: int, update: SequenceUpdate) -> Event | None:
-        """Account for an update; the event that it makes for a stream, None when there is nothing to show."""
-        answer = self._answers[place]
+    def _take(self, answer: _Answer, news: _News) -> bool:
+        """Account for what came; whether a stream shows it."""
+        shown = bool(news.token_ids) or (news.end is not None and news.end.error is None)
         try:
-            event = self._account(answer, update)
+            self._account(answer, news)
         except Exception as error:  # a tokenizer that cannot read its own tokens, say
             failure = StepError(
                 f"an answer could not be read: {type(error).__name__}: {error}",
@@ -243,27 +278,28 @@ class Call:
             )
             # `raise ... from` without raising: the error is kept as a result.
             failure.__cause__ = error
-            self.results[answer.index], event = failure, None
+            self.results[answer.index], shown = failure, False
         # Also after an error above, or the call would never end.
-        if update.last:
+        if news.end is not None:
             answer.sequence.sink = discard  # the sequence, and with it its adapter, is freed with the call
             self._close_one()
-        return event
+        return shown
 
-    def _account(self, answer: _Answer, update: SequenceUpdate) -> Event | None:
-        if update.error is not None:
-            self.results[answer.index] = update.error
-            return None
+    def _account(self, answer: _Answer, news: _News) -> None:
         # Pieces are joined once at the end; adding strings per token would be quadratic.
-        answer.text.append(update.text)
-        answer.logprobs += update.logprobs
-        if update.answer is not None:
-            self.results[answer.index] = self._prepared[answer.index].result(update.answer)
-        if update.finish_reason is not None:
-            answer.completion = _completion(answer, update.finish_reason)
+        answer.text += news.text
+        answer.logprobs += news.logprobs
+        end = news.end
+        if end is None:
+            return
+        if end.error is not None:
+            self.results[answer.index] = end.error
+            return
+        if end.answer is not None:
+            self.results[answer.index] = self._prepared[answer.index].result(end.answer)
+        if end.finish_reason is not None:
+            answer.completion = _completion(answer, end.finish_reason)
             self._settle(answer.index)
-        tokens = list(update.token_ids)
-        return Event(answer.index, update.text, tokens, update.finish_reason, answer.completion, answer.choice)
 
     def _close_one(self) -> None:
         with self._changed:
@@ -298,6 +334,11 @@ class Call:
                 hint="the error's .results has every request's result or error, in order",
             ) from failed[0]
         return results
+
+
+def _event(answer: _Answer, news: _News) -> Event:
+    reason = news.end.finish_reason if news.end is not None else None
+    return Event(answer.index, "".join(news.text), news.token_ids, reason, answer.completion, answer.choice)
 
 
 def _deadline(timeout: float | None) -> float | None:

@@ -33,7 +33,7 @@ def check_no_tf32():
 def compiled_lora(x, y):
     module = package.lora
     form = module.form(1)
-    tiles = torch.zeros(1, 3, dtype=torch.int64)
+    tiles = torch.zeros(1, module.TILE_FIELDS, dtype=torch.int64)
     launch = module.Launch(tiles, module.scratch(1, 16, form, torch.device("cpu")), 1, 16, form)
     with pretend_gpu(90, computes=False):
         launch.add(0, 16, x, y, aligned=True)
@@ -95,12 +95,13 @@ MISTAKES = {
     "the first ranks alone": (
         lora, "for start in range(0, ranks, BLOCK_R)", "for start in range(0, 1, BLOCK_R)", held.check_lora, WRONG),
     "another adapter's table": (
-        lora, "entry = table + 2 + site * tl.load(table + 1)\n    rank", "entry = table + 2\n    rank", held.check_lora,
+        lora, "(tl.pointer_type(tl.int64)) + site * length\n    rank", "(tl.pointer_type(tl.int64))\n    rank", held.check_lora,
         WRONG),
     "y that is not added to": (
-        lora, "(was + sums).to", "sums.to", held.check_lora, WRONG),
+        lora, "(was.to(tl.float32) + sums).to", "sums.to", held.check_lora, WRONG),
     "sums in 16 bits": (
-        lora, "(was + sums).to(y.dtype.element_ty)", "(was.to(tl.float16) + sums.to(tl.float16)).to(y.dtype.element_ty)",
+        lora, "(was.to(tl.float32) + sums).to(y.dtype.element_ty)",
+        "(was.to(tl.float16) + sums.to(tl.float16)).to(y.dtype.element_ty)",
         lambda: held.check_lora(torch.float32), WRONG),
     "TF32": (
         lora, 'sums = tl.dot(xs, ws, sums, input_precision="ieee")', 'sums = tl.dot(xs, ws, sums, input_precision="tf32")',
@@ -108,7 +109,7 @@ MISTAKES = {
     "no word of alignment": (
         lora, "a = tl.multiple_of(a, 16)", "pass", check_wide_loads, WRONG),
     "alignment said of the number": (
-        lora, "        b = tl.multiple_of(b, 16)", "        b = tl.multiple_of(tl.load(block), 16).to(tl.pointer_type(dtype))",
+        lora, "        b = tl.multiple_of(b, 16)", "        b = tl.multiple_of(address, 16).to(tl.pointer_type(dtype))",
         check_wide_loads, WRONG),
     "a rank that is compiled in": (
         lora, 'do_not_specialize=["site", "rows_in_all", "h_row"]', "do_not_specialize=[]", check_no_compilation, WRONG),

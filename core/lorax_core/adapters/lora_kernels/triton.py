@@ -35,7 +35,7 @@ RANKS_AT_ONCE: Final = 64
 class AdapterTable:
     """What an adapter does at each site by number, on the device, and what the host must know of it."""
 
-    table: Tensor  # int64, as `kernels.triton.lora` reads it
+    table: Tensor  # [sites, length] int64, as `kernels.triton.lora` reads it
     ranks: NDArray[np.int64]  # [sites]; 0 where a site is not changed
     aligned: NDArray[np.bool_]  # [sites]
     dtypes: frozenset[torch.dtype]
@@ -165,11 +165,8 @@ def _table(entries: Mapping[int, LowRank], device: torch.device) -> AdapterTable
     from lorax_core.kernels.triton import lora
 
     sites = max(entries, default=-1) + 1
-    most_blocks = max((len(update.blocks) for update in entries.values()), default=0)
-    length = lora.ENTRY_FIELDS + lora.BLOCK_FIELDS * most_blocks
-    numbers = np.zeros(lora.TABLE_FIELDS + sites * length, np.int64)
-    numbers[: lora.TABLE_FIELDS] = sites, length
-    rows = numbers[lora.TABLE_FIELDS :].reshape(sites, length)
+    most_blocks = max((len(update.blocks) for update in entries.values()), default=1)
+    rows = np.zeros((sites, lora.ENTRY_FIELDS + lora.BLOCK_FIELDS * max(most_blocks, 1)), np.int64)
     aligned = np.ones(sites, np.bool_)
     held: list[Tensor] = []
     for site, update in entries.items():
@@ -186,20 +183,22 @@ def _table(entries: Mapping[int, LowRank], device: torch.device) -> AdapterTable
         at_16 = all(tensor.data_ptr() % 16 == 0 for tensor in held[-1 - len(update.blocks) :])
         aligned[site] = at_16 and all(size % lora.ALIGNED_TO == 0 for size in sizes)
     dtypes = frozenset(tensor.dtype for tensor in held)
-    return AdapterTable(_on_device(numbers, device), rows[:, 1].copy(), aligned, dtypes, tuple(held))
+    return AdapterTable(_on_device(rows, device), rows[:, 1].copy(), aligned, dtypes, tuple(held))
 
 
 def _tiles(
     segments: Sequence[Segment], tables: Sequence[AdapterTable], form: Form, length: int | None = None
 ) -> NDArray[np.int64]:
-    """Tiles of rows, first, count and address of the table each; filled up to `length` with tiles of no adapter."""
+    """Tiles of rows, as `kernels.triton.lora` reads them; filled up to `length` with tiles of no adapter."""
+    from lorax_core.kernels.triton import lora
+
     tiles = [
-        (first, min(form.tile_rows, segment.stop - first), table.table.data_ptr())
+        (first, min(form.tile_rows, segment.stop - first), table.table.data_ptr(), *table.table.shape)
         for segment, table in zip(segments, tables, strict=True)
         for first in range(segment.start, segment.stop, form.tile_rows)
     ]
-    made = np.zeros((len(tiles) if length is None else length, 3), np.int64)
-    made[: len(tiles)] = np.array(tiles, np.int64).reshape(-1, 3)
+    made = np.zeros((len(tiles) if length is None else length, lora.TILE_FIELDS), np.int64)
+    made[: len(tiles)] = np.array(tiles, np.int64).reshape(-1, lora.TILE_FIELDS)
     return made
 
 

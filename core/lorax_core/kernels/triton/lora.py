@@ -3,10 +3,13 @@
 Decides how rows, ranks and columns are shared out among programs, and the tables by which programs find their adapter.
 Nothing is copied or padded: ranks are ragged, and have no maximum. Knows nothing of adapters or sites but their numbers.
 
-A tile is up to `Form.tile_rows` rows of one adapter: `(first row, rows, address)` in int64; address 0 is no adapter. At the
-address lies the adapter's table, int64 too: the number of its sites, the length of an entry, and an entry for each site:
+A tile is up to `Form.tile_rows` rows of one adapter: `(first row, rows, address, sites, length)` in int64; address 0 is no
+adapter. At the address lies the adapter's table, int64 too: an entry of that length for each of its sites:
 `address of A [rank, in]`, `rank` (0: not changed here), `blocks`, and for each block of B
-`address of B [ranks, width]`, `first rank`, `ranks`, `column`, `width`.
+`address of B [ranks, width]`, `first rank`, `ranks`, `column`, `width`; there is room for one at least.
+
+What a program computes is little beside the time in which a load arrives, so loads that do not need each other are made
+together: a tile's fields, then an entry's with its first block, then the numbers.
 
 Sums over K are split between programs as planes of h in float32, which expand adds up in their order: no atomics, so the same
 step gives the same bits. Which splits there are depends on the site's shape and the step's form alone.
@@ -21,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_FIELDS: Final = 3
-TABLE_FIELDS: Final = 2
+TILE_FIELDS: Final = 5
 ENTRY_FIELDS: Final = 3
 BLOCK_FIELDS: Final = 5
 ALIGNED_TO: Final = 8
@@ -60,7 +62,7 @@ def form(rows: int) -> Form:
 
 
 class Launch(NamedTuple):
-    """What both launches of a site share: tiles `[tiles, 3]`, scratch `[planes * rows * ranks]` float32, and the form."""
+    """What both launches of a site share: tiles `[tiles, 5]`, scratch `[planes * rows * ranks]` float32, and the form."""
 
     tiles: Tensor
     scratch: Tensor
@@ -70,14 +72,22 @@ class Launch(NamedTuple):
 
     def add(self, site: int, rank: int, x: Tensor, y: Tensor, *, aligned: bool) -> None:
         """Add the products at a site, of rank `rank` at most, to y `[rows, out]` for x `[rows, in]`, rows contiguous."""
-        tiles, splits = len(self.tiles), self.form.splits(x.shape[1])
-        rank_programs = triton.cdiv(rank, BLOCK_R)
-        shrink[(tiles, rank_programs, splits)](
+        self.shrink(site, rank, x, aligned=aligned)
+        self.expand(site, x, y, aligned=aligned)
+
+    def shrink(self, site: int, rank: int, x: Tensor, *, aligned: bool) -> None:
+        """The first launch, which needs no y."""
+        splits = self.form.splits(x.shape[1])
+        shrink[(len(self.tiles), triton.cdiv(rank, BLOCK_R), splits)](
             x, self.scratch, self.tiles, site, self.rows, x.shape[1], x.stride(0), self.ranks,
             BLOCK_M=self.form.tile_rows, BLOCK_R=BLOCK_R, BLOCK_K=BLOCK_K, SPLIT_K=splits, ALIGNED=aligned,
             num_warps=4, num_stages=3 if x.itemsize == 2 else 2,
         )  # fmt: skip
-        expand[(tiles, triton.cdiv(y.shape[1], BLOCK_N))](
+
+    def expand(self, site: int, x: Tensor, y: Tensor, *, aligned: bool) -> None:
+        """The second launch, of what the first made of x."""
+        splits = self.form.splits(x.shape[1])
+        expand[(len(self.tiles), triton.cdiv(y.shape[1], BLOCK_N))](
             self.scratch, y, self.tiles, site, self.rows, y.shape[1], y.stride(0), self.ranks,
             BLOCK_M=self.form.tile_rows, BLOCK_R=BLOCK_R, BLOCK_N=BLOCK_N, SPLIT_K=splits, ALIGNED=aligned,
             num_warps=4, num_stages=2,
@@ -107,24 +117,21 @@ def shrink(
     ALIGNED: tl.constexpr,
 ) -> None:
     """`h[split, rows, :rank] = x[rows] A^T` over a share of K."""
-    tile = tiles + tl.program_id(0) * 3
-    address = tl.load(tile + 2)
-    if address == 0:
+    tile = tiles + tl.program_id(0) * 5
+    first, address = tl.load(tile), tl.load(tile + 2)
+    count, sites, length = tl.load(tile + 1).to(tl.int32), tl.load(tile + 3), tl.load(tile + 4)
+    if (address == 0) | (site >= sites):
         return
-    table = address.to(tl.pointer_type(tl.int64))
-    if site >= tl.load(table):
-        return
-    entry = table + 2 + site * tl.load(table + 1)
+    entry = address.to(tl.pointer_type(tl.int64)) + site * length
     rank = tl.load(entry + 1).to(tl.int32)
+    a = tl.load(entry).to(tl.pointer_type(x.dtype.element_ty))
     if tl.program_id(1) * BLOCK_R >= rank:
         return
-    count = tl.load(tile + 1).to(tl.int32)
-    a = tl.load(entry).to(tl.pointer_type(x.dtype.element_ty))
     if ALIGNED:
         # Said of the pointer: said of the number before the cast it is lost, and loads are 2 bytes wide.
         a = tl.multiple_of(a, 16)
     m = tl.arange(0, BLOCK_M)
-    rows = tl.load(tile) + m  # int64, as all that is multiplied with a stride: x may be longer than 2^31 numbers
+    rows = first + m  # int64, as all that is multiplied with a stride: x may be longer than 2^31 numbers
     share = tl.cdiv(tl.cdiv(K, SPLIT_K), BLOCK_K) * BLOCK_K
     k_from = tl.program_id(2) * share
     k_to = tl.minimum(k_from + share, K)
@@ -163,41 +170,57 @@ def expand(
     ALIGNED: tl.constexpr,
 ) -> None:
     """`y[rows] += (sum of the planes of h)[rows] B`, for every block of B that meets these columns."""
-    tile = tiles + tl.program_id(0) * 3
-    address = tl.load(tile + 2)
-    if address == 0:
-        return
-    table = address.to(tl.pointer_type(tl.int64))
-    if site >= tl.load(table):
-        return
-    entry = table + 2 + site * tl.load(table + 1)
-    blocks = tl.load(entry + 2).to(tl.int32)
+    tile = tiles + tl.program_id(0) * 5
+    first, address = tl.load(tile), tl.load(tile + 2)
+    sites, length = tl.load(tile + 3), tl.load(tile + 4)
     count = tl.load(tile + 1).to(tl.int32)
     n_from = tl.program_id(1) * BLOCK_N
+    if (address == 0) | (site >= sites):
+        return
+    entry = address.to(tl.pointer_type(tl.int64)) + site * length
+    blocks = tl.load(entry + 2).to(tl.int32)
+    block = entry + 3
+    b, rank_from, ranks = tl.load(block), tl.load(block + 1).to(tl.int32), tl.load(block + 2).to(tl.int32)
+    column, width = tl.load(block + 3).to(tl.int32), tl.load(block + 4).to(tl.int32)
     n = n_from + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    rows = tl.load(tile) + m
+    rows = first + m
+    at = y + rows[:, None] * y_row + n[None, :]
+    mask = (m < count)[:, None] & (n < N)[None, :]
+    if BLOCK_M <= 16:
+        # On its way while the table is read, though some programs find that they do not need it. More rows would be spilled.
+        was = tl.load(at, mask=mask, other=0.0)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     met = 0
     for number in range(blocks):
-        block = entry + 3 + number * 5
-        column = tl.load(block + 3).to(tl.int32)
-        width = tl.load(block + 4).to(tl.int32)
         if (column < n_from + BLOCK_N) & (column + width > n_from):
             met += 1
-            sums = _block(h, y, block, rows, m < count, n, sums, rows_in_all, h_row, BLOCK_R, SPLIT_K, ALIGNED)
+            sums = _block(
+                h, y, b, rank_from, ranks, column, width, rows, m < count, n, sums, rows_in_all, h_row,
+                BLOCK_R, SPLIT_K, ALIGNED,
+            )  # fmt: skip
+        block += 5
+        more = number + 1 < blocks
+        b = tl.load(block, mask=more, other=0)
+        rank_from = tl.load(block + 1, mask=more, other=0).to(tl.int32)
+        ranks = tl.load(block + 2, mask=more, other=0).to(tl.int32)
+        column = tl.load(block + 3, mask=more, other=0).to(tl.int32)
+        width = tl.load(block + 4, mask=more, other=0).to(tl.int32)
     if met > 0:
-        at = y + rows[:, None] * y_row + n[None, :]
-        mask = (m < count)[:, None] & (n < N)[None, :]
-        was = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(at, (was + sums).to(y.dtype.element_ty), mask=mask)
+        if BLOCK_M > 16:
+            was = tl.load(at, mask=mask, other=0.0)
+        tl.store(at, (was.to(tl.float32) + sums).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _block(
     h: tl.tensor,
     y: tl.tensor,
-    block: tl.tensor,
+    address: tl.tensor,
+    rank_from: tl.tensor,
+    ranks: tl.tensor,
+    column: tl.tensor,
+    width: tl.tensor,
     rows: tl.tensor,
     ours: tl.tensor,
     n: tl.tensor,
@@ -209,15 +232,12 @@ def _block(
     ALIGNED: tl.constexpr,
 ) -> tl.tensor:
     dtype: tl.constexpr = y.dtype.element_ty
-    b = tl.load(block).to(tl.pointer_type(dtype))
-    rank_from = tl.load(block + 1).to(tl.int32)
-    ranks = tl.load(block + 2).to(tl.int32)
-    column = tl.load(block + 3).to(tl.int32)
-    width = tl.load(block + 4).to(tl.int32)
+    b = address.to(tl.pointer_type(dtype))
     if ALIGNED:
         b = tl.multiple_of(b, 16)
-        column = tl.multiple_of(column, 8)
-        width = tl.multiple_of(width, 8)
+        # A hint would be lost as well: these come from one pass of a loop to the next.
+        column = column // 8 * 8
+        width = width // 8 * 8
     inside = (n >= column) & (n < column + width)
     plane = rows_in_all.to(tl.int64) * h_row
     for start in range(0, ranks, BLOCK_R):

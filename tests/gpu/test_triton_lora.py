@@ -3,9 +3,11 @@ from __future__ import annotations
 import gc
 import random
 import weakref
+from typing import NamedTuple
 
 import pytest
 import torch
+from gpu.doubles.streams import Cuda
 from gpu.doubles.triton_driver import pretend_gpu
 from gpu.kernel_checks import (
     CPU,
@@ -21,6 +23,7 @@ from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import Segment, Updates
 from lorax_core.adapters.lora_kernels.select import wrong_numbers
 from lorax_core.adapters.lora_kernels.triton import CAPTURED_RANKS, TritonKernel
+from lorax_core.kernels.gpu import Branch
 
 SITES = {"other": (96, 144), "here": (96, 144)}
 
@@ -269,3 +272,38 @@ def test_one_update_that_is_not_aligned_ends_wide_loads_for_its_step(gpu, first)
     work.add(TritonKernel(CPU).plan(segments))
 
     work.check(segments)
+
+
+class Launched(NamedTuple):
+    """Stands for the two launches of a site: words on the current stream of a double of `torch.cuda`."""
+
+    cuda: Cuda
+
+    def shrink(self, site, rank, x, *, aligned):
+        self.cuda.launch(f"shrink {site}")
+
+    def expand(self, site, x, y, *, aligned):
+        self.cuda.launch(f"expand {site}")
+
+
+def test_captured_steps_launch_the_first_product_beside_the_base_layer_and_the_second_after_both():
+    cuda = Cuda()
+    kernel = TritonKernel(CPU, Branch(CPU, cuda))
+    plan = kernel.plan_graph(4, {"first": (8, 8), "second": (8, 8)})
+    plan.launch = Launched(cuda)
+    x = torch.zeros(4, 8)
+    main = cuda.current
+
+    cuda.launch("norm")
+    plan.start("first", x)
+    beside = kernel._branch._stream
+    assert (beside.before, main.before) == (["norm", "shrink 0"], ["norm"])
+    cuda.launch("base")
+    plan.add("first", x, x)
+    assert main.before[-1] == "expand 0"
+    assert {"base", "shrink 0"} < set(main.before[:-1])
+    plan.add("second", x, x)  # one that nobody started
+
+    # h is one memory for all sites: the second site's is written when the first site's was read.
+    assert beside.before.index("expand 0") < beside.before.index("shrink 1")
+    assert main.before.index("shrink 1") < main.before.index("expand 1")

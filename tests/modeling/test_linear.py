@@ -11,6 +11,7 @@ from lorax_core.kernels.elementwise import READABLE
 from lorax_core.modeling import GateUpLinear, Linear, QKVLinear
 from lorax_core.modeling.batch import NoAdapters
 from lorax_core.modeling.linear import prepare_linears
+from lorax_core.modeling.site import AdapterRows
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -22,7 +23,7 @@ class Rows:
     adapters: object = field(default_factory=NoAdapters)
 
 
-class AddOne:
+class AddOne(AdapterRows):
     """An adapter that shows where it was asked: one is added to every result, and the question is kept."""
 
     def __init__(self):

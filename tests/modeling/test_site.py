@@ -10,11 +10,12 @@ from lorax_core.adapters.deltas import EmbeddingLowRank, Replacement, TokenRows
 from lorax_core.modeling import Embedding, LayerNorm, Linear, RMSNorm
 from lorax_core.modeling.batch import NoAdapters
 from lorax_core.modeling.linear import prepare_linears
+from lorax_core.modeling.site import AdapterRows
 
 SIZE = 6
 
 
-class Rows:
+class Rows(AdapterRows):
     def __init__(self, delta=None):
         self.adapters = self if delta is not None else NoAdapters()
         self.delta = delta

@@ -48,6 +48,10 @@ class SegmentedAdapters:
             for path, deltas in others.items():
                 self._others.setdefault(path, []).append((slice(run.start, run.stop), deltas))
 
+    def start(self, site: Site, x: Tensor) -> None:
+        if self._plan is not None:
+            self._plan.start(site.path, x)
+
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         if self._plan is not None:
             self._plan.add(site.path, x, y)

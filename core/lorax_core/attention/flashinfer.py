@@ -51,7 +51,10 @@ class FlashInferStep(PagedStep, GraphAttention):
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
         k_scale, v_scale = self.cache.scales[layer.index]
         stored = self.cache.layer(layer.index)
-        out: Tensor = self._wrappers[layer.spec].run(q.contiguous(), stored, k_scale=k_scale, v_scale=v_scale)
+        q = q.contiguous()
+        # Made here: FlashInfer fills what it makes with zeros, a launch a layer, and every row is written.
+        out = torch.empty_like(q)  # [tokens, heads, dim]
+        self._wrappers[layer.spec].run(q, stored, out=out, k_scale=k_scale, v_scale=v_scale)
         return out
 
     def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -272,6 +272,10 @@ class _GraphAdapters:
         self._plan = plan
         self._sites = frozenset(sites)
 
+    def start(self, site: Site, x: Tensor) -> None:
+        if site.path in self._sites:
+            self._plan.start(site.path, x)
+
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         if site.path in self._sites:
             self._plan.add(site.path, x, y)

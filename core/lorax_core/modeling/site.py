@@ -14,12 +14,18 @@ from torch import Tensor, nn
 class AdapterRows(Protocol):
     """What a site asks of the adapters of a set of rows."""
 
+    def start(self, site: Site, x: Tensor) -> None:
+        """`apply` comes next, for the same x: what needs no y may be launched beside the base layer."""
+
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """y `[rows, out]` of the base layer for x `[rows, in]`, with each row's adapter added (y may be changed in place)."""
 
 
 class NoAdapters:
-    """Every row is the base model's: sites pay one call and nothing else."""
+    """Every row is the base model's: sites pay two calls and nothing else."""
+
+    def start(self, site: Site, x: Tensor) -> None:
+        pass
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         return y
@@ -81,6 +87,7 @@ class Site(nn.Module):
 
     @final  # type: ignore[misc]  # torch declares forward as an attribute, to be replaced by a method
     def forward(self, x: Tensor, batch: HasAdapters) -> Tensor:
+        batch.adapters.start(self, x)
         # After the base, bias included: what an adapter adds is a delta to y, and replaced numbers are computed from x.
         return batch.adapters.apply(self, x, self._base(x))
 

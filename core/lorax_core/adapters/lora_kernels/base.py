@@ -41,6 +41,9 @@ class Segment:
 class LoraPlan(ABC):
     """The products of one set of rows, at every site."""
 
+    def start(self, site: str, x: Tensor) -> None:  # noqa: B027  # most plans launch everything in `add`
+        """`add` comes next, for the same x: what needs no y may be launched now. By default nothing is."""
+
     @abstractmethod
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
         """Add the products at a site path to y `[rows, out]` for x `[rows, in]`, in place."""

@@ -1,12 +1,14 @@
 """Low-rank products of all adapters in two Triton launches a site, on NVIDIA GPUs.
 
 Decides what a step's tables say. An adapter's table is made once and stays on the device; a step brings its tiles alone, in
-one copy. Captured steps read tiles from memory of their own, so adapters come and go without a new capture.
+one copy. Captured steps read tiles from memory of their own, so adapters come and go without a new capture, and launch the
+first product beside that of the base layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
@@ -18,11 +20,12 @@ from torch import Tensor
 
 from lorax_core.adapters.deltas import LowRank
 from lorax_core.adapters.lora_kernels.base import GraphLora, LoraKernel, LoraPlan, Segment, Updates
+from lorax_core.kernels.gpu import Branch
 from lorax_core.kernels.triton.available import unavailable
 from lorax_core.settings import Settings
 
 if TYPE_CHECKING:
-    from lorax_core.kernels.triton.lora import Form, Launch
+    from lorax_core.kernels.triton.lora import Form
 
 CAPTURED_RANKS: Final = 1024
 """Ranks that a captured step has memory for, those of a fused layer's parts counted together."""
@@ -61,7 +64,9 @@ class TritonPlan(LoraPlan):
         number = self._sites.get(site, -1)
         if 0 <= number < len(self._ranks) and self._ranks[number]:
             _refuse_other_dtypes(site, x, self._dtypes)
-            _add(self.launch, number, int(self._ranks[number]), x, y, aligned=bool(self._aligned[number]))
+            with _changed(y) as into:
+                rank, aligned = int(self._ranks[number]), bool(self._aligned[number])
+                self.launch.add(number, rank, _end_to_end(x), into, aligned=aligned)
 
 
 class TritonGraph(GraphLora):
@@ -81,6 +86,7 @@ class TritonGraph(GraphLora):
         scratch = lora.scratch(rows, CAPTURED_RANKS, self._form, kernel.device)
         self.launch = lora.Launch(tiles, scratch, rows, CAPTURED_RANKS, self._form)
         self._dtypes: frozenset[torch.dtype] = frozenset()  # of the rows that were captured
+        self._started: str | None = None  # the site whose first product is launched
         self.tables: list[AdapterTable] = []
 
     def fits(self, segments: Sequence[Segment]) -> str | None:
@@ -102,11 +108,26 @@ class TritonGraph(GraphLora):
         # The tables of the step before are dropped only now: on the stream, their memory is free when that step is through.
         self.tables = tables
 
+    def start(self, site: str, x: Tensor) -> None:
+        number = self._numbers.get(site)
+        if number is None:  # `fits` refuses adapters that change others
+            return
+        self._dtypes |= {x.dtype}
+        x = _end_to_end(x)
+        with self._kernel.beside():
+            self.launch.shrink(number, RANKS_AT_ONCE, x, aligned=self._aligned[number])
+        self._started = site
+
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
         number = self._numbers.get(site)
-        if number is not None:  # `fits` refuses adapters that change others
-            self._dtypes |= {x.dtype}
-            _add(self.launch, number, RANKS_AT_ONCE, x, y, aligned=self._aligned[number])
+        if number is None:
+            return
+        if self._started != site:
+            self.start(site, x)
+        self._started = None
+        self._kernel.join()
+        with _changed(y) as into:
+            self.launch.expand(number, x, into, aligned=self._aligned[number])
 
     def _misfit(self, table: AdapterTable) -> str | None:
         # Steps are counted by these reasons, so they name no layer and no size of an adapter.
@@ -127,8 +148,9 @@ class TritonKernel(LoraKernel):
 
     name = "triton"
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, branch: Branch | None = None) -> None:
         self.device = device
+        self._branch = branch
         self.sites: dict[str, int] = {}
         """The number of each site path, by which tables are read; given at first sight, and kept."""
         self._tables: WeakKeyDictionary[Updates, AdapterTable] = WeakKeyDictionary()
@@ -141,6 +163,15 @@ class TritonKernel(LoraKernel):
 
     def plan_graph(self, rows: int, sites: Mapping[str, tuple[int, int]]) -> GraphLora | str:
         return TritonGraph(self, rows, sites)
+
+    def beside(self) -> AbstractContextManager[None]:
+        """What is launched in this block may be computed beside what follows it, until `join`."""
+        return nullcontext() if self._branch is None else self._branch.fork()
+
+    def join(self) -> None:
+        """What follows comes after what was launched beside it."""
+        if self._branch is not None:
+            self._branch.join()
 
     def number(self, site: str) -> int:
         """The number of a site path."""
@@ -158,7 +189,10 @@ class TritonKernel(LoraKernel):
 def load_triton_kernel(_: Settings, device: torch.device) -> tuple[TritonKernel | None, str]:
     """The kernel for a CUDA device, which triton compiles at its first use; or None, and why it cannot be."""
     problem = unavailable(torch.float32, device)
-    return (None, problem) if problem is not None else (TritonKernel(device), f"compiled by triton for {device}")
+    if problem is not None:
+        return None, problem
+    branch = Branch(device) if torch.cuda.is_available() else None
+    return TritonKernel(device, branch), f"compiled by triton for {device}"
 
 
 def _table(entries: Mapping[int, LowRank], device: torch.device) -> AdapterTable:
@@ -213,10 +247,16 @@ def _over_sites(tables: Sequence[AdapterTable]) -> tuple[NDArray[np.int64], NDAr
     return ranks, aligned
 
 
-def _add(launch: Launch, site: int, rank: int, x: Tensor, y: Tensor, *, aligned: bool) -> None:
-    rows = x if x.stride(1) == 1 else x.contiguous()
-    into = y if y.stride(1) == 1 else y.contiguous()
-    launch.add(site, rank, rows, into, aligned=aligned)
+def _end_to_end(x: Tensor) -> Tensor:
+    """x with the numbers of a row side by side, as kernels read them."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@contextmanager
+def _changed(y: Tensor) -> Iterator[Tensor]:
+    """The memory in which a kernel changes y."""
+    into = _end_to_end(y)
+    yield into
     if into is not y:
         y.copy_(into)
 

@@ -115,6 +115,9 @@ class _Adapters:
     def __init__(self, plan: Any) -> None:
         self._plan = plan
 
+    def start(self, site: Any, x: Tensor) -> None:
+        self._plan.start(site.path, x)
+
     def apply(self, site: Any, x: Tensor, y: Tensor) -> Tensor:
         self._plan.add(site.path, x, y)
         return y

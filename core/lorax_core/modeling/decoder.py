@@ -32,12 +32,24 @@ class DecoderLayer(Block):
         self.mlp = mlp
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x, batch), batch)  # [tokens, hidden]
+        x, rest = self.parts(x, None, batch)
+        return x + rest
+
+    def parts(self, x: Tensor, rest: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The layer's result as two summands `[tokens, hidden]`; `rest` is the second summand of x, None where x is whole.
+
+        The next norm adds them in its own launch.
+        """
+        if rest is None:
+            normed = self.input_layernorm(x, batch)
+        else:
+            normed, x = self.input_layernorm.add(rest, x, batch)
+        attended = self.self_attn(normed, batch)  # [tokens, hidden]
         # GPT-NeoX: both blocks read x, so the two norms cannot be chained with a residual.
         if self.parallel:
-            return x + attended + self.mlp(self.post_attention_layernorm(x, batch), batch)
+            return x + attended, self.mlp(self.post_attention_layernorm(x, batch), batch)
         normed, x = self.post_attention_layernorm.add(attended, x, batch)
-        return x + self.mlp(normed, batch)
+        return x, self.mlp(normed, batch)
 
 
 class Decoder(nn.Module):
@@ -59,6 +71,11 @@ class Decoder(nn.Module):
         x = self.embed_tokens(batch.input_ids, batch)  # [tokens, hidden]
         if self.embed_positions is not None:
             x = x + self.embed_positions(batch.position_ids, batch)
+        rest: Tensor | None = None
         for layer in self.layers:
-            x = layer(x, batch)
-        return self.norm(x, batch)
+            if isinstance(layer, DecoderLayer) and type(layer).forward is DecoderLayer.forward:
+                x, rest = layer.parts(x, rest, batch)
+            else:  # somebody's own, which reads and gives whole rows
+                x = layer(x if rest is None else x + rest, batch)
+                rest = None
+        return self.norm(x, batch) if rest is None else self.norm.add(rest, x, batch)[0]

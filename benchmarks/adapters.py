@@ -49,19 +49,25 @@ LINEARS = {
 talk = Console(stderr=True)
 
 
-def make_adapter(folder: Path, size: str, rank: int, targets: Sequence[str], seed: int, dtype: torch.dtype) -> Path:
-    """A random adapter in PEFT's format."""
+def make_adapter(
+    folder: Path, size: str, rank: int, targets: Sequence[str], seed: int, dtype: torch.dtype, device: str = "cpu"
+) -> Path:
+    """A random adapter in PEFT's format, its numbers drawn on a device."""
     shape = SIZES[size]
     kv = shape["hidden_size"] // shape["num_attention_heads"] * shape["num_key_value_heads"]
     widths = {"hidden": shape["hidden_size"], "intermediate": shape["intermediate_size"], "kv": kv}
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * 0.02).to("cpu", dtype)
+
     for layer in range(shape["num_hidden_layers"]):
         for name in targets:
             into, out = (widths[width] for width in LINEARS[name])
             module = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{module}.lora_A.weight"] = (torch.randn(rank, into, generator=generator) * 0.02).to(dtype)
-            tensors[f"{module}.lora_B.weight"] = (torch.randn(out, rank, generator=generator) * 0.02).to(dtype)
+            tensors[f"{module}.lora_A.weight"] = drawn(rank, into)
+            tensors[f"{module}.lora_B.weight"] = drawn(out, rank)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

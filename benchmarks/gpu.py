@@ -28,6 +28,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ import lorax_core as lorax
 from lorax_core.plugins.host import PluginHost
 
 Figures = dict[str, float]
+Told = Callable[[dict[str, Any]], None]
 PARTS = ("decode", "prompts", "adapters", "encoder")
 RESULTS = Path(__file__).resolve().parent / "results"
 ENCODERS = {
@@ -185,28 +187,38 @@ def cache_tokens(load: Load) -> int:
 
 
 def ours(
-    folder: Path, size: str, parts: Sequence[str], limit: Figures, load: Load, host: PluginHost | None
-) -> dict[str, Any]:
-    """The engine's figures, and what it computed them with."""
+    folder: Path, size: str, parts: Sequence[str], limit: Figures, load: Load, host: PluginHost | None, told: Told
+) -> None:
+    """The engine's figures, and what it computed them with; `told` gets all that is known whenever there is more."""
     vocab, source = SIZES[size]["vocab_size"], random.Random(1)
     work = Work(size, load.torch_dtype.itemsize)
     found: dict[str, Any] = {}
+
+    def know(part: str, figures: Any) -> None:
+        found[part] = figures
+        told(found)
+
     names = [f"a{number}" for number in range(max(load.adapters, default=0) if "adapters" in parts else 0)]
     options = {"dtype": load.dtype, "device": load.device, "attention": load.attention}
     batch = {"max_batch_rows": max(*load.batches, load.adapted_rows), "max_batch_tokens": 8192}
     with lorax.load(folder / "model", host=host, kv_cache_tokens=cache_tokens(load), **options, **batch) as engine:
         engine.warmup()
+        know("load", {"bytes_per_second": engine.info().load_bytes_per_second, "seconds": engine.info().load_seconds})
+        # As a server would: what lives as long as the process is not looked through for garbage between steps.
+        gc.collect()
+        gc.freeze()
 
         def generate(rows: int, tokens: int, length: int = load.context) -> None:
             texts = make_prompts(rows, length, vocab, source)
             engine.generate(texts, max_tokens=tokens, ignore_eos=True)
 
         if "decode" in parts:
-            found["decode"] = decode(generate, work, limit, load)
+            know("decode", decode(generate, work, limit, load))
         if "prompts" in parts:
-            found["prompts"] = prompts(lambda count, length: generate(count, 1, length), work, limit, load)
+            know("prompts", prompts(lambda count, length: generate(count, 1, length), work, limit, load))
         for number, name in enumerate(names):
-            engine.adapters.load(name, make_adapter(folder / name, size, 16, tuple(LINEARS), number, load.torch_dtype))
+            made = make_adapter(folder / name, size, 16, tuple(LINEARS), number, load.torch_dtype, load.device)
+            engine.adapters.load(name, made)
         cases = {
             f"{count} adapters, {load.adapted_rows} rows": [names[row % count] for row in range(load.adapted_rows)]
             for count in load.adapters
@@ -215,9 +227,9 @@ def ours(
         if cases:
             clock = Clock(engine, vocab, load.tokens)
             clock.decode(names[: load.adapted_rows])
-            found["adapters"] = shares(clock, cases, load.rounds)
-        found["made_of"] = made_of(engine)
-    return found
+            know("adapters", shares(clock, cases, load.rounds))
+        know("made_of", made_of(engine))
+    gc.unfreeze()
 
 
 def made_of(engine: lorax.Engine) -> dict[str, Any]:
@@ -329,7 +341,7 @@ def measure(
             talk.print(f"making a random Qwen2 of size {size} …")
             make_model(size, str(folder / "model"), dtype=load.torch_dtype, device=load.device)
             _free(load)
-            report.add(f"{size}, lorax", ours(folder, size, parts, limit, load, host))
+            ours(folder, size, parts, limit, load, host, partial(report.add, f"{size}, lorax"))
             _free(load)
             if {"decode", "prompts"} & set(parts):
                 # Read back rather than kept: both at once would share the GPU's memory.

@@ -87,18 +87,26 @@ class TritonGraph(GraphLora):
         self.launch = lora.Launch(tiles, scratch, rows, CAPTURED_RANKS, self._form)
         self._dtypes: frozenset[torch.dtype] = frozenset()  # of the rows that were captured
         self._started: str | None = None  # the site whose first product is launched
+        self._problems: WeakKeyDictionary[Updates, tuple[str | None]] = WeakKeyDictionary()  # of adapters seen before
+        self._segments: tuple[Segment, ...] = ()  # what the tiles say
         self.tables: list[AdapterTable] = []
 
     def fits(self, segments: Sequence[Segment]) -> str | None:
         for segment in segments:
             if segment.stop > self._rows:
                 return "more rows with adapters than were captured"
-            problem = self._misfit(self._kernel.table(segment.updates))
+            known = self._problems.get(segment.updates)
+            if known is None:
+                known = self._problems[segment.updates] = (self._misfit(self._kernel.table(segment.updates)),)
+            (problem,) = known
             if problem is not None:
                 return problem
         return None
 
     def set(self, segments: Sequence[Segment]) -> None:
+        segments = tuple(segments)
+        if segments == self._segments:
+            return
         problem = self.fits(segments)
         if problem is not None:  # replayed all the same, it would read and write memory of others
             raise RuntimeError(f"adapters that captured steps cannot replay: {problem}")
@@ -106,13 +114,15 @@ class TritonGraph(GraphLora):
         tiles = _tiles(segments, tables, self._form, length=self._rows)
         self.launch.tiles.copy_(_pinned(tiles, self._kernel.device), non_blocking=True)
         # The tables of the step before are dropped only now: on the stream, their memory is free when that step is through.
-        self.tables = tables
+        self.tables, self._segments = tables, segments
 
     def start(self, site: str, x: Tensor) -> None:
         number = self._numbers.get(site)
         if number is None:  # `fits` refuses adapters that change others
             return
-        self._dtypes |= {x.dtype}
+        if x.dtype not in self._dtypes:  # while it is captured
+            self._dtypes |= {x.dtype}
+            self._problems.clear()
         x = _end_to_end(x)
         with self._kernel.beside():
             self.launch.shrink(number, RANKS_AT_ONCE, x, aligned=self._aligned[number])

@@ -105,7 +105,11 @@ def unusable(value: object) -> str | None:
             if isinstance(item, dict):
                 below += [*item, *item.values()]
             elif isinstance(item, (list, tuple)):
-                below += item
+                # Token ids: nothing to look at but how many they are, and too many to look at each.
+                if _NUMBERS.issuperset(map(type, item)):
+                    count += len(item)
+                else:
+                    below += item
             # Half of a pair: valid JSON, but no text, so nothing can print, encode or hash it.
             elif isinstance(item, str) and not _is_text(item):
                 return f"holds {item!r:.60}, which is not valid Unicode"
@@ -115,6 +119,9 @@ def unusable(value: object) -> str | None:
         level = below
         count += len(below)
     return f"is nested more than {JSON_DEPTH} levels deep" if level else None
+
+
+_NUMBERS = frozenset((int, float))
 
 
 def _is_text(value: str) -> bool:

@@ -6,7 +6,7 @@ Decides what of a request this model can answer, and refuses the rest now, with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -191,10 +191,10 @@ class Preparer:
             return Proposals()
         return PromptLookup(self.speculate) if self.speculate else None
 
-    def _check_tokens(self, option: str, tokens: Iterable[int]) -> None:
+    def _check_tokens(self, option: str, tokens: Collection[int]) -> None:
         vocab = self.model.config.vocab_size
-        wrong = next((token for token in tokens if not 0 <= token < vocab), None)
-        if wrong is not None:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
+            wrong = next(token for token in tokens if not 0 <= token < vocab)
             raise RequestError(
                 f"{option} names token id {wrong}, which is not in the vocabulary: ids are 0 to {vocab - 1}",
                 hint="the ids are those of this checkpoint's own tokenizer",

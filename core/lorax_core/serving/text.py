@@ -16,6 +16,8 @@ from lorax_core.untrusted import guarded
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
+_INT = frozenset((int,))
+
 if TYPE_CHECKING:
     from lorax_core.serving.templates import ChatTemplate
 
@@ -88,7 +90,9 @@ class TextFront:
 
     def encode(self, prompt: Any, task: Task) -> Encoded:
         """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there."""
-        if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
+        if isinstance(prompt, list) and (
+            _INT.issuperset(map(type, prompt)) or all(isinstance(one, int) for one in prompt)
+        ):
             return Encoded(list(prompt))
         if isinstance(prompt, list):
             return Encoded(self._chat(prompt))

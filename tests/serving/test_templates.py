@@ -141,9 +141,6 @@ GROWING = "{% set ns = namespace(x=START) %}{% for i in range(200) %}{% set ns.x
 TOO_MUCH = {
     "nested loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "a loop that keeps nothing": "{% for i in range(9999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
-    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "a slow comparison": "{% set x = range(100000)|list %}{% set y = range(100000)|list %}"
-    "{% for i in range(100000) %}{% if x == y %}{% endif %}{% endfor %}",
     "printing in a loop": "{% set x = 'a' * 1000000 %}{% for i in range(100000) %}{{ x }}{% endfor %}",
     "a block": "{% set x = 'a' * 1000000 %}{% set y %}{% for i in range(100000) %}{{ x }}{% endfor %}{% endset %}",
     "plain text in a loop": "{% for i in range(100000) %}" + "text " * 1000 + "{% endfor %}",
@@ -184,22 +181,29 @@ TOO_MUCH = {
     "splitting": "{% set x = 'a ' * 4000000 %}{{ x.split(' ')|length }}",
     "a test of each element": "{% set x = range(100000)|list %}{{ x|select('in', x)|list|length }}",
     "a test that rejects": "{% set x = range(100000)|list %}{{ x|reject('in', x)|list|length }}",
-    "filters of long lists": "{% set x = range(100000)|list %}{% for i in range(99) %}{{ x|sort|length }}{% endfor %}",
     "a date": "{{ strftime_now('%c' * 1000) }}",
     "a long template": "a" * 600_000,
 }
+TOO_SLOW = {
+    "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "a slow comparison": "{% set x = range(100000)|list %}{% set y = range(100000)|list %}"
+    "{% for i in range(100000) %}{% if x == y %}{% endif %}{% endfor %}",
+    "filters of long lists": "{% set x = range(100000)|list %}{% for i in range(99) %}{{ x|sort|length }}{% endfor %}",
+}
+"""What takes long before it takes many steps."""
 
 
-def rendered(template):
-    return ChatTemplate(template).render(CONVERSATIONS["one"], {})
+def rendered(template, seconds=allowance.SECONDS):
+    return ChatTemplate(template, seconds).render(CONVERSATIONS["one"], {})
 
 
-@pytest.mark.parametrize("case", TOO_MUCH)
+@pytest.mark.parametrize("case", [*TOO_MUCH, *TOO_SLOW])
 def test_a_template_that_does_too_much_ends_by_itself_in_little_memory(case):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    template, seconds = (TOO_MUCH[case], allowance.SECONDS) if case in TOO_MUCH else (TOO_SLOW[case], 1)
 
     with pytest.raises(TooMuch):
-        within(LIMIT, lambda: rendered(TOO_MUCH[case]))
+        within(LIMIT, lambda: rendered(template, seconds))
 
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 600 * 1024  # KiB
 
@@ -244,6 +248,11 @@ def test_whatever_a_template_raises_is_an_error_of_the_request(template):
         within(LIMIT, lambda: TextFront(make_byte_tokenizer(template)).encode(CONVERSATIONS["one"], Task.GENERATE))
 
     assert caught.value.hint
+
+
+def test_the_seconds_that_were_exceeded_are_told():
+    with pytest.raises(TooMuch, match=r"it takes more than 0\.1 seconds"):
+        within(LIMIT, lambda: rendered(TOO_SLOW["a slow comparison"], 0.1))
 
 
 def test_a_namespace_that_holds_itself_is_printed_without_what_it_holds():

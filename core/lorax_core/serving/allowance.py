@@ -40,10 +40,11 @@ class TooMuch(Exception):
 class Allowance:
     """What is left to one rendering; each method raises TooMuch once that is used up."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = SECONDS) -> None:
         self._steps = STEPS
         self._characters = CHARACTERS
-        self._deadline = time.monotonic() + SECONDS
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
         # By id, with the value itself, so that the id stays its own. Values in a sandbox do not change.
         self._weights: dict[int, tuple[Any, int]] = {}
 
@@ -53,7 +54,7 @@ class Allowance:
         if self._steps < 0:
             raise TooMuch(f"it takes more than {STEPS:,} steps")
         if time.monotonic() > self._deadline:
-            raise TooMuch(f"it takes more than {SECONDS:g} seconds")
+            raise TooMuch(f"it takes more than {self._seconds:g} seconds")
 
     def text(self, length: int) -> None:
         """So many characters are made."""

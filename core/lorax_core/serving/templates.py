@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 from jinja2.visitor import NodeTransformer
 
-from lorax_core.serving.allowance import Allowance, TooMuch
+from lorax_core.serving.allowance import SECONDS, Allowance, TooMuch
 
 SOURCE: Final = 512 * 1024
 """Characters of the longest template; those in use have up to 40,000."""
@@ -39,12 +39,15 @@ _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A template, compiled. Safe to use from any thread; raises whatever jinja or the template itself raises."""
+    """A template, compiled. Safe to use from any thread; raises whatever jinja or the template itself raises.
 
-    def __init__(self, source: str) -> None:
+    `seconds` is what compiling it, and each rendering, may take.
+    """
+
+    def __init__(self, source: str, seconds: float = SECONDS) -> None:
         if len(source) > SOURCE:
             raise TooMuch(f"it has {len(source):,} characters; at most {SOURCE:,} are read")
-        self._environment = _Environment()
+        self._environment = _Environment(seconds)
         with self._environment.allowed():
             self._template = self._environment.from_string(source)
 
@@ -99,7 +102,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -108,6 +111,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
             finalize=_shown,
         )
+        self._seconds = seconds
         self._renderings = threading.local()
         self.filters = {name: self._counted(name, one) for name, one in self.filters.items() if name not in _LEFT_OUT}
         tests: dict[str, Any] = dict(self.tests)
@@ -125,7 +129,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """One rendering, or compilation, in this thread."""
-        self._renderings.allowance = Allowance()
+        self._renderings.allowance = Allowance(self._seconds)
         try:
             yield
         finally:

@@ -4,6 +4,7 @@ checkpoints that many tests only read.
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
 __all__ = ["one_thread"]
 
 settle()
+
+
+def pytest_collection() -> None:
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays until the end: looking at a million objects again and again takes long."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +70,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from builders import make_bert
 
     return make_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def forked() -> Iterator[Path]:
+    """The path of a `lorax` that starts in a moment, because it is forked from a process that has imported torch."""
+    from forked import ForkedLorax
+
+    with ForkedLorax() as lorax:
+        yield lorax.path
 
 
 @pytest.fixture

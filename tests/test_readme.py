@@ -11,7 +11,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -145,8 +144,8 @@ def test_python_examples_run_in_order_and_print_what_is_shown(monkeypatch):
 
 
 @pytest.mark.parametrize(("command", "shown"), STEPS, ids=[command[:50] for command, _ in STEPS])
-def test_console_examples_run_and_print_what_is_shown(command, shown):
-    here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+def test_console_examples_run_and_print_what_is_shown(forked, command, shown):
+    here = os.pathsep.join([str(forked.parent), os.environ.get("PATH", "")])
 
     done = subprocess.run(
         command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import make_bert, make_qwen2
+from forked import ForkedLorax
 
 import lorax_core
 from lorax_core.cli import streams
@@ -44,9 +46,9 @@ def qwen2(tmp_path_factory):
     return str(make_qwen2(tmp_path_factory.mktemp("qwen2")))
 
 
-def lorax(*arguments, text=b"", redirect="", **environ):
+def lorax(*arguments, text=b"", redirect="", command=LORAX, **environ):
     """`lorax` in a process of its own, below a shell that redirects its streams: exit code, stdout, stderr."""
-    command = f"exec {shlex.join([*LORAX, *arguments])} {redirect}"
+    command = f"exec {shlex.join([*command, *arguments])} {redirect}"
     done = subprocess.run(
         ["sh", "-c", command],
         input=text,
@@ -63,9 +65,9 @@ def running():
     """Starts `lorax` with pipes, and ends it after the test."""
     started = []
 
-    def start(*arguments):
+    def start(*arguments, command=LORAX):
         pipe = subprocess.PIPE
-        process = subprocess.Popen([*LORAX, *arguments], stdin=pipe, stdout=pipe, stderr=pipe)
+        process = subprocess.Popen([*command, *arguments], stdin=pipe, stdout=pipe, stderr=pipe)
         started.append(process)
         return process
 
@@ -73,6 +75,12 @@ def running():
     for process in started:
         process.kill()
         process.communicate(timeout=DEADLINE)
+
+
+@pytest.fixture
+def quick(forked):
+    """The same for a process that is forked: for whatever does not depend on how Python starts."""
+    return functools.partial(lorax, command=[str(forked)])
 
 
 def is_one_error(err, *words):
@@ -102,10 +110,10 @@ def vectors(out):
     ],
     ids=" ".join,
 )
-def test_output_that_a_full_disk_does_not_take_is_an_error(qwen2, arguments):
+def test_output_that_a_full_disk_does_not_take_is_an_error(quick, qwen2, arguments):
     words = [qwen2 if word == "QWEN2" else word for word in arguments]
 
-    code, _, err = lorax(*words, redirect="> /dev/full")
+    code, _, err = quick(*words, redirect="> /dev/full")
 
     assert code == 1
     assert is_one_error(err, "stdout cannot be written: No space left on device")
@@ -134,9 +142,11 @@ def test_a_closed_stdin_is_none_of_the_concern_of_those_who_do_not_read_it(qwen2
 
 
 @pytest.mark.parametrize("redirect", ["2>&-", "2> /dev/full"])
-def test_without_stderr_the_output_and_the_exit_code_are_the_same(qwen2, redirect):
-    good, out, _ = lorax("embed", qwen2, "text", "--json", redirect=redirect)
-    bad, nothing, _ = lorax("embed", "no-such-folder", "text", redirect=redirect)
+def test_without_stderr_the_output_and_the_exit_code_are_the_same(quick, qwen2, redirect):
+    run = lorax if redirect == "2>&-" else quick  # Python itself sees what is closed when it starts
+
+    good, out, _ = run("embed", qwen2, "text", "--json", redirect=redirect)
+    bad, nothing, _ = run("embed", "no-such-folder", "text", redirect=redirect)
 
     assert (good, bad, nothing) == (0, 1, "")
     assert vectors(out).shape == (1, 64)
@@ -156,10 +166,10 @@ def test_no_file_gets_the_number_of_a_closed_stream():
     assert done.stdout == b"True\n"
 
 
-def test_a_reader_who_has_enough_ends_the_command_without_a_word(qwen2):
+def test_a_reader_who_has_enough_ends_the_command_without_a_word(forked, qwen2):
     endless = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     process = subprocess.Popen(
-        [*LORAX, "embed", qwen2, "-", "--json"], stdin=endless.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [forked, "embed", qwen2, "-", "--json"], stdin=endless.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     endless.stdout.close()
     try:
@@ -176,8 +186,8 @@ def test_a_reader_who_has_enough_ends_the_command_without_a_word(qwen2):
     assert (code, err) == (141, b"")
 
 
-def test_a_line_is_answered_before_the_next_one_is_there(qwen2, running):
-    process = running("embed", qwen2, "-", "--json")
+def test_a_line_is_answered_before_the_next_one_is_there(qwen2, running, forked):
+    process = running("embed", qwen2, "-", "--json", command=[forked])
     found = []
 
     for text in ("first", "second"):
@@ -362,9 +372,12 @@ def test_text_is_utf_8_in_any_locale(qwen2):
     with lorax_core.load(qwen2) as engine:
         expected = engine.embed(text)
 
-    _, by_argument, _ = lorax("embed", qwen2, text, "--json", **locale)
-    _, by_stdin, _ = lorax("embed", qwen2, "-", "--json", text=text.encode(), **locale)
-    code, _, err = lorax("generate", qwen2, text, "--max-tokens", "8", "--temperature", "3", "--seed", "1", **locale)
+    # How Python starts matters here: with the locale of the server.
+    with ForkedLorax(locale) as forked:
+        run = functools.partial(lorax, command=[str(forked.path)], **locale)
+        _, by_argument, _ = run("embed", qwen2, text, "--json")
+        _, by_stdin, _ = run("embed", qwen2, "-", "--json", text=text.encode())
+        code, _, err = run("generate", qwen2, text, "--max-tokens", "8", "--temperature", "3", "--seed", "1")
     refused, _, why = lorax("models", "show", "é", **locale)
 
     np.testing.assert_allclose(vectors(by_argument)[0], expected, atol=1e-5)
@@ -374,24 +387,24 @@ def test_text_is_utf_8_in_any_locale(qwen2):
     assert is_one_error(why, "no plugin provides model type")
 
 
-def test_a_line_without_end_is_refused(qwen2):
-    code, out, err = lorax("embed", qwen2, "-", redirect="< /dev/zero")
+def test_a_line_without_end_is_refused(quick, qwen2):
+    code, out, err = quick("embed", qwen2, "-", redirect="< /dev/zero")
 
     assert (code, out) == (1, "")
     assert is_one_error(err, f"line 1 of stdin has more than {streams.MAX_TEXT:,} bytes")
 
 
-def test_a_prompt_without_end_is_refused(qwen2):
-    code, out, err = lorax("generate", qwen2, "-", redirect="< /dev/zero")
+def test_a_prompt_without_end_is_refused(quick, qwen2):
+    code, out, err = quick("generate", qwen2, "-", redirect="< /dev/zero")
 
     assert (code, out) == (1, "")
     assert is_one_error(err, f"stdin has more than {streams.MAX_TEXT:,} bytes")
 
 
-def test_a_stdin_that_does_not_wait_is_waited_for(qwen2):
+def test_a_stdin_that_does_not_wait_is_waited_for(forked, qwen2):
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    process = subprocess.Popen([*LORAX, "embed", qwen2, "-", "--json"], stdin=reader, stdout=subprocess.PIPE)
+    process = subprocess.Popen([forked, "embed", qwen2, "-", "--json"], stdin=reader, stdout=subprocess.PIPE)
     os.close(reader)
     with open(writer, "wb") as late:
         late.write(b"first\n")

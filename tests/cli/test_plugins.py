@@ -26,19 +26,32 @@ def lorax_architectures():
         cases="lorax_bert.cases:BERT",
     )
 """
+PARTS = """
+class Config: ...
+class Model: ...
+class Head: ...
+class Backend: ...
+"""
+"""What a doctor looks for, in a module that needs no torch."""
 SOUND = {
-    "config": "lorax_bert.config:BertConfig",
-    "backbone": "lorax_bert.modeling:FlashBertModel",
+    "config": "parts:Config",
+    "backbone": "parts:Model",
+    "heads": {"embed": "parts:Head"},
     "cases": "lorax_bert.cases:BERT",
 }
-"""Classes that are there."""
+REAL = {
+    **SOUND,
+    "config": "lorax_bert.config:BertConfig",
+    "backbone": "lorax_bert.modeling:FlashBertModel",
+    "heads": {},
+}
+"""Classes that are there; the real ones import torch."""
 BACKEND = """
 from lorax_core.plugins import BackendSpec, hookimpl
 
 @hookimpl
 def lorax_attention_backends():
-    backend = "lorax_core.attention.torch:TorchBackendd"
-    yield BackendSpec(name="fast", summary="Fast.", backend=backend, device_types=("cpu",))
+    yield BackendSpec(name="fast", summary="Fast.", backend="parts:Backendd", device_types=("cpu",))
 """
 
 
@@ -89,6 +102,7 @@ def test_the_json_of_a_plugin_has_its_declarations(main):
 
 
 def test_doctor_survives_what_would_end_its_own_process(lorax, strangers):
+    (strangers.folder / "parts.py").write_text(PARTS)
     strangers.install("lorax-crash", "import os, sys\nprint('last words', file=sys.stderr, flush=True)\nos._exit(7)")
     strangers.install("lorax-one", model_type="contested", **SOUND)
     strangers.install("lorax-two", model_type="contested", **SOUND)
@@ -105,33 +119,25 @@ def test_doctor_survives_what_would_end_its_own_process(lorax, strangers):
 
 
 BROKEN = {
-    "config": (
-        {"config": "lorax_bert.config:BertConfiguration"},
-        "module lorax_bert.config has no class 'BertConfiguration'",
-    ),
-    "backbone": (
-        {"backbone": "lorax_bert.modeling:FlashBerdModel"},
-        "module lorax_bert.modeling has no class 'FlashBerdModel'",
-    ),
+    "config": ({"config": "parts:Configuration"}, "module parts has no class 'Configuration'"),
+    "backbone": ({"backbone": "parts:Modell"}, "module parts has no class 'Modell'"),
     "module": (
         {"backbone": "lorax_stranger.modeling:Model"},
         "importing lorax_stranger.modeling failed: ModuleNotFoundError",
     ),
-    "head": (
-        {"heads": {"embed": "lorax_bert.modeling:Embedder"}},
-        "module lorax_bert.modeling has no class 'Embedder'",
-    ),
+    "head": ({"heads": {"embed": "parts:Embedder"}}, "module parts has no class 'Embedder'"),
     "cases": ({"cases": "lorax_bert.cases:BERTHA"}, "module lorax_bert.cases has no object 'BERTHA'"),
 }
 """What a declaration names that is not there, and what is said of it."""
 
 
 def test_doctor_finds_what_is_not_there(lorax, strangers):
+    (strangers.folder / "parts.py").write_text(PARTS)
     # All in one process of `lorax`: the doctor examines each in a process of its own.
     for name, (fields, _) in BROKEN.items():
         strangers.install(f"lorax-no-{name}", **{**SOUND, "model_type": name, **fields})
     strangers.install("lorax-fast", BACKEND)
-    strangers.install("lorax-sound", **SOUND)
+    strangers.install("lorax-sound", **REAL)
     names = [*(f"no-{name}" for name in BROKEN), "fast", "sound"]
 
     done = lorax("plugins", "doctor", "--json", LORAX_PLUGINS=",".join(names))
@@ -143,7 +149,7 @@ def test_doctor_finds_what_is_not_there(lorax, strangers):
         assert told in broken["cause"]
         assert broken["hint"]
     assert said["lorax-fast"]["status"] == "broken"
-    assert "module lorax_core.attention.torch has no class 'TorchBackendd'" in said["lorax-fast"]["cause"]
+    assert "module parts has no class 'Backendd'" in said["lorax-fast"]["cause"]
     assert (said["lorax-sound"]["status"], said["lorax-sound"]["cause"]) == ("ready", None)
     assert [spec["model_type"] for spec in said["lorax-sound"]["architectures"]] == ["stranger"]
 

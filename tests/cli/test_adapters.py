@@ -192,7 +192,17 @@ def test_a_url_is_inspected_and_merged_like_a_folder(main, tmp_path, monkeypatch
     assert read_peft(tmp_path / "out").identity() == read_peft(expected.path).identity()
 
 
-RUN = "import json, sys; from lorax_core.cli.main import main; main(json.loads(sys.argv[1])[0])"
+RUN = """
+import contextlib, io, json, sys
+from lorax_core.cli.main import main
+
+said = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        main(arguments)
+    said.append(json.loads(out.getvalue()))
+print(json.dumps(said))
+"""
 
 
 def test_a_hub_id_has_a_revision(tmp_path):
@@ -202,10 +212,10 @@ def test_a_hub_id_has_a_revision(tmp_path):
         hub.add("acme/lora", Path(BULLETS))
         commit = hub.add("acme/lora", Path(UPPER), revision="v1")
         client = Client(hub, tmp_path / "home", "")
-        inspected = client.run(RUN, ["adapters", "inspect", "acme/lora", "--revision", "v1", "--json"])
+        inspect = ["adapters", "inspect", "acme/lora", "--revision", "v1", "--json"]
         sources = ["acme/lora", "acme/lora", "--revision", "v1", "--revision", ""]
-        words = ["adapters", "merge", *sources, "--strategy", "cat", "--out", str(tmp_path / "out"), "--json"]
-        merged = client.run(RUN, words)
+        merge = ["adapters", "merge", *sources, "--strategy", "cat", "--out", str(tmp_path / "out"), "--json"]
+        inspected, merged = client.run(RUN, inspect, merge)
     finally:
         hub.close()
 

@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import pickle
+import select
 import shlex
 import shutil
 import signal
@@ -38,7 +39,9 @@ class ForkedLorax:
         address = str(self._folder / "socket")
         own = [sys.executable, "-W", "error", __file__, "serve", address]
         pipe = subprocess.PIPE
-        self._server = subprocess.Popen(own, env={**os.environ, **(environ or {})}, stdout=pipe, start_new_session=True)
+        env = {**os.environ, **(environ or {})}
+        # It reads nothing from stdin, whose end says that this process has ended without a close.
+        self._server = subprocess.Popen(own, env=env, stdin=pipe, stdout=pipe, start_new_session=True)
         assert self._server.stdout is not None
         if self._server.stdout.readline() != b"ready\n":
             self.close()
@@ -61,7 +64,7 @@ class ForkedLorax:
 
 
 def serve(address: str) -> list[str]:
-    """Serves until it is killed. Returns in each forked process, with the arguments of its command."""
+    """Serves until stdin ends. Returns in each forked process, with the arguments of its command."""
     for name in IMPORTED:
         importlib.import_module(name)
     gc.freeze()  # nothing of that needs to be looked at again in each fork
@@ -71,6 +74,8 @@ def serve(address: str) -> list[str]:
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
+        if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:
+            sys.exit()
         connection, _ = listening.accept()
         if os.fork() == 0:
             break

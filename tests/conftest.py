@@ -15,6 +15,7 @@ from house import one_thread, settle
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from forked import ForkedLorax
     from hubs import Hub
 
     from lorax_core.plugins.host import PluginHost
@@ -73,12 +74,12 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def forked() -> Iterator[Path]:
-    """The path of a `lorax` that starts in a moment, because it is forked from a process that has imported torch."""
+def forked() -> Iterator[ForkedLorax]:
+    """A `lorax` that starts in a moment, because it is forked from a process that has imported torch."""
     from forked import ForkedLorax
 
     with ForkedLorax() as lorax:
-        yield lorax.path
+        yield lorax
 
 
 @pytest.fixture

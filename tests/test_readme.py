@@ -145,7 +145,7 @@ def test_python_examples_run_in_order_and_print_what_is_shown(monkeypatch):
 
 @pytest.mark.parametrize(("command", "shown"), STEPS, ids=[command[:50] for command, _ in STEPS])
 def test_console_examples_run_and_print_what_is_shown(forked, command, shown):
-    here = os.pathsep.join([str(forked.parent), os.environ.get("PATH", "")])
+    here = os.pathsep.join([str(forked.path.parent), os.environ.get("PATH", "")])
 
     done = subprocess.run(
         command,

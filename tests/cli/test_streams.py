@@ -80,7 +80,7 @@ def running():
 @pytest.fixture
 def quick(forked):
     """The same for a process that is forked: for whatever does not depend on how Python starts."""
-    return functools.partial(lorax, command=[str(forked)])
+    return functools.partial(lorax, command=[str(forked.path)])
 
 
 def is_one_error(err, *words):
@@ -169,7 +169,10 @@ def test_no_file_gets_the_number_of_a_closed_stream():
 def test_a_reader_who_has_enough_ends_the_command_without_a_word(forked, qwen2):
     endless = subprocess.Popen(["yes"], stdout=subprocess.PIPE)
     process = subprocess.Popen(
-        [forked, "embed", qwen2, "-", "--json"], stdin=endless.stdout, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [forked.path, "embed", qwen2, "-", "--json"],
+        stdin=endless.stdout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     endless.stdout.close()
     try:
@@ -187,7 +190,7 @@ def test_a_reader_who_has_enough_ends_the_command_without_a_word(forked, qwen2):
 
 
 def test_a_line_is_answered_before_the_next_one_is_there(qwen2, running, forked):
-    process = running("embed", qwen2, "-", "--json", command=[forked])
+    process = running("embed", qwen2, "-", "--json", command=[forked.path])
     found = []
 
     for text in ("first", "second"):
@@ -215,28 +218,29 @@ def test_ctrl_c_ends_it_with_what_was_answered(qwen2, running):
 
 def memory(process):
     """What a process holds now, in MiB."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
     return int(line.split()[1]) / 1024
 
 
 @pytest.mark.parametrize("form", ["--json", "table"])
-def test_a_long_input_takes_no_more_memory_than_a_short_one(bert, form):
+def test_a_long_input_takes_no_more_memory_than_a_short_one(forked, bert, form):
     endless = subprocess.Popen(["yes", "a text of some length"], stdout=subprocess.PIPE)
     options = [form] if form == "--json" else []
-    process = subprocess.Popen([*LORAX, "embed", bert, "-", *options], stdin=endless.stdout, stdout=subprocess.PIPE)
+    command = [forked.path, "embed", bert, "-", *options]
+    process = subprocess.Popen(command, stdin=endless.stdout, stdout=subprocess.PIPE)
     endless.stdout.close()
     held = []
     try:
         for count in (4 * BATCH, 12 * BATCH):
             for _ in range(count):
                 process.stdout.readline()
-            held.append(memory(process))
+            (running,) = forked.commands()
+            held.append(memory(running))
     finally:
         process.stdout.close()
-        for one in (process, endless):
-            one.kill()
-            one.wait(DEADLINE)
+        process.wait(DEADLINE)
+        endless.wait(DEADLINE)
 
     # All of the vectors as Python's floats would be 50 MiB.
     assert held[1] - held[0] < 10
@@ -404,7 +408,7 @@ def test_a_prompt_without_end_is_refused(quick, qwen2):
 def test_a_stdin_that_does_not_wait_is_waited_for(forked, qwen2):
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
-    process = subprocess.Popen([forked, "embed", qwen2, "-", "--json"], stdin=reader, stdout=subprocess.PIPE)
+    process = subprocess.Popen([forked.path, "embed", qwen2, "-", "--json"], stdin=reader, stdout=subprocess.PIPE)
     os.close(reader)
     with open(writer, "wb") as late:
         late.write(b"first\n")

@@ -229,7 +229,7 @@ def test_a_bad_request_is_refused_before_the_stream_begins(engine):
 
 
 def test_two_threads_that_wait_for_one_stream_are_told_apart(endless):
-    stream = endless.stream([5], ignore_eos=True, max_tokens=3000)
+    stream = endless.stream([5], ignore_eos=True, max_tokens=1000)
     outcomes = []
 
     def consume():

@@ -56,11 +56,19 @@ class ForkedLorax:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def commands(self) -> list[int]:
+        """The processes of the commands that run now."""
+        return [command for keeper in _children(self._server.pid) for command in _children(keeper)]
+
     def close(self) -> None:
         """Ends the server, and whatever still runs."""
         os.killpg(self._server.pid, signal.SIGKILL)
         self._server.communicate(timeout=_DEADLINE)
         shutil.rmtree(self._folder)
+
+
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
 def serve(address: str) -> list[str]:

@@ -83,6 +83,7 @@ def serve(address: str) -> list[str]:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         if sys.stdin in select.select([listening, sys.stdin], [], [])[0]:
+            listening.close()
             sys.exit()
         connection, _ = listening.accept()
         if os.fork() == 0:

@@ -496,3 +496,22 @@ def test_numbers_that_the_bases_dtype_cannot_hold_are_refused(qwen2, tmp_path, d
 def test_a_name_that_is_none_is_refused(engine, sound, name):
     with pytest.raises(AdapterError, match="non-empty string"):
         engine.adapters.load(name, sound)
+
+
+LOADED = """
+import sys
+import lorax_core
+with lorax_core.load(sys.argv[1], adapters={"upper": sys.argv[2]}) as engine:
+    engine.generate("text", adapter="upper", max_tokens=1)
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_an_adapter_is_loaded_without_the_compiler_of_torch(repository):
+    folders = [str(repository / "examples/tiny_qwen2" / one) for one in ("model", "adapters/upper")]
+
+    command = [sys.executable, "-c", LOADED, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    # Importing it takes a second, and looking at shapes alone does it.
+    assert done.stdout == "False\n"

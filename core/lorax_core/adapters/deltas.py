@@ -160,8 +160,16 @@ def summed(updates: Iterable[LowRank]) -> LowRank:
     for (column, _), members in pairs.items():
         start = sum(map(len, ranks))
         ranks += [a for a, _ in members]
-        blocks.append(RankBlock(slice(start, sum(map(len, ranks))), column, torch.cat([b for _, b in members])))
-    return LowRank(torch.cat(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
+        blocks.append(RankBlock(slice(start, sum(map(len, ranks))), column, _joined([b for _, b in members])))
+    return LowRank(_joined(ranks), tuple(blocks), torch.stack(biases).sum(0) if biases else None)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One below the other."""
+    first = parts[0]
+    if first.is_meta:  # `cat` would make torch import its compiler, which takes a second, for shapes alone
+        return first.new_empty(sum(map(len, parts)), *first.shape[1:])
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,9 +140,9 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
     if tensors.b_bias is not None and list(tensors.b_bias.shape) != [out]:
         raise _misfit(files, layer, f"lora_B.bias is {list(tensors.b_bias.shape)}, the base has {out} outputs")
     scale = files.settings.scale(layer.module, a.shape[0])
-    a, b = a.float(), layer.rows(b.float()) * scale  # [rank, in], [out, rank]
+    a, b = a.float(), _scaled(layer.rows(b.float()), scale)  # [rank, in], [out, rank]
     if tensors.magnitude is None:
-        bias = layer.rows(tensors.b_bias.float()) * scale if tensors.b_bias is not None else None
+        bias = _scaled(layer.rows(tensors.b_bias.float()), scale) if tensors.b_bias is not None else None
         return LowRank.whole(a, b, bias)
     if tensors.b_bias is not None:
         raise AdapterError(
@@ -150,8 +150,13 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
             hint="train it with use_dora or with lora_bias, not with both",
         )
     # Weights do not change while serving, so DoRA's norm is taken once here and not in every forward as in PEFT.
-    norm = (_beneath(layer, weight) + b @ a).norm(dim=1)  # [out]
-    return Dora(a, b, layer.rows(_magnitude(files, tensors, layer, out)) / norm)
+    beneath, magnitude = _beneath(layer, weight), layer.rows(_magnitude(files, tensors, layer, out))  # [out, in], [out]
+    return Dora(a, b, magnitude if b.is_meta else magnitude / (beneath + b @ a).norm(dim=1))
+
+
+def _scaled(numbers: Tensor, scale: float) -> Tensor:
+    # Without numbers only shapes count, and the product would make torch import its compiler, which takes a second.
+    return numbers if numbers.is_meta else numbers * scale
 
 
 def _embedding(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Tensor | None) -> EmbeddingLowRank:
@@ -166,7 +171,7 @@ def _embedding(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: T
             f"{'an embedding' if layer.embeds else 'no embedding'} of {list(layer.shape)}",
         )
     _check_rank(files, layer, len(a))
-    a, b = a.float().t().contiguous(), b.float() * files.settings.scale(layer.module, a.shape[0])
+    a, b = a.float().t().contiguous(), _scaled(b.float(), files.settings.scale(layer.module, a.shape[0]))
     if tensors.magnitude is None:
         return EmbeddingLowRank(a, b)
     norm = (_beneath(layer, weight) + a @ b.t()).norm(dim=0)  # [dim]

@@ -159,7 +159,7 @@ PLANTED = {
 def test_the_guard_of_forward_passes_finds_what_is_planted(planted, host, tmp_path):
     case = make_case(host, "qwen2", tmp_path)
     model, batch = make_mixed_batch(case, Task.GENERATE)
-    usual = model.backbone.norm.register_forward_hook(lambda module, inputs, output: planted(output))
+    usual = model.backbone.register_forward_hook(lambda module, inputs, output: planted(output))
 
     with no_host_traffic(), pytest.raises(HostTraffic):
         model(batch)

@@ -179,8 +179,9 @@ class Sequence:
     @property
     def needs_host(self) -> bool:
         """Whether its next token depends on more of the one before than the device knows."""
-        makers = (self.grammar, self.counts, self.drafter)
-        return any(one is not None for one in makers) or self.speculates or bool(self.forks)
+        if self.grammar is not None or self.counts is not None or self.drafter is not None:
+            return True
+        return self.speculates or bool(self.forks)
 
     @property
     def rank(self) -> tuple[int, int]:

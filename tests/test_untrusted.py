@@ -132,3 +132,25 @@ def test_numbers_are_finite_and_no_truth_values() -> None:
     nothing = [True, False, None, "1", float("nan"), float("-inf"), 10**400, [1], 1j]
     assert [is_number(value) for value in nothing] == [False] * len(nothing)
     assert all(is_number(value) for value in (0, -1, 1.5, 10**300))
+
+
+@pytest.mark.parametrize("leaf", [1, 0.5, "text", None, True], ids=repr)
+def test_lists_of_whatever_are_nested_as_deep_as_others(leaf):
+    assert unusable([leaf] * 3) is None
+    assert unusable(_nested(leaf, JSON_DEPTH - 1)) is None
+    assert unusable(_nested(leaf, JSON_DEPTH)) == f"is nested more than {JSON_DEPTH} levels deep"
+
+
+def _nested(leaf, depth):
+    for _ in range(depth):
+        leaf = [leaf]
+    return leaf
+
+
+class Lies(list):
+    def __len__(self):
+        return 0
+
+
+def test_a_list_that_lies_about_its_length_is_counted():
+    assert unusable(Lies([1] * (JSON_VALUES + 1))) == f"holds more than {JSON_VALUES:,} values"

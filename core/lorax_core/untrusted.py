@@ -105,9 +105,10 @@ def unusable(value: object) -> str | None:
             if isinstance(item, dict):
                 below += [*item, *item.values()]
             elif isinstance(item, (list, tuple)):
-                # Token ids: nothing to look at but how many they are, and too many to look at each.
-                if _NUMBERS.issuperset(map(type, item)):
-                    count += len(item)
+                # Token ids: nothing to look at but how many they are, and too many to look at each. One stands for all.
+                if type(item) in (list, tuple) and _NUMBERS.issuperset(map(type, item)):
+                    below += item[:1]
+                    count += max(len(item) - 1, 0)
                 else:
                     below += item
             # Half of a pair: valid JSON, but no text, so nothing can print, encode or hash it.

@@ -307,3 +307,39 @@ def test_captured_steps_launch_the_first_product_beside_the_base_layer_and_the_s
     # h is one memory for all sites: the second site's is written when the first site's was read.
     assert beside.before.index("expand 0") < beside.before.index("shrink 1")
     assert main.before.index("shrink 1") < main.before.index("expand 1")
+
+
+def test_captured_steps_take_the_adapters_of_each_step(gpu):
+    work = Work(torch.bfloat16, ((2, (8, 8, 8)), (2, (4, 0, 16))))
+    one, other = (segment.updates for segment in work.segments)
+    kernel = TritonKernel(CPU)
+    plan = kernel.plan_graph(8, SITES)
+    rows = [
+        [Segment(0, 2, one), Segment(2, 4, other)],
+        [Segment(0, 2, one), Segment(2, 4, one)],  # the same rows, of another adapter
+        [Segment(0, 2, other), Segment(2, 4, one)],
+        [Segment(0, 1, other), Segment(2, 4, one)],
+    ]
+
+    for segments in rows:
+        plan.set(segments)
+        x, y = torch.ones(8, 96, dtype=torch.bfloat16), torch.zeros(8, 144, dtype=torch.bfloat16)
+        plan.add("here", x, y)
+
+        expected = torch.zeros(8, 144, dtype=torch.bfloat16)
+        kernel.plan(segments).add("here", x, expected)
+        assert torch.equal(y, expected), segments
+
+
+def test_what_captured_steps_read_beside_the_base_layer_is_held_until_it_was_read(gpu):
+    kernel = TritonKernel(CPU)
+    plan = kernel.plan_graph(4, {"here": (96, 144)})
+    x = torch.ones(96, 4, dtype=torch.bfloat16).t()  # its rows are copied first
+
+    plan.start("here", x)
+    copied = weakref.ref(plan._reads)
+
+    assert copied().is_contiguous()
+    plan.add("here", x, torch.zeros(4, 144, dtype=torch.bfloat16))
+    gc.collect()
+    assert copied() is None

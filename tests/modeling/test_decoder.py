@@ -95,3 +95,14 @@ def test_who_watches_a_layer_sees_whole_rows():
     assert torch.equal(watched, unwatched)
     assert torch.equal(seen[0], x)
     assert torch.equal(seen[1], decoder.layers[1](x, BATCH))
+
+
+@torch.inference_mode()
+def test_a_layer_that_was_given_another_forward_has_it():
+    decoder = make_decoder([make_layer(), make_layer(seed=2)], torch.float32)
+    decoder.layers[1].forward = lambda x, batch: -x
+
+    assert torch.equal(decoder(BATCH), plainly(decoder))
+    assert torch.equal(
+        decoder(BATCH), decoder.norm(-decoder.layers[0](decoder.embed_tokens(BATCH.input_ids, BATCH), BATCH), BATCH)
+    )

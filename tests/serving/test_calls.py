@@ -595,6 +595,58 @@ def test_who_waits_for_the_end_is_woken_by_the_end_alone():
     assert woken[0] == 0
 
 
+def test_who_waits_for_the_end_takes_no_event_from_whoever_waits_for_each():
+    call, sequence = started_call()
+    call._changed = ToldOfWaits()
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(call.next_event()), daemon=True)]
+    threads.append(threading.Thread(target=call.wait, daemon=True))
+    for thread in threads:
+        thread.start()
+        assert call._changed.waits.acquire(timeout=LIMIT)
+
+    sequence.sink(SequenceUpdate(token_ids=(7,)))
+    threads[0].join(LIMIT)
+    sequence.sink(SequenceUpdate(token_ids=(8,), finish_reason=lorax.FinishReason.STOP))
+    threads[1].join(LIMIT)
+
+    assert [event.token_ids for event in found] == [[7]]
+    assert not any(thread.is_alive() for thread in threads)
+
+
+class CancelledLate(Call):
+    """An update comes when `cancel` has taken all there were."""
+
+    def _take_all(self):
+        super()._take_all()
+        if not self._cancelled:
+            self._answers[0].sequence.sink(SequenceUpdate(token_ids=(1,), finish_reason=lorax.FinishReason.STOP))
+
+
+def test_an_update_that_comes_while_a_call_is_cancelled_is_dropped():
+    call = CancelledLate(1, abort=lambda sequences: None)
+    sequence = make_sequence([5])
+    call.start([Prepared(sequence, lambda values: values)], submit=lambda sequences: None)
+
+    call.cancel()
+
+    for _ in range(2):
+        with pytest.raises(lorax.LoraxError, match="was cancelled"):
+            call.next_event()
+    assert call._open == 0
+
+
+def test_a_call_that_is_cancelled_while_its_last_update_is_taken_ends():
+    call, sequence = started_call()
+    usual = call._account
+    call._account = lambda *taken: (usual(*taken), call.cancel())  # as a signal handler does
+
+    sequence.sink(SequenceUpdate(token_ids=(1,), finish_reason=lorax.FinishReason.STOP))
+
+    call.wait(LIMIT)
+    assert call._open == 0
+
+
 def test_what_came_since_the_last_event_is_one_event():
     call, sequence = started_call()
 

@@ -103,6 +103,7 @@ class _Stepper:
         self._joining: deque[Sequence] = deque()
         self._leaving: deque[Sequence] = deque()
         self._jobs: deque[tuple[Callable[[EngineLoop], None], Future[None]]] = deque()
+        self._due: deque[tuple[Callable[[EngineLoop], None], Future[None]]] = deque()  # the thread's own
         self._came: deque[tuple[AdapterRef, LoraxError | None]] = deque()
         self._stalled = False  # every living sequence waits for its adapter
         self._closed = False
@@ -171,6 +172,8 @@ class _Stepper:
             _log.exception("the step loop broke, and the engine closes")
             with self._changed:
                 self._closed = True
+        with self._changed:
+            self._collect_jobs()
         self._work()
         while self._joining:
             self.loop.add(self._joining.popleft())
@@ -181,8 +184,8 @@ class _Stepper:
                 sequence.sink(SequenceUpdate(error=closed))
 
     def _work(self) -> None:
-        while self._jobs:
-            job, done = self._jobs.popleft()
+        while self._due:
+            job, done = self._due.popleft()
             try:
                 job(self.loop)
                 done.set_result(None)
@@ -202,6 +205,8 @@ class _Stepper:
             joining, self._joining = self._joining, deque()
             leaving, self._leaving = self._leaving, deque()
             came, self._came = self._came, deque()
+            # With them: a job that was asked for after a sequence was to leave comes after that.
+            self._collect_jobs()
             # Anything new may have made a sequence runnable, an adapter above all.
             self._stalled = False
         # Without the lock: what follows takes locks of the store and of calls, whose holders may come here to abort.
@@ -214,6 +219,11 @@ class _Stepper:
             if error is not None:
                 self.loop.fail(adapter, error)
         return True
+
+    def _collect_jobs(self) -> None:
+        """Take the jobs that were asked for so far. The caller holds `_changed`."""
+        self._due += self._jobs
+        self._jobs.clear()
 
     @property
     def _runs(self) -> bool:

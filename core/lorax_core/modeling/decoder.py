@@ -33,9 +33,9 @@ class DecoderLayer(Block):
 
     @property
     def is_plain(self) -> bool:
-        """Whether `parts` may stand for a call: no subclass has a `forward` of its own, and nobody hooked the layer."""
+        """Whether `parts` may stand for a call: nobody gave the layer or its class a `forward`, nor hooked it."""
         watched = bool(self._forward_hooks or self._forward_pre_hooks)
-        return type(self).forward is DecoderLayer.forward and not watched
+        return getattr(self.forward, "__func__", None) is DecoderLayer.forward and not watched
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         x, rest = self.parts(x, None, batch)

@@ -278,7 +278,7 @@ class Call:
             )
             # `raise ... from` without raising: the error is kept as a result.
             failure.__cause__ = error
-            self.results[answer.index], shown = failure, False
+            self.results[answer.index], shown = failure, bool(news.token_ids)
         # Also after an error above, or the call would never end.
         if news.end is not None:
             answer.sequence.sink = discard  # the sequence, and with it its adapter, is freed with the call
@@ -303,7 +303,8 @@ class Call:
 
     def _close_one(self) -> None:
         with self._changed:
-            assert self._open is not None
+            if not self._open:  # cancelled meanwhile, by a signal handler of this very thread
+                return
             self._open -= 1
             if self._open == 0:
                 self._wake()  # others may wait for the same call

@@ -87,6 +87,7 @@ class TritonGraph(GraphLora):
         self.launch = lora.Launch(tiles, scratch, rows, CAPTURED_RANKS, self._form)
         self._dtypes: frozenset[torch.dtype] = frozenset()  # of the rows that were captured
         self._started: str | None = None  # the site whose first product is launched
+        self._reads: Tensor | None = None  # what that product reads: not freed before it is joined
         self._problems: WeakKeyDictionary[Updates, tuple[str | None]] = WeakKeyDictionary()  # of adapters seen before
         self._segments: tuple[Segment, ...] = ()  # what the tiles say
         self.tables: list[AdapterTable] = []
@@ -123,9 +124,9 @@ class TritonGraph(GraphLora):
         if x.dtype not in self._dtypes:  # while it is captured
             self._dtypes |= {x.dtype}
             self._problems.clear()
-        x = _end_to_end(x)
+        self._reads = _end_to_end(x)
         with self._kernel.beside():
-            self.launch.shrink(number, RANKS_AT_ONCE, x, aligned=self._aligned[number])
+            self.launch.shrink(number, RANKS_AT_ONCE, self._reads, aligned=self._aligned[number])
         self._started = site
 
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
@@ -134,8 +135,8 @@ class TritonGraph(GraphLora):
             return
         if self._started != site:
             self.start(site, x)
-        self._started = None
         self._kernel.join()
+        self._started = self._reads = None
         with _changed(y) as into:
             self.launch.expand(number, x, into, aligned=self._aligned[number])
 

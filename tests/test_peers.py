@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_qwen2
+from builders import make_bert, make_qwen2
 from rich.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +66,21 @@ def test_results_are_shown_and_plotted(peers, result, capsys, tmp_path):
     if importlib.util.find_spec("matplotlib") is not None:
         peers.plot([result], tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_texts_are_embedded_by_each_contestant(peers, tmp_path_factory):
+    peers.HOME = tmp_path_factory.mktemp("encoders")
+    folder = make_bert(tmp_path_factory.mktemp("bert"), tokenizer=False, max_position_embeddings=256)
+    folder = folder.rename(folder.with_name("minilm"))
+    names = ["transformers-float32", "lorax-float32"]
+
+    with Progress(disable=True) as progress:
+        result = peers.compete("minilm", folder, 256, names, 1, FixedReader(), progress)
+
+    assert result["missing"] == {}
+    assert {name: set(one["seconds"]) for name, one in result["contestants"].items()} == {
+        one: {"texts"} for one in names
+    }
 
 
 def test_jobs_are_new_each_time_and_texts_are_short_and_long(peers):

@@ -63,13 +63,13 @@ def transformers_embed(folder: str, precision: str) -> Embed:
     return embed
 
 
-def lorax_engine(folder: str, precision: str) -> Any:
+def lorax_engine(folder: str, precision: str, **options: Any) -> Any:
     """An engine; with weights in int8 and int4 the rest is in bfloat16, as in OpenVINO's."""
     import lorax_core
 
     quantize = precision if precision.startswith("int") else None
     dtype = "bfloat16" if quantize else precision
-    return lorax_core.load(folder, dtype=dtype, quantize=quantize, device="cpu", threads=THREADS)
+    return lorax_core.load(folder, dtype=dtype, quantize=quantize, device="cpu", threads=THREADS, **options)
 
 
 def lorax_generate(folder: str, precision: str) -> Generate:
@@ -80,8 +80,8 @@ def lorax_generate(folder: str, precision: str) -> Generate:
 
 def lorax_embed(folder: str, precision: str) -> Embed:
     """All texts in one call, in any order."""
-    engine = lorax_engine(folder, precision)
-    return lambda texts: engine.embed(texts, pooling="mean", normalize=False)
+    engine = lorax_engine(folder, precision, pooling="mean", normalize=False)
+    return engine.embed  # type: ignore[no-any-return]
 
 
 def openvino_settings(precision: str) -> dict[str, Any]:

@@ -120,14 +120,20 @@ def read_prompt() -> str:
 
 def read_lines() -> Iterator[list[str]]:
     """The lines of stdin, as many at a time as there are without waiting. They end at line feeds alone, after a CR or not."""
-    rest, number = b"", 1
+    rest: list[bytes] = []  # pieces of the line that has not ended: joined once, however long it is
+    size, number = 0, 1
     while chunk := _read():
-        *whole, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_TEXT:
+        *whole, last = chunk.split(b"\n")
+        if whole:
+            whole[0] = b"".join((*rest, whole[0]))
+            rest, size = [], 0
+        rest.append(last)
+        size += len(last)
+        if size > MAX_TEXT:
             raise _too_long(f"line {number + len(whole)} of stdin")
         yield from _texts(whole, number)
         number += len(whole)
-    yield from _texts([rest] if rest else [], number)
+    yield from _texts([b"".join(rest)] if size else [], number)
 
 
 def _texts(lines: list[bytes], number: int) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Some hundreds of cases of every campaign, of one seed: nothing is found, and all four verdicts happen.
+"""Some dozens of cases over all campaigns, of one seed: nothing is found, and all four verdicts happen.
 
 `make fuzz` runs tens of thousands; `CONTRIBUTING.md` says how.
 """
@@ -22,7 +22,7 @@ from fuzz.pool import run_cases
 from fuzz.verdicts import Finding, Kind, Verdict
 from lorax_core.errors import RequestError
 
-CASES = 100
+CASES = 60
 SEED = 12
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from lorax_core.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "core/pyproject.toml").read_text("utf-8"))["project"][
@@ -98,3 +101,9 @@ def test_ci_runs_the_tests_of_the_gpu_code_after_the_others():
     assert commands[-4:] == ["make lint", "make test", "make test-gpu", "make test-triton"]
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert "tests/gpu $(ARGS)" in makefile.partition("\ntest-gpu:")[2].partition("\n\n")[0]
+
+
+def test_the_command_is_the_one_that_tests_run():
+    [script] = entry_points(group="console_scripts", name="lorax")
+
+    assert script.load() is main

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lorax_core.kernels.elementwise import Elementwise
 from lorax_core.modeling import Decoder, DecoderLayer, ModelConfig, RMSNorm
 from lorax_core.modeling.batch import NoAdapters
 from lorax_core.modeling.blocks import Block
@@ -81,6 +82,30 @@ def test_rows_are_those_of_whole_rows_from_layer_to_layer(layers, dtype):
     decoder = make_decoder(layers[1](), dtype)
 
     assert torch.equal(decoder(BATCH), plainly(decoder))
+
+
+class Counting(Elementwise):
+    """The readable form, which tells how often a sum and a norm were one call."""
+
+    def __init__(self):
+        self.together = 0
+
+    def add_rms_norm(self, *given):
+        self.together += 1
+        return super().add_rms_norm(*given)
+
+
+@torch.inference_mode()
+def test_each_sum_is_part_of_the_next_norm():
+    decoder, counting = make_decoder([make_layer(seed=at) for at in range(3)], torch.float32), Counting()
+    for module in decoder.modules():
+        if isinstance(module, RMSNorm):
+            module.elementwise = counting
+
+    decoder(BATCH)
+
+    # Two sums a layer: the second one's norm is the next layer's first, or the last of all.
+    assert counting.together == 6
 
 
 @torch.inference_mode()

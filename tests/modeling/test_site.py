@@ -136,3 +136,32 @@ def test_a_layer_that_is_given_another_forward_keeps_its_adapters(name):
 
     layer.bias = None  # everything else is set as in any module
     assert layer.bias is None
+
+
+class Told(Rows):
+    """Tells what it was asked, beside what the site itself did."""
+
+    def __init__(self, told):
+        super().__init__(delta=self)
+        self.told = told
+
+    def start(self, site, x):
+        self.told.append(("start", site, x))
+
+    def apply(self, site, x, y):
+        self.told.append(("apply", site, x))
+        return y
+
+
+def test_adapters_may_start_before_the_base_layer():
+    told = []
+
+    class Watched(Linear):
+        def compute(self, x, kernel):
+            told.append("base")
+            return super().compute(x, kernel)
+
+    layer, x = make_site(Watched, lambda kind: kind(SIZE, SIZE), 0), torch.ones(2, SIZE)
+    layer(x, Told(told))
+
+    assert told == [("start", layer, x), "base", ("apply", layer, x)]

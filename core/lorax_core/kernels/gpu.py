@@ -1,6 +1,7 @@
 """The GPU of this process: what it is, and work that it does at the same time.
 
-Asks torch in one place, so that tests can put another GPU there.
+Decides in which order two branches of work are launched. Asks torch in one place, so that tests can put another GPU there.
+Knows nothing of what is computed.
 """
 
 from __future__ import annotations

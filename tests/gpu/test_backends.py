@@ -11,6 +11,7 @@ from gpu.doubles.backends import BACKENDS, backends_on_cpu
 from gpu.steps import Step, graph_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from lorax_core.attention.base import AttentionSpec
 
@@ -319,3 +320,28 @@ def test_each_kind_of_layer_is_planned_once_a_step():
 
         assert sum(module.plans for module in modules.values()) == 3
         assert sum(module.runs for module in modules.values()) == 7
+
+
+class Zeros(TorchFunctionMode):
+    """Tells what is filled with zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.zeros:
+            self.shapes.append(tuple(made.shape))
+        return made
+
+
+def test_what_flashinfer_writes_is_not_filled_with_zeros_first():
+    step = Step([spec()], STEPS["all kinds"])
+
+    with Zeros() as filled:
+        answers = step.by(BACKENDS["flashinfer"]())
+
+    assert tuple(answers[0].shape) not in filled.shapes
+    assert filled.shapes  # the workspace of its kernels is
+    step.insist(answers)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from builders import make_byte_tokenizer, make_lora, make_qwen2_model
 from fakes import EchoedStep, FlakyBackend, Illiterate, PagedEcho, echoed
 from rigs import finish, make_adapters, make_loaded, make_loop, make_sequence
+from torch.overrides import TorchFunctionMode
 
 from lorax_core.engine.drafting import PromptLookup
 from lorax_core.engine.loop import EngineLoop
@@ -378,3 +380,30 @@ def test_a_request_that_leaves_frees_its_pages_and_hears_no_more(base):
     assert leaving.finished
     assert staying.output == written(base, [21], 5)
     assert loop.scheduler.allocator.available == loop.scheduler.allocator.capacity
+
+
+class Transfers(TorchFunctionMode):
+    """Counts tensors on their way to a device, which are some of a GPU's dearest launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.Tensor.to
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_of_many_rows_brings_no_more_tensors_than_one_of_few(base):
+    counts = []
+
+    for rows in (2, 12):
+        loop = make_loop(base, max_rows=16, pages=64)
+        for at in range(rows):
+            loop.add(make_sequence([at + 8, 9], 4))
+        loop.step()  # the prompts
+        with Transfers() as transfers:
+            loop.step()
+        counts.append(transfers.count)
+
+    assert counts[0] == counts[1] > 0

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from compiled import compiled_for_avx2, only_on_x86
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from lorax_core.adapters.lora_kernels.base import LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.select import select_kernel, wrong_numbers
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
-from lorax_core.kernels.native.low_rank import load_low_rank
+from lorax_core.kernels.native.low_rank import SOURCE, LowRankProduct, load_low_rank
 from lorax_core.settings import Settings
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -112,6 +113,20 @@ def test_every_kernel_computes_the_definition_at_every_site(worth, dtype, seed, 
     before = y.clone()
     plan.add("nowhere", x, y)
     assert torch.equal(before, y)
+
+
+@only_on_x86
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_processor_with_avx2_alone_the_definition_is_computed_too(dtype, tmp_path):
+    kernel = NativeKernel(LowRankProduct(compiled_for_avx2(SOURCE, tmp_path)), 1_000_000)
+    x, y, segments = make_work(2, 130, 1200, [(3, (8, 4)), (1, (1,)), (5, (5, 1, 2))], dtype)
+    wanted = expected(x, y, segments)
+
+    kernel.plan(segments).add("here", x, y)
+
+    off = (y.double() - wanted).abs().max() / wanted.abs().max()
+    assert off < (2e-6 if dtype is torch.float32 else 2e-2)
 
 
 @needs_compiler

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 
 import pytest
 import torch
+from compiled import compiled_for_avx2, only_on_x86
 
 from lorax_core.kernels import quantized as readable
 from lorax_core.kernels.native import quantized as native
-from lorax_core.kernels.native.build import FLAGS
-from lorax_core.kernels.native.compiler import find_compiler
 from lorax_core.kernels.native.quantized import SOURCE, QuantizedProduct, load_quantized
 from lorax_core.kernels.quantized import FORMATS, Format, Quantized
 from lorax_core.settings import Settings
@@ -23,17 +20,12 @@ SHAPES = [(64, 64), (200, 896), (130, 201), (3, 5), (65, 4864)]
 LOST = {"int8": 0.008, "int4": 0.1}  # of a weight of normal numbers, root mean square
 
 
-@pytest.fixture(scope="module", params=["this processor", "AVX2", "torch"])
+@pytest.fixture(scope="module", params=["this processor", pytest.param("AVX2", marks=only_on_x86), "torch"])
 def product(request, tmp_path_factory):
     if request.param == "torch":
         return Readable()
     if request.param == "AVX2":  # without instructions for products of bytes
-        library = tmp_path_factory.mktemp("avx2") / "quantized.so"
-        flags = [flag for flag in FLAGS if flag != "-march=native"]
-        find_compiler(os.geteuid()).run(
-            *flags, "-march=x86-64-v3", "-Wno-psabi", "-shared", str(SOURCE), "-o", str(library), folder=library.parent
-        )
-        return QuantizedProduct(ctypes.CDLL(str(library)))
+        return QuantizedProduct(compiled_for_avx2(SOURCE, tmp_path_factory.mktemp("avx2")))
     found, why = load_quantized(Settings.from_env())
     assert found is not None, why
     return found

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-
 import pytest
 import torch
+from compiled import compiled_for_avx2, only_on_x86
 
 from lorax_core.kernels import onednn
-from lorax_core.kernels.native.build import FLAGS
-from lorax_core.kernels.native.compiler import find_compiler
 from lorax_core.kernels.native.skinny import MOST_ROWS, SOURCE, SkinnyProduct, load_skinny
 from lorax_core.linear_methods.onednn import FEW_ROWS, OneDnn
 from lorax_core.settings import Settings
@@ -20,15 +16,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(64, 64), (192, 896), (200, 160), (48, 32), (33, 64), (130, 4864)]
 
 
-@pytest.fixture(scope="module", params=["this processor", "AVX2"])
+@pytest.fixture(scope="module", params=["this processor", pytest.param("AVX2", marks=only_on_x86)])
 def product(request, tmp_path_factory):
     if request.param == "AVX2":  # without instructions for bfloat16
-        library = tmp_path_factory.mktemp("avx2") / "skinny.so"
-        flags = [flag for flag in FLAGS if flag != "-march=native"]
-        find_compiler(os.geteuid()).run(
-            *flags, "-march=x86-64-v3", "-Wno-psabi", "-shared", str(SOURCE), "-o", str(library), folder=library.parent
-        )
-        return SkinnyProduct(ctypes.CDLL(str(library)))
+        return SkinnyProduct(compiled_for_avx2(SOURCE, tmp_path_factory.mktemp("avx2")))
     found, why = load_skinny(Settings.from_env())
     assert found is not None, why
     return found

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+// Vectors wider than the processor's own are handed on in memory. No function that takes them leaves its source, so compilers
+// need not agree on how.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 typedef uint16_t bf16;
 
 typedef float Floats __attribute__((vector_size(64)));

@@ -1,6 +1,7 @@
 # One word a job; `make` alone lists them. Each sets up what it needs first, once, into .venv:
 #   .venv/.demo  core and the architectures of this repository, editable: enough to run
 #   .venv/.test  the test and lint tools on top
+#   .venv/.cross on top of those, a compiler for other processors and an emulator of one
 #   .venv/.bench core, and what benchmarks plot with
 #   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
 # All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
@@ -27,7 +28,7 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu test-triton fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-gpu test-triton test-cross fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,6 +48,9 @@ test-triton: $(VENV)/.triton ## Run the tests of the Triton kernels under the ol
 	@PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(RUN) -c "import triton; assert triton.__version__ == '$(OLDEST_TRITON)', triton"
 	@PYTHONPATH=$(VENV)/triton-$(OLDEST_TRITON) $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal \
 	  tests/gpu/test_triton_lora.py tests/gpu/test_ptx.py $(ARGS)
+
+test-cross: $(VENV)/.cross ## Compile the native sources for other processors, and run them on an emulated ARM (100 MB, once)
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/cross $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
@@ -118,6 +122,11 @@ $(VENV)/.gpu: $(VENV)/.test
 	@$(PIP) "lorax-core[gpu-test]" wheel
 	@$(PIP) --no-deps flashinfer-python
 	@FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE FLASH_ATTENTION_FORCE_BUILD=TRUE $(PIP) --no-build-isolation --no-deps flash-attn
+	@touch $@
+
+$(VENV)/.cross: $(VENV)/.test
+	$(SAY) "set-up: installing zig, which compiles for any processor, and unicorn, which runs ARM's code (once, about a minute)"
+	@$(PIP) ziglang unicorn
 	@touch $@
 
 # Beside the pinned one, in a folder of its own.

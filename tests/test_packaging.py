@@ -76,14 +76,15 @@ def test_no_dependency_and_no_extra_for_tests_brings_the_packages_for_a_gpu():
     assert not {"triton", "flashinfer-python", "flash-attn"} & (everywhere | set(required("test")))
 
 
-def test_the_tests_of_the_gpu_code_run_only_where_they_are_named(tmp_path: Path):
+def test_tests_that_need_more_packages_run_only_where_they_are_named(tmp_path: Path):
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for folder in ("tests", "tests/gpu", "tests/support"):
+    for folder in ("tests", "tests/gpu", "tests/cross", "tests/support"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "test_one.py").write_text("def test_it():\n    pass\n", encoding="utf-8")
 
     assert collected(tmp_path, "tests") == ["tests/support/test_one.py::test_it", "tests/test_one.py::test_it"]
-    assert collected(tmp_path, "tests/gpu") == ["tests/gpu/test_one.py::test_it"]
+    for folder in ("tests/gpu", "tests/cross"):
+        assert collected(tmp_path, folder) == [f"{folder}/test_one.py::test_it"]
 
 
 def collected(folder: Path, *arguments: str) -> list[str]:
@@ -95,12 +96,13 @@ def collected(folder: Path, *arguments: str) -> list[str]:
     return sorted(line for line in done.stdout.splitlines() if "::" in line)
 
 
-def test_ci_runs_the_tests_of_the_gpu_code_after_the_others():
+def test_ci_runs_the_tests_that_need_more_packages_after_the_others():
     commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
-    assert commands[-4:] == ["make lint", "make test", "make test-gpu", "make test-triton"]
+    assert commands[-5:] == ["make lint", "make test", "make test-gpu", "make test-triton", "make test-cross"]
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    assert "tests/gpu $(ARGS)" in makefile.partition("\ntest-gpu:")[2].partition("\n\n")[0]
+    for name in ("gpu", "cross"):
+        assert f"tests/{name} $(ARGS)" in makefile.partition(f"\ntest-{name}:")[2].partition("\n\n")[0]
 
 
 def test_the_command_is_the_one_that_tests_run():

@@ -1,6 +1,7 @@
 """What adapters cost: one base, alone and with many of them in one batch.
 
-    python benchmarks/adapters.py [--size 0.5b|small] [--dtype float32] [--batch 16] [--tokens 16] [--rounds 3] [--json]
+    python benchmarks/adapters.py [--size 0.5b|small] [--widths float32 bfloat16 int8 int4] [--batch 16]
+                                  [--tokens 8] [--rounds 3] [--many 1000] [--no-peft] [--json]
 
 Rank 16 on every linear layer of a Qwen2 of random weights (answers are not read, only timed):
 
@@ -9,12 +10,15 @@ Rank 16 on every linear layer of a Qwen2 of random weights (answers are not read
 2. the same batch through PEFT (`adapter_names=`), as a share of the base's rate in transformers, and against ours;
 3. many small adapters (rank 8, queries and values, bfloat16), few of them on the device, requests over all of them.
 
+PEFT takes part in float32 and bfloat16, which its base can have.
+
 Machines are noisy: every round measures the base before and after the cases, and the figure is the median of the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import resource
@@ -234,18 +238,57 @@ def resident() -> int:
 
 def show(results: dict[str, Any]) -> None:
     """A table on stdout."""
-    table = Table("case", "figure", "value")
-    for case, figures in results.items():
-        for name, value in figures.items():
-            table.add_row(case, name, f"{value:,.3f}")
+    table = Table("width", "case", "figure", "value")
+    for width, cases in results.items():
+        for case, figures in cases.items():
+            for name, value in figures.items():
+                table.add_row(width, case, name, f"{value:,.3f}")
     Console().print(table)
+
+
+def cases_of(batch: int, most: int) -> dict[str, list[str]]:
+    """The rows' adapters by the name of a case: up to 16 of them in a batch of the given size, 64 in 64 rows."""
+    return {
+        f"{count} adapters, {rows} rows, {popularity}": names
+        for count in (1, 4, 16, 64)
+        if count <= most
+        for rows in (max(batch, count) if count <= 16 else 64,)
+        for popularity, names in assignments(rows, count)
+    }
+
+
+def at_width(width: str, given: argparse.Namespace, folder: str, folders: dict[str, str], model: Any) -> dict[str, Any]:
+    """All figures of a base with weights of one width: those of 8 and 4 bits in a model that is bfloat16 otherwise."""
+    quantize = width if width.startswith("int") else None
+    options: dict[str, Any] = {
+        "dtype": "bfloat16" if quantize else width,
+        "quantize": quantize,
+        "kv_cache_tokens": 16_384,
+    }
+    vocab = int(SIZES[given.size]["vocab_size"])
+    few = dict(list(folders.items())[:16])
+    results: dict[str, Any] = {
+        "loaded and unused": {"decode": unused(folder, few, options, vocab, given.tokens, given.batch)}
+    }
+    with lorax.load(folder, adapters=folders, **options) as engine:
+        results["linear layers"] = dict(engine.info().linear_methods)
+        clock = Clock(engine, vocab, given.tokens)
+        results |= shares(clock, cases_of(given.batch, given.adapters), given.rounds)
+        if not given.no_peft and quantize is None:
+            names = [f"a{row % 16}" for row in range(given.batch)]
+            theirs = copy.deepcopy(model).to(getattr(torch, width))
+            results["PEFT, 16 adapters"] = peft_shares(theirs, few, names, clock, given.rounds)
+    if given.many:
+        with tempfile.TemporaryDirectory() as root:
+            results["many adapters"] = many(folder, Path(root), given.size, given.many, given.slots, options)
+    return results
 
 
 def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="0.5b")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--widths", nargs="+", choices=("float32", "bfloat16", "int8", "int4"), default=["float32"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
@@ -255,43 +298,21 @@ def main() -> None:
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    results: dict[str, Any] = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
         talk.print(f"making a random Qwen2 of size {given.size} …")
-        dtype = getattr(torch, given.dtype)
-        model = make_model(given.size, folder).to(dtype)
-        vocab = int(SIZES[given.size]["vocab_size"])
-        options = {"dtype": given.dtype, "kv_cache_tokens": 16_384}
+        model = make_model(given.size, folder)
         folders = {
-            f"a{number}": str(make_adapter(root / f"a{number}", given.size, 16, tuple(LINEARS), number, torch.bfloat16))
+            f"a{number}": str(
+                make_adapter(Path(folder, f"a{number}"), given.size, 16, tuple(LINEARS), number, torch.bfloat16)
+            )
             for number in track(range(given.adapters), "making adapters", console=talk)
         }
-        few = dict(list(folders.items())[:16])
-        results["loaded and unused"] = {
-            "decode": unused(folder, few, options, vocab, given.tokens, given.batch),
-        }
-        with lorax.load(folder, adapters=folders, **options) as engine:
-            clock = Clock(engine, vocab, given.tokens)
-            cases = {}
-            for count in (1, 4, 16, 64):
-                batch = max(given.batch, count) if count <= 16 else 64
-                if count <= given.adapters:
-                    for popularity, names in assignments(batch, count):
-                        cases[f"{count} adapters, {batch} rows, {popularity}"] = names
-            results |= shares(clock, cases, given.rounds)
-            if not given.no_peft:
-                names = [f"a{row % 16}" for row in range(given.batch)]
-                results["PEFT, 16 adapters"] = peft_shares(model, few, names, clock, given.rounds)
-        if given.many:
-            results["many adapters"] = many(folder, root, given.size, given.many, given.slots, options)
+        for width in given.widths:
+            talk.print(width)
+            results[width] = at_width(width, given, folder, folders, model)
     if given.json:
-        facts = {
-            "size": given.size,
-            "dtype": given.dtype,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+        facts = {"size": given.size, "threads": torch.get_num_threads(), "torch": torch.__version__}
         sys.stdout.write(json.dumps({**facts, **results}) + "\n")
     else:
         show(results)

@@ -48,6 +48,13 @@ def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+@only_on_x86
+def test_the_oldest_processors_give_the_same_numbers(tmp_path):
+    library = compiled_for_avx2(SOURCE, tmp_path, "x86-64")
+
+    assert native._difference(QuantizedProduct(library)) is None
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)

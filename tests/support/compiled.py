@@ -16,10 +16,10 @@ STRICT = ("-Wall", "-Wextra", "-Werror")
 only_on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is of x86")
 
 
-def compiled_for_avx2(source: Path, folder: Path) -> ctypes.CDLL:
-    """The library of a source for processors that have AVX2 and no more; a warning is an error."""
+def compiled_for_avx2(source: Path, folder: Path, level: str = "x86-64-v3") -> ctypes.CDLL:
+    """The library of a source for processors that have AVX2 and no more, or of another level; a warning is an error."""
     library = folder / f"{source.stem}.so"
     flags = [flag for flag in FLAGS if flag != "-march=native"]
-    target = ("-march=x86-64-v3", "-shared", str(source), "-o", str(library))
+    target = (f"-march={level}", "-shared", str(source), "-o", str(library))
     find_compiler(os.geteuid()).run(*flags, *STRICT, *target, folder=folder)
     return ctypes.CDLL(str(library))

@@ -21,6 +21,8 @@ static inline float sum(Floats value) {
     return total;
 }
 
+#if defined(__AVX512F__) || defined(__clang__)
+
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -45,13 +47,28 @@ static inline Floats sums_of(Floats (&v)[LANES]) {
            SHUFFLED(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
+#else
+
+// Lane i is the sum of vector i.
+static inline Floats sums_of(Floats (&v)[LANES]) {
+    float each[LANES][LANES], sums[LANES];
+    for (int i = 0; i < LANES; ++i) store(each[i], v[i]);
+    for (int i = 0; i < LANES; ++i) {
+        sums[i] = 0;
+        for (int j = 0; j < LANES; ++j) sums[i] += each[i][j];
+    }
+    return load(sums);
+}
+
+#endif
+
 // e^x for x <= 0 to about 1e-7 of itself; minus infinity gives 0 and NaN stays NaN.
 static inline Floats exponential(Floats x) {
     Floats low = all(-104.0f);
-    x = x < low ? low : x;
+    x = at_least(x, low);
     // To the nearest whole number. Not by adding a large one: sums may be reordered, which would undo it.
-    Ints whole = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, Ints);
-    Floats n = __builtin_convertvector(whole, Floats);
+    Ints whole = converted<Ints>(x * 1.44269504088896341f - 0.5f);
+    Floats n = converted<Floats>(whole);
     Floats r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     Floats p = all(1.9875691500e-4f);
@@ -161,10 +178,12 @@ static inline void weigh(Queries &kept, int64_t queries, const float *v, int64_t
         float largest = kept.largest[i];
         for (int64_t j = 0; j < KEYS; ++j) largest = scores[i][j] > largest || scores[i][j] != scores[i][j] ? scores[i][j] : largest;
         if (largest == -INFINITY) continue;  // nothing is seen yet, and inf - inf is NaN
-        Floats weights = exponential(load(scores[i]) - largest);
+        const Floats exact = exponential(load(scores[i]) - largest);
+        float weights[KEYS];
+        store(weights, exact);
         float before = largest == kept.largest[i] ? 1.0f : expf(kept.largest[i] - largest);
         kept.largest[i] = largest;
-        kept.total[i] = kept.total[i] * before + sum(weights);
+        kept.total[i] = kept.total[i] * before + sum(exact);
         float *values = kept.values + i * dim;
         for (int64_t d = 0; d < dim; d += LANES) {
             Floats sums = load(values + d) * before;

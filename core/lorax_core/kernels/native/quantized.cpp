@@ -18,7 +18,7 @@
 
 #include "numbers.h"
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -48,6 +48,19 @@ static inline Ints plus(Ints sums, Words codes, int32_t x) {
     for (int i = 0; i < 2; ++i) half[i] = _mm256_dpbusd_avx_epi32(half[i], code[i], _mm256_set1_epi32(x));
     memcpy(&sums, half, sizeof half);
     return sums;
+#elif defined(__AVX2__)
+    // The even bytes, then the odd ones, as numbers of 16 bits.
+    const __m256i four = _mm256_set1_epi32(x);
+    const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), high = _mm256_srai_epi16(four, 8);
+    __m256i sum[2], code[2];
+    memcpy(sum, &sums, sizeof sum);
+    memcpy(code, &codes, sizeof code);
+    for (int i = 0; i < 2; ++i) {
+        sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_and_si256(code[i], _mm256_set1_epi32(0x00ff00ff)), low));
+        sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_srli_epi16(code[i], 8), high));
+    }
+    memcpy(&sums, sum, sizeof sum);
+    return sums;
 #else
     for (int i = 0; i < 4; ++i) sums += (Ints)((codes >> (8 * i)) & 255) * (int32_t)(int8_t)(x >> (8 * i));
     return sums;
@@ -56,7 +69,7 @@ static inline Ints plus(Ints sums, Words codes, int32_t x) {
 
 static inline Words words(const uint8_t *at) {
     Words found;
-    memcpy(&found, at, sizeof found);
+    read(found, at);
     return found;
 }
 
@@ -107,7 +120,7 @@ static inline void add_group(const uint8_t *record, const int8_t *x, int64_t wid
         const Floats scale = load(theirs + z * LANES);
         for (int m = 0; m < M; ++m) {
             float *at = sums + m * OUTPUTS + z * LANES;
-            const Floats exact = __builtin_convertvector(sum[m][z] - zeros[m * groups], Floats);
+            const Floats exact = converted<Floats>(sum[m][z] - zeros[m * groups]);
             store(at, load(at) + exact * (scale * scales[m * groups]));
         }
     }
@@ -216,9 +229,8 @@ static inline Floats codes_of(Floats values, float by) {
     const Floats least = all(BITS == 8 ? -127.0f : -8.0f), most = all(BITS == 8 ? 127.0f : 7.0f);
     // Added and taken away, it leaves no place for what is behind the point: to the nearest, ties to even.
     const Floats magic = all(12582912.0f);
-    Floats codes = values * by;
-    codes = codes < least ? least : codes > most ? most : codes;
-    return (codes + magic) - magic;
+    const Floats codes = values * by;
+    return (at_most(at_least(codes, least), most) + magic) - magic;
 }
 
 // The scale of a group of a row. In 4 bits several are tried: the least squares of the errors wins.

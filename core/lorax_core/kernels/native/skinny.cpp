@@ -48,7 +48,7 @@ static inline void multiply(const T *w, const T *x, int64_t x_row, int64_t steps
             for (int z = 0; z < Z; ++z) sum[m][z] = plus(sum[m][z], weights[z], x + m * x_row + k * vector);
     }
     for (int m = 0; m < M; ++m)
-        for (int z = 0; z < Z; ++z) memcpy(sums + m * 64 + z * LANES, &sum[m][z], sizeof(Floats));
+        for (int z = 0; z < Z; ++z) store(sums + m * 64 + z * LANES, sum[m][z]);
 }
 
 template <typename T, int Z>

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from builders import make_bert, make_qwen2
 from rich.progress import Progress
+from safetensors import safe_open
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,28 @@ def test_the_limit_is_that_of_the_contestant_s_own_bits(peers, result):
 
     assert row["ratio"]["step"] == pytest.approx(2.0)
     assert row["times_limit"] == pytest.approx(0.2 / (32_000 * 8.25 / 32 / 1e6))
+
+
+def test_an_embedding_that_is_no_head_is_not_read_in_a_step(peers, tmp_path):
+    tied, apart = (
+        make_qwen2(tmp_path / name, vocab_size=100, tie_word_embeddings=name == "tied") for name in ("tied", "apart")
+    )
+
+    numbers = {folder: peers.bytes_of_a_step(folder) // 4 for folder in (tied, apart)}
+
+    with safe_open(tied / "model.safetensors", framework="np") as tensors:
+        whole = sum(tensors.get_tensor(name).size for name in tensors.keys())  # noqa: SIM118  not a dict
+    assert numbers[tied] == numbers[apart] == whole
+
+
+def test_a_contestant_that_fails_is_named_and_without_the_reference_nothing_is_told(peers, tmp_path):
+    peers.HOME = tmp_path
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text('{"vocab_size": 100}')
+
+    with Progress(disable=True) as progress, pytest.raises(RuntimeError, match="ended with 1; "):
+        peers.compete("tiny", empty, 1, ["transformers-float32"], 1, FixedReader(), progress)
 
 
 def test_results_are_shown_and_plotted(peers, result, capsys, tmp_path):

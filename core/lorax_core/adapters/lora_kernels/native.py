@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorax_core.adapters.lora_kernels.base import LoraKernel, LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.torch import TorchPlan
-from lorax_core.kernels.native.low_rank import Jobs, LowRankProduct, load_low_rank
+from lorax_core.kernels.native.low_rank import Jobs, LowRankProduct, Work, load_low_rank
 from lorax_core.settings import Settings
 
 WORTH = 256
@@ -47,7 +47,8 @@ class NativePlan(LoraPlan):
     ) -> None:
         self._product = product
         self._segments = segments  # whose tensors the jobs point into
-        self._dtypes = {update.a.dtype for segment, _ in segments for update in segment.updates.by_site.values()}
+        dtypes = {update.a.dtype for segment, _ in segments for update in segment.updates.by_site.values()}
+        self._dtype = dtypes.pop() if len(dtypes) == 1 else None
         jobs = np.concatenate([table.jobs for _, table in segments])
         sites = np.concatenate([table.sites for _, table in segments])
         counts = [len(table.jobs) for _, table in segments]
@@ -61,23 +62,22 @@ class NativePlan(LoraPlan):
         # Sorted by site, so the jobs of one site are one slice; `add` slices nothing.
         found, starts = np.unique(sites, return_index=True)
         stops = [*starts[1:], len(sites)]
-        self._at: dict[str, Jobs] = {}
+        self._at: dict[str, Work] = {}
         largest = 0
         for site, start, stop in zip(found, starts, stops, strict=True):
             # Offsets start anew at each site: sites run one after the other and share one scratch memory.
             before = ends[start] - scratch[start]
             jobs["at"][start:stop] = ends[start:stop] - scratch[start:stop] - before
             largest = max(largest, int(ends[stop - 1] - before))
-            self._at[names[site]] = jobs[start:stop]
+            self._at[names[site]] = Work(jobs[start:stop])
         self._scratch = torch.empty(largest)
 
     def add(self, site: str, x: Tensor, y: Tensor) -> None:
-        jobs = self._at.get(site)
-        if jobs is not None:
-            if self._dtypes != {x.dtype}:  # addresses say nothing of what lies there
-                theirs = ", ".join(map(str, self._dtypes))
-                raise RuntimeError(f"{site} computes in {x.dtype}, its adapters in {theirs}")
-            self._product.add(x, y, jobs, self._scratch)
+        work = self._at.get(site)
+        if work is not None:
+            if self._dtype is not x.dtype:  # addresses say nothing of what lies there
+                raise RuntimeError(f"{site} computes in {x.dtype}, its adapters in {self._dtype or 'several dtypes'}")
+            self._product.add(x, y, work, self._scratch)
 
 
 class _Both(LoraPlan):

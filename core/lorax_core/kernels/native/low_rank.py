@@ -27,6 +27,17 @@ Jobs = NDArray[np.void]
 """Work as `struct Job` of the source has it. Addresses hold as long as the tensors that they were made of."""
 
 
+class Work:
+    """The jobs of one call, as it takes them: looked up once, since a step has a call at every site."""
+
+    __slots__ = ("address", "count", "jobs")
+
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs = jobs  # whose memory lies at the address
+        self.address: int = jobs.ctypes.data
+        self.count = len(jobs)
+
+
 class LowRankProduct:
     """`y += (x A^T) B^T` for many pairs in one call, over float32 or bfloat16 on the CPU."""
 
@@ -47,7 +58,7 @@ class LowRankProduct:
         rows = [(a.data_ptr(), b.data_ptr(), 0, 0, len(a), column, b.shape[1], 0) for a, b, column in pairs]
         return np.array(rows, _JOB)
 
-    def add(self, x: Tensor, y: Tensor, jobs: Jobs, scratch: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, work: Work, scratch: Tensor) -> None:
         """Add to y `[rows, out]` what the jobs make of x `[rows, in]`, both of one dtype.
 
         `scratch` holds `rows * rank` numbers of float32 for each job, from the job's `at` on.
@@ -55,14 +66,14 @@ class LowRankProduct:
         assert x.dtype is y.dtype, f"x is {x.dtype} and y {y.dtype}"
         if y.stride(-1) != 1:
             # Not `contiguous()`: for one column it gives the same strides back.
-            self.add(x, whole := torch.empty(y.shape, dtype=y.dtype).copy_(y), jobs, scratch)
+            self.add(x, whole := torch.empty(y.shape, dtype=y.dtype).copy_(y), work, scratch)
             y.copy_(whole)
             return
         # Rows may lie apart (a slice of a fused output), but the numbers of a row must be neighbours.
         x = x if x.stride(-1) == 1 else x.contiguous()
         self._functions[x.dtype](
             *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), x.shape[1]),
-            *(jobs.ctypes.data, len(jobs), scratch.data_ptr(), torch.get_num_threads()),
+            *(work.address, work.count, scratch.data_ptr(), torch.get_num_threads()),
         )
 
 

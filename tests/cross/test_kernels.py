@@ -13,11 +13,14 @@ from emulated import ARM, X86, Emulated, cross_compile
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.select import wrong_numbers
 from lorax_core.kernels import onednn
-from lorax_core.kernels.native import attention, low_rank, quantized, skinny
+from lorax_core.kernels.elementwise import READABLE
+from lorax_core.kernels.native import attention, elementwise, low_rank, quantized, skinny
+from lorax_core.kernels.native.elementwise import NativeElementwise
 from lorax_core.kernels.native.low_rank import LowRankProduct
 from lorax_core.kernels.native.quantized import QuantizedProduct
 from lorax_core.kernels.native.skinny import SkinnyProduct
 from lorax_core.kernels.quantized import FORMATS
+from lorax_core.modeling.activation import get_activation
 
 SOURCES = sorted(Path(attention.__file__).parent.glob("*.cpp"))
 PROCESSORS = [
@@ -44,6 +47,7 @@ def emulated(source, processors):
 
 attention_library = emulated(attention.SOURCE, ["generic"])
 low_rank_library = emulated(low_rank.SOURCE, ["generic"])
+elementwise_library = emulated(elementwise.SOURCE, ["generic"])
 quantized_library = emulated(quantized.SOURCE, ["generic", "generic+dotprod"])
 skinny_library = emulated(skinny.SOURCE, ["generic"])
 
@@ -59,7 +63,7 @@ def test_a_source_compiles_without_a_warning(source, target, processor, tmp_path
 
 
 def test_every_source_has_a_test_on_arm():
-    assert {attention.SOURCE, low_rank.SOURCE, quantized.SOURCE, skinny.SOURCE} == set(SOURCES)
+    assert {each.SOURCE for each in (attention, elementwise, low_rank, quantized, skinny)} == set(SOURCES)
 
 
 def test_what_is_not_the_function_s_is_neither_read_nor_written(low_rank_library):
@@ -108,6 +112,22 @@ def test_low_rank_updates_on_arm(low_rank_library, dtype):
     kernel = NativeKernel(LowRankProduct(low_rank_library), 1_000_000)
 
     assert wrong_numbers(kernel, dtype, CPU) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_and_gates_on_arm(elementwise_library, dtype):
+    form = NativeElementwise(elementwise_library)
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(5, 100, generator=generator).to(dtype) for _ in "xr")
+    weight, act = torch.randn(100, generator=generator).to(dtype), get_activation("silu")
+
+    normed, total = form.add_rms_norm(x, residual, weight, 1e-6)
+
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-3}
+    assert torch.equal(total, x + residual)
+    torch.testing.assert_close(normed, READABLE.rms_norm(total, weight, 1e-6), **near)
+    torch.testing.assert_close(form.gated_act(x, act), READABLE.gated_act(x, act), **near)
+    torch.testing.assert_close(form.act(x, get_activation("gelu_new")), get_activation("gelu_new")(x), **near)
 
 
 @pytest.mark.parametrize("case", list(drawn_cases())[::8], ids=lambda case: str(case.seed))

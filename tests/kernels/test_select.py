@@ -17,11 +17,27 @@ from lorax_core.settings import Settings
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_on_a_cpu_the_readable_form_computes_and_says_why():
-    kernels, reason = select_elementwise(torch.float32, CPU)
+def test_on_a_cpu_the_compiled_form_computes():
+    kernels, reason = select_elementwise(torch.bfloat16, CPU)
+
+    assert kernels.name == "native"
+    assert reason.endswith(".so")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "told"),
+    [
+        (torch.float16, "1", "no native kernels: they compute in float32 and bfloat16, not in float16"),
+        (torch.float32, "0", "no native kernels: LORAX_NATIVE is off"),
+    ],
+)
+def test_on_a_cpu_the_readable_form_computes_the_rest_and_says_why(monkeypatch, dtype, native, told):
+    monkeypatch.setenv("LORAX_NATIVE", native)
+
+    kernels, reason = select_elementwise(dtype, CPU)
 
     assert kernels is READABLE
-    assert reason == "no triton kernels: it computes on CUDA devices, not on cpu"
+    assert reason.startswith(told)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,10 @@ class Elementwise:
         gate, up = gate_up.chunk(2, dim=-1)  # [rows, intermediate] each
         return act(gate) * up
 
+    def act(self, x: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        """`act(x)` of x `[rows, size]`; what `gated_act` says of `act` holds here too."""
+        return act(x)
+
 
 READABLE = Elementwise()
 """What layers compute with unless they are given another form."""

@@ -108,7 +108,7 @@ class RotaryAttention(SelfAttention):
         return self.attention(q, k, v, batch, batch.angles(self.rotary, q.dtype))
 
 
-class MLP(Block):
+class MLP(Block, HasElementwise):
     """`down(act(up(x)))`; `act` is an activation's name in a `config.json`."""
 
     def __init__(self, hidden: int, intermediate: int, act: str, bias: bool = True) -> None:
@@ -118,7 +118,7 @@ class MLP(Block):
         self.down_proj = Linear(intermediate, hidden, bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        return self.down_proj(self.act(self.up_proj(x, batch)), batch)
+        return self.down_proj(self.elementwise.act(self.up_proj(x, batch), self.act), batch)
 
 
 class GatedMLP(Block, HasElementwise):

@@ -19,6 +19,7 @@ from torch import nn
 
 from lorax_core.attention.select import Selection, select_backend
 from lorax_core.errors import LoraxError
+from lorax_core.kernels.select import select_elementwise
 from lorax_core.modeling.heads import EmbeddingHead
 from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import Model
@@ -225,7 +226,10 @@ class Case:
         if key not in self._made:
             base, account = self.assemble(self.checkpoint(task), dtype)
             if not account.problems:
-                prepare_linears(_mean(base).model)
+                model = _mean(base).model
+                prepare_linears(model)
+                if model.device.type == "cpu":  # as an engine does; on a GPU trials stand before these kernels
+                    model.use_elementwise(select_elementwise(model.dtype, model.device)[0])
             self._made[key] = base, account
         return cast("tuple[LoadedModel, Account]", self._made[key])
 

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "exponential.h"
 #include "numbers.h"
 
 typedef uint8_t fp8;  // e4m3: no infinities, NaN is 0x7f and 0xff
@@ -61,27 +62,6 @@ static inline Floats sums_of(Floats (&v)[LANES]) {
 }
 
 #endif
-
-// e^x for x <= 0 to about 1e-7 of itself; minus infinity gives 0 and NaN stays NaN.
-static inline Floats exponential(Floats x) {
-    Floats low = all(-104.0f);
-    x = at_least(x, low);
-    // To the nearest whole number. Not by adding a large one: sums may be reordered, which would undo it.
-    Ints whole = converted<Ints>(x * 1.44269504088896341f - 0.5f);
-    Floats n = converted<Floats>(whole);
-    Floats r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    // 2^n in two steps: one alone would leave the exponents of float32 where the result is small.
-    Ints half = whole >> 1, rest = whole - half;
-    return p * (Floats)((half + 127) << 23) * (Floats)((rest + 127) << 23);
-}
 
 struct Shape {
     int64_t heads, kv_heads, dim;

@@ -56,13 +56,18 @@ struct Pair {
 EACH(+)
 EACH(-)
 EACH(*)
+EACH(/)
 EACH(&)
+EACH(^)
+EACH(|)
 EACH(<<)
 EACH(>>)
 #undef EACH
 
 template <typename V>
 INLINE Pair<V> operator-(float a, Pair<V> b) { return {a - b.low, a - b.high}; }
+template <typename V>
+INLINE Pair<V> operator/(float a, Pair<V> b) { return {a / b.low, a / b.high}; }
 template <typename V, typename S>
 INLINE Pair<V> &operator+=(Pair<V> &a, S b) { return a = a + b; }
 

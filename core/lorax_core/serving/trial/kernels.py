@@ -148,7 +148,8 @@ def _normed(by: Elementwise, inputs: list[Tensor]) -> dict[str, Tensor]:
 
 def _gated(by: Elementwise, inputs: list[Tensor]) -> dict[str, Tensor]:
     names = ("silu", "gelu", "gelu_new", "relu")
-    return {f"gated {name}": by.gated_act(inputs[0], get_activation(name)) for name in names}
+    found = {f"gated {name}": by.gated_act(inputs[0], get_activation(name)) for name in names}
+    return found | {name: by.act(inputs[0], get_activation(name)) for name in names}
 
 
 def _turned(layer: LayerKind, by: Elementwise, inputs: list[Tensor]) -> dict[str, Tensor]:

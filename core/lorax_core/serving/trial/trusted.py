@@ -15,6 +15,7 @@ from lorax_core.adapters.lora_kernels.select import LoadKernel, Verify
 from lorax_core.attention.base import AttentionBackend, CacheLayout
 from lorax_core.kernels.elementwise import READABLE, Elementwise
 from lorax_core.kernels.select import select_elementwise
+from lorax_core.modeling.blocks import MLP
 from lorax_core.modeling.linear import GateUpLinear, Linear
 from lorax_core.modeling.model import Model
 from lorax_core.modeling.norm import Norm
@@ -53,10 +54,11 @@ class ModelTrials:
         return LoraTrial.model_validate({"kernel": class_path(load), "sizes": sizes, **self._on})
 
     def elementwise(self, form: Elementwise) -> ElementwiseTrial:
-        """An elementwise form at each width that is normalised or gated, and each number of dimensions that turn."""
+        """An elementwise form at each width that is normalised, activated or gated, and each number of dimensions that turn."""
         modules = list(self._model.modules())
         widths = {module.in_features for module in modules if isinstance(module, Norm)}
         gates = {module.intermediate for module in modules if isinstance(module, GateUpLinear)}
+        gates |= {module.up_proj.out_features for module in modules if isinstance(module, MLP)}
         # 0 as well: layers without rotation store keys all the same.
         turned = {module.rotary_dim for module in modules if isinstance(module, RotaryEmbedding)} | {0}
         sizes = {"widths": sorted(widths), "gates": sorted(gates), "turned": sorted(turned)}
@@ -96,9 +98,11 @@ class Trusted:
     def elementwise(self) -> tuple[Elementwise, str]:
         """The form of elementwise arithmetic, and why it is this one."""
         form, reason = select_elementwise(self._model.dtype, self._model.device)
-        if not self._tries or form is READABLE:
+        compiled = class_path(type(form)) == COMPILED_FORM and self._any
+        if form is READABLE or not (self._tries or compiled):
             return form, reason
-        problem = self._trials.problem(self._orders.elementwise(form))
+        trial = self._orders.elementwise(form)
+        problem = self._trials.problem(trial) if self._tries else self._trials.problem_here(trial)
         return (form, reason) if problem is None else (READABLE, f"no {form.name} kernels: {problem}")
 
     def graphs(self, backend: AttentionBackend, layout: CacheLayout, load: LoadKernel | None = None) -> str | None:
@@ -122,6 +126,7 @@ def class_path(found: type | Callable[..., object]) -> str:
 READABLE_BACKEND: Final = "lorax_core.attention.torch:TorchBackend"
 """What everything else is compared with."""
 COMPILED_BACKEND: Final = "lorax_core.attention.native:NativeBackend"
+COMPILED_FORM: Final = "lorax_core.kernels.native.elementwise:NativeElementwise"
 """Core's own on a CPU, which is compared in the process that uses it."""
 
 

@@ -320,9 +320,10 @@ def _likeliest(logits: Tensor, count: int) -> Tensor:
     """Ids `[rows, count]` of the largest logits in falling order, of equal ones the first: the same on every device."""
     vocab = logits.shape[-1]
     bits = (logits + 0.0).view(torch.int32)  # 0.0 added: -0.0 is no less than 0.0
-    # Read as integers, floats below 0 fall where they should rise.
-    rank = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    keys = (rank << 32) + torch.arange(vocab - 1, -1, -1, device=logits.device)  # no two are equal
+    # Read as integers, floats below 0 fall where they should rise. In place: each copy takes as long as finding the largest.
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    keys = bits.long().bitwise_left_shift_(32)
+    keys += torch.arange(vocab - 1, -1, -1, device=logits.device)  # no two are equal
     return vocab - 1 - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from compiled import compiled_for_avx2, only_on_x86
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +16,6 @@ from lorax_core.engine.sampler import Sampled, Scores, select_native
 from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.step_input import SamplingRow
 from lorax_core.engine.transfer import Transfer
-from lorax_core.kernels.native.build import FLAGS
-from lorax_core.kernels.native.compiler import find_compiler
 from lorax_core.kernels.native.sampling import SOURCE, NativeSampling
 
 CPU = torch.device("cpu")
@@ -38,15 +35,10 @@ SETTINGS = st.builds(
 )
 
 
-@pytest.fixture(scope="module", params=["this processor", "AVX2"])
+@pytest.fixture(scope="module", params=["this processor", pytest.param("AVX2", marks=only_on_x86)])
 def native(request, tmp_path_factory):
     if request.param == "AVX2":
-        library = tmp_path_factory.mktemp("avx2") / "sampling.so"
-        flags = [flag for flag in FLAGS if flag != "-march=native"]
-        find_compiler(os.geteuid()).run(
-            *flags, "-march=x86-64-v3", "-Wno-psabi", "-shared", str(SOURCE), "-o", str(library), folder=library.parent
-        )
-        return NativeSampling(ctypes.CDLL(str(library)))
+        return NativeSampling(compiled_for_avx2(SOURCE, tmp_path_factory.mktemp("avx2")))
     found = select_native(CPU)
     assert found is not None
     return found

@@ -9,10 +9,20 @@
 
 #include "numbers.h"
 
-typedef double Doubles __attribute__((vector_size(64)));
-typedef int64_t Longs __attribute__((vector_size(64)));
-typedef int32_t Whole __attribute__((vector_size(32)));
-typedef float Narrow __attribute__((vector_size(32)));
+#ifdef __AVX512F__
+#define WIDTH 64
+#else  // GCC keeps in memory what is wider than the processor's own
+#define WIDTH 32
+#endif
+typedef float Singles __attribute__((vector_size(WIDTH)));
+typedef int32_t Flags __attribute__((vector_size(WIDTH)));
+typedef double Doubles __attribute__((vector_size(WIDTH)));
+typedef int64_t Longs __attribute__((vector_size(WIDTH)));
+typedef int32_t Whole __attribute__((vector_size(WIDTH / 2)));
+typedef float Narrow __attribute__((vector_size(WIDTH / 2)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t Bits __attribute__((vector_size(32)));
+static const int64_t SINGLES = WIDTH / 4, DOUBLES = WIDTH / 8;
 
 static const int64_t BLOCK = 128;
 static const int64_t FIRST = 256;  // candidates that are looked at first where only their mass says how many are needed
@@ -24,10 +34,7 @@ struct Settings {
     int64_t top_k;
 };
 
-struct Near {
-    double distance;
-    uint64_t key;
-};
+struct Near { double distance; uint64_t key; };
 
 // What one thread writes to while it computes a row.
 struct Scratch {
@@ -38,10 +45,7 @@ struct Scratch {
     Near *near;        // [vocab]
 };
 
-struct Peak {
-    float best;
-    bool nan;
-};
+struct Peak { float best; bool nan; };
 
 static inline int64_t blocks_of(int64_t vocab) { return (vocab + BLOCK - 1) / BLOCK; }
 
@@ -56,30 +60,29 @@ static inline const float *block(const float *row, int64_t vocab, int64_t at, fl
 
 static Peak peak(const float *row, int64_t vocab, float *maxima) {
     float room[BLOCK];
-    Ints nan = {};
+    Flags nan = {};
     float best = NOTHING;
     for (int64_t at = 0; at < blocks_of(vocab); ++at) {
         const float *x = block(row, vocab, at, room);
-        Floats most = load(x);
+        Singles most, values;
+        read(most, x);
         nan |= most != most;
-        for (int64_t i = LANES; i < BLOCK; i += LANES) {
-            const Floats values = load(x + i);
+        for (int64_t i = SINGLES; i < BLOCK; i += SINGLES) {
+            read(values, x + i);
             nan |= values != values;
             most = values > most ? values : most;
         }
         float one = NOTHING;
-        for (int64_t i = 0; i < LANES; ++i) one = most[i] > one ? most[i] : one;
+        for (int64_t i = 0; i < SINGLES; ++i) one = most[i] > one ? most[i] : one;
         maxima[at] = one;
         best = one > best ? one : best;
     }
     bool any = false;
-    for (int64_t i = 0; i < LANES; ++i) any |= nan[i] != 0;
+    for (int64_t i = 0; i < SINGLES; ++i) any |= nan[i] != 0;
     return {best, any};
 }
 
-static inline bool finite(const Peak &found) {
-    return !found.nan && found.best > NOTHING && found.best < -NOTHING;
-}
+static inline bool finite(const Peak &found) { return !found.nan && found.best > NOTHING && found.best < -NOTHING; }
 
 // The first of the largest.
 static int64_t first_best(const float *row, int64_t vocab, const float *maxima, float best) {
@@ -104,23 +107,22 @@ static inline Doubles exponential(Doubles x) {
     return x < lowest ? Doubles{} : sum * power;
 }
 
-static inline double inverse(double temperature) {
-    // No temperature above 0 is too small: the largest number is at 0, and all others at nothing.
-    return temperature > 1e-300 ? 1.0 / temperature : 1e300;
-}
+// No temperature above 0 is too small: the largest number is at 0, and all others at nothing.
+static inline double inverse(double temperature) { return temperature > 1e-300 ? 1.0 / temperature : 1e300; }
 
-// How far eight logits are below the best, over the temperature.
+// How far some logits are below the best, over the temperature.
 static inline Doubles below(const float *x, float best, double scale) {
     Narrow values;
-    memcpy(&values, x, sizeof values);
+    read(values, x);
     return (__builtin_convertvector(values, Doubles) - (double)best) * scale;
 }
 
 static inline Doubles mass_of(const float *x, float best, double scale) { return exponential(below(x, best, scale)); }
 
 static inline double mass_of(float x, float best, double scale) {
-    const float eight[8] = {x, x, x, x, x, x, x, x};
-    return mass_of(eight, best, scale)[0];
+    float same[DOUBLES];
+    std::fill(same, same + DOUBLES, x);
+    return mass_of(same, best, scale)[0];
 }
 
 // The mass of the whole row, the likeliest token having 1; of each block in `sums`.
@@ -130,9 +132,9 @@ static double total_mass(const float *row, int64_t vocab, float best, double sca
     for (int64_t at = 0; at < blocks_of(vocab); ++at) {
         const float *x = block(row, vocab, at, room);
         Doubles sum = {};
-        for (int64_t i = 0; i < BLOCK; i += 8) sum += mass_of(x + i, best, scale);
+        for (int64_t i = 0; i < BLOCK; i += DOUBLES) sum += mass_of(x + i, best, scale);
         double one = 0;
-        for (int64_t i = 0; i < 8; ++i) one += sum[i];
+        for (int64_t i = 0; i < DOUBLES; ++i) one += sum[i];
         sums[at] = one;
         total += one;
     }
@@ -203,16 +205,16 @@ static void likeliest(const float *row, int64_t vocab, int64_t wanted, Scratch t
 // A logit below which no token is left by top_p (of the whole mass `left`) and min_p.
 static float least_kept(const float *row, int64_t vocab, float best, const Settings &by, double left, double scale) {
     static const int BINS = 1024;
-    static const double WIDTH = 1.0 / 32;
+    static const double STEP = 1.0 / 32;
     double bins[BINS] = {};
     float room[BLOCK];
     for (int64_t at = 0; at < blocks_of(vocab); ++at) {
         const float *x = block(row, vocab, at, room);
-        for (int64_t i = 0; i < BLOCK; i += 8) {
+        for (int64_t i = 0; i < BLOCK; i += DOUBLES) {
             const Doubles one = below(x + i, best, scale), mass = exponential(one);
-            const Doubles last = Doubles{} + (BINS - 1), far = one / -WIDTH;
+            const Doubles last = Doubles{} + (BINS - 1), far = one / -STEP;
             const Whole bin = __builtin_convertvector(far > last ? last : far, Whole);
-            for (int64_t lane = 0; lane < 8; ++lane) bins[bin[lane]] += mass[lane];
+            for (int64_t lane = 0; lane < DOUBLES; ++lane) bins[bin[lane]] += mass[lane];
         }
     }
     // A little more than top_p, as the sums are rounded.
@@ -220,8 +222,8 @@ static float least_kept(const float *row, int64_t vocab, float best, const Setti
     for (int bin = 0; bin < BINS - 1; ++bin) {
         before += bins[bin];
         const bool all = by.top_p < 1 && before >= left * by.top_p * (1 + 1e-9);
-        if (all || exponential(Doubles{} - (bin + 1) * WIDTH)[0] < by.min_p * (1 - 1e-9))
-            return (float)(best - (bin + 2) * WIDTH / scale);  // a bin more, for the rounding of logits
+        if (all || exponential(Doubles{} - (bin + 1) * STEP)[0] < by.min_p * (1 - 1e-9))
+            return (float)(best - (bin + 2) * STEP / scale);  // a bin more, for the rounding of logits
     }
     return NOTHING;
 }
@@ -319,7 +321,7 @@ static int64_t token_for(const float *row, int64_t vocab, float best, const Sett
 
 static Scratch part(char *scratch, int64_t vocab, int64_t thread) {
     // The order of the widths keeps each aligned; only what a row needs is touched.
-    char *at = scratch + thread * (vocab * 32 + blocks_of(vocab) * 16);
+    char *at = scratch + thread * vocab * 48;
     Scratch to;
     to.near = (Near *)at, at += vocab * 16;
     to.keys = (uint64_t *)at, at += vocab * 8;
@@ -343,8 +345,6 @@ static void each(int64_t rows, int64_t vocab, char *scratch, int threads, Do wit
         for (int64_t r = 0; r < rows; ++r) with(r, to);
     }
 }
-
-extern "C" int64_t scratch_bytes(int64_t vocab) { return vocab * 32 + blocks_of(vocab) * 16; }
 
 // `raw` is what the model gave, of which `logits` were made; the same where nothing was changed. `sound` says that the model
 // gave numbers, `open` that a token is left; the others' tokens are 0.
@@ -382,15 +382,17 @@ extern "C" void score(const float *logits, int64_t row, int64_t rows, int64_t vo
 // -inf in the given rows for tokens whose bit is not set, the lowest first, and for those beyond the bits.
 extern "C" void mask(float *logits, int64_t row, int64_t vocab, const int64_t *at, const uint8_t *bits, int64_t bytes,
                      int64_t masked, int threads) {
-    const Ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Bits bit = {1, 2, 4, 8, 16, 32, 64, 128};
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t m = 0; m < masked; ++m) {
         float *x = logits + at[m] * row;
         const uint8_t *allowed = bits + m * bytes;
         int64_t i = 0;
-        for (; i + LANES <= vocab && i / 8 + 2 <= bytes; i += LANES) {
-            const int32_t sixteen = allowed[i / 8] | allowed[i / 8 + 1] << 8;
-            store(x + i, ((sixteen >> place) & 1) != 0 ? load(x + i) : all(NOTHING));
+        for (; i + 8 <= vocab && i / 8 < bytes; i += 8) {
+            Eight values;
+            read(values, x + i);
+            values = ((Bits{} + (int32_t)allowed[i / 8]) & bit) != 0 ? values : Eight{} + NOTHING;
+            write(x + i, values);
         }
         for (; i < vocab; ++i)
             if (i / 8 >= bytes || !(allowed[i / 8] >> i % 8 & 1)) x[i] = NOTHING;

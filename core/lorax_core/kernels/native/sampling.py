@@ -24,6 +24,7 @@ SOURCE = Path(__file__).with_name("sampling.cpp")
 _SETTINGS = np.dtype(
     [(name, np.float64) for name in ("temperature", "point", "top_p", "min_p", "typical_p")] + [("top_k", np.int64)]
 )
+_SCRATCH = 48  # bytes for each token that a thread has for itself
 _FEW = 1 << 15  # numbers of logits, below which a second thread costs more than it saves
 
 RowSettings = tuple[float, float, float, float, float, int]
@@ -35,8 +36,6 @@ class NativeSampling:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         address, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._scratch_bytes = library.scratch_bytes
-        self._scratch_bytes.argtypes, self._scratch_bytes.restype = [number], number
         self._sample, self._score, self._mask = library.sample, library.score, library.mask
         self._sample.argtypes = [*(address, number) * 2, number, number, *(address,) * 5, threads]
         self._score.argtypes = [address, *(number,) * 4, *(address,) * 5, threads]
@@ -86,10 +85,11 @@ class NativeSampling:
             *(allowed.ctypes.data, allowed.shape[1], len(at), _threads(len(at), logits.shape[1])),
         )
 
-    def _scratch(self, rows: int, vocab: int) -> tuple[Tensor, int]:
+    @staticmethod
+    def _scratch(rows: int, vocab: int) -> tuple[Tensor, int]:
         threads = _threads(rows, vocab)
         # Of the memory of rows without filters nearly nothing is touched, nor is it there then.
-        return torch.empty(threads * self._scratch_bytes(vocab), dtype=torch.uint8), threads
+        return torch.empty(threads * vocab * _SCRATCH, dtype=torch.uint8), threads
 
 
 def _threads(rows: int, vocab: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import Case, With, check, drawn_cases
@@ -12,12 +13,14 @@ from emulated import ARM, X86, Emulated, cross_compile
 
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.select import wrong_numbers
+from lorax_core.engine.sampler import select_native
 from lorax_core.kernels import onednn
 from lorax_core.kernels.elementwise import READABLE
-from lorax_core.kernels.native import attention, elementwise, low_rank, quantized, skinny
+from lorax_core.kernels.native import attention, elementwise, low_rank, quantized, sampling, skinny
 from lorax_core.kernels.native.elementwise import NativeElementwise
 from lorax_core.kernels.native.low_rank import LowRankProduct
 from lorax_core.kernels.native.quantized import QuantizedProduct
+from lorax_core.kernels.native.sampling import NativeSampling
 from lorax_core.kernels.native.skinny import SkinnyProduct
 from lorax_core.kernels.quantized import FORMATS
 from lorax_core.modeling.activation import get_activation
@@ -49,6 +52,7 @@ attention_library = emulated(attention.SOURCE, ["generic"])
 low_rank_library = emulated(low_rank.SOURCE, ["generic"])
 elementwise_library = emulated(elementwise.SOURCE, ["generic"])
 quantized_library = emulated(quantized.SOURCE, ["generic", "generic+dotprod"])
+sampling_library = emulated(sampling.SOURCE, ["generic"])
 skinny_library = emulated(skinny.SOURCE, ["generic"])
 
 
@@ -63,7 +67,7 @@ def test_a_source_compiles_without_a_warning(source, target, processor, tmp_path
 
 
 def test_every_source_has_a_test_on_arm():
-    assert {each.SOURCE for each in (attention, elementwise, low_rank, quantized, skinny)} == set(SOURCES)
+    assert {each.SOURCE for each in (attention, elementwise, low_rank, quantized, sampling, skinny)} == set(SOURCES)
 
 
 def test_what_is_not_the_function_s_is_neither_read_nor_written(low_rank_library):
@@ -87,6 +91,27 @@ def test_a_row_over_8_and_4_bits_has_the_same_bits_in_any_batch_on_arm(quantized
     assert torch.equal(together, torch.cat([product(row[None], packed, None) for row in x]))
     exact = x.double() @ packed.dense().double().t()
     assert (together - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "by", [(0.0, 0.0, 1.0, 0.0, 1.0, 0), (0.8, 0.6, 1.0, 0.0, 1.0, 0), (0.8, 0.7, 0.93, 0.01, 0.91, 40)], ids=str
+)
+def test_sampling_on_arm(sampling_library, by):
+    found, here = NativeSampling(sampling_library), select_native(CPU)
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0)) * 3
+    masked = [logits.clone(), logits.clone()]
+    bits = np.random.default_rng(0).integers(0, 256, (1, 38), np.uint8)
+
+    for form, of in zip((found, here), masked, strict=True):
+        form.mask(of, [1], bits)
+    assert torch.equal(*masked)
+    for ours, theirs in zip(
+        found.sample(masked[0], logits, [by] * 3), here.sample(masked[1], logits, [by] * 3), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    chosen = torch.tensor([0, 5, 299])
+    for ours, theirs in zip(found.score(logits, chosen, 4), here.score(logits, chosen, 4), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (200, 160), (33, 64)], ids=str)

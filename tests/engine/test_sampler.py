@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from lorax_core.engine.sampler import Sampled, Scores, uniform
+from lorax_core.engine.sampler import Sampled, Scores, select_native, uniform
 from lorax_core.engine.sequence import Sampling, TokenCounts
 from lorax_core.engine.step_input import SamplingRow
 from lorax_core.engine.transfer import Transfer
@@ -49,16 +49,27 @@ def make_bits(allowed):
     return np.packbits(np.isin(np.arange(VOCAB), allowed), bitorder="little").tobytes()
 
 
+@pytest.fixture(autouse=True, params=["readable", "native"])
+def form(request, monkeypatch):
+    """Every test here holds for both forms."""
+    found = select_native(torch.device("cpu")) if request.param == "native" else None
+    assert (found is not None) is (request.param == "native")
+    monkeypatch.setitem(FORM, "native", found)
+
+
+FORM = {"native": None}
+
+
 def sample(logits, rows):
     transfer = Transfer()
-    sampled = Sampled(logits, rows, transfer)
+    sampled = Sampled(logits, rows, transfer, FORM["native"])
     transfer.fetch()
     return sampled.read()
 
 
 def score(logits, tokens, tops):
     transfer = Transfer()
-    scores = Scores(logits, torch.tensor(tokens), tops, transfer)
+    scores = Scores(logits, torch.tensor(tokens), tops, transfer, FORM["native"])
     transfer.fetch()
     return scores.read(tokens)
 

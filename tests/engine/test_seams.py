@@ -256,10 +256,9 @@ def test_filters_that_keep_more_than_was_looked_at_are_applied_to_the_whole_voca
     transfer.fetch()
     found = sampled.read()
 
-    # Equal logits stand in the order of topk, so 4,500 of them are kept and the drawn place is known, up to rounding.
-    order = logits[0].double().topk(5000).indices.tolist()
+    # Of equal logits the first tokens are the likeliest, so 4,500 are kept and the drawn one is known, up to rounding.
     for seed, one in zip(seeds, found, strict=True):
-        assert abs(order.index(one.token_id) - uniform(seed, 0, 7) * 4500) < 2
+        assert abs(one.token_id - uniform(seed, 0, 7) * 4500) < 2
         assert one.logprobs.token_id == one.token_id
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from builders import CHAT_TEMPLATE, make_byte_tokenizer, make_letter_tokenizer, make_qwen2
@@ -35,15 +36,22 @@ def test_token_ids_are_taken_as_they_are(task):
 
 
 def test_a_text_is_what_the_tokenizer_makes_of_it():
-    encoded = TextFront(LETTERS).encode("ab c", Task.EMBED)
+    encoded = TextFront(LETTERS).encode("ab c", Task.TOKEN_CLASSIFICATION)
 
     assert encoded.ids == LETTERS("ab c")["input_ids"] == [CLS, *ids_of("ab c"), SEP]
     assert encoded.special == (True, False, False, False, True)
     assert encoded.offsets[1:-1] == ((0, 1), (1, 2), (3, 4))
 
 
+@pytest.mark.parametrize("task", [Task.EMBED, Task.SEQUENCE_CLASSIFICATION, Task.GENERATE])
+def test_offsets_are_left_out_where_nobody_reads_them(task):
+    found, whole = (TextFront(LETTERS).encode(("ab", "c"), one) for one in (task, Task.TOKEN_CLASSIFICATION))
+
+    assert found == replace(whole, offsets=(), second=())
+
+
 def test_a_pair_has_the_token_types_of_the_tokenizer():
-    encoded = TextFront(LETTERS).encode(("ab", "c"), Task.EMBED)
+    encoded = TextFront(LETTERS).encode(("ab", "c"), Task.TOKEN_CLASSIFICATION)
 
     oracle = LETTERS("ab", "c")
     assert encoded.ids == oracle["input_ids"]

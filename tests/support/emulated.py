@@ -38,6 +38,15 @@ extern "C" void *memset(void *to, int value, unsigned long count) {
     for (unsigned long i = 0; i < count; ++i) ((char *)to)[i] = (char)value;
     return to;
 }
+extern "C" void *memmove(void *to, const void *from, unsigned long count) {
+    auto *into = (volatile char *)to;
+    auto *of = (const volatile char *)from;
+    if (into < of)
+        for (unsigned long i = 0; i < count; ++i) into[i] = of[i];
+    else
+        while (count--) into[count] = of[count];
+    return to;
+}
 """
 
 

@@ -1,21 +1,24 @@
 """Texts of a command line, or lines of stdin, to answers: in batches of bounded size, in order, as they come.
 
-Decides how many texts are answered together, and how an error names its text. Knows nothing of what is asked of them.
+Decides how many texts are answered together, that a batch is tokenised while the one before it is computed, and how an error
+names its text. Knows nothing of what is asked of them.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import typer
 
 from lorax_core.cli.render import print_message
-from lorax_core.cli.streams import check_stdin, read_lines
+from lorax_core.cli.streams import check_stdin, read_lines, stdin_ready
 from lorax_core.errors import LoraxError
 
 if TYPE_CHECKING:
+    from lorax_core.serving.call import Call
     from lorax_core.serving.engine import Engine
     from lorax_core.serving.requests import Request
     from lorax_core.types import Classification, Embedding
@@ -46,11 +49,20 @@ class Texts:
         if self.from_stdin:
             check_stdin()
 
-    def batches(self) -> Iterator[list[str]]:
-        """At most `BATCH` texts at a time, and of stdin no more than there are without waiting."""
+    def batches(self) -> Iterator[tuple[list[str], bool]]:
+        """At most `BATCH` texts at a time, of stdin those that are there, if any; and whether more can be had without waiting.
+
+        An error comes after a batch that says that no more are.
+        """
         parts: Iterable[list[str]] = read_lines() if self.from_stdin else [self._given]
-        for part in parts:
-            yield from (part[start : start + BATCH] for start in range(0, len(part), BATCH))
+        try:
+            for part in parts:
+                last = max(len(part) - 1, 0) // BATCH * BATCH
+                yield from ((part[start : start + BATCH], True) for start in range(0, last, BATCH))
+                yield part[last:], self.from_stdin and stdin_ready()
+        except LoraxError:
+            yield [], False
+            raise
 
     def name(self, index: int) -> str:
         """What messages call a text."""
@@ -58,17 +70,42 @@ class Texts:
 
 
 def answers(engine: Engine, texts: Texts, request: Callable[[str], Request]) -> Iterator[tuple[int, list[Any]]]:
-    """Answers, a batch at a time, each with the index of its first text. An error comes after the answers before it."""
+    """Answers, a batch at a time, each with the index of its first text. An error comes after the answers before it.
+
+    A batch is submitted while the one before it is computed, unless its texts would have to be waited for.
+    """
     first = 0
-    for batch in texts.batches():
-        requests = [request(text) for text in batch]
-        try:
-            found = engine.run(requests)
-        except LoraxError:
-            yield from _one_by_one(engine, texts, requests, first)
-        else:
-            yield first, found
-        first += len(batch)
+    submitted: deque[tuple[int, list[Request], Call | None]] = deque()
+    for batch, more in texts.batches():
+        if batch:
+            requests = [request(text) for text in batch]
+            submitted.append((first, requests, _submit(engine, requests)))
+            first += len(batch)
+        while len(submitted) > (1 if more else 0):
+            yield from _results(engine, texts, *submitted.popleft())
+    while submitted:  # stdin ended although more had been announced: its end can be read as well
+        yield from _results(engine, texts, *submitted.popleft())
+
+
+def _submit(engine: Engine, requests: list[Request]) -> Call | None:
+    """The call of a batch; None where a request is refused, which is told when the answers before it are given."""
+    try:
+        return engine.submit(requests)
+    except LoraxError:
+        return None
+
+
+def _results(
+    engine: Engine, texts: Texts, first: int, requests: list[Request], call: Call | None
+) -> Iterator[tuple[int, list[Any]]]:
+    try:
+        found = call.wait() if call is not None else None
+    except LoraxError:
+        found = None
+    if found is None:
+        yield from _one_by_one(engine, texts, requests, first)
+    else:
+        yield first, found
 
 
 def _one_by_one(engine: Engine, texts: Texts, requests: list[Request], first: int) -> Iterator[tuple[int, list[Any]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, cast
@@ -119,7 +120,7 @@ def read_prompt() -> str:
 
 
 def read_lines() -> Iterator[list[str]]:
-    """The lines of stdin, as many at a time as there are without waiting. They end at line feeds alone, after a CR or not."""
+    """The lines of stdin, as many at a time as a read gave, if any. They end at line feeds alone, after a CR or not."""
     rest: list[bytes] = []  # pieces of the line that has not ended: joined once, however long it is
     size, number = 0, 1
     while chunk := _read():
@@ -131,7 +132,10 @@ def read_lines() -> Iterator[list[str]]:
         size += len(last)
         if size > MAX_TEXT:
             raise _too_long(f"line {number + len(whole)} of stdin")
-        yield from _texts(whole, number)
+        if whole:
+            yield from _texts(whole, number)
+        else:
+            yield []
         number += len(whole)
     yield from _texts([b"".join(rest)] if size else [], number)
 
@@ -171,6 +175,14 @@ def check_stdin() -> None:
     """Raises RequestError when stdin is closed."""
     if sys.stdin is None:
         raise RequestError("stdin is closed, and - reads from it", hint="give it a file: < FILE")
+
+
+def stdin_ready() -> bool:
+    """Whether stdin can be read without waiting; False where that cannot be known."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0)[0])
+    except (OSError, ValueError):  # no open file, or a system that can ask sockets alone
+        return False
 
 
 def _read() -> bytes:

@@ -22,10 +22,11 @@ from lorax_core.adapters.lora_kernels.base import LoraKernel
 from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.graphs import OFF, REPLAYED, DecodeGraphs, why_eager
-from lorax_core.engine.sampler import Sampled, SampledToken, Scores
+from lorax_core.engine.sampler import Sampled, SampledToken, Scores, select_native
 from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
 from lorax_core.engine.transfer import Transfer
+from lorax_core.kernels.native.sampling import NativeSampling
 from lorax_core.kvcache.allocator import SCRATCH_PAGE
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.modeling.batch import HeadRows
@@ -74,6 +75,7 @@ class Runner:
         self._newest: Tensor | None = None  # the tokens that the last step sampled
         self._newest_at: dict[int, int] = {}  # by sequence: which of them is its newest
         self._graphs = graphs
+        self._sampling = select_native(model.device)
         backend.bind(model.attention_specs, model.dtype, pool)
 
     @torch.inference_mode()
@@ -84,7 +86,7 @@ class Runner:
         if self._pool is not None:
             self._pool.zero(step.zeros)
             self._pool.copy(step.copies)
-        pending = PendingStep(step, self._pooled)
+        pending = PendingStep(step, self._pooled, self._sampling)
         if not step.chunks:
             return pending
         for group, rows, hidden in self._computed(step, pending):
@@ -186,8 +188,9 @@ class Runner:
 class PendingStep:
     """A step that is being computed; `result` waits for it."""
 
-    def __init__(self, step: StepInput, pooled: dict[int, Tensor]) -> None:
+    def __init__(self, step: StepInput, pooled: dict[int, Tensor], sampling: NativeSampling | None) -> None:
         self._step = step
+        self._sampling = sampling
         self._transfer = Transfer()
         self._kept = pooled  # the runner's own, changed when the result is in
         self._pooled: dict[int, Tensor] = {}
@@ -197,7 +200,7 @@ class PendingStep:
 
     def generate(self, group: HeadRows, logits: Tensor, hidden: Tensor | None, model: Model) -> None:
         """Sample from logits `[rows, vocab]`, `group.counts` rows a chunk."""
-        made = _Generated(self._step, group, logits, self._transfer)
+        made = _Generated(self._step, group, logits, self._transfer, self._sampling)
         if hidden is not None and made.sampled is not None:
             made.speculate(group, hidden, model, self._transfer)
         self._generated.append(made)
@@ -268,7 +271,9 @@ class PendingStep:
 class _Generated:
     """The generating chunks of one group of rows: their sampled tokens, prompt scores and drafts on the way to the host."""
 
-    def __init__(self, step: StepInput, group: HeadRows, logits: Tensor, transfer: Transfer) -> None:
+    def __init__(
+        self, step: StepInput, group: HeadRows, logits: Tensor, transfer: Transfer, native: NativeSampling | None
+    ) -> None:
         self.chunks = [step.chunks[index] for index in group.sequences]
         self._starts = [0, *accumulate(group.counts)][:-1]
         self._counts = group.counts
@@ -283,8 +288,8 @@ class _Generated:
         self.sampled: Sampled | None = None
         if rows:
             chosen = logits if len(rows) == len(logits) else logits[_tensor(rows, logits)]
-            self.sampled = Sampled(chosen, sampling, transfer)
-        self._scores = self._score(logits, transfer)
+            self.sampled = Sampled(chosen, sampling, transfer, native)
+        self._scores = self._score(logits, transfer, native)
         self._drafts: int | None = None
 
     @property
@@ -325,7 +330,7 @@ class _Generated:
             )
         return answers
 
-    def _score(self, logits: Tensor, transfer: Transfer) -> list[Scores | None]:
+    def _score(self, logits: Tensor, transfer: Transfer, native: NativeSampling | None) -> list[Scores | None]:
         """Scores of the prompt tokens that the first rows of each chunk predict."""
         made: list[Scores | None] = []
         for chunk, start in zip(self.chunks, self._starts, strict=True):
@@ -334,7 +339,7 @@ class _Generated:
                 made.append(None)
                 continue
             rows, tokens = logits[start : start + count], _tensor(chunk.scored, logits)
-            made.append(Scores(rows, tokens, [chunk.prompt_logprobs] * count, transfer))
+            made.append(Scores(rows, tokens, [chunk.prompt_logprobs] * count, transfer, native))
         return made
 
 

@@ -3,6 +3,7 @@
 Decides each row by its own settings, whatever its neighbours. Randomness is counter-based: one number in [0, 1) from
 (seed, choice, position), so a row gets the same number alone, in any batch, after preemption and with or without draft
 tokens, and no global state is touched. Everything is computed on the device; what the host must know goes into a `Transfer`.
+What is written here is the readable form, and that of a GPU; on a CPU `NativeSampling` does the same in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.step_input import SamplingRow
 from lorax_core.engine.transfer import Transfer
+from lorax_core.kernels.native.sampling import NativeSampling, RowSettings, load_sampling
+from lorax_core.settings import Settings
 from lorax_core.types import TokenLogprobs
 
 # Python integers do not wrap: every product is cut to uint64.
@@ -41,7 +44,14 @@ class Scores:
     `tops[row]` is how many of the likeliest, None for a row without scores.
     """
 
-    def __init__(self, logits: Tensor, tokens: Tensor, tops: SequenceOf[int | None], transfer: Transfer) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        tops: SequenceOf[int | None],
+        transfer: Transfer,
+        native: NativeSampling | None = None,
+    ) -> None:
         self._transfer = transfer
         self._tops = tops
         self._rows = [row for row, top in enumerate(tops) if top is not None]
@@ -51,10 +61,14 @@ class Scores:
         if len(self._rows) < len(tops):
             at = _index(self._rows, logits)
             logits, chosen = logits[at], tokens[at]
-        logprobs = logits.log_softmax(-1)  # [wanted, vocab]
-        most = max(top for top in tops if top is not None)
-        values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
-        own = logprobs.gather(-1, chosen[:, None])[:, 0]
+        most = min(max(top for top in tops if top is not None), logits.shape[-1])
+        if native is not None:
+            own, values, ids = native.score(logits, chosen, most)
+        else:
+            logprobs = logits.log_softmax(-1)  # [wanted, vocab]
+            ids = _likeliest(logits, most)
+            values = logprobs.gather(-1, ids)
+            own = logprobs.gather(-1, chosen[:, None])[:, 0]
         self._own, self._values, self._ids = (transfer.add(one) for one in (own, values, ids))
 
     def read(self, tokens: SequenceOf[int]) -> list[TokenLogprobs | None]:
@@ -73,28 +87,48 @@ class Scores:
 class Sampled:
     """Tokens for rows of logits `[rows, vocab]` float32, sampled on the device.
 
-    `tokens` `[rows]` int64 can be used there at once; `read` gives them on the host once the transfer was fetched.
+    `tokens` `[rows]` int64 can be used there at once; `read` gives them on the host once the transfer was fetched. `native` is
+    the compiled form, where there is one.
     """
 
-    def __init__(self, logits: Tensor, rows: SequenceOf[SamplingRow], transfer: Transfer) -> None:
+    def __init__(
+        self,
+        logits: Tensor,
+        rows: SequenceOf[SamplingRow],
+        transfer: Transfer,
+        native: NativeSampling | None = None,
+    ) -> None:
         self._logits, self._rows, self._transfer = logits, rows, transfer
-        self._adjusted = _adjusted(logits, rows)  # [rows, vocab]
-        # Greedy for every row; rows with a temperature are overwritten below.
-        best, self.tokens = self._adjusted.max(-1)  # [rows]
-        drawn = [row for row, one in enumerate(rows) if one.sampling.temperature > 0]
-        plain = [row for row in drawn if not rows[row].sampling.filters]
-        self._filtered = [row for row in drawn if rows[row].sampling.filters]
+        self._adjusted = _adjusted(logits, rows, native)  # [rows, vocab]
         self.revised = False  # whether `read` changed `tokens`
         self._short: int | None = None
-        if plain:
-            self.tokens[_index(plain, logits)] = _draw(*self._of(plain))
-        if self._filtered:
-            tokens, short = _draw_filtered(*self._of(self._filtered), _CANDIDATES)
-            self.tokens[_index(self._filtered, logits)] = tokens
-            self._short = transfer.add(short)
-        self._scores = Scores(logits, self.tokens, [one.sampling.logprobs for one in rows], transfer)
+        self._filtered: list[int] = []
+        if native is not None:
+            by = [_row_settings(row, logits.shape[-1]) for row in rows]
+            self.tokens, *flags = native.sample(self._adjusted, logits, by)
+            self._sound, self._open = (transfer.add(flag) for flag in flags)
+        else:
+            best = self._sample()
+            self._sound, self._open = self._faults(best, transfer)
+        self._scores = Scores(logits, self.tokens, [one.sampling.logprobs for one in rows], transfer, native)
         self._tokens = transfer.add(self.tokens)
-        self._sound, self._open = self._faults(best, transfer)
+
+    def _sample(self) -> Tensor:
+        """Sets the tokens; gives the largest adjusted logits `[rows]`."""
+        # Greedy for every row; rows with a temperature are overwritten below.
+        best, self.tokens = self._adjusted.max(-1)  # [rows]
+        drawn = [row for row, one in enumerate(self._rows) if one.sampling.temperature > 0]
+        plain = [row for row in drawn if not self._rows[row].sampling.filters]
+        self._filtered = [row for row in drawn if self._rows[row].sampling.filters]
+        if plain:
+            self.tokens[_index(plain, best)] = _draw(*self._of(plain))
+        if self._filtered:
+            # At least what a top_k leaves: top_p is a share of it.
+            most = max(_CANDIDATES, *(self._rows[row].sampling.top_k or 0 for row in self._filtered))
+            tokens, short = _draw_filtered(*self._of(self._filtered), most)
+            self.tokens[_index(self._filtered, best)] = tokens
+            self._short = self._transfer.add(short)
+        return best
 
     def read(self) -> list[SampledToken]:
         """The token of each row."""
@@ -149,11 +183,24 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def _adjusted(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
+def select_native(device: torch.device) -> NativeSampling | None:
+    """The compiled form for logits on a device; None where there is none, or it is switched off."""
+    return load_sampling(Settings.from_env())[0] if device.type == "cpu" else None
+
+
+def _row_settings(row: SamplingRow, vocab: int) -> RowSettings:
+    by = row.sampling
+    if by.temperature <= 0:
+        return (0.0, 0.0, 1.0, 0.0, 1.0, 0)
+    top_k = 0 if by.top_k is None else min(by.top_k, vocab)
+    return by.temperature, uniform(by.seed, by.choice, row.position), by.top_p, by.min_p, by.typical_p, top_k
+
+
+def _adjusted(logits: Tensor, rows: SequenceOf[SamplingRow], native: NativeSampling | None) -> Tensor:
     """Bias, penalties, bans and grammars applied, row by row; logits themselves where no row asks for any."""
     if not any(_changes(row) for row in rows):
         return logits
-    adjusted = logits.clone()
+    adjusted = logits.clone(memory_format=torch.contiguous_format)
     added = [
         (at, token, value)
         for at, row in enumerate(rows)
@@ -169,10 +216,13 @@ def _adjusted(logits: Tensor, rows: SequenceOf[SamplingRow]) -> Tensor:
         _penalise(adjusted, logits, rows, counted)
     masked = [at for at, row in enumerate(rows) if row.allowed is not None]
     if masked:
-        bits = [np.frombuffer(row.allowed, np.uint8) for row in rows if row.allowed is not None]
-        allowed = _unpacked(torch.from_numpy(np.stack(bits)).to(logits.device), logits.shape[-1])  # [masked, vocab]
-        where = _index(masked, logits)
-        adjusted[where] = adjusted[where].masked_fill(~allowed, float("-inf"))
+        bits = np.stack([np.frombuffer(row.allowed, np.uint8) for row in rows if row.allowed is not None])
+        if native is not None:
+            native.mask(adjusted, masked, bits)
+        else:
+            allowed = _unpacked(torch.from_numpy(bits).to(logits.device), logits.shape[-1])  # [masked, vocab]
+            where = _index(masked, logits)
+            adjusted[where] = adjusted[where].masked_fill(~allowed, float("-inf"))
     return adjusted
 
 
@@ -253,8 +303,8 @@ def _draw_filtered(logits: Tensor, rows: list[SamplingRow], candidates: int) -> 
     scaled = _scaled(logits, rows)
     total = scaled.logsumexp(-1, keepdim=True)
     count = min(candidates, logits.shape[-1])
-    ranked, order = scaled.topk(count, dim=-1)
-    probabilities = (ranked - total).exp()  # [rows, count]
+    order = _likeliest(logits, count)
+    probabilities = (scaled.gather(-1, order) - total).exp()  # [rows, count]
     keep = _kept(probabilities, [row.sampling for row in rows])
     # The last candidate is kept: tokens past it may be as well.
     short = keep[:, -1] & (count < logits.shape[-1])
@@ -264,6 +314,17 @@ def _draw_filtered(logits: Tensor, rows: list[SamplingRow], candidates: int) -> 
     drawn = (mass <= _points(rows, logits) * mass[:, -1:]).sum(-1)
     last = (mass < mass[:, -1:]).sum(-1)
     return order.gather(-1, torch.minimum(drawn, last)[:, None])[:, 0], short
+
+
+def _likeliest(logits: Tensor, count: int) -> Tensor:
+    """Ids `[rows, count]` of the largest logits in falling order, of equal ones the first: the same on every device."""
+    vocab = logits.shape[-1]
+    bits = (logits + 0.0).view(torch.int32)  # 0.0 added: -0.0 is no less than 0.0
+    # Read as integers, floats below 0 fall where they should rise. In place: each copy takes as long as finding the largest.
+    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    keys = bits.long().bitwise_left_shift_(32)
+    keys += torch.arange(vocab - 1, -1, -1, device=logits.device)  # no two are equal
+    return vocab - 1 - (keys.topk(count, dim=-1).values & 0xFFFFFFFF)
 
 
 def _kept(probabilities: Tensor, settings: list[Sampling]) -> Tensor:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Encoded:
     """An input as ids.
 
-    `special` marks tokens that the tokenizer added; `offsets` are character ranges in the string (in its own one, of a pair);
-    `pool_from` is the first row that pooling counts. What is not known of plain token ids is empty.
+    `special` marks tokens that the tokenizer added. `offsets`, character ranges in the string (in its own one, of a pair), and
+    `second` are there for token classification alone. `pool_from` is the first row that pooling counts. What is not known of
+    plain token ids is empty.
     """
 
     ids: list[int]
@@ -98,7 +99,7 @@ class TextFront:
             return Encoded(self._chat(prompt))
         # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
-            return self._text(prompt)
+            return self._text(prompt, offsets=task is Task.TOKEN_CLASSIFICATION)
         if isinstance(prompt, tuple):
             return self._text((self._cased(prompt[0]), self._cased(prompt[1])))
         return self._sentence_text(prompt)
@@ -120,10 +121,11 @@ class TextFront:
     def _cased(self, text: str) -> str:
         return text.lower() if self._sentence is not None and self._sentence.lower_case else text
 
-    def _text(self, text: str | tuple[str, str]) -> Encoded:
+    def _text(self, text: str | tuple[str, str], *, offsets: bool = False) -> Encoded:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
-        fast = bool(getattr(tokenizer, "is_fast", False))
+        # Only where they are read: making Python's numbers of them takes as long as tokenising.
+        offsets = offsets and bool(getattr(tokenizer, "is_fast", False))
         # A file's regular expressions may give up on a text; the library panics then.
         with guarded(RequestError, f"the tokenizer cannot read {shown(text, 60)}", "give other text, or token ids"):
             # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
@@ -131,15 +133,15 @@ class TextFront:
                 *parts,
                 return_special_tokens_mask=True,
                 return_attention_mask=False,
-                return_offsets_mapping=fast,
+                return_offsets_mapping=offsets,
                 verbose=False,
             )
         return Encoded(
             ids=list(made["input_ids"]),
             token_types=made.get("token_type_ids"),
             special=tuple(bool(mark) for mark in made["special_tokens_mask"]),
-            offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if fast else (),
-            second=tuple(text == 1 for text in made.sequence_ids()) if fast and len(parts) == 2 else (),
+            offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if offsets else (),
+            second=tuple(text == 1 for text in made.sequence_ids()) if offsets and len(parts) == 2 else (),
         )
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:

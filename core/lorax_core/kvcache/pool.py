@@ -7,9 +7,15 @@ page; backends only read, so all of them share these bytes. Page 0 is scratch: n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
+from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_LINE: Final = 64
+"""Bytes of a cache line, where vectors begin."""
 
 
 class KVPool:
@@ -34,7 +40,7 @@ class KVPool:
         self.page_size = page_size
         self.dtype = dtype
         # Zeros, not empty: masked positions are read too, and a weight of 0 times NaN is NaN.
-        self.data = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
+        self.data = _zeros((layers, 2, pages, page_size, kv_heads, head_dim), dtype, torch.device(device))
         self.quantized = dtype.itemsize == 1
         self.scales = list(scales) if scales is not None and self.quantized else [(1.0, 1.0)] * layers
 
@@ -89,3 +95,14 @@ class KVPool:
 
     def _dequantized(self, store: Tensor, pages: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return (store.view(torch.uint8)[pages].view(self.dtype).float() * scale).to(dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU they take memory, and the time to get it, when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = prod(shape) * dtype.itemsize
+    # numpy asks the system for zeros where torch writes them.
+    memory = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
+    start = -memory.data_ptr() % _LINE
+    return memory[start : start + size].view(dtype).view(shape)

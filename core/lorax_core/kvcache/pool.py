@@ -6,16 +6,12 @@ page; backends only read, so all of them share these bytes. Page 0 is scratch: n
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from math import prod
-from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
-
-_LINE: Final = 64
-"""Bytes of a cache line, where vectors begin."""
 
 
 class KVPool:
@@ -101,8 +97,10 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros; on a CPU they take memory, and the time to get it, when they are first written."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = prod(shape) * dtype.itemsize
-    # numpy asks the system for zeros where torch writes them.
-    memory = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
-    start = -memory.data_ptr() % _LINE
-    return memory[start : start + size].view(dtype).view(shape)
+    # The system gives zeros where torch writes them. Not by numpy, which asks for huge pages: each token is in many places.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    try:
+        memory = mmap.mmap(-1, max(prod(shape) * dtype.itemsize, 1), **private)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape)).view(shape)

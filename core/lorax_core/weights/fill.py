@@ -131,7 +131,7 @@ class _Memory:
 
     def __init__(self, model: Model, numbers: int) -> None:
         self._dtype, self._device = model.dtype, model.device
-        self._total = numbers * model.dtype.itemsize
+        self._numbers, self._total = numbers, numbers * model.dtype.itemsize
         self._lent: Tensor | None = None
 
     def lasting(self, shape: torch.Size) -> Tensor:
@@ -152,7 +152,8 @@ class _Memory:
     def lent(self, shape: torch.Size) -> Tensor:
         """Memory that the next weight takes, too: new memory takes longer to get than the numbers to be written."""
         count = shape.numel()
-        if self._lent is None or not count <= self._lent.numel() <= 4 * count:
+        # A large one is given back; a smaller one is kept through all layers, as the heap would be left in pieces.
+        if self._lent is None or not count <= self._lent.numel() <= max(count, self._numbers // _LARGE):
             self._lent = None  # before the new one, so that there are not two
             self._lent = self.lasting(torch.Size([count]))
         return self._lent[:count].view(shape)

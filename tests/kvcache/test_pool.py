@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
+import pytest
 import torch
 
 from lorax_core.kvcache.pool import KVPool
@@ -16,6 +20,10 @@ def make_pool(**changes):
         "device": "cpu",
     }
     return KVPool(**{**sizes, **changes})
+
+
+def held_bytes():
+    return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
 
 
 def make_rows(count, seed):
@@ -101,3 +109,17 @@ def test_gathered_pages_are_those_asked_for_in_that_order():
 
     assert torch.equal(keys, pool.data[2, 0][pages])
     assert torch.equal(values, pool.data[2, 1][pages])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux says how much memory a process holds")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_pool_takes_memory_when_it_is_written(dtype):
+    before = held_bytes()
+
+    pool = make_pool(pages=200_000, dtype=dtype)
+
+    taken = held_bytes() - before
+    assert pool.nbytes > 50e6
+    assert taken < pool.nbytes / 5
+    assert pool.data.data_ptr() % 64 == 0
+    assert not pool.gather(2, torch.tensor([[199_999]]), torch.float32)[0].any()

@@ -13,7 +13,7 @@ from lorax_core.linear_methods.plain import Plain, PlainKernel
 from lorax_core.linear_methods.select import METHODS, LinearPolicy, choose
 from lorax_core.modeling import Embedding, Linear
 from lorax_core.modeling.batch import NoAdapters
-from lorax_core.modeling.linear import prepare_linears
+from lorax_core.modeling.linear import LinearPreparer, prepare_linears
 
 _sizes = itertools.count(17)  # verdicts are kept by shape, so every test has shapes of its own
 
@@ -272,3 +272,57 @@ def test_a_quantized_product_in_float16_is_that_in_float32(bias):
     assert narrow.dtype is torch.float16
     # Codes near a half go the other way for some of the rounded numbers.
     assert float((narrow.float() - wide).norm() / wide.norm()) < 0.01
+
+
+class LastRow(Doubled):
+    """Is wrong in the last row of a weight alone."""
+
+    name = "last row"
+
+    def prepare(self, weight, bias, *, rows=False):
+        wrong = weight.clone()
+        wrong[-1] *= 2
+        return PlainKernel(wrong, bias)
+
+
+@pytest.mark.parametrize("out", [3_000, 20_001])
+def test_what_is_wrong_at_the_end_of_a_large_weight_is_seen(out):
+    kernel, passed_over = choose(make_weight(out), [LastRow(), Plain()])
+
+    assert kernel.method == "plain"
+    assert "gives other numbers" in passed_over["last row"]
+
+
+@pytest.mark.parametrize("out", [1, 2_048, 2_049, 151_936])
+def test_rows_that_stand_for_a_weight_are_few_and_from_all_over(out):
+    rows = onednn.spread(out)
+
+    assert len(rows) == len(set(rows.tolist())) <= 2_048 + 2
+    assert rows[0] == 0
+    assert rows[-1] == out - 1
+    assert rows.diff().numel() == 0 or 0 < rows.diff().min() <= rows.diff().max() <= max(out // 512, 1)
+
+
+def test_memory_that_is_only_lent_is_not_computed_with():
+    layer, lent = Linear(24, next(_sizes), bias=False), make_weight(16, 24)
+    preparer = LinearPreparer(layer, LinearPolicy({"*": "plain"}))
+    numbers = lent.clone()
+
+    preparer.prepare(layer.weight, lent, lent=True)
+    lent.zero_()
+
+    assert torch.equal(layer.dense_weight(), numbers)
+
+
+def test_a_tied_table_shares_the_copy_of_lent_numbers():
+    table, head = Embedding(16, 24), Linear(24, 16, bias=False)
+    head.weight = table.weight
+    both = torch.nn.ModuleDict({"table": table, "head": head})
+    lent = make_weight(16, 24)
+    numbers = lent.clone()
+
+    LinearPreparer(both, LinearPolicy({"head": "plain"})).prepare(head.weight, lent, lent=True)
+    lent.zero_()
+
+    assert torch.equal(table.dense_weight(), numbers)
+    assert table.kernel.dense().data_ptr() == head.kernel.dense().data_ptr()

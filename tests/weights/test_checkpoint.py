@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,19 @@ from builders import change_json, change_tensors, make_qwen2, make_qwen2_model
 from safetensors.torch import load_file, save_file
 
 from lorax_core.errors import CheckpointError
-from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.checkpoint import Checkpoint, TensorReader
 
 LFS_POINTER = """version https://git-lfs.github.com/spec/v1
 oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393
 size 90868376
 """
+
+
+def resident_bytes(file):
+    """How much of a mapped file counts as memory of this process."""
+    parts = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text("ascii"))
+    found = [int(re.search(r"Rss: *([0-9]+) kB", part)[1]) for part in parts if str(file) in part.partition("\n")[0]]
+    return sum(found) * 1024
 
 
 def make_sharded(folder):
@@ -25,10 +34,12 @@ def make_sharded(folder):
 def test_tensors_of_a_sharded_checkpoint_are_all_read(tmp_path):
     single, sharded = make_qwen2(tmp_path / "single"), make_sharded(tmp_path / "sharded")
 
-    read = dict(Checkpoint(sharded).read())
+    checkpoint = Checkpoint(sharded)
+    reader = TensorReader(checkpoint)
+    read = {name: reader(name) for name in checkpoint.tensors}
 
     known = load_file(single / "model.safetensors")
-    assert read.keys() == known.keys() == Checkpoint(sharded).tensors.keys()
+    assert read.keys() == known.keys()
     assert all(torch.equal(read[name], known[name]) for name in known)
 
 
@@ -156,3 +167,16 @@ def test_an_index_counts_before_a_single_file(tmp_path):
         checkpoint.tensors.keys()
         == json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].keys()
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what of a file is mapped")
+def test_what_was_read_of_a_file_does_not_stay_mapped(tmp_path):
+    checkpoint = Checkpoint(make_qwen2(tmp_path, vocab_size=4096))
+    reader = TensorReader(checkpoint, most_mapped=2**16)
+
+    numbers = {name: reader(name).clone() for name in checkpoint.tensors}
+
+    mapped = resident_bytes(checkpoint.files[0])
+    assert mapped < sum(tensor.nbytes for tensor in numbers.values()) / 2
+    known = load_file(checkpoint.files[0])
+    assert all(torch.equal(numbers[name], known[name]) for name in known)

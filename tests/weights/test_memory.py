@@ -83,3 +83,25 @@ def test_weights_go_to_their_place_without_a_second_copy(make, tmp_path, host):
     # The weights themselves, and what each tensor needs to be looked at: its smallest and its largest number.
     weights = held_bytes(model)
     assert weights <= made.nbytes < weights + 4096
+
+
+def prepared_bytes(model):
+    sites = [module for module in model.modules() if isinstance(module, PreparedSite) and module.is_prepared]
+    kernels = {site.kernel.weight.data.data_ptr(): site.kernel.nbytes for site in sites}
+    return sum(kernels.values()) + sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_laid_out_anew_share_the_memory_that_they_are_read_into(dtype, tmp_path, host):
+    folder = make_qwen2(tmp_path, vocab_size=2048, num_hidden_layers=4, tie_word_embeddings=True)
+    load(folder, host, dtype)  # once before: what is tried is tried now
+
+    with Allocations() as made:
+        model = load(folder, host, dtype)
+
+    largest = 2048 * 64 * dtype.itemsize
+    assert made.nbytes < prepared_bytes(model) + largest + 50_000
+
+
+def load(folder, host, dtype):
+    return make_loaded(folder, host, dtype=dtype, linear_policy=LinearPolicy(quantize="int8")).model

@@ -6,7 +6,9 @@ page; backends only read, so all of them share these bytes. Page 0 is scratch: n
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ class KVPool:
         self.page_size = page_size
         self.dtype = dtype
         # Zeros, not empty: masked positions are read too, and a weight of 0 times NaN is NaN.
-        self.data = torch.zeros(layers, 2, pages, page_size, kv_heads, head_dim, dtype=dtype, device=device)
+        self.data = _zeros((layers, 2, pages, page_size, kv_heads, head_dim), dtype, torch.device(device))
         self.quantized = dtype.itemsize == 1
         self.scales = list(scales) if scales is not None and self.quantized else [(1.0, 1.0)] * layers
 
@@ -89,3 +91,16 @@ class KVPool:
 
     def _dequantized(self, store: Tensor, pages: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return (store.view(torch.uint8)[pages].view(self.dtype).float() * scale).to(dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU they take memory, and the time to get it, when they are first written."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # The system gives zeros where torch writes them. Not by numpy, which asks for huge pages: each token is in many places.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    try:
+        memory = mmap.mmap(-1, max(prod(shape) * dtype.itemsize, 1), **private)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    return torch.frombuffer(memory, dtype=dtype, count=prod(shape)).view(shape)

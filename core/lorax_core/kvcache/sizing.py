@@ -71,7 +71,7 @@ def make_pool(shape: CacheShape, size: CacheSize) -> KVPool:
             device=shape.device,
             scales=shape.scales or None,
         )
-    except RuntimeError as error:  # the process may have a limit of its own, below what is free
+    except (RuntimeError, MemoryError) as error:  # the process may have a limit of its own, below what is free
         raise CapacityError(
             f"a KV cache of {pages * shape.page_bytes / 1e9:.1f} GB cannot be allocated: {error}",
             hint="kv_cache_tokens=4096 is a small one; or raise the limit of this process (`ulimit -v`)",

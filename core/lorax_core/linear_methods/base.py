@@ -53,6 +53,8 @@ class LinearMethod(ABC):
     """One way to compute linear layers."""
 
     name: ClassVar[str]
+    copies: ClassVar[bool] = False
+    """Whether kernels hold copies, so that the memory of the given weight may be used for other numbers at once."""
 
     @abstractmethod
     def supports(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:

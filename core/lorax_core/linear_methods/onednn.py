@@ -71,6 +71,7 @@ class OneDnn(LinearMethod):
     """oneDNN's product over a packed weight."""
 
     name = "onednn"
+    copies = True
 
     def supports(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> str | None:
         if device.type != "cpu":

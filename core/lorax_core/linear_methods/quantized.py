@@ -66,6 +66,7 @@ class Int4Kernel(QuantizedKernel):
 class Quantization(LinearMethod):
     """Weights in one of `kernels.quantized.FORMATS`."""
 
+    copies = True
     format: ClassVar[Format]
     kernel: ClassVar[type[QuantizedKernel]]
 

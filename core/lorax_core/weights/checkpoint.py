@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,17 +76,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the files."""
-        with opened(self.tensors[name].file) as tensors:
-            found: Tensor = tensors.get_tensor(name)
-            return found
-
-    def read(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor (of `names`), file by file, so that no more than one is held beyond what the caller keeps."""
-        for file in self.files:
-            with opened(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    if names is None or name in names:
-                        yield name, tensors.get_tensor(name)
+        return TensorReader(self)(name)
 
     def _headers(self) -> dict[str, StoredTensor]:
         """Every tensor, from the files' own headers and not from the index, which may be out of date."""
@@ -149,11 +139,37 @@ class Checkpoint:
         return files
 
 
+class TensorReader:
+    """Tensors of a checkpoint by their names in the files. They lie in the mapped file: whoever keeps numbers copies them.
+
+    Of the files about `most_mapped` bytes at a time count as memory of this process.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, most_mapped: int = 2**28) -> None:
+        self._checkpoint, self._most = checkpoint, most_mapped
+        self._open: dict[Path, Any] = {}
+        self._mapped = 0  # bytes that were read since files were opened
+
+    def __call__(self, name: str) -> Tensor:
+        stored = self._checkpoint.tensors[name]
+        if self._mapped > self._most:
+            # What was read of a mapped file counts until the file is closed.
+            self._open.clear()
+            self._mapped = 0
+        if stored.file not in self._open:
+            with opened(stored.file) as tensors:
+                self._open[stored.file] = tensors
+        with _as_checkpoint_error(stored.file):
+            found: Tensor = self._open[stored.file].get_tensor(name)
+        self._mapped += found.nbytes
+        return found
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file; one that is corrupt, or no file at all, raises CheckpointError with its name."""
     size = regular(file, CheckpointError)
-    with guarded(CheckpointError, f"'{file}' cannot be read", _AGAIN):
+    with _as_checkpoint_error(file):
         with file.open("rb") as found:
             header = int.from_bytes(found.read(8), "little")
         # The library reads up to 100 MB, for which it takes seconds and gigabytes.
@@ -161,12 +177,17 @@ def opened(file: Path) -> Iterator[Any]:
             raise CheckpointError(
                 f"'{file}' has a header of {header:,} bytes; at most {HEADER_BYTES:,} are read", hint=_AGAIN
             )
+        yield safe_open(file, framework="pt")
+
+
+@contextmanager
+def _as_checkpoint_error(file: Path) -> Iterator[None]:
+    with guarded(CheckpointError, f"'{file}' cannot be read", _AGAIN):
         try:
-            with safe_open(file, framework="pt") as tensors:
-                yield tensors
+            yield
         except SafetensorError as error:
             raise CheckpointError(
-                f"{file} is not a readable safetensors file ({size} bytes): {error}", hint=_AGAIN
+                f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {error}", hint=_AGAIN
             ) from error
 
 

@@ -6,21 +6,18 @@ fills, is an error that names it. Knows nothing of requests.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lorax_core.errors import CapacityError, CheckpointError, PluginError, listed
+from lorax_core.errors import CheckpointError, listed
 from lorax_core.linear_methods.select import LinearPolicy
-from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
-from lorax_core.modeling.linear import prepare_linears
 from lorax_core.modeling.model import LACKING_HINT, Model
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord
@@ -28,15 +25,15 @@ from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.types import Task
 from lorax_core.untrusted import guarded
-from lorax_core.weights.account import Account, Placement, place_tensors
+from lorax_core.weights.account import Account, place_tensors
 from lorax_core.weights.bounds import (
     as_config_error,
-    refuse_large_buffers,
     refuse_other_masks,
     within_bounds,
 )
-from lorax_core.weights.checkpoint import Checkpoint, is_finite
-from lorax_core.weights.mapping import Target, WeightMap
+from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.weights.fill import fill
+from lorax_core.weights.mapping import WeightMap
 
 
 class Backbone(Protocol):
@@ -89,14 +86,12 @@ def load_model(
     Raises PluginError when nothing serves the `model_type`, CheckpointError when a tensor is missing, unused or misshapen.
     """
     started = time.perf_counter()
-    built, account = assemble(checkpoint, host, dtype, device, model_class)
+    built, account = assemble(checkpoint, host, dtype, device, model_class, linear_policy or LinearPolicy())
     if account.problems:
         raise CheckpointError(
             f"{checkpoint.path} does not fit {built.spec.model_type!r}: {account.summary}",
             hint="`lorax models check PATH` tells what the checkpoint holds",
         )
-    # Last, as preparing may copy the numbers into another layout and drops the parameters.
-    built.model.linears = prepare_linears(built.model, linear_policy)
     if built.model.device.type == "cuda":
         torch.cuda.synchronize(built.model.device)  # copies to it may still be on their way
     built.load_seconds = time.perf_counter() - started
@@ -109,8 +104,12 @@ def assemble(
     dtype: torch.dtype | None,
     device: str,
     model_class: type[Model] = Model,
+    linear_policy: LinearPolicy | None = None,
 ) -> tuple[LoadedModel, Account]:
-    """A filled model, with the account of its checkpoint; with problems in the account, its shapes only, on `meta`."""
+    """A filled model, with the account of its checkpoint; with problems in the account, it is not to be computed with.
+
+    With a policy its linear layers are prepared, too, each as soon as its numbers are read.
+    """
     model_type = checkpoint.config["model_type"]
     spec, owner = host.architecture(model_type), host.owner(model_type)
     package = owner.package
@@ -120,7 +119,7 @@ def assemble(
         f"'{checkpoint.path}' cannot be loaded by {package}",
         f"compare its config.json with the one that transformers writes; if it is sound, this is a defect of {package}",
     ):
-        return _assembled(checkpoint, spec, owner, dtype, device, model_class)
+        return _assembled(checkpoint, spec, owner, dtype, device, model_class, linear_policy)
 
 
 def _assembled(
@@ -130,6 +129,7 @@ def _assembled(
     dtype: torch.dtype | None,
     device: str,
     model_class: type[Model],
+    linear_policy: LinearPolicy | None,
 ) -> tuple[LoadedModel, Account]:
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
@@ -164,9 +164,7 @@ def _assembled(
     refuse_other_masks(checkpoint, model)
     spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
     placement = place_tensors(model, checkpoint.tensors, weight_map, spare)
-    if not placement.account.problems:
-        _materialise(model, checkpoint, placement.ties)
-    _fill(model, checkpoint, placement)
+    fill(model, checkpoint, placement, linear_policy)
     # What the file states before what the plugin prefers, each only if its head is there.
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
@@ -219,92 +217,6 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
             hint="name one with load(..., dtype=...)",
         )
     return cast("torch.dtype", dtype)
-
-
-def _materialise(model: Model, checkpoint: Checkpoint, ties: Mapping[str, str]) -> None:
-    """Give parameters real memory, and recompute buffers, which a module makes from its own arguments.
-
-    Parameters of one name are one: where `config.json` states no task, two heads may read the same tensors. Those of a tie are
-    one, too, so that one prepared weight serves both.
-    """
-    refuse_large_buffers(checkpoint, model)
-    sizes = {ties.get(name, name): tensor.numel() for name, tensor in model.named_tensors().items()}
-    total = sum(sizes.values()) * model.dtype.itemsize
-    made: dict[str, nn.Parameter] = {}
-    for path, module in model.named_parts():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            # No prefix keeps heads apart in `named_parts`, so a name that two of them have leads to one parameter.
-            full = f"{path}.{name}" if path else name
-            full = ties.get(full, full)
-            if full not in made:
-                made[full] = nn.Parameter(_empty(parameter.shape, model, total), requires_grad=False)
-            setattr(module, name, made[full])
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            # The default would be a buffer left on `meta`, which fails at the first step only, with torch's own message.
-            reset = getattr(module, "reset_buffers", None)
-            if reset is None:
-                raise PluginError(
-                    f"{type(module).__name__} has buffers but no reset_buffers(device) to make them",
-                    hint="give the module that method; it makes its buffers anew on the device",
-                )
-            with as_config_error(checkpoint):
-                reset(model.device)
-
-
-def _empty(shape: torch.Size, model: Model, total: int) -> Tensor:
-    try:
-        return torch.empty(shape, dtype=model.dtype, device=model.device)
-    except RuntimeError as error:  # torch's for memory that there is not, on any device
-        raise CapacityError(
-            f"the weights take {total / 1e9:.1f} GB as {str(model.dtype).removeprefix('torch.')}, more than there is on "
-            f"{str(model.device)!r}: {error}",
-            hint="use a machine with more memory, or dtype='bfloat16'",
-        ) from error
-
-
-def _fill(model: Model, checkpoint: Checkpoint, placement: Placement) -> None:
-    """The numbers of every tensor to its place. Without memory for them they are only looked at."""
-    account = placement.account
-    whole = not account.problems
-    parameters = model.named_tensors()
-    for name, tensor in checkpoint.read(placement.places):
-        place = placement.places[name]
-        if place.scale is not None:
-            misfit = _set_scale(*place.scale, float(tensor))
-        else:
-            target = place.target
-            tensor = target.arranged(tensor)
-            rows = _rows(model, parameters[target.name], target).copy_(tensor) if whole else tensor.to(model.dtype)
-            # After the cast, which may make numbers infinite; a widening one does not, and the narrow ones are read faster.
-            seen = tensor if tensor.itemsize < rows.itemsize else rows
-            misfit = None if is_finite(seen) else _not_finite(tensor, model.dtype)
-        if misfit:
-            account.misfits.append(f"{name!r} {misfit}")
-
-
-def _rows(model: Model, parameter: nn.Parameter, target: Target) -> Tensor:
-    """Where the numbers of a target go: a parameter, or the rows of one member in the fused [sum(parts), in]."""
-    if target.part is None:
-        return parameter.detach()
-    parts = model.sites[target.name.rpartition(".")[0]].parts
-    start = sum(parts[: target.part])
-    return parameter.detach()[start : start + parts[target.part]]
-
-
-def _set_scale(layer: Attention, attribute: str, scale: float) -> str | None:
-    setattr(layer, attribute, scale)
-    # Numbers are divided by it on their way into the cache.
-    return None if math.isfinite(scale) and scale > 0 else f"is {scale}; a scale is a number above 0"
-
-
-def _not_finite(tensor: Tensor, dtype: torch.dtype) -> str:
-    # A single NaN would make every answer NaN without any error. Looked for after the cast, which makes more of them.
-    if not is_finite(tensor):
-        return "holds NaN or infinite numbers"
-    most = float(tensor.abs().max())
-    wider = [name for name in ("float32", "bfloat16") if most <= torch.finfo(getattr(torch, name)).max]
-    advice = f"load it with dtype={' or '.join(map(repr, wider))}" if wider else "no dtype that is supported holds them"
-    return f"holds numbers up to {most:.3g}, which become infinite in {str(dtype).removeprefix('torch.')}: {advice}"
 
 
 def stated_task(spec: ArchitectureSpec, config: ModelConfig) -> Task | None:

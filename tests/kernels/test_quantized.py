@@ -105,6 +105,20 @@ def test_numbers_of_any_size_keep_their_scale(product, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, *DTYPES])
+def test_the_largest_numbers_of_a_dtype_stay_finite(product, dtype, name):
+    most = torch.finfo(dtype).max
+    weight = (drawn(70, 128).clamp(-1, 1).double() * most).to(dtype)  # many of them the largest
+
+    packed = product.quantize(weight, FORMATS[name])
+
+    dense = packed.dense()
+    assert dense.isfinite().all()
+    assert torch.equal(packed.rows(torch.arange(70)), dense)
+    assert relative(dense.double() / most, weight.double() / most) < LOST[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", [1e-37, 1e-40, 1e-45])
 def test_groups_whose_scale_has_no_inverse_count_as_zero(product, name, size):
     weight = drawn(4, 64)

@@ -66,7 +66,7 @@ class Quantized:
     def dense(self) -> Tensor:
         """The weight that the codes stand for, `[out, width]`."""
         weight = (self.codes() * self.scales()[:, :, None]).flatten(1)
-        return weight[: self.out, : self.width].to(self.dtype, copy=True)
+        return self._in_dtype(weight[: self.out, : self.width])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `[n, width]` of `dense()` for ids `[n]`."""
@@ -75,7 +75,7 @@ class Quantized:
         # Only the four bytes of this row out of each 64 times four.
         codes = self._unpacked(self._steps(self.data)[block, :, :, row])  # [n, groups, group / 4, 4]
         weight = codes.flatten(2) * scales  # [n, groups, group]
-        return weight.flatten(1)[:, : self.width].to(self.dtype)
+        return self._in_dtype(weight.flatten(1)[:, : self.width])
 
     def codes(self) -> Tensor:
         """Numbers around 0, `[out, groups, group]` with rows to fill the last record."""
@@ -85,6 +85,11 @@ class Quantized:
     def scales(self) -> Tensor:
         """Of each group, `[out, groups]` with rows to fill the last record."""
         return self._scales(self.data).transpose(1, 2).flatten(0, 1)
+
+    def _in_dtype(self, weight: Tensor) -> Tensor:
+        """New memory. A scale that was rounded up may make more of the largest number than the dtype has."""
+        most = torch.finfo(self.dtype).max
+        return weight.clamp(-most, most).to(self.dtype)
 
     def _steps(self, data: Tensor) -> Tensor:
         """Bytes of the codes `[blocks, groups, steps, OUTPUTS, 4]`, a view."""

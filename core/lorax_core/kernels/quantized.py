@@ -6,12 +6,15 @@ Decides the format: which inputs share a scale, how codes lie in memory, and how
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorax_core.kernels.large_pages import large_pages
 
 OUTPUTS: Final = 64
 """Rows of the weight whose codes lie side by side."""
@@ -47,7 +50,8 @@ class Format:
 
     def empty(self, out: int, width: int) -> Tensor:
         """Memory for a weight `[out, width]`: `[blocks, groups, bytes]`."""
-        return torch.empty(-(-out // OUTPUTS), self.groups(width), self.record, dtype=torch.uint8)
+        shape = -(-out // OUTPUTS), self.groups(width), self.record
+        return large_pages(math.prod(shape)).view(shape)
 
 
 FORMATS: Final = {"int8": Format(bits=8, group=64), "int4": Format(bits=4, group=32)}

@@ -105,6 +105,20 @@ def test_numbers_of_any_size_keep_their_scale(product, name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float16, *DTYPES])
+def test_the_largest_numbers_of_a_dtype_stay_finite(product, dtype, name):
+    most = torch.finfo(dtype).max
+    weight = (drawn(70, 128).clamp(-1, 1).double() * most).to(dtype)  # many of them the largest
+
+    packed = product.quantize(weight, FORMATS[name])
+
+    dense = packed.dense()
+    assert dense.isfinite().all()
+    assert torch.equal(packed.rows(torch.arange(70)), dense)
+    assert relative(dense.double() / most, weight.double() / most) < LOST[name]
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("size", [1e-37, 1e-40, 1e-45])
 def test_groups_whose_scale_has_no_inverse_count_as_zero(product, name, size):
     weight = drawn(4, 64)
@@ -271,14 +285,15 @@ def test_nothing_is_read_or_written_outside_what_was_given(name, tmp_path):
         f'#include "{SOURCE}"\n'
         "#include <vector>\n"
         "int main() {\n"
-        "    for (int64_t out : {1, 64, 65}) for (int64_t width : {1, 31, 64, 130}) for (int64_t rows : {1, 5, 6, 7, 100}) {\n"
+        "    for (int64_t out : {1, 64, 65}) for (int64_t width : {1, 31, 64, 130}) for (int64_t rows : {1, 5, 6, 7, 300}) {\n"
         f"        typedef Format<{bits}> F;\n"
         "        const int64_t groups = (width + F::GROUP - 1) / F::GROUP, blocks = (out + 63) / 64;\n"
         "        std::vector<float> w(out * width, 0.5f), x(rows * width, 0.25f), y(rows * out), bias(out, 1.0f);\n"
-        "        std::vector<uint8_t> packed(blocks * groups * F::RECORD), scratch(rows * groups * (8 + F::GROUP));\n"
+        "        const int64_t needed = rows * groups * (8 + F::GROUP);\n"
+        "        std::vector<uint8_t> packed(blocks * groups * F::RECORD), scratch(needed);\n"
         f"        pack<{bits}>(w.data(), out, width, packed.data(), 2);\n"
-        f"        multiply<{bits}>(x.data(), width, packed.data(), bias.data(), y.data(), scratch.data(),"
-        " rows, width, out, 2);\n"
+        "        uint8_t *given = needed > quantized_own_bytes() ? scratch.data() : nullptr;\n"
+        f"        multiply<{bits}>(x.data(), width, packed.data(), bias.data(), y.data(), given, rows, width, out, 2);\n"
         "        for (float one : y) if (!(one > 1.0f)) return 1;\n"
         "    }\n"
         "}\n"

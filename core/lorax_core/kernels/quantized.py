@@ -6,12 +6,15 @@ Decides the format: which inputs share a scale, how codes lie in memory, and how
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorax_core.kernels.large_pages import large_pages
 
 OUTPUTS: Final = 64
 """Rows of the weight whose codes lie side by side."""
@@ -47,7 +50,8 @@ class Format:
 
     def empty(self, out: int, width: int) -> Tensor:
         """Memory for a weight `[out, width]`: `[blocks, groups, bytes]`."""
-        return torch.empty(-(-out // OUTPUTS), self.groups(width), self.record, dtype=torch.uint8)
+        shape = -(-out // OUTPUTS), self.groups(width), self.record
+        return large_pages(math.prod(shape)).view(shape)
 
 
 FORMATS: Final = {"int8": Format(bits=8, group=64), "int4": Format(bits=4, group=32)}
@@ -66,29 +70,34 @@ class Quantized:
     def dense(self) -> Tensor:
         """The weight that the codes stand for, `[out, width]`."""
         weight = (self.codes() * self.scales()[:, :, None]).flatten(1)
-        return weight[: self.out, : self.width].to(self.dtype, copy=True)
+        return self._in_dtype(weight[: self.out, : self.width])
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows `[n, width]` of `dense()` for ids `[n]`."""
         block, row = ids // OUTPUTS, ids % OUTPUTS
-        scales = self._scales(self.data[block]).gather(2, row.view(-1, 1, 1).expand(-1, self.data.shape[1], 1))
+        scales = self._stored_scales()[block, :, row].float()[:, :, None]  # [n, groups, 1]
         # Only the four bytes of this row out of each 64 times four.
-        codes = self._unpacked(self._steps(self.data)[block, :, :, row])  # [n, groups, group / 4, 4]
+        codes = self._unpacked(self._steps()[block, :, :, row])  # [n, groups, group / 4, 4]
         weight = codes.flatten(2) * scales  # [n, groups, group]
-        return weight.flatten(1)[:, : self.width].to(self.dtype)
+        return self._in_dtype(weight.flatten(1)[:, : self.width])
 
     def codes(self) -> Tensor:
         """Numbers around 0, `[out, groups, group]` with rows to fill the last record."""
-        steps = self._unpacked(self._steps(self.data))  # [blocks, groups, group / 4, OUTPUTS, 4]
+        steps = self._unpacked(self._steps())  # [blocks, groups, group / 4, OUTPUTS, 4]
         return steps.permute(0, 3, 1, 2, 4).reshape(len(steps) * OUTPUTS, steps.shape[1], self.format.group)
 
     def scales(self) -> Tensor:
         """Of each group, `[out, groups]` with rows to fill the last record."""
-        return self._scales(self.data).transpose(1, 2).flatten(0, 1)
+        return self._stored_scales().float().transpose(1, 2).flatten(0, 1)
 
-    def _steps(self, data: Tensor) -> Tensor:
+    def _in_dtype(self, weight: Tensor) -> Tensor:
+        """New memory. A scale that was rounded up may make more of the largest number than the dtype has."""
+        most = torch.finfo(self.dtype).max
+        return weight.clamp(-most, most).to(self.dtype)
+
+    def _steps(self) -> Tensor:
         """Bytes of the codes `[blocks, groups, steps, OUTPUTS, 4]`, a view."""
-        return data[:, :, : self.format.code_bytes].view(*data.shape[:2], -1, OUTPUTS, 4)
+        return self.data[:, :, : self.format.code_bytes].view(*self.data.shape[:2], -1, OUTPUTS, 4)
 
     def _unpacked(self, codes: Tensor) -> Tensor:
         """Numbers around 0 in float32; in 4 bits the steps of the second half of a group follow those of the first."""
@@ -96,9 +105,9 @@ class Quantized:
             codes = torch.cat([codes & 15, codes >> 4], dim=2)
         return codes.float() - self.format.middle
 
-    def _scales(self, data: Tensor) -> Tensor:
-        """`[blocks, groups, OUTPUTS]`."""
-        return data[:, :, self.format.code_bytes :].contiguous().view(torch.bfloat16).float()
+    def _stored_scales(self) -> Tensor:
+        """`[blocks, groups, OUTPUTS]` in bfloat16, a view."""
+        return self.data.view(torch.bfloat16)[:, :, self.format.code_bytes // 2 :]
 
 
 def quantize(weight: Tensor, form: Format) -> Quantized:

@@ -30,6 +30,7 @@ static const int64_t ROWS = 6;         // that share what is read of the weight
 static const int64_t ROWS_AT_ONCE = 96;  // that pass over a part of the weight while it is in the first cache
 static const int64_t PART_BYTES = 1 << 14;  // of such a part
 static const int64_t AHEAD = 2048;     // bytes by which reading runs ahead
+static const int64_t OWN_BYTES = 1 << 15;  // of scratch: few rows need no memory of the caller
 
 template <int BITS>
 struct Format {
@@ -203,7 +204,8 @@ static void multiply(const T *x, int64_t x_row, const uint8_t *weight, const T *
     typedef Format<BITS> F;
     if (rows == 0) return;
     const int64_t groups = (width + F::GROUP - 1) / F::GROUP, blocks = (out + OUTPUTS - 1) / OUTPUTS;
-    float *scales = (float *)scratch;
+    alignas(64) uint8_t own[OWN_BYTES];
+    float *scales = (float *)(scratch ? scratch : own);
     int32_t *zeros = (int32_t *)(scales + rows * groups);
     int8_t *codes = (int8_t *)(zeros + rows * groups);
     const Rounded rounded = {codes, scales, zeros, groups * F::GROUP, groups};
@@ -303,6 +305,8 @@ static void pack(const T *weight, int64_t out, int64_t width, uint8_t *to, int t
         }
     }
 }
+
+extern "C" int64_t quantized_own_bytes() { return OWN_BYTES; }
 
 #define EXPORTED(BITS, T, TYPE)                                                                                             \
     extern "C" void multiply_int##BITS##_##TYPE(const T *x, int64_t x_row, const uint8_t *weight, const T *bias, T *y,     \

@@ -28,6 +28,9 @@ class QuantizedProduct:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         address, number = ctypes.c_void_p, ctypes.c_int64
+        own_bytes = library.quantized_own_bytes
+        own_bytes.restype = number
+        self._own_bytes: int = own_bytes()
         self._functions: dict[tuple[int, torch.dtype], tuple[Callable[..., None], Callable[..., None]]] = {}
         for form in FORMATS.values():
             for dtype in DTYPES:
@@ -55,13 +58,15 @@ class QuantizedProduct:
         if x.stride(1) != 1:
             x = x.contiguous()
         rows, groups, form = x.shape[0], weight.data.shape[1], weight.format
-        y = torch.empty((rows, weight.out), dtype=x.dtype)
-        # Of each row: a scale and a sum of each group, and the codes.
-        scratch = torch.empty(rows * groups * (8 + form.group), dtype=torch.uint8)
+        y = x.new_empty(rows, weight.out)
+        # Of each row: a scale and a sum of each group, and the codes. For few rows that is at hand: no memory is asked for.
+        needed = rows * groups * (8 + form.group)
+        scratch = torch.empty(needed, dtype=torch.uint8) if needed > self._own_bytes else None
         _, product = self._functions[form.bits, x.dtype]
         product(
             *(x.data_ptr(), x.stride(0), weight.data.data_ptr(), bias.data_ptr() if bias is not None else None),
-            *(y.data_ptr(), scratch.data_ptr(), rows, weight.width, weight.out, torch.get_num_threads()),
+            *(y.data_ptr(), scratch.data_ptr() if scratch is not None else None, rows, weight.width, weight.out),
+            torch.get_num_threads(),
         )
         return y
 

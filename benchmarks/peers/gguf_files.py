@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from safetensors import safe_open
 
-TYPES = {"float32": "F32", "bfloat16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+TYPES = {"float32": "F32", "bfloat16": "BF16"}
 QWEN2 = {
     "input_layernorm.weight": "attn_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
@@ -54,9 +54,22 @@ def gguf_of(folder: str, precision: str) -> str:
     made = Path(f"{folder}-{precision}.gguf")
     if not made.exists():
         part = made.with_suffix(".part")
-        write(Path(folder), part, TYPES[precision])
+        if precision in TYPES:
+            write(Path(folder), part, TYPES[precision])
+        else:
+            quantize(gguf_of(folder, "float32"), part, precision)
         part.rename(made)
     return str(made)
+
+
+def quantize(wide: str, file: Path, precision: str) -> None:
+    """A file in fewer bits by llama.cpp's own quantizer, which keeps some tensors wider: a tied head in 8 bits beside q4_0."""
+    import llama_cpp
+
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{precision.upper()}")
+    if llama_cpp.llama_model_quantize(wide.encode(), str(file).encode(), settings) != 0:
+        raise RuntimeError(f"llama.cpp could not make {precision} of {wide}")
 
 
 def write(folder: Path, file: Path, kind: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from lorax_core.adapters.apply import SegmentedAdapters
 from lorax_core.adapters.formats.settings import PeftSettings
 from lorax_core.testing import CheckStatus
-from lorax_core.weights import loader
+from lorax_core.weights import fill
 
 BY_FAR = 100
 
@@ -167,7 +167,7 @@ def test_what_is_wrong_is_named(broken, key, told, make_spec, run, twins):
 
 def test_a_loader_that_takes_nan(make_spec, run, twins, monkeypatch):
     assert run(twins["bert"], "weights-corrupt").status is CheckStatus.PASSED
-    monkeypatch.setattr(loader, "is_finite", lambda tensor: True)
+    monkeypatch.setattr(fill, "is_finite", lambda tensor: True)
 
     wrong = run(make_spec("bert"), "weights-corrupt")
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from lorax_core.modeling import EmbeddingHead, LanguageModelHead, ModelConfig
 from lorax_core.modeling.batch import HeadRows
@@ -116,3 +117,35 @@ def test_a_checkpoint_generates_when_it_has_output_weights_or_ties_them(tied, na
     head = LanguageModelHead.build(make_config(tie_word_embeddings=tied), names, None)
 
     assert (head is not None) is built
+
+
+class HeadWithBias(LanguageModelHead):
+    bias = True
+
+
+@pytest.mark.parametrize(
+    ("theirs", "config", "kind", "options"),
+    [
+        (Gemma2ForCausalLM, Gemma2Config(final_logit_softcapping=0.5), LanguageModelHead, {"soft_cap": 0.5}),
+        (PhiForCausalLM, PhiConfig(), HeadWithBias, {}),
+    ],
+)
+@torch.inference_mode()
+def test_logits_with_a_cap_or_a_bias_are_those_of_transformers(theirs, config, kind, options):
+    sizes = {"hidden_size": HIDDEN, "vocab_size": 5, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    for name, value in {**sizes, "num_key_value_heads": 2, "intermediate_size": 4, "pad_token_id": None}.items():
+        setattr(config, name, value)
+    oracle, head = theirs(config).eval(), kind(make_config(), **options)
+    for name, numbers in oracle.lm_head.named_parameters():
+        numbers.copy_(torch.randn(numbers.shape, generator=torch.Generator().manual_seed(len(name))))
+        head.lm_head.get_parameter(name).data = numbers.data
+
+    logits = head(oracle.model(torch.tensor([[1, 4, 2]])).last_hidden_state[0], HeadRows(Task.GENERATE, (), (), None))
+
+    torch.testing.assert_close(logits, oracle(torch.tensor([[1, 4, 2]])).logits[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [0, -1.0, float("nan"), "30", True])
+def test_a_cap_that_is_no_number_above_zero_is_refused(cap):
+    with pytest.raises(ValueError, match="a soft cap of"):
+        LanguageModelHead(make_config(), soft_cap=cap)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from lorax_core.modeling import LayerNorm, RMSNorm
@@ -53,6 +54,16 @@ def test_rms_norm_is_transformers(dtype):
 
     # 16 bit rounds at the same places, so it must agree to the bit.
     torch.testing.assert_close(normed, oracle(rows), rtol=1e-6 if dtype is torch.float32 else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_without_numbers_is_olmos(dtype):
+    norm, rows = LayerNorm(SIZE, 1e-5, weight=False), make_rows(dtype)
+
+    normed = norm(rows, make_batch())
+
+    assert not list(norm.parameters())
+    assert torch.equal(normed, OlmoLayerNorm(SIZE)(rows))
 
 
 def test_epsilon_counts_where_a_row_is_nearly_nothing():

@@ -6,6 +6,7 @@ named as in transformers' Llama; an architecture with other names renames them i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Required, TypedDict, Unpack
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch
 from lorax_core.modeling.linear import GateUpLinear, Linear, QKVLinear
+from lorax_core.modeling.norm import Norm
 from lorax_core.modeling.rotary import RotaryEmbedding
 
 
@@ -35,13 +37,16 @@ class AttentionOptions(TypedDict, total=False):
     scale: float | None
     window: int | None
     soft_cap: float | None
+    qk_norm: Callable[[int], Norm] | None
+    qk_norm_whole: bool
 
 
 class SelfAttention(Block):
     """Projections to q, k and v, attention, and the projection back.
 
     `kv_heads` None is as many as heads, `head_dim` None is `hidden / heads`; `window` counts the keys that a query sees, itself
-    included. Raises ValueError for sizes that do not fit each other.
+    included. `qk_norm` makes the norms of queries and keys from their size: that of one head, or with `qk_norm_whole` of all.
+    Raises ValueError for sizes that do not fit each other.
     """
 
     def __init__(
@@ -57,6 +62,8 @@ class SelfAttention(Block):
         scale: float | None = None,
         window: int | None = None,
         soft_cap: float | None = None,
+        qk_norm: Callable[[int], Norm] | None = None,
+        qk_norm_whole: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None and hidden % heads:
@@ -67,17 +74,28 @@ class SelfAttention(Block):
         dim = hidden // heads if head_dim is None else head_dim
         kv_heads = kv_heads or heads
         self.qkv_proj = QKVLinear(hidden, heads, kv_heads, dim, bias)
+        self.qk_norm_whole = qk_norm_whole
+        q_size, k_size = (heads * dim, kv_heads * dim) if qk_norm_whole else (dim, dim)
+        self.q_norm = None if qk_norm is None else qk_norm(q_size)
+        self.k_norm = None if qk_norm is None else qk_norm(k_size)
         self.attention = Attention(heads, kv_heads, dim, causal=causal, scale=scale, window=window, soft_cap=soft_cap)
         # Qwen2 has biases on q, k and v and none here, hence `out_bias` apart from `bias`.
         self.o_proj = Linear(heads * dim, hidden, bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         q, k, v = self.qkv_proj.project(x, batch)  # [tokens, heads | kv_heads, dim]
+        # Before the rotation: weights of a norm differ by dimension, so the order matters.
+        q, k = self._normed(self.q_norm, q, batch), self._normed(self.k_norm, k, batch)
         return self.o_proj(self.attend(q, k, v, batch), batch)  # [tokens, hidden]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q `[tokens, heads, dim]`, k and v `[tokens, kv_heads, dim]` to `[tokens, heads * dim]`."""
         return self.attention(q, k, v, batch)
+
+    def _normed(self, norm: Norm | None, x: Tensor, batch: Batch) -> Tensor:
+        if norm is None:
+            return x
+        return norm(x.flatten(1), batch).view(x.shape) if self.qk_norm_whole else norm(x, batch)
 
 
 class RotaryAttention(SelfAttention):

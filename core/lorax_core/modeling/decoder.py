@@ -1,4 +1,4 @@
-"""Pre-norm transformers: layers that normalise what they read and add to what came in.
+"""Decoders: layers that add to what came in, and normalise what they read, what they add, or both.
 
 Decides the order of norms, residuals, attention and feed-forward. Knows nothing of which attention or feed-forward a layer
 has, nor of checkpoints.
@@ -6,7 +6,8 @@ has, nor of checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -16,20 +17,56 @@ from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.embedding import Embedding
 from lorax_core.modeling.norm import Norm
 
+Norms = Literal["before", "shared", "after", "around"]
+"""Where a layer's norms are: before each block (Llama), one before both (Phi), after each (OLMo 2), or both (Gemma 2)."""
+_NORMS: Mapping[str, tuple[str, ...]] = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "shared": ("input_layernorm",),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
 
 class DecoderLayer(Block):
-    """Attention and feed-forward, each on normalised input and added to what came in.
+    """Attention and feed-forward, each added to what came in.
 
-    `norm` makes a norm. With `parallel` both read the layer's input; otherwise the feed-forward reads attention's result.
+    `norm` makes a norm, and `norms` says where they are. With `parallel` both blocks read the layer's input; otherwise the
+    feed-forward reads attention's result. Norms have the names of Llama, and those after a block the names of Gemma 2.
+
+    Raises ValueError for norms that such a layer cannot have.
     """
 
-    def __init__(self, attention: Block, mlp: Block, norm: Callable[[], Norm], *, parallel: bool = False) -> None:
+    input_layernorm: Norm
+    post_attention_layernorm: Norm
+    pre_feedforward_layernorm: Norm
+    post_feedforward_layernorm: Norm
+
+    def __init__(
+        self,
+        attention: Block,
+        mlp: Block,
+        norm: Callable[[], Norm],
+        *,
+        parallel: bool = False,
+        norms: Norms = "before",
+    ) -> None:
         super().__init__()
+        if norms not in _NORMS or (norms != "before" and parallel != (norms == "shared")):
+            raise ValueError(
+                f"norms {norms!r} with parallel={parallel}; 'before' takes either, 'shared' needs parallel=True, "
+                "'after' and 'around' parallel=False"
+            )
         self.parallel = parallel
-        self.input_layernorm = norm()
+        self.norms = norms
         self.self_attn = attention
-        self.post_attention_layernorm = norm()
         self.mlp = mlp
+        for name in _NORMS[norms]:
+            self.add_module(name, norm())
 
     @property
     def is_plain(self) -> bool:
@@ -46,14 +83,23 @@ class DecoderLayer(Block):
 
         The next norm adds them in its own launch.
         """
+        if self.norms == "after":
+            x = x if rest is None else x + rest
+            x = x + self.post_attention_layernorm(self.self_attn(x, batch), batch)
+            return x, self.post_feedforward_layernorm(self.mlp(x, batch), batch)
         if rest is None:
             normed = self.input_layernorm(x, batch)
         else:
             normed, x = self.input_layernorm.add(rest, x, batch)
         attended = self.self_attn(normed, batch)  # [tokens, hidden]
-        # GPT-NeoX: both blocks read x, so the two norms cannot be chained with a residual.
+        # Both blocks read x, so the two norms cannot be chained with a residual.
         if self.parallel:
-            return x + attended, self.mlp(self.post_attention_layernorm(x, batch), batch)
+            read = normed if self.norms == "shared" else self.post_attention_layernorm(x, batch)
+            return x + attended, self.mlp(read, batch)
+        if self.norms == "around":
+            attended = self.post_attention_layernorm(attended, batch)
+            normed, x = self.pre_feedforward_layernorm.add(attended, x, batch)
+            return x, self.post_feedforward_layernorm(self.mlp(normed, batch), batch)
         normed, x = self.post_attention_layernorm.add(attended, x, batch)
         return x, self.mlp(normed, batch)
 
@@ -61,22 +107,34 @@ class DecoderLayer(Block):
 class Decoder(nn.Module):
     """Embeddings, layers and the final norm: a batch to hidden rows `[tokens, hidden]`.
 
-    `max_positions` is the length of a table of learned positions, None without one.
+    `max_positions` is the length of a table of learned positions, None without one; its row for position 0 is
+    `position_offset` (2 for OPT), and rows before it are not read. Rows of tokens are multiplied by `embed_scale`.
     """
 
     def __init__(
-        self, config: ModelConfig, layers: Iterable[Block], norm: Norm, *, max_positions: int | None = None
+        self,
+        config: ModelConfig,
+        layers: Iterable[Block],
+        norm: Norm,
+        *,
+        max_positions: int | None = None,
+        position_offset: int = 0,
+        embed_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = None if max_positions is None else Embedding(max_positions, config.hidden_size)
+        hidden = config.hidden_size
+        self.embed_tokens = Embedding(config.vocab_size, hidden, embed_scale)
+        self.position_offset = position_offset
+        self.embed_positions = None if max_positions is None else Embedding(max_positions + position_offset, hidden)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.embed_tokens(batch.input_ids, batch)  # [tokens, hidden]
         if self.embed_positions is not None:
-            x = x + self.embed_positions(batch.position_ids, batch)
+            offset = self.position_offset
+            rows = batch.position_ids + offset if offset else batch.position_ids
+            x = x + self.embed_positions(rows, batch)
         rest: Tensor | None = None
         for layer in self.layers:
             if isinstance(layer, DecoderLayer) and layer.is_plain:

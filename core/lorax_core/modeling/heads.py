@@ -23,6 +23,7 @@ from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.linear import KeepsBits, Linear
 from lorax_core.modeling.site import HasAdapters
 from lorax_core.types import Pooling, Task
+from lorax_core.untrusted import is_number
 
 CLASSIFICATION = (Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION)
 
@@ -65,14 +66,22 @@ class Head(KeepsBits):
 
 
 class LanguageModelHead(Head):
-    """Logits over the vocabulary `[rows, vocab]`, in float32."""
+    """Logits over the vocabulary `[rows, vocab]`, in float32.
+
+    With a `soft_cap` they stay between that and its negative (`cap * tanh(logits / cap)`, Gemma 2). A subclass whose layer has
+    a bias says so in the class (`bias = True`, Phi).
+    """
 
     task = Task.GENERATE
     fewest_bits = 8
+    bias: ClassVar[bool] = False
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, soft_cap: float | None = None) -> None:
         super().__init__()
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if soft_cap is not None and not (is_number(soft_cap) and soft_cap > 0):
+            raise ValueError(f"a soft cap of {soft_cap!r}; logits are capped at a number above 0")
+        self.soft_cap = soft_cap
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, self.bias)
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
@@ -81,8 +90,11 @@ class LanguageModelHead(Head):
         return cls(config) if has_weight and config.generates else None
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        logits = self.lm_head(hidden, rows)  # [rows, vocab]
+        if self.soft_cap is not None:
+            logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         # Sampling compares and exponentiates logits; 16 bit would make ties of near ones.
-        return self.lm_head(hidden, rows).float()  # [rows, vocab]
+        return logits.float()
 
 
 class EmbeddingHead(Head):

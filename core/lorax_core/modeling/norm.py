@@ -17,19 +17,19 @@ from lorax_core.untrusted import is_number
 
 
 class Norm(Site, HasElementwise):
-    """A normalisation with a weight `[size]` and perhaps a bias; a subclass gives `compute`.
+    """A normalisation with a weight `[size]` and a bias, or without either; a subclass gives `compute`.
 
     Raises ValueError for an `eps` that is no number, or below 0.
     """
 
-    def __init__(self, size: int, eps: float, bias: bool) -> None:
+    def __init__(self, size: int, eps: float, bias: bool, weight: bool = True) -> None:
         super().__init__()
         # 0 is as transformers computes it: a row of equal numbers has no other answer than NaN.
         if not (is_number(eps) and eps >= 0):
             raise ValueError(f"a norm with an eps of {eps!r}; it is a number, and at least 0")
         self.in_features = self.out_features = size
         self.eps = eps
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False) if weight else None
         self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if bias else None
 
     @final
@@ -39,15 +39,16 @@ class Norm(Site, HasElementwise):
         # Kernels know no adapters; these are applied here, with the sum as the norm's input.
         return batch.adapters.apply(self, total, normed), total
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x `[rows, size]` normalised with these numbers; the one method to override."""
+    def compute(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """x `[rows, size]` (`[rows, heads, size]` of heads) normalised with these numbers; the one method to override."""
         raise NotImplementedError
 
     @final
-    def computed_with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def computed_with(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return self.compute(x, weight, bias)
 
     def dense_weight(self) -> Tensor:
+        assert self.weight is not None, "a norm without a weight has none to change"
         return self.weight.detach()
 
     def _base(self, x: Tensor) -> Tensor:
@@ -63,12 +64,12 @@ class Norm(Site, HasElementwise):
 
 
 class LayerNorm(Norm):
-    """`(x - mean) / sqrt(var + eps) * weight + bias`."""
+    """`(x - mean) / sqrt(var + eps) * weight + bias`; without `weight`, neither (OLMo)."""
 
-    def __init__(self, size: int, eps: float, bias: bool = True) -> None:
-        super().__init__(size, eps, bias)
+    def __init__(self, size: int, eps: float, bias: bool = True, weight: bool = True) -> None:
+        super().__init__(size, eps, bias and weight, weight)
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return self.elementwise.layer_norm(x, weight, bias, self.eps)
 
     def _added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +85,12 @@ class RMSNorm(Norm):
         super().__init__(size, eps, bias=False)
         self.offset = offset
 
-    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        assert weight is not None
         return self.elementwise.rms_norm(x, weight, self.eps, self.offset)
 
     def _added(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         if not self._computes_as(RMSNorm.compute):
             return super()._added(x, residual)
+        assert self.weight is not None
         return self.elementwise.add_rms_norm(x, residual, self.weight, self.eps, self.offset)

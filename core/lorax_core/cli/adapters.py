@@ -125,9 +125,9 @@ def merge(
 
 def _check_out(out: Path, overwrite: bool) -> None:
     """Before anything is fetched or read."""
-    from lorax_core.adapters.merging.output import check_free
+    from lorax_core.output import check_free
 
-    check_free(out, overwrite)
+    check_free(out, AdapterError, overwrite)
 
 
 def _find_lora(source: str, revision: str) -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorax_core.cli.check import check_plugin
+from lorax_core.cli.new import new_plugin
 from lorax_core.cli.render import data_only_stdout, print_problems, problem_json, show_json, show_table
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Installed plugins, and what is wrong with them.", no_args_is_help=True)
 app.command("check")(check_plugin)
+app.command("new")(new_plugin)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -87,7 +87,9 @@ class LanguageModelHead(Head):
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         # A tied head has no tensor of its own in most files.
         has_weight = config.tie_word_embeddings or "lm_head.weight" in names
-        return cls(config) if has_weight and config.generates else None
+        # A bias is never tied: without it, the checkpoint is of another class.
+        has_all = has_weight and (not cls.bias or "lm_head.bias" in names)
+        return cls(config) if has_all and config.generates else None
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         logits = self.lm_head(hidden, rows)  # [rows, vocab]

@@ -210,16 +210,23 @@ def _observed(model: nn.Module, given: Mapping[str, Tensor], where: str) -> tupl
     seen: list[Tensor] = []
 
     def remember(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        seen.append(output.last_hidden_state)
+        if hasattr(output, "last_hidden_state"):
+            seen.append(output.last_hidden_state)
 
-    # Classes with a head return logits and no last_hidden_state, so the base inside is listened to.
-    hook = base.register_forward_hook(remember)
+    # Classes with a head return logits and no last_hidden_state, so the base inside is listened to, and what it consists of:
+    # OPT's call the decoder inside of it.
+    hooks = [module.register_forward_hook(remember) for module in (base, *base.children())]
     wide = next(model.parameters()).dtype is torch.float64
     try:
         with blamed(f"{type(model).__name__} {where}"), _Float64(model) if wide else contextlib.nullcontext():
             logits = getattr(model(**given), "logits", None)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+    if not seen:
+        raise CheckFailed(
+            f"{type(model).__name__} gives no last_hidden_state: its base model, and what that consists of"
+        )
     return seen[-1], logits
 
 

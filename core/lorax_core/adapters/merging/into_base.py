@@ -20,10 +20,10 @@ from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie, sh
 from lorax_core.adapters.formats.lora import check_saved_whole
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
 from lorax_core.adapters.merging.merge import Progress
-from lorax_core.adapters.merging.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import CLASSIFICATION
+from lorax_core.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.resolve import load_class
 from lorax_core.types import Task
@@ -69,18 +69,18 @@ def merge_into_base(
     is then as it was.
     """
     final = Path(out)
-    check_free(final, overwrite)
+    check_free(final, AdapterError, overwrite)
     checkpoint = Checkpoint(base)
     # The base is copied file by file: inside it, the copy would meet itself, and the base be replaced.
     if final.resolve().is_relative_to(checkpoint.path.resolve()):
         raise AdapterError(f"{out} is the base's own folder, or inside it", hint="give a folder of its own")
     refuse_inputs_inside(
-        final, [checkpoint.path, *([adapter] if not isinstance(adapter, PeftFiles) else [adapter.path])]
+        final, [checkpoint.path, *([adapter] if not isinstance(adapter, PeftFiles) else [adapter.path])], AdapterError
     )
     _refuse_links(checkpoint)
     files = adapter if isinstance(adapter, PeftFiles) else read_peft(adapter)
     plan = _Plan.of(checkpoint, files, host or PluginHost.discover())
-    with new_folder(final, overwrite=overwrite) as folder:
+    with new_folder(final, AdapterError, overwrite=overwrite) as folder:
         plan.write(folder, progress)
     return MergedBase(final, tuple(plan.changed), tuple(plan.notes))
 

@@ -29,8 +29,8 @@ from lorax_core.adapters.merging.combining import (
     combined,
     seeded_mask,
 )
-from lorax_core.adapters.merging.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.errors import AdapterError
+from lorax_core.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.untrusted import guarded
 
 Progress = Callable[[int, int], None]
@@ -80,13 +80,13 @@ def merge_adapters(
     (named with the module), shapes or ranks that do not go together, and an `out` that holds files.
     """
     # Before the adapters are read, so that a taken folder costs no wait; `new_folder` checks again.
-    check_free(Path(out), overwrite)
+    check_free(Path(out), AdapterError, overwrite)
     if isinstance(adapters, (str, Path)):
         raise AdapterError(f"one adapter was given, {str(adapters)!r:.80}", hint="give a list of folders")
     options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
-    refuse_inputs_inside(Path(out), adapters)
+    refuse_inputs_inside(Path(out), adapters, AdapterError)
     files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
-    with new_folder(out, overwrite=overwrite) as folder:
+    with new_folder(out, AdapterError, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _TENSORS, metadata={"format": "pt"})
         written = files.settings.model_dump(exclude={"path"}, exclude_unset=True)
         (folder / FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")

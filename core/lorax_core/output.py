@@ -14,24 +14,24 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from lorax_core.errors import AdapterError
+from lorax_core.errors import LoraxError
 
 
 @contextlib.contextmanager
-def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(out: str | Path, kind: type[LoraxError], *, overwrite: bool | None = None) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end; an error on the way leaves `out` as it was.
 
-    Raises AdapterError when `out` holds anything and may not be overwritten.
+    Raises `kind` when `out` holds anything and may not be overwritten; with None, no caller could have allowed it.
     """
     final = Path(out).absolute()
-    check_free(final, overwrite)
+    check_free(final, kind, overwrite)
     mark = uuid.uuid4().hex[:8]
     # Beside `out`, not in /tmp: a rename is atomic only within one file system.
     fresh, old = (final.with_name(f".{final.name}.{kind}-{mark}") for kind in ("new", "old"))
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        check_free(final, overwrite)  # writing may take long
+        check_free(final, kind, overwrite)  # writing may take long
         if final.exists():
             final.rename(old)
         try:
@@ -42,7 +42,7 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
                 old.rename(final)
             raise
     except (OSError, SafetensorError) as error:
-        raise AdapterError(
+        raise kind(
             f"{out} cannot be written: {error}", hint="give a folder that you may write to, on a disk with room"
         ) from error
     finally:
@@ -52,19 +52,20 @@ def new_folder(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def refuse_inputs_inside(out: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise AdapterError when replacing `out` would delete a folder that is read from."""
+def refuse_inputs_inside(out: Path, inputs: Iterable[str | Path], kind: type[LoraxError]) -> None:
+    """Raise `kind` when replacing `out` would delete a folder that is read from."""
     for folder in inputs:
         if Path(folder).resolve().is_relative_to(out.resolve()):
-            raise AdapterError(
+            raise kind(
                 f"{out} holds {folder}, which is read from, and would be replaced with all that is in it",
                 hint="give a folder of its own for the result",
             )
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise AdapterError when `out` is a file, or a folder that holds something and may not be overwritten."""
+def check_free(out: Path, kind: type[LoraxError], overwrite: bool | None = None) -> None:
+    """Raise `kind` when `out` is a file, or a folder that holds something and may not be overwritten."""
     if out.exists() and not out.is_dir():
-        raise AdapterError(f"{out} is a file; a folder is written", hint="give another name")
+        raise kind(f"{out} is a file; a folder is written", hint="give another name")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise AdapterError(f"{out} holds files already", hint="give another folder, or overwrite=True (--overwrite)")
+        allow = "" if overwrite is None else ", or overwrite=True (--overwrite)"
+        raise kind(f"{out} holds files already", hint=f"give another folder{allow}")

@@ -28,7 +28,7 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu test-triton test-cross fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-gpu test-triton test-cross test-scaffold fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ test-triton: $(VENV)/.triton ## Run the tests of the Triton kernels under the ol
 
 test-cross: $(VENV)/.cross ## Compile the native sources for other processors, and run them on an emulated ARM (100 MB, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/cross $(ARGS)
+
+test-scaffold: $(VENV)/.test ## Write packages for five architectures of transformers, and run the conformance kit on each
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/scaffold/kits $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)

@@ -24,6 +24,7 @@ TOKENS: Final = 20
 """How many tokens a tiny model reads."""
 WINDOW: Final = 8
 _SPREAD = 0.2
+_LARGEST = 1024
 # By the names that transformers has for all architectures; a class's `attribute_map` says what it calls them.
 _SIZES: Final = {
     "vocab_size": VOCABULARY,
@@ -136,6 +137,9 @@ class Tiny:
         found: dict[str, Any] = {}
         for name, value in self.source.stated.items():
             if name not in self.defaults or name in self.fields or name in COMMON or value == self.defaults[name]:
+                continue
+            # A count of what takes memory, experts say: not for a tiny model.
+            if isinstance(value, int) and abs(value) > _LARGEST:
                 continue
             found[name] = value[:LAYERS] if isinstance(value, list) else value
         return found

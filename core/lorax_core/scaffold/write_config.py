@@ -75,6 +75,9 @@ def _fields(plan: Blueprint) -> Iterator[str]:
         elif name in plan.read and name not in (*map(tiny.spelt, _COMMON), "tie_word_embeddings"):
             yield f"    {_read_field(plan, plan.read[name])}"
         elif name in plan.refused:
+            if name in plan.derived:
+                yield f"    {attribute(name)}: PositiveInt"
+                continue
             value = literal(plan.refused[name].default)
             # pydantic has no fields that begin with an underscore.
             given = f'Field({value}, validation_alias="{name}")' if name != attribute(name) else value
@@ -152,7 +155,7 @@ def _normalise(plan: Blueprint) -> Iterator[str]:
 
 
 def _derivations(plan: Blueprint) -> Iterator[str]:
-    wanted = {name: formula for name, formula in plan.derived.items() if name in plan.read}
+    wanted = {name: formula for name, formula in plan.derived.items() if name in plan.read or name in plan.refused}
     if not wanted:
         return
     uses_hidden = any("hidden" in formula for formula in wanted.values())
@@ -217,7 +220,7 @@ def _validators(plan: Blueprint) -> Iterator[str]:
             allowed = [literal(value) for value in dict.fromkeys((one.default, *one.harmless))]
             if name in plan.derived:
                 sizes = {"num_attention_heads": "self.num_attention_heads", "hidden_size": "self.hidden_size"}
-                allowed.append(plan.derived[name].format(**sizes))
+                allowed = [plan.derived[name].format(**sizes)]
             value = f"self.{attribute(name)}"
             test = f"{value} not in ({', '.join(allowed)})" if len(allowed) > 1 else _unlike(value, allowed[0])
             yield f"        if {test}:"

@@ -149,3 +149,13 @@ def test_logits_with_a_cap_or_a_bias_are_those_of_transformers(theirs, config, k
 def test_a_cap_that_is_no_number_above_zero_is_refused(cap):
     with pytest.raises(ValueError, match="a soft cap of"):
         LanguageModelHead(make_config(), soft_cap=cap)
+
+
+@pytest.mark.parametrize(
+    ("names", "built"),
+    [({"lm_head.weight", "lm_head.bias"}, True), ({"lm_head.bias"}, True), ({"lm_head.weight"}, False), (set(), False)],
+)
+def test_a_head_with_a_bias_needs_it_in_the_checkpoint_though_its_weight_may_be_tied(names, built):
+    head = HeadWithBias.build(make_config(tie_word_embeddings=True), names, None)
+
+    assert (head is not None) == built

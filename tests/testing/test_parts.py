@@ -6,14 +6,15 @@ import math
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from lorax_core.plugins.resolve import load_cases
 from lorax_core.testing import CheckFailed
 from lorax_core.testing.case import Case
 from lorax_core.testing.compare import Worst, tolerance
-from lorax_core.testing.inputs import make_inputs
+from lorax_core.testing.inputs import Input, make_inputs
 from lorax_core.testing.lora import LoraOptions, linear_layers, merged, write_adapter
-from lorax_core.testing.reference import build, quiet, randomise, reload
+from lorax_core.testing.reference import build, expect, quiet, randomise, reload
 from lorax_core.types import Task
 
 
@@ -219,3 +220,14 @@ def test_our_merge_is_that_of_peft(case, tmp_path):
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
     assert not torch.equal(ours["lm_head.weight"], oracle.lm_head.weight)
+
+
+def test_hidden_rows_are_seen_where_a_head_calls_the_decoder_inside_of_the_base_model():
+    sizes = {"hidden_size": 16, "ffn_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
+    model = OPTForCausalLM(OPTConfig(**sizes)).eval()
+    ids = (5, 9, 3)
+
+    found = expect(model, Input(ids, (0, 0, 0)), types=False)
+
+    with torch.inference_mode():
+        torch.testing.assert_close(found.hidden, model.model(torch.tensor([ids])).last_hidden_state[0].double())

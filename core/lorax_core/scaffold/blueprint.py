@@ -257,7 +257,7 @@ def _of_field(one: Field) -> Iterator[tuple[str, Mapping[str, Any]]]:
                     next((words[fact, value] for fact in one.binds if (fact, value) in words), usual),
                     {one.name: value},
                 )
-            case str():
+            case str() if value == one.tried[0]:
                 yield value, {one.name: value}
             case None if "soft_cap" in one.binds or "logit_cap" in one.binds:
                 yield f"no_{one.name}", {one.name: None}

@@ -57,17 +57,22 @@ def find_fields(probe: Probe, aside: Collection[str], contexts: Sequence[Values]
     A field that has no effect by itself is tried again under each of `contexts`, and under each switch.
     """
     tiny = probe.tiny
-    names = [name for name in (*tiny.defaults, "head_dim") if name not in COMMON and name not in aside]
+    names = [name for name in (*tiny.defaults, *tiny.source.unlisted) if name not in COMMON and name not in aside]
     sizes = {tiny.spelt(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    found = {}
+    found, base = {}, probe.of({}).facts
     for name in dict.fromkeys(names):
         if name in sizes or name.endswith("_token_id") or name in (*map(tiny.spelt, ROTARY), *ROTARY):
             continue
-        hint = hint_of(tiny.source.config_class, name) or ("int" if name == "head_dim" else "")
+        hint = hint_of(tiny.source.config_class, name) or ("" if name in tiny.defaults else _unlisted_hint(base, name))
         default = default_of(tiny.source.config_class, name, tiny.defaults.get(name))
         found[name] = _tried(probe, Field(name, hint, default), {})
     _see_together(probe, found, contexts)
     return found
+
+
+def _unlisted_hint(facts: Facts | None, name: str) -> str:
+    """The type of a field that no class states: that of the fact of its name, if there is one."""
+    return "int" if facts is not None and type(facts.flat().get(name)) is int else "bool | int"
 
 
 def differences(one: Facts, other: Facts) -> dict[str, tuple[Any, Any]]:

@@ -118,7 +118,7 @@ def other_values(value: Any, hint: str) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if value is None and "bool" in hint:
-        return [True, False]
+        return [True, False, *([2 * WINDOW, WINDOW] if "int" in hint else [])]
     if isinstance(value, str):
         acts = ["relu", "silu", "gelu"] if value in ACTIVATIONS else []
         return [act for act in acts if act != value]

@@ -7,6 +7,9 @@ knows nothing of what the classes compute.
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from lorax_core.untrusted import read_json
 from lorax_core.weights.hub import is_hub_id
 
 FORMS: Final = "give transformers:Gemma2ForCausalLM, the path of a config.json, or a model id that is in the cache"
+_UNLISTED: Final = re.compile(r'getattr\((?:self\.)?config, *"(\w+)"')
 _TABLES: Final = {
     Task.GENERATE: "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     Task.EMBED: "MODEL_MAPPING_NAMES",
@@ -44,6 +48,12 @@ class Source:
     def stem(self) -> str:
         """What the names of its classes begin with: `Gemma2`."""
         return str(self.config_class.__name__).removesuffix("Config")
+
+    @property
+    def unlisted(self) -> tuple[str, ...]:
+        """Fields that the class does not have, and that its models read where a file states them."""
+        text = inspect.getsource(sys.modules[self.classes[Task.EMBED].__module__])
+        return tuple(dict.fromkeys(_UNLISTED.findall(text)))
 
 
 def read_source(given: str) -> Source:

@@ -94,6 +94,8 @@ def _replaced(case: Case) -> Measured:
 
 def _tokens(case: Case) -> Measured:
     """New rows for some tokens of the inputs."""
+    if any(_has_tied_bias(case.reference(task)) for task in case.chosen):
+        raise NotApplicable("PEFT leaves out the bias of a head whose table it trains tokens of")
     ids = sorted({*case.inputs[2].ids[1:], *case.inputs[-2].ids[:4]})
 
     def settings(task: Task) -> dict[str, Any]:
@@ -102,6 +104,11 @@ def _tokens(case: Case) -> Measured:
         return {"trainable_token_indices": {name: ids}}
 
     return _see_trained(case, "tokens", settings)
+
+
+def _has_tied_bias(oracle: Any) -> bool:
+    head = oracle.get_output_embeddings()
+    return head is not None and head.bias is not None and head.weight is oracle.get_input_embeddings().weight
 
 
 def _see_trained(case: Case, kind: str, settings: Callable[[Task], Mapping[str, Any]]) -> Measured:

@@ -105,8 +105,10 @@ def attention_formula(
     sizes: Heads,
     angles: Sequence[tuple[Tensor, Tensor]],
     numbers: Sequence[float],
+    *,
+    causal: bool,
 ) -> AttentionFormula | None:
-    """The attention that makes `context` of three tensors `[tokens, heads, dim]`, two of them perhaps with fewer heads.
+    """The attention, causal or not, that makes `context` of three tensors `[tokens, heads, dim]`, two of them perhaps with fewer heads.
 
     `numbers` are those of the configuration: scales, caps and windows are looked for among them.
     """
@@ -119,7 +121,7 @@ def attention_formula(
     caps = [None, *(one for one in positive if 0.1 < one <= 1000)]
     windows = [None, *(int(one) + more for one in positive if one == int(one) and one <= WINDOW for more in (0, 1))]
     turns: list[tuple[Tensor, Tensor] | None] = [*angles, None]
-    for (first, second, third), causal in itertools.product(itertools.permutations(range(3)), (True, False)):
+    for first, second, third in itertools.permutations(range(3)):
         q, k, v = parts[first], parts[second], parts[third]
         if (q.shape[1], k.shape[1], v.shape[1]) != (sizes.heads, sizes.kv_heads, sizes.kv_heads):
             continue

@@ -6,6 +6,7 @@ Knows nothing of configurations beyond the numbers and words that they state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -244,9 +245,10 @@ def _heads(
     rest = [sum(call.y.shape[-1] for call in ahead) - context.shape[-1]]
     kv_heads = rest[0] // (2 * dim)
     sizes = Heads(heads, kv_heads, dim)
-    for qkv, stored in _splits(ahead, sizes):
+    # Causal first, which one row decides: looking for what is not takes long.
+    for causal, (qkv, stored) in itertools.product((True, False), list(_splits(ahead, sizes))):
         normed, qk_norm, names = _qk_norms(parts, attention, stored, sizes)
-        formula = attention_formula(normed, context, sizes, angles, numbers)
+        formula = attention_formula(normed, context, sizes, angles, numbers, causal=causal)
         if formula is None:
             continue
         if len({_bias(call) for call in ahead}) > 1:

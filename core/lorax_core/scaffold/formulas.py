@@ -108,9 +108,9 @@ def attention_formula(
     *,
     causal: bool,
 ) -> AttentionFormula | None:
-    """The attention, causal or not, that makes `context` of three tensors `[tokens, heads, dim]`, two of them perhaps with fewer heads.
+    """The attention that makes `context` of three tensors `[tokens, heads, dim]`, two of them perhaps with fewer heads.
 
-    `numbers` are those of the configuration: scales, caps and windows are looked for among them.
+    It is `causal` or not. `numbers` are those of the configuration: scales, caps and windows are looked for among them.
     """
     positive = [one for one in numbers if one > 0]
     scales = list(

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+import re
 
+import pytest
+from typer.testing import CliRunner
+
+from lorax_core.cli.main import app
 from lorax_core.scaffold.check import check_package
 from lorax_core.scaffold.package import make_package
-
-torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", ["Starcoder2", "Phi", "Olmo", "Olmo2", "OPT"])
 def test_a_package_passes_the_kit_as_it_was_written(name, tmp_path):
-    package = make_package(f"lorax-{name.lower()}", f"transformers:{name}ForCausalLM")
+    source = f"transformers:{name}ForCausalLM"
+    arguments = [
+        "plugins",
+        "new",
+        f"lorax-{name.lower()}",
+        "--from",
+        source,
+        "--into",
+        str(tmp_path / "made"),
+        "--check",
+    ]
+
+    done = CliRunner().invoke(app, arguments)
+
+    assert done.exit_code == 0, done.stderr
+    assert int(re.search(r"checked: (\d+) passed", done.stderr)[1]) > 200
+
+
+def test_a_check_that_fails_says_where_to_look(tmp_path):
+    package = make_package("lorax-olmo", "transformers:OlmoForCausalLM")
     package.write(tmp_path / "made")
+    modeling = tmp_path / "made/src/lorax_olmo/modeling.py"
+    modeling.write_text(modeling.read_text().replace("eps=1e-05", "eps=0.1"))
 
-    report = check_package(package, tmp_path / "made")
+    report = check_package(package, tmp_path / "made", ["--check", "numbers-hidden", "--variant", "base"])
 
-    assert report.failures == ()
-    assert report.ok
-    assert report.counts["passed"] > 200
+    assert not report.ok
+    assert [(key, look) for key, _, look in report.failures] == [
+        ("numbers-hidden[base]", "modeling.py: the options of the blocks, and `weight_map`")
+    ]

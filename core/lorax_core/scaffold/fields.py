@@ -7,7 +7,7 @@ the answers in any other way is not understood, and a package refuses it by name
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -25,8 +25,6 @@ _BOUND: Final = {
     "out_bias", "act", "up_bias", "down_bias", "intermediate", "logit_cap", "tied", "parallel", "embed_scale",
 }  # fmt: skip
 _SIZES: Final = ("intermediate", "kv_heads", "head_dim")
-# Follow from others: sizes of heads from their number, what turns from their size.
-_FOLLOW: Final = {"head_dim", "scale", "rotary_dim", "kv_heads", "norms", "names"}
 
 
 @dataclass
@@ -131,9 +129,30 @@ def _bind(binds: dict[str, Form], facts: Facts, value: Any, outcome: Outcome, ot
         form = next(_forms(given, before, other, after), None) if name in _BOUND else None
         if form is not None and binds.setdefault(name, form) == form:
             direct += 1
-        elif name not in _FOLLOW or name in ("norms",):
+        elif not _follows(name, facts, outcome.facts):
             return f"{name} becomes {after!r}"
     return None if direct else "answers change, and nothing that core's blocks know of"
+
+
+def _follows(name: str, before: Facts, after: Facts) -> bool:
+    """Whether a fact changes as core's blocks change it, because another one did: the size of heads with their number, say."""
+
+    def kept(ratio: Callable[[Facts], object]) -> bool:
+        return ratio(before) == ratio(after)
+
+    match name:
+        case "head_dim":
+            return kept(lambda facts: facts.layer.heads * facts.layer.head_dim)
+        case "kv_heads":
+            return kept(lambda facts: facts.layer.heads // facts.layer.kv_heads)
+        case "scale":
+            return kept(lambda facts: round(facts.layer.scale**2 * facts.layer.head_dim, 6))
+        case "rotary_dim":
+            return kept(lambda facts: (facts.rotary_dim or 0) / facts.layer.head_dim)
+        case "names":
+            # Modules may come and go, and none is called otherwise.
+            return all(after.names.get(core, theirs) == theirs for core, theirs in before.names.items())
+    return False
 
 
 def _forms(value: Any, before: Any, other: Any, after: Any) -> Iterator[Form]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -10,7 +12,8 @@ from lorax_core.errors import PluginError
 from lorax_core.scaffold.blueprint import understand
 from lorax_core.scaffold.errors import NotUnderstood
 from lorax_core.scaffold.facts import find_facts
-from lorax_core.scaffold.probe import Probe
+from lorax_core.scaffold.fields import bind
+from lorax_core.scaffold.probe import Outcome, Probe
 from lorax_core.scaffold.record import observe
 from lorax_core.scaffold.source import Source, read_source
 from lorax_core.scaffold.tiny import Tiny
@@ -103,6 +106,27 @@ def test_a_field_that_no_block_reads_is_refused_by_name_and_one_without_effect_i
 
     assert list(plan.refused) == ["slope"]
     assert plan.fields["spare"].inert
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scale": 0.5}, "scale becomes 0.5"),
+        ({"kv_heads": 1, "soft_cap": 3.0}, "soft_cap becomes 3.0"),
+        ({"norms": "after"}, "norms becomes 'after'"),
+        ({}, "answers change, and nothing that core's blocks know of"),
+        ({"heads": 4, "head_dim": 32, "kv_heads": 2, "scale": 32**-0.5}, None),
+    ],
+)
+def test_a_field_decides_what_is_its_value_and_what_follows_from_that(changes, told):
+    facts = see(Tiny(read_source("transformers:LlamaForCausalLM")))
+    other = replace(facts, layer=replace(facts.layer, **changes), rotary_dim=changes.get("head_dim", 64))
+    binds = {}
+
+    problem = bind(binds, facts, 2, Outcome(None, other, None), 4)
+
+    assert problem == told
+    assert told is not None or binds == {"heads": "is"}
 
 
 def test_the_same_tensors_have_the_same_numbers():

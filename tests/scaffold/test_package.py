@@ -138,6 +138,16 @@ def test_a_hostile_file_is_refused(text, told, tmp_path):
         make_package("lorax-x", str(file))
 
 
+def test_a_model_id_is_read_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--somebody--tiny"
+    for path, text in {"refs/main": "abc", "snapshots/abc/config.json": '{"model_type": "phi"}'}.items():
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+
+    assert read_source("somebody/tiny").model_type == "phi"
+
+
 def test_sizes_of_a_file_cost_nothing(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "mixtral", "num_local_experts": 1000000000000, "vocab_size": 1e99, "head_dim": -1}')

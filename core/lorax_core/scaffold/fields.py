@@ -96,9 +96,7 @@ def _tried(probe: Probe, found: Field, context: Values) -> Field:
     if value is None and found.name not in probe.tiny.defaults:
         value = base.facts.flat().get(found.name)  # read where it is stated, and derived where it is not
     for other, outcome in effective:
-        problem = _bind(
-            binds, base.facts, value, outcome, _effective(probe, {**context, found.name: other}, found.name)
-        )
+        problem = bind(binds, base.facts, value, outcome, _effective(probe, {**context, found.name: other}, found.name))
         if problem is not None:
             found.binds, found.tried, found.why = {}, [], f"{other!r}: {problem}"
             return found
@@ -117,7 +115,7 @@ def _effective(probe: Probe, context: Values, name: str) -> Any:
     return getattr(probe.tiny.config(**context), name, None)
 
 
-def _bind(binds: dict[str, Form], facts: Facts, value: Any, outcome: Outcome, other: Any) -> str | None:
+def bind(binds: dict[str, Form], facts: Facts, value: Any, outcome: Outcome, other: Any) -> str | None:
     """Adds how facts follow from the value of a field; gives what is not understood, None when all is."""
     if outcome.facts is None:
         return outcome.problem

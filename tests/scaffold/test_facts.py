@@ -59,7 +59,6 @@ def test_modules_have_the_names_of_the_file():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("MixtralForCausalLM", "a feed-forward block of 0 linear layers"),
         ("SmolLM3ForCausalLM", "layers differ in more than their windows: rotary"),
         ("CohereForCausalLM", "angles of positions that are not those of core's"),
     ],

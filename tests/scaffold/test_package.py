@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from lorax_core.cli.main import app
 from lorax_core.errors import CheckpointError, PluginError
+from lorax_core.scaffold.errors import NotUnderstood
 from lorax_core.scaffold.package import check_name, make_package
+from lorax_core.scaffold.probe import Probe
 from lorax_core.scaffold.source import read_source
 from lorax_core.scaffold.tiny import Tiny
 from lorax_core.testing import run_checks
@@ -148,13 +150,15 @@ def test_a_model_id_is_read_from_the_cache(tmp_path, monkeypatch):
     assert read_source("somebody/tiny").model_type == "phi"
 
 
-def test_sizes_of_a_file_cost_nothing(tmp_path):
+def test_counts_of_a_file_cost_nothing_and_experts_are_not_understood(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model_type": "mixtral", "num_local_experts": 1000000000000, "vocab_size": 1e99, "head_dim": -1}')
 
     tiny = Tiny(read_source(str(file)))
 
     assert sum(tensor.numel() for tensor in tiny.model().parameters()) < 10_000_000
+    with pytest.raises(NotUnderstood, match="a feed-forward block of 0 linear layers"):
+        Probe(tiny).base()
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,8 @@ class Probe:
             config = self.tiny.config(**changes)
             record = observe(self.tiny.model(config), self.tiny.ids(config))
         except Exception as error:  # whatever transformers raises: it takes no such configuration
-            return Outcome(
-                None, None, f"transformers refuses it: {str(error).splitlines()[-1:] or [type(error).__name__]}"
-            )
+            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+            return Outcome(None, None, f"transformers refuses it: {why}")
         try:
             return Outcome(record, find_facts(record, config), None)
         except NotUnderstood as error:

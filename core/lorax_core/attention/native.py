@@ -59,14 +59,14 @@ class NativeStep(PagedStep):
         self._rest = rest
 
     def forward(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, angles: Angles | None = None) -> Tensor:
-        to = self.cache_rows(layer) if layer.spec.causal and self._rest is None else None
+        to = self.cache_rows(layer) if layer.spec.causal else None
         if to is None or q.dtype is not k.dtype or q.dtype is not to.k.dtype:
             return super().forward(layer, q, k, v, angles)
+        shape, product = self._backend.shape(layer), self._backend.product
+        if self._rest is not None:
+            return self.attend(layer, product.append(shape, q, k, v, angles, (to.k, to.v), to.slots))
         work = self._work[layer.spec.window]
-        shape = self._backend.shape(layer)
-        return self._backend.product.append_and_attend(
-            shape, q, k, v, angles, (to.k, to.v), to.slots, work.jobs, work.scratch
-        )
+        return product.append_and_attend(shape, q, k, v, angles, (to.k, to.v), to.slots, work.jobs, work.scratch)
 
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
         out = self._rest.attend(layer, q) if self._rest is not None else torch.empty(q.shape, dtype=q.dtype)

@@ -26,6 +26,8 @@ _JOB = np.dtype([(name, np.int64) for name in ("pages", "row", "rows", "keys", "
 _LEAST_KEYS = 256  # in a part: fewer do not pay for joining it
 _PARTS_A_THREAD = 4  # so that threads which get long parts are evened out
 
+_NO_JOBS = np.zeros(0, _JOB)
+
 Jobs = NDArray[np.void]
 """Work as `struct Job` of the source has it. Addresses hold as long as the page table that they point into."""
 
@@ -123,18 +125,39 @@ class PagedAttention:
         scratch: Tensor,
     ) -> Tensor:
         """Rotate q and k, put k and v at `slots` of a cache of their dtype, and attend: the jobs have all rows of q."""
-        q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
         out = torch.empty(q.shape, dtype=q.dtype)
-        call = self._call(cache, jobs, scratch, out)
+        self._append(shape, self._call(cache, jobs, scratch, out), q, k, v, angles, slots)
+        return out
+
+    def append(
+        self,
+        shape: Shape,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        angles: Angles | None,
+        cache: tuple[Tensor, Tensor],
+        slots: Tensor,
+    ) -> Tensor:
+        """Rotate q and k, and put k and v at `slots` of a cache of their dtype; gives q."""
+        nothing = torch.empty(0)
+        return self._append(shape, self._call(cache, _NO_JOBS, nothing, nothing), q, k, v, angles, slots)
+
+    def _append(
+        self, shape: Shape, call: _Call, q: Tensor, k: Tensor, v: Tensor, angles: Angles | None, slots: Tensor
+    ) -> Tensor:
+        """Make a call that appends first; gives q as it is attended with."""
+        q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
+        turned = q
         if angles is not None:
             cos, sin = (each.contiguous() for each in angles)
-            rotated = torch.empty(q.shape, dtype=q.dtype)
-            call.cos, call.sin, call.rotated = cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()
+            turned = torch.empty(q.shape, dtype=q.dtype)
+            call.cos, call.sin, call.rotated = cos.data_ptr(), sin.data_ptr(), turned.data_ptr()
             call.half = cos.shape[-1]
         call.q, call.k, call.v, call.slots = q.data_ptr(), k.data_ptr(), v.data_ptr(), slots.data_ptr()
         call.q_row, call.k_row, call.v_row, call.tokens = q.stride(0), k.stride(0), v.stride(0), q.shape[0]
-        self._functions[q.dtype, cache[0].dtype](ctypes.addressof(shape), ctypes.addressof(call))
-        return out
+        self._functions[q.dtype, k.dtype](ctypes.addressof(shape), ctypes.addressof(call))
+        return turned
 
     def _call(self, cache: tuple[Tensor, Tensor], jobs: Jobs, scratch: Tensor, out: Tensor) -> _Call:
         assert out.is_contiguous()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -20,26 +19,19 @@ from lorax_core.attention.base import (
     AttentionRows,
     AttentionSpec,
     CacheLayout,
+    CacheRows,
     KVCache,
     PagedStep,
     StepAttention,
 )
 from lorax_core.attention.torch import PAGE_SIZE, TorchBackend
 from lorax_core.kernels.elementwise import Angles
-from lorax_core.kernels.native.attention import Jobs, PagedAttention, Shape, load_attention, make_jobs, scratch_size
+from lorax_core.kernels.native.attention import PagedAttention, Shape, Work, load_attention, make_jobs, scratch_size
 from lorax_core.kernels.native.compiler import find_compiler
 from lorax_core.settings import Settings
 
 FEW_ROWS = 8
 """Sequences with at most so many rows in a step are computed natively: decoding rows with their drafts, and short chunks."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """The jobs of a step for layers of one window, and the memory that they share."""
-
-    jobs: Jobs
-    scratch: Tensor
 
 
 class NativeStep(PagedStep):
@@ -49,7 +41,7 @@ class NativeStep(PagedStep):
         self,
         backend: NativeBackend,
         rows: AttentionRows,
-        work: dict[int | None, _Work],
+        work: dict[int | None, Work],
         rest: StepAttention | None,
     ) -> None:
         super().__init__(backend.cache, rows.slots)
@@ -66,14 +58,17 @@ class NativeStep(PagedStep):
         if self._rest is not None:
             return self.attend(layer, product.append(shape, q, k, v, angles, (to.k, to.v), to.slots))
         work = self._work[layer.spec.window]
-        return product.append_and_attend(shape, q, k, v, angles, (to.k, to.v), to.slots, work.jobs, work.scratch)
+        return product.append_and_attend(shape, q, k, v, angles, (to.k, to.v), to.slots, work)
+
+    def cache_rows(self, layer: AttentionLayer) -> CacheRows | None:
+        return None if self.cache.quantized else CacheRows(*self._backend.stored(layer.index), self.slots)
 
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
         out = self._rest.attend(layer, q) if self._rest is not None else torch.empty(q.shape, dtype=q.dtype)
         if self._work:
             work = self._work[layer.spec.window]
-            stored = self.cache.layer(layer.index)
-            self._backend.product.attend(self._backend.shape(layer), q, stored, work.jobs, work.scratch, out)
+            stored = self._backend.stored(layer.index)
+            self._backend.product.attend(self._backend.shape(layer), q, stored, work, out)
         return out
 
     def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -91,6 +86,7 @@ class NativeBackend(AttentionBackend):
         self._windows: tuple[int | None, ...] = ()
         self._largest: dict[int | None, AttentionSpec] = {}
         self._shapes: dict[tuple[int, AttentionSpec], Shape] = {}
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self._cache: KVCache | None = None
         self._product: PagedAttention | None = None
 
@@ -141,6 +137,7 @@ class NativeBackend(AttentionBackend):
         self._torch.bind(specs, dtype, cache)
         self._cache = cache
         self._shapes.clear()
+        self._stored.clear()
         self._windows = tuple(dict.fromkeys(spec.window for spec in specs))
         # The scratch of a window serves all its layers, whatever heads they have.
         self._largest = {
@@ -154,14 +151,21 @@ class NativeBackend(AttentionBackend):
         runs = [(at, start, stop - start) for at, (start, stop) in enumerate(pairwise(starts))]
         few = [run for run in runs if run[2] <= self._few_rows]
         many = [at for at, _, count in runs if count > self._few_rows]
-        work: dict[int | None, _Work] = {}
+        work: dict[int | None, Work] = {}
         if few:
             keys = [lengths[at] for at, _, _ in few]
             for window in self._windows:
                 jobs = make_jobs(rows.page_table.host, few, keys, window, torch.get_num_threads())
                 spec = self._largest[window]
-                work[window] = _Work(jobs, torch.empty(scratch_size(jobs, spec.heads, spec.head_dim)))
+                work[window] = Work(jobs, torch.empty(scratch_size(jobs, spec.heads, spec.head_dim)))
         return NativeStep(self, rows, work, self._torch.plan_some(rows, many) if many else None)
+
+    def stored(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer, where they lie: looked up once, since views take longer to make than a row to be stored."""
+        found = self._stored.get(index)
+        if found is None:
+            found = self._stored[index] = self.cache.layer(index)
+        return found
 
     def shape(self, layer: AttentionLayer) -> Shape:
         """What the kernel must know of a layer, made when it first asks."""

@@ -26,10 +26,23 @@ _JOB = np.dtype([(name, np.int64) for name in ("pages", "row", "rows", "keys", "
 _LEAST_KEYS = 256  # in a part: fewer do not pay for joining it
 _PARTS_A_THREAD = 4  # so that threads which get long parts are evened out
 
-_NO_JOBS = np.zeros(0, _JOB)
-
 Jobs = NDArray[np.void]
 """Work as `struct Job` of the source has it. Addresses hold as long as the page table that they point into."""
+
+
+class Work:
+    """Jobs and the memory that they share, as a call takes them: looked up once, since a step has a call for each layer."""
+
+    __slots__ = ("address", "count", "jobs", "memory", "scratch")
+
+    def __init__(self, jobs: Jobs, scratch: Tensor) -> None:
+        self.jobs, self.scratch = jobs, scratch  # what lies at the addresses
+        self.address: int = jobs.ctypes.data
+        self.memory: int = scratch.data_ptr()
+        self.count = len(jobs)
+
+
+_NOTHING = Work(np.zeros(0, _JOB), torch.empty(0))
 
 
 class Shape(ctypes.Structure):
@@ -103,14 +116,15 @@ class PagedAttention:
             return f"its heads are a multiple of {self.lanes} wide and at most {self.most_dim}, not {dim}"
         return None
 
-    def attend(
-        self, shape: Shape, q: Tensor, cache: tuple[Tensor, Tensor], jobs: Jobs, scratch: Tensor, out: Tensor
-    ) -> None:
+    def attend(self, shape: Shape, q: Tensor, cache: tuple[Tensor, Tensor], work: Work, out: Tensor) -> None:
         """Attention of the jobs' rows of q `[tokens, heads, dim]` into out, whose other rows stay as they are."""
-        q = _side_by_side(q)
-        call = self._call(cache, jobs, scratch, out)
-        call.q, call.q_row = q.data_ptr(), q.stride(0)
-        self._functions[q.dtype, cache[0].dtype](ctypes.addressof(shape), ctypes.addressof(call))
+        assert out.is_contiguous()
+        q, (k_cache, v_cache) = _side_by_side(q), cache
+        call = _Call(
+            *(q.data_ptr(), None, None, None, None, k_cache.data_ptr(), v_cache.data_ptr(), None, None, out.data_ptr()),
+            *(work.address, work.memory, q.shape[0], work.count, 0, q.stride(0), 0, 0, torch.get_num_threads()),
+        )
+        self._functions[q.dtype, k_cache.dtype](ctypes.addressof(shape), ctypes.addressof(call))
 
     def append_and_attend(
         self,
@@ -121,12 +135,11 @@ class PagedAttention:
         angles: Angles | None,
         cache: tuple[Tensor, Tensor],
         slots: Tensor,
-        jobs: Jobs,
-        scratch: Tensor,
+        work: Work,
     ) -> Tensor:
         """Rotate q and k, put k and v at `slots` of a cache of their dtype, and attend: the jobs have all rows of q."""
         out = torch.empty(q.shape, dtype=q.dtype)
-        self._append(shape, self._call(cache, jobs, scratch, out), q, k, v, angles, slots)
+        self._append(shape, q, k, v, angles, cache, slots, work, out)
         return out
 
     def append(
@@ -140,36 +153,34 @@ class PagedAttention:
         slots: Tensor,
     ) -> Tensor:
         """Rotate q and k, and put k and v at `slots` of a cache of their dtype; gives q."""
-        nothing = torch.empty(0)
-        return self._append(shape, self._call(cache, _NO_JOBS, nothing, nothing), q, k, v, angles, slots)
+        return self._append(shape, q, k, v, angles, cache, slots, _NOTHING, None)
 
     def _append(
-        self, shape: Shape, call: _Call, q: Tensor, k: Tensor, v: Tensor, angles: Angles | None, slots: Tensor
+        self,
+        shape: Shape,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        angles: Angles | None,
+        cache: tuple[Tensor, Tensor],
+        slots: Tensor,
+        work: Work,
+        out: Tensor | None,
     ) -> Tensor:
         """Make a call that appends first; gives q as it is attended with."""
         q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
-        turned = q
+        turned, cos, sin, half, rotated = q, None, None, 0, None
         if angles is not None:
-            cos, sin = (each.contiguous() for each in angles)
+            c, s = angles.cos.contiguous(), angles.sin.contiguous()
             turned = torch.empty(q.shape, dtype=q.dtype)
-            call.cos, call.sin, call.rotated = cos.data_ptr(), sin.data_ptr(), turned.data_ptr()
-            call.half = cos.shape[-1]
-        call.q, call.k, call.v, call.slots = q.data_ptr(), k.data_ptr(), v.data_ptr(), slots.data_ptr()
-        call.q_row, call.k_row, call.v_row, call.tokens = q.stride(0), k.stride(0), v.stride(0), q.shape[0]
+            cos, sin, half, rotated = c.data_ptr(), s.data_ptr(), c.shape[-1], turned.data_ptr()
+        call = _Call(
+            *(q.data_ptr(), k.data_ptr(), v.data_ptr(), cos, sin, cache[0].data_ptr(), cache[1].data_ptr()),
+            *(slots.data_ptr(), rotated, None if out is None else out.data_ptr(), work.address, work.memory),
+            *(q.shape[0], work.count, half, q.stride(0), k.stride(0), v.stride(0), torch.get_num_threads()),
+        )
         self._functions[q.dtype, k.dtype](ctypes.addressof(shape), ctypes.addressof(call))
         return turned
-
-    def _call(self, cache: tuple[Tensor, Tensor], jobs: Jobs, scratch: Tensor, out: Tensor) -> _Call:
-        assert out.is_contiguous()
-        return _Call(
-            k_cache=cache[0].data_ptr(),
-            v_cache=cache[1].data_ptr(),
-            out=out.data_ptr(),
-            jobs=jobs.ctypes.data,
-            count=len(jobs),
-            scratch=scratch.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
 
 
 def _side_by_side(x: Tensor) -> Tensor:

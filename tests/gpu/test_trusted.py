@@ -14,6 +14,7 @@ from lorax_core.adapters.lora_kernels.select import select_kernel
 from lorax_core.errors import PluginError, RequestError
 from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.native.attention import PagedAttention
+from lorax_core.kernels.native.elementwise import NativeElementwise
 from lorax_core.serving import loading
 from lorax_core.serving.loading import choose_dtype, find_device
 from lorax_core.serving.trial.run import Trials
@@ -131,13 +132,26 @@ def test_the_trial_of_a_kernel_is_its_verdict(qwen2):
     assert "off by" in verify(load_ranks_cut)
 
 
-def test_on_a_cpu_the_readable_form_is_not_tried(qwen2):
+def test_the_readable_form_is_not_tried(qwen2, monkeypatch):
+    monkeypatch.setenv("LORAX_NATIVE", "0")
     model = lorax.load_model(qwen2)
 
     form, reason = Trusted(model, Settings.from_env()).elementwise()
 
     assert form is READABLE
-    assert "CUDA" in reason
+    assert "LORAX_NATIVE" in reason
+
+
+def test_a_compiled_form_with_wrong_numbers_is_passed_over(qwen2, monkeypatch):
+    monkeypatch.delenv("LORAX_TRIALS")
+    compute = NativeElementwise.gated_act
+    monkeypatch.setattr(NativeElementwise, "gated_act", lambda *args: compute(*args) * 1.01)
+
+    form, reason = Trusted(lorax.load_model(qwen2), Settings.from_env()).elementwise()
+
+    assert form is READABLE
+    assert "gated" in reason
+    assert "off by" in reason
 
 
 def test_a_backend_that_cannot_be_captured_has_no_graphs(qwen2):
@@ -234,10 +248,10 @@ def test_elementwise_arithmetic_is_tried_at_the_sizes_of_the_model(qwen2, bert, 
         ModelTrials(lorax.load_model(folder)).elementwise(READABLE) for folder in (neox, qwen2, bert)
     )
 
-    # Of GPT-NeoX a quarter of a head turns; neither it nor BERT has gates.
-    assert (of_neox.widths, of_neox.gates, of_neox.turned) == ((64,), (), (0, 4))
+    # Of GPT-NeoX a quarter of a head turns; it and BERT have activations without a gate.
+    assert (of_neox.widths, of_neox.gates, of_neox.turned) == ((64,), (96,), (0, 4))
     assert (of_qwen2.widths, of_qwen2.gates, of_qwen2.turned) == ((64,), (96,), (0, 16))
-    assert (of_bert.gates, of_bert.turned) == ((), (0,))
+    assert (of_bert.gates, of_bert.turned) == ((96,), (0,))
 
 
 @pytest.mark.parametrize("value", ["gpus", "1"])
@@ -305,7 +319,7 @@ def test_an_engine_says_what_loading_took(qwen2, caplog):
     assert info.load_bytes_per_second == info.weight_bytes / info.load_seconds
     assert "GB of weights in" in caplog.text
     assert info.graphs == "graphs need a GPU, and the model is on 'cpu'"
-    assert info.elementwise[0] == "torch"
+    assert info.elementwise[0] == "native"
 
 
 # --- compiled on a CPU ---
@@ -317,8 +331,9 @@ def test_the_compiled_attention_is_tried_in_this_process_and_its_verdict_kept(qw
     with lorax.load(qwen2, kv_cache_tokens=64) as engine:
         assert engine.info().attention == "native"
 
-    (kept,) = (tmp_path / "cache/trials").iterdir()
-    assert "attention, float32" in kept.read_text()
+    kept = "".join(one.read_text() for one in (tmp_path / "cache/trials").iterdir())
+    assert "attention, float32" in kept
+    assert "elementwise, float32" in kept
 
 
 def test_a_compiled_attention_with_wrong_numbers_is_passed_over(qwen2, monkeypatch):

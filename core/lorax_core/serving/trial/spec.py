@@ -109,7 +109,7 @@ class LoraTrial(_OnDevice):
 
 
 class ElementwiseTrial(_OnDevice):
-    """An `Elementwise`, by class path: norms of rows of `widths`, gates of `gates`, and heads of `layers`.
+    """An `Elementwise`, by class path: norms of rows of `widths`, gates and activations of `gates`, and heads of `layers`.
 
     `turned` are the dimensions of a head that are rotated, 0 where none is.
     """

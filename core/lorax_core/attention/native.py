@@ -26,7 +26,14 @@ from lorax_core.attention.base import (
 )
 from lorax_core.attention.torch import PAGE_SIZE, TorchBackend
 from lorax_core.kernels.elementwise import Angles
-from lorax_core.kernels.native.attention import PagedAttention, Shape, Work, load_attention, make_jobs, scratch_size
+from lorax_core.kernels.native.attention import (
+    PagedAttention,
+    Shape,
+    AttentionWork,
+    load_attention,
+    make_jobs,
+    scratch_size,
+)
 from lorax_core.kernels.native.compiler import find_compiler
 from lorax_core.settings import Settings
 
@@ -41,7 +48,7 @@ class NativeStep(PagedStep):
         self,
         backend: NativeBackend,
         rows: AttentionRows,
-        work: dict[int | None, Work],
+        work: dict[int | None, AttentionWork],
         rest: StepAttention | None,
     ) -> None:
         super().__init__(backend.cache, rows.slots)
@@ -151,13 +158,13 @@ class NativeBackend(AttentionBackend):
         runs = [(at, start, stop - start) for at, (start, stop) in enumerate(pairwise(starts))]
         few = [run for run in runs if run[2] <= self._few_rows]
         many = [at for at, _, count in runs if count > self._few_rows]
-        work: dict[int | None, Work] = {}
+        work: dict[int | None, AttentionWork] = {}
         if few:
             keys = [lengths[at] for at, _, _ in few]
             for window in self._windows:
                 jobs = make_jobs(rows.page_table.host, few, keys, window, torch.get_num_threads())
                 spec = self._largest[window]
-                work[window] = Work(jobs, torch.empty(scratch_size(jobs, spec.heads, spec.head_dim)))
+                work[window] = AttentionWork(jobs, torch.empty(scratch_size(jobs, spec.heads, spec.head_dim)))
         return NativeStep(self, rows, work, self._torch.plan_some(rows, many) if many else None)
 
     def stored(self, index: int) -> tuple[Tensor, Tensor]:

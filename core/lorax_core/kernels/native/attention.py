@@ -30,7 +30,7 @@ Jobs = NDArray[np.void]
 """Work as `struct Job` of the source has it. Addresses hold as long as the page table that they point into."""
 
 
-class Work:
+class AttentionWork:
     """Jobs and the memory that they share, as a call takes them: looked up once, since a step has a call for each layer."""
 
     __slots__ = ("address", "count", "jobs", "memory", "scratch")
@@ -42,7 +42,7 @@ class Work:
         self.count = len(jobs)
 
 
-_NOTHING = Work(np.zeros(0, _JOB), torch.empty(0))
+_NOTHING = AttentionWork(np.zeros(0, _JOB), torch.empty(0))
 
 
 class Shape(ctypes.Structure):
@@ -116,7 +116,7 @@ class PagedAttention:
             return f"its heads are a multiple of {self.lanes} wide and at most {self.most_dim}, not {dim}"
         return None
 
-    def attend(self, shape: Shape, q: Tensor, cache: tuple[Tensor, Tensor], work: Work, out: Tensor) -> None:
+    def attend(self, shape: Shape, q: Tensor, cache: tuple[Tensor, Tensor], work: AttentionWork, out: Tensor) -> None:
         """Attention of the jobs' rows of q `[tokens, heads, dim]` into out, whose other rows stay as they are."""
         assert out.is_contiguous()
         q, (k_cache, v_cache) = _side_by_side(q), cache
@@ -135,7 +135,7 @@ class PagedAttention:
         angles: Angles | None,
         cache: tuple[Tensor, Tensor],
         slots: Tensor,
-        work: Work,
+        work: AttentionWork,
     ) -> Tensor:
         """Rotate q and k, put k and v at `slots` of a cache of their dtype, and attend: the jobs have all rows of q."""
         out = torch.empty(q.shape, dtype=q.dtype)
@@ -164,7 +164,7 @@ class PagedAttention:
         angles: Angles | None,
         cache: tuple[Tensor, Tensor],
         slots: Tensor,
-        work: Work,
+        work: AttentionWork,
         out: Tensor | None,
     ) -> Tensor:
         """Make a call that appends first; gives q as it is attended with."""

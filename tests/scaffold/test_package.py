@@ -96,6 +96,15 @@ def test_the_kit_passes_on_the_base(qwen3, imported):
     assert [result.key for result in results if result.status != "passed"] == []
 
 
+def test_tensors_have_a_place_whatever_a_class_calls_its_base_model(qwen3, imported):
+    tiny = {**imported(qwen3, "cases").QWEN3.tiny_config, "model_type": "qwen3"}
+    weight_map = imported(qwen3, "modeling").Qwen3Backbone.weight_map(imported(qwen3, "config").Qwen3Config.parse(tiny))
+
+    for name in ("model.norm.weight", "transformer.norm.weight", "norm.weight"):
+        assert weight_map.resolve(name).name == "norm.weight"
+    assert weight_map.ignores("qa_outputs.bias")
+
+
 def test_the_examples_of_a_readme_run(opt, imported, tmp_path, monkeypatch):
     cases = imported(opt, "cases").OPT
     (tmp_path / "installed").mkdir()

@@ -12,7 +12,8 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
     """Gemma2: a decoder with rotary positions, grouped queries, norms around both blocks and a gated feed-forward block."""
     yield ArchitectureSpec(
         model_type="gemma2",
-        summary="Gemma2 decoders.",
+        summary="Gemma 2 decoders, and the embedding and reward models made of them.",
+        examples=("google/gemma-2-2b-it", "BAAI/bge-multilingual-gemma2"),
         api=1,
         config="lorax_gemma2.config:Gemma2Config",
         backbone="lorax_gemma2.modeling:Gemma2Backbone",

@@ -1,4 +1,4 @@
-"""What the conformance kit tests Llama with. Never imports torch; nothing but the kit imports it."""
+"""What the conformance kit tests Llama and Mistral with. Never imports torch; nothing but the kit imports it."""
 
 from __future__ import annotations
 
@@ -56,5 +56,35 @@ LLAMA = ArchitectureCases(
         Task.EMBED: "transformers:LlamaModel",
         Task.TOKEN_CLASSIFICATION: "transformers:LlamaForTokenClassification",
         Task.SEQUENCE_CLASSIFICATION: "transformers:LlamaForSequenceClassification",
+    },
+)
+
+MISTRAL = ArchitectureCases(
+    tiny_config={
+        "vocab_size": 128,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "max_position_embeddings": 320,
+        "intermediate_size": 256,
+        "sliding_window": 8,
+    },
+    variants={
+        # The code is Llama's, whose variants are not all tested again.
+        "other_num_key_value_heads": {"num_key_value_heads": 2},
+        "other_rms_norm_eps": {"rms_norm_eps": 0.1},
+        "tied": {"tie_word_embeddings": True},
+        "no_window": {"sliding_window": None},
+        "other_base": {"rope_parameters": {"rope_theta": 20000.0, "rope_type": "default"}},
+        "padding": {"pad_token_id": 0},
+        "odd_vocabulary": {"vocab_size": 131},
+    },
+    references={
+        Task.GENERATE: "transformers:MistralForCausalLM",
+        Task.EMBED: "transformers:MistralModel",
+        Task.TOKEN_CLASSIFICATION: "transformers:MistralForTokenClassification",
+        Task.SEQUENCE_CLASSIFICATION: "transformers:MistralForSequenceClassification",
     },
 )

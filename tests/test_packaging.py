@@ -99,8 +99,8 @@ def collected(folder: Path, *arguments: str) -> list[str]:
 def test_ci_runs_the_tests_that_need_more_packages_after_the_others():
     commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
-    more = ["make test-scaffold", "make test-gpu", "make test-triton", "make test-cross"]
-    assert commands[-6:] == ["make lint", "make test", *more]
+    more = ["make test-scaffold", "make test-zoo", "make test-gpu", "make test-triton", "make test-cross"]
+    assert commands[-7:] == ["make lint", "make test", *more]
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for name in ("gpu", "cross"):
         assert f"tests/{name} $(ARGS)" in makefile.partition(f"\ntest-{name}:")[2].partition("\n\n")[0]

@@ -54,7 +54,8 @@ def console_steps(block: str) -> list[tuple[str, str]]:
 
 def table() -> str:
     """README's table: the architectures of this repository, whatever else is installed."""
-    projects = [tomllib.loads(file.read_text(encoding="utf-8")) for file in ROOT.glob("lorax_*/pyproject.toml")]
+    files = [*ROOT.glob("lorax_*/pyproject.toml"), *ROOT.glob("plugins/*/pyproject.toml")]
+    projects = [tomllib.loads(file.read_text(encoding="utf-8")) for file in files]
     ours = {project["project"]["name"] for project in projects}
     host = PluginHost.discover(Settings())
     rows = [("Model type", "Package", "Tasks", "Attention", "For example"), ("---",) * 5]

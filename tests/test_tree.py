@@ -56,7 +56,10 @@ PLANNERS = {
     "kvcache/allocator.py",
     "kvcache/prefix.py",
 }
-MODEL_TYPES = {"bert", "gpt2", "qwen2", "roberta", "xlm-roberta", "camembert", "gpt_neox", "distilbert"}
+MODEL_TYPES = {
+    "bert", "camembert", "distilbert", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "roberta",
+    "xlm-roberta",
+}  # fmt: skip
 # A literal key that does not begin with LORAX_ belongs to somebody else and is admitted.
 ENVIRONMENT_READ = re.compile(r"(os\.)?(environ\[|environ\.(get|pop|setdefault)\(|getenv\()(?!['\"](?!LORAX_))")
 FOR_TYPES = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}

@@ -76,21 +76,21 @@ def test_a_wrong_command_line_exits_with_2(main, arguments, complaint):
 
 
 def test_an_error_is_told_on_stderr_with_its_hint_and_exits_with_1(main):
-    code, out, err = main("models", "show", "qwen3")
+    code, out, err = main("models", "show", "qwenn2")
 
     assert (code, out) == (1, "")
-    assert err.startswith("error: no plugin provides model type 'qwen3'")
+    assert err.startswith("error: no plugin provides model type 'qwenn2'")
     assert "hint: did you mean 'qwen2'?" in err
     assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("option", ["--debug", "--verbose"])
 def test_the_traceback_is_there_for_those_who_ask(main, option):
-    code, _, err = main(option, "models", "show", "qwen3")
+    code, _, err = main(option, "models", "show", "qwenn2")
 
     assert code == 1
     assert "Traceback" in err
-    assert "error: no plugin provides model type 'qwen3'" in err
+    assert "error: no plugin provides model type 'qwenn2'" in err
 
 
 def test_a_bad_setting_is_an_error_like_any_other(main, monkeypatch):

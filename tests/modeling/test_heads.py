@@ -2,9 +2,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sentence_transformers.cross_encoder.modules import LogitScore
 from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
-from lorax_core.modeling import EmbeddingHead, LanguageModelHead, ModelConfig
+from lorax_core.errors import CheckpointError
+from lorax_core.modeling import (
+    EmbeddingHead,
+    LanguageModelHead,
+    LastTokenClassificationHead,
+    LogitScoreHead,
+    ModelConfig,
+)
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.types import Pooling, Task
 
@@ -159,3 +167,51 @@ def test_a_head_with_a_bias_needs_it_in_the_checkpoint_though_its_weight_may_be_
     head = HeadWithBias.build(make_config(tie_word_embeddings=True), names, None)
 
     assert (head is not None) == built
+
+
+@pytest.mark.parametrize("ids", [(3, 1), (3,)])
+def test_scores_by_tokens_are_those_of_sentence_transformers(ids):
+    head = LogitScoreHead(make_config(score_tokens=ids))
+    head.lm_head.weight.data = make_text(5, seed=1)
+    hidden = make_text(2)
+    oracle = LogitScore(*ids)({"causal_logits": (hidden @ head.lm_head.weight.T)[:, None]})["scores"]
+
+    scores = head(hidden, HeadRows(Task.SEQUENCE_CLASSIFICATION, (0, 1), (1, 1), torch.arange(2)))
+
+    torch.testing.assert_close(torch.stack(head.finish(list(scores), [1, 1])), oracle)
+    assert head.labels == ("LABEL_0",)
+
+
+def test_logits_of_16_bit_are_subtracted_in_32():
+    head = LogitScoreHead(make_config(score_tokens=(0, 1))).to(torch.bfloat16)
+    head.lm_head.weight.data = torch.tensor([[32.0], [0.0625], [0.0], [0.0], [0.0]]).expand(5, HIDDEN).bfloat16()
+    rows = HeadRows(Task.SEQUENCE_CLASSIFICATION, (0,), (1,), torch.arange(1))
+
+    scores = head(torch.ones(1, HIDDEN, dtype=torch.bfloat16), rows)
+
+    assert scores.tolist() == [[255.5]]  # of 8 bits, 256
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "kind"),
+    [
+        ({"score_tokens": (3, 1)}, {"lm_head.weight"}, LogitScoreHead),
+        ({"score_tokens": (3, 1), "tie_word_embeddings": True}, set(), LogitScoreHead),
+        ({"score_tokens": (3, 1)}, {"norm.weight"}, None),
+        ({"score_tokens": (3, 1)}, {"lm_head.weight", "score.weight"}, LastTokenClassificationHead),
+        ({}, {"score.weight"}, LastTokenClassificationHead),
+        ({}, {"lm_head.weight"}, None),
+    ],
+)
+def test_tokens_score_a_text_where_they_are_stated_and_there_is_no_classifier(changes, names, kind):
+    head = LogitScoreHead.build(make_config(**changes), names, None)
+
+    assert (None if head is None else type(head)) is kind
+
+
+@pytest.mark.parametrize("ids", [(), (1, 2, 3), (5,), (-1, 2), (True,)])
+def test_tokens_that_score_nothing_are_refused(ids):
+    raw = {"model_type": "x", "hidden_size": 8, "vocab_size": 5, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    with pytest.raises(CheckpointError, match="score_tokens"):
+        ModelConfig.parse({**raw, "score_tokens": ids})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -12,16 +13,18 @@ from typer.testing import CliRunner
 
 from lorax_core.cli.main import app
 from lorax_core.errors import CheckpointError, PluginError
+from lorax_core.scaffold.check import known_to
 from lorax_core.scaffold.errors import NotUnderstood
 from lorax_core.scaffold.package import check_name, make_package
 from lorax_core.scaffold.probe import Probe
 from lorax_core.scaffold.source import read_source
 from lorax_core.scaffold.tiny import Tiny
-from lorax_core.testing import run_checks
+from lorax_core.testing import reference, run_checks
+from lorax_core.types import Task
 
 ROOT_FILES = {"pyproject.toml", "README.md", ".github/workflows/ci.yml"}
 MODULES = {
-    f"src/lorax_qwen3/{name}"
+    f"src/lorax_made/{name}"
     for name in ("__init__.py", "cases.py", "config.py", "modeling.py", "plugin.py", "py.typed")
 }
 TESTS = {f"tests/{name}" for name in ("conftest.py", "test_conformance.py", "test_quirks.py")}
@@ -29,7 +32,8 @@ TESTS = {f"tests/{name}" for name in ("conftest.py", "test_conformance.py", "tes
 
 @pytest.fixture(scope="module")
 def qwen3():
-    return make_package("lorax-qwen3", "transformers:Qwen3ForCausalLM")
+    # Not lorax-qwen3: a package of this repository has that name.
+    return make_package("lorax-made", "transformers:Qwen3ForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,30 @@ def test_the_kit_passes_on_the_base(qwen3, imported):
 
     assert len(results) == 8
     assert [result.key for result in results if result.status != "passed"] == []
+
+
+def test_tensors_have_a_place_whatever_a_class_calls_its_base_model(qwen3, imported):
+    tiny = {**imported(qwen3, "cases").QWEN3.tiny_config, "model_type": "qwen3"}
+    weight_map = imported(qwen3, "modeling").Qwen3Backbone.weight_map(imported(qwen3, "config").Qwen3Config.parse(tiny))
+
+    for name in ("model.norm.weight", "transformer.norm.weight", "norm.weight"):
+        assert weight_map.resolve(name).name == "norm.weight"
+    assert weight_map.ignores("qa_outputs.bias")
+
+
+def test_the_examples_of_a_readme_run(opt, imported, tmp_path, monkeypatch):
+    cases = imported(opt, "cases").OPT
+    (tmp_path / "installed").mkdir()
+    known_to(opt, tmp_path / "installed")
+    monkeypatch.syspath_prepend(tmp_path / "installed")
+    reference.build(cases, Task.GENERATE, cases.tiny_config, tmp_path / "path/to/checkpoint", seed=0)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", opt.files["README.md"], re.DOTALL | re.MULTILINE)
+
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+    assert len(blocks) == 2
 
 
 def test_what_is_not_understood_is_refused_by_name(opt, imported):

@@ -1,6 +1,6 @@
 """Gemma-2 as a newcomer would write it: norms of `1 + weight`, scaled embeddings, caps, windows in every other layer.
 
-None of this repository's architectures has these, and the kit must judge them too.
+The tests' own, whose parts `broken` exchanges: nothing here leans on a package of plugins/.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ VARIANTS = {
     },
 }
 SPECIMENS = {"gemma2": gemma2.SPEC}
-"""Architectures that no plugin of this repository has."""
+"""Architectures of the tests' own, whatever plugins there are."""
 """Few and of our own, so that these tests do not lean on what the plugins try of themselves."""
 
 

@@ -11,7 +11,7 @@ from lorax_core.errors import PluginError
 
 
 def test_the_committed_page_is_the_one_that_is_made(repository):
-    files = sorted(repository.glob("lorax_*/pyproject.toml"))
+    files = [*repository.glob("lorax_*/pyproject.toml"), *repository.glob("plugins/*/pyproject.toml")]
     packages = [tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"] for file in files]
 
     made = page(packages)

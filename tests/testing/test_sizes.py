@@ -55,7 +55,21 @@ def test_nothing_is_added_to_a_config_that_does_not_say_how_wide_it_is(tiny_conf
 
 
 @pytest.mark.parametrize(
-    "model_type", ["bert", "camembert", "distilbert", "gpt2", "gpt_neox", "qwen2", "roberta", "xlm-roberta"]
+    "model_type",
+    [
+        "bert",
+        "camembert",
+        "distilbert",
+        "gemma2",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "roberta",
+        "xlm-roberta",
+    ],
 )
 def test_every_architecture_here_has_all_sizes(model_type, host):
     suite = Suite(model_type, host=host)

@@ -9,13 +9,14 @@ import torch
 from builders import BERT, change_json, change_tensors, make_bert, make_sentence_files
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.sentence_transformer.modules import Pooling as PoolingModule
 
 import lorax_core as lorax
 from lorax_core.errors import CheckpointError
 from lorax_core.types import Pooling
 from lorax_core.weights.checkpoint import Checkpoint
-from lorax_core.weights.sentence import read_sentence_files
+from lorax_core.weights.sentence import read_score_tokens, read_sentence_files
 
 HIDDEN = BERT["hidden_size"]
 TEXTS = ["Ab", "the quick brown fox", "x", "Jumps over THE lazy dog, twice!", "the quick brown fox"]
@@ -384,3 +385,64 @@ def test_both_spellings_of_module_types_name_the_same_modules(tmp_path):
     assert files == make_files(
         tmp_path / "bert", pooling={"pooling_mode_mean_tokens": True}, transformer={"do_lower_case": False}
     )
+
+
+def make_reranker(folder, modules=("Transformer", "LogitScore"), **said):
+    """The files of sentence-transformers' rerankers beside a checkpoint."""
+    make_bert(folder)
+    types = [
+        "sentence_transformers.base.modules.transformer.Transformer",
+        "sentence_transformers.cross_encoder.modules.logit_score.LogitScore",
+    ]
+    entries = [
+        {"idx": at, "name": str(at), "path": f"{at}_LogitScore" if at else "", "type": kind}
+        for at, kind in enumerate(types[: len(modules)])
+    ]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_LogitScore").mkdir()
+    LogitScore(9, 4).save(str(folder / "1_LogitScore"))
+    if said:
+        change_json(folder / "1_LogitScore/config.json", **said)
+    return Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [({}, (9, 4)), ({"false_token_id": None}, (9,)), ({"module_input_name": None}, (9, 4))],
+)
+def test_the_tokens_of_a_reranker_are_read(tmp_path, said, expected):
+    assert read_score_tokens(make_reranker(tmp_path, **said)) == expected
+
+
+def test_files_of_embedding_models_name_no_tokens(tmp_path):
+    assert read_score_tokens(Checkpoint(make_sentence_files(make_bert(tmp_path)))) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"true_token_id": None}, "None for 'true_token_id'"),
+        ({"true_token_id": "yes"}, "'yes' for 'true_token_id'"),
+        ({"false_token_id": 1.5}, "1.5 for 'false_token_id'"),
+        ({"module_input_name": "scores"}, "reads 'scores'"),
+    ],
+)
+def test_tokens_of_a_reranker_that_are_none_are_refused_by_name(tmp_path, said, told):
+    with pytest.raises(CheckpointError, match=told):
+        read_score_tokens(make_reranker(tmp_path, **said))
+
+
+def test_a_reranker_without_its_tokens_is_refused(tmp_path):
+    files = make_reranker(tmp_path)
+    (tmp_path / "1_LogitScore/config.json").unlink()
+
+    with pytest.raises(CheckpointError, match=r"lacks the config\.json of the module LogitScore"):
+        read_score_tokens(files)
+
+
+@pytest.mark.parametrize("modules", [("Transformer", "LogitScore"), ("Transformer",)])
+def test_files_of_rerankers_say_nothing_of_vectors(tmp_path, modules):
+    files = make_reranker(tmp_path, modules)
+    change_json(tmp_path / "config_sentence_transformers.json", model_type="CrossEncoder")
+
+    assert read_sentence_files(files) is None

@@ -30,6 +30,7 @@ _HOMES = {
     "LastTokenClassificationHead": "heads",
     "LayerNorm": "norm",
     "Linear": "linear",
+    "LogitScoreHead": "heads",
     "MLP": "blocks",
     "Model": "model",
     "ModelConfig": "config",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from lorax_core.modeling.heads import Head as Head
     from lorax_core.modeling.heads import LanguageModelHead as LanguageModelHead
     from lorax_core.modeling.heads import LastTokenClassificationHead as LastTokenClassificationHead
+    from lorax_core.modeling.heads import LogitScoreHead as LogitScoreHead
     from lorax_core.modeling.heads import SequenceClassificationHead as SequenceClassificationHead
     from lorax_core.modeling.heads import TokenClassificationHead as TokenClassificationHead
     from lorax_core.modeling.linear import GateUpLinear as GateUpLinear

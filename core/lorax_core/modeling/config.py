@@ -43,6 +43,9 @@ class ModelConfig(BaseModel):
     as with transformers' `attribute_map`. `own_keys` does so for keys that have no other name: the common one is not read.
     Errors name a key as the file spells it. `own_head_dim` says that heads have a size of their own, so that `hidden_size` need
     not be a multiple of their number.
+
+    `score_tokens` are the ids whose logits score a text (`LogitScoreHead`), as sentence-transformers' files or a `config.json`
+    state them.
     """
 
     # `protected_namespaces=()`: pydantic reserves names that begin with `model_`, and `model_type` is the key in files.
@@ -64,6 +67,7 @@ class ModelConfig(BaseModel):
     id2label: dict[int, str] | None = None
     num_labels: Annotated[int, Field(ge=0, le=MAX_LABELS)] | None = None
     problem_type: Problem | None = None
+    score_tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=2)] | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -114,6 +118,13 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 "problem_type 'single_label_classification' needs more than one label; one alone is a 'regression'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _score_tokens_are_of_the_vocabulary(self) -> Self:
+        beyond = [token for token in self.score_tokens or () if token >= self.vocab_size]
+        if beyond:
+            raise ValueError(f"score_tokens names {beyond[0]}; ids are 0 to {self.vocab_size - 1}")
         return self
 
     @classmethod

@@ -255,6 +255,39 @@ class LastTokenClassificationHead(SequenceClassificationHead):
         return self.score(hidden, rows)
 
 
+class LogitScoreHead(SequenceClassificationHead):
+    """One number for a text, as rerankers give it: the logit of one token as the next, less that of another (yes and no).
+
+    `score_tokens` of the configuration are their ids. Where there are none, or the checkpoint has `score`, the head is a
+    `LastTokenClassificationHead`. For models whose logits are those of `lm_head`, without a bias or a cap.
+    """
+
+    needed = LastTokenClassificationHead.needed
+    fewest_bits = 8  # of the layer that generating reads
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        # Where a file names a class that generates, its labels are the two that transformers makes up.
+        self.labels = self.labels[:1]
+        self.problem = Problem.REGRESSION
+        self.tokens = config.score_tokens or ()
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @classmethod
+    def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
+        if config.score_tokens is None or set(cls.needed) <= names:
+            # Another class and no subclass: it keeps more bits.
+            return cast("Self | None", LastTokenClassificationHead.build(config, names, stated))
+        # A tied head has no tensor of its own in most files.
+        return cls(config) if config.tie_word_embeddings or "lm_head.weight" in names else None
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        # In float32 before the difference: near logits of 16 bit would leave little of it.
+        logits = self.lm_head(hidden, rows).float()  # [sequences, vocab]
+        wanted, *other = (logits[:, [token]] for token in self.tokens)
+        return wanted - other[0] if other else wanted  # [sequences, 1]
+
+
 class FirstTokenClassificationHead(SequenceClassificationHead):
     """Reads the first row, as encoders are trained: a dense layer, an activation, and the layer that gives the labels.
 

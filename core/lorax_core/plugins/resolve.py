@@ -25,9 +25,13 @@ INSTALL_HINTS: Final = {
     "bert": "lorax-bert",
     "camembert": "lorax-roberta",
     "distilbert": "lorax-distilbert",
+    "gemma2": "lorax-gemma2",
     "gpt2": "lorax-gpt2",
     "gpt_neox": "lorax-neox",
+    "llama": "lorax-llama",
+    "mistral": "lorax-llama",
     "qwen2": "lorax-qwen2",
+    "qwen3": "lorax-qwen3",
     "roberta": "lorax-roberta",
     "xlm-roberta": "lorax-roberta",
 }

@@ -68,7 +68,7 @@ from {package}.modeling import {stem}ForCausalLM
 model = lorax.load_model("path/to/checkpoint", model_class={stem}ForCausalLM)
 batch = lorax.make_batch(model, [[2, 7, 12, 3], [2, 5, 3]])
 (answer,) = model(batch).answers  # logits [tokens, vocabulary]
-assert list(answer.plan) == [7, model.config.vocab_size]
+assert list(answer.shape) == [7, model.config.vocab_size]
 ```
 
 ## Tests

@@ -200,9 +200,11 @@ def _weight_map(plan: Blueprint) -> Iterator[str]:
     names = dict(plan.names)
     prefix = str(plan.source.classes[Task.EMBED].base_model_prefix)
     common = _shared({name for core, name in names.items() if core != "lm_head"})
-    prefixes = [prefix]
+    # Some classes have the base model under another name: Qwen3ForQuestionAnswering has it under `transformer`.
+    kinds = (*plan.source.classes.values(), *plan.source.others)
+    prefixes = list(dict.fromkeys([prefix, *(str(kind.base_model_prefix) for kind in kinds)]))
     if common:
-        prefixes = [f"{prefix}.{common}", common, prefix]
+        prefixes = [*(f"{one}.{common}" for one in prefixes), common, *prefixes]
         names = {core: name.removeprefix(f"{common}.") for core, name in names.items()}
     renamed = {f"{theirs}.**": f"{core}.**" for core, theirs in names.items() if core != theirs}
     yield "    @staticmethod"

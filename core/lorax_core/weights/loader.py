@@ -34,6 +34,7 @@ from lorax_core.weights.bounds import (
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.fill import fill
 from lorax_core.weights.mapping import WeightMap
+from lorax_core.weights.sentence import read_score_tokens
 
 
 class Backbone(Protocol):
@@ -131,7 +132,9 @@ def _assembled(
     model_class: type[Model],
     linear_policy: LinearPolicy | None,
 ) -> tuple[LoadedModel, Account]:
-    config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(checkpoint.config)
+    tokens = read_score_tokens(checkpoint)
+    raw = checkpoint.config if tokens is None else {**checkpoint.config, "score_tokens": tokens}
+    config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(raw)
     backbone_class = cast("Backbone", load_class(spec.backbone, owner))
     with as_config_error(checkpoint):
         weight_map = backbone_class.weight_map(config)

@@ -28,6 +28,7 @@ _AGAIN: Final = "compare it with what sentence-transformers' save_pretrained wri
 _NOUNS: Final = {int: "a whole number", bool: "true or false", str: "a text", dict: "an object", list: "a list"}
 # Any other order is other arithmetic: a Dense after Normalize does not give unit vectors, for one.
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
+_SCORE: Final = "LogitScore"
 _MODES = {"cls": Pooling.CLS, "mean": Pooling.MEAN, "lasttoken": Pooling.LAST}
 _ACTIVATIONS = {
     "Identity": "linear",
@@ -93,6 +94,8 @@ def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | No
     file = checkpoint.path / "modules.json"
     steps = [_step(file, module) for module in _typed(file, "modules", modules, list)]
     kinds = [kind for kind, _ in steps]
+    if kinds == ["Transformer", _SCORE] or (kinds == ["Transformer"] and _is_cross_encoder(checkpoint)):
+        return None  # a reranker's, which say nothing of vectors
     # Sorted by _ORDER, they must be what they were; an unknown kind drops out and differs, too.
     if kinds != [kind for kind in _ORDER for _ in range(kinds.count(kind))] or kinds[:2] != ["Transformer", "Pooling"]:
         raise CheckpointError(
@@ -119,6 +122,35 @@ def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | No
         prompt=_default_prompt(checkpoint),
         pool_prompt=pool_prompt,
     )
+
+
+def read_score_tokens(checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """The ids of `LogitScore`, by whose logits a reranker scores a text: one, or one and another that is taken off.
+
+    None where the files name no such module. Raises CheckpointError where they do, and its own file does not fit.
+    """
+    with guarded(CheckpointError, f"the sentence-transformers files of '{checkpoint.path}' cannot be read", _AGAIN):
+        file, modules = checkpoint.path / "modules.json", checkpoint.json("modules.json")
+        # Other files of this name are for embedding to judge.
+        named = [str(one.get("type")) for one in modules or () if isinstance(one, dict)]
+        if not any(one.startswith(_LIBRARY) and one.endswith(f".{_SCORE}") for one in named):
+            return None
+        folder = dict(_step(file, one) for one in _typed(file, "modules", modules, list)).get(_SCORE)
+        config = _object(checkpoint, f"{folder}/config.json") if folder else None
+        if config is None:
+            raise CheckpointError(
+                f"{checkpoint.path} lacks the config.json of the module {_SCORE}, which its modules.json names",
+                hint=_AGAIN,
+            )
+        file = checkpoint.path / f"{folder}/config.json"
+        read = _optional(file, config, "module_input_name", str)
+        if read not in (None, "causal_logits"):
+            raise CheckpointError(
+                f"{file} reads {read!r:.60}; supported is 'causal_logits'", hint="it would change the scores"
+            )
+        wanted = _typed(file, "true_token_id", config.get("true_token_id"), int)
+        other = _optional(file, config, "false_token_id", int)
+        return (wanted,) if other is None else (wanted, other)
 
 
 def read_dense(checkpoint: Checkpoint, folder: str) -> DenseFiles:
@@ -239,6 +271,11 @@ def _pooling(checkpoint: Checkpoint, folder: str, instead: Pooling | None) -> tu
             hint="load(..., pooling='mean') overrides it where another pooling is acceptable",
         )
     return _MODES[modes[0]], pool_prompt
+
+
+def _is_cross_encoder(checkpoint: Checkpoint) -> bool:
+    file = checkpoint.path / "config_sentence_transformers.json"
+    return _optional(file, _object(checkpoint, file.name) or {}, "model_type", str) == "CrossEncoder"
 
 
 def _default_prompt(checkpoint: Checkpoint) -> str:

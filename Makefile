@@ -54,7 +54,7 @@ test-triton: $(VENV)/.triton ## Run the tests of the Triton kernels under the ol
 test-cross: $(VENV)/.cross ## Compile the native sources for other processors, and run them on an emulated ARM (100 MB, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/cross $(ARGS)
 
-test-scaffold: $(VENV)/.test ## Write packages for five architectures of transformers, and run the conformance kit on each
+test-scaffold: $(VENV)/.test ## Run the conformance kit on packages that were written, on the tutorial's and on the frozen plugin
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/scaffold/kits $(ARGS)
 
 test-zoo: $(VENV)/.test ## Run the conformance kit on the packages in plugins/

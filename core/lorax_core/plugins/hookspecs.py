@@ -17,6 +17,7 @@ PROJECT: Final = "lorax"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a function of `plugin.py` as the hook of its name, `lorax_architectures` or `lorax_attention_backends`."""
 
 
 @hookspec

@@ -139,7 +139,7 @@ class ArchitectureSpec(BaseModel):
         if type(api) is int and api != API_VERSION:
             raise Incompatible(
                 f"{data.get('model_type')!r} is declared for plugin API {api}; this core implements {API_VERSION}",
-                hint="upgrade the plugin" if api < API_VERSION else "upgrade lorax-core",
+                hint="upgrade the plugin" if api < API_VERSION else "pip install --upgrade lorax-core",
             )
         return data
 

@@ -279,5 +279,5 @@ def _entry(model_type: str) -> str:
 def _requirement() -> str:
     from lorax_core.version import __version__
 
-    major, minor, *_ = __version__.split(".")
-    return f"{major}.{minor},<{major}.{int(minor) + 1}"
+    # No upper bound: `api` is one, and says what to do.
+    return ".".join(__version__.split(".")[:2])

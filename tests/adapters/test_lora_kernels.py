@@ -10,13 +10,14 @@ import torch
 from compiled import compiled_for_avx2, only_on_x86
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import with_threads
 
 from lorax_core.adapters.deltas import LowRank, RankBlock
 from lorax_core.adapters.lora_kernels.base import LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.select import select_kernel, wrong_numbers
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
-from lorax_core.kernels.native.low_rank import SOURCE, LowRankProduct, load_low_rank
+from lorax_core.kernels.native.low_rank import SOURCE, LowRankProduct, Work, load_low_rank
 from lorax_core.settings import Settings
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -92,8 +93,9 @@ def test_where_there_is_a_compiler_the_native_kernel_is_selected():
     runs=st.lists(
         st.tuples(st.integers(1, 5), st.sampled_from([(1,), (3, 0), (8, 4), (16,), (5, 1, 2)])), min_size=1, max_size=7
     ),
+    threads=st.sampled_from([1, 2, 7]),
 )
-def test_every_kernel_computes_the_definition_at_every_site(worth, dtype, seed, inputs, outputs, runs):
+def test_every_kernel_computes_the_definition_at_every_site(worth, dtype, seed, inputs, outputs, runs, threads):
     """`worth` decides which segments the native kernel leaves to torch; None is torch's own."""
     if worth is None:
         kernel = TorchKernel()
@@ -106,7 +108,8 @@ def test_every_kernel_computes_the_definition_at_every_site(worth, dtype, seed, 
 
     for site in ("here", "elsewhere", "here"):
         wanted = expected(x, y, segments, site)
-        plan.add(site, x, y)
+        with with_threads(threads):
+            plan.add(site, x, y)
         off = (y.double() - wanted).abs().max() / wanted.abs().max()
         # In 16 bit torch rounds between the two products and the native kernel only at the end.
         assert off < (2e-6 if dtype is torch.float32 else 2e-2)
@@ -301,3 +304,30 @@ def test_the_scratch_of_a_plan_has_room_for_its_largest_site(product):
         wanted = expected(x, y, segments, site)
         plan.add(site, x, y)
         torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_the_halves_of_a_product_are_shared_out_once_among_threads(product):
+    """Many units of uneven cost, so that shares begin inside of jobs, and threads that are done wait for each other."""
+    kernel = NativeKernel(product, 1_000_000)
+    x, y, segments = make_work(
+        3, 896, 1200, [(1, (16, 3)), (1, (1,)), (3, (16,)), (2, (5, 1)), (4, (8, 4))] * 3, torch.float32
+    )
+    plan, wanted = kernel.plan(segments), expected(x, y, segments)
+
+    for threads in (2, 3, 7):
+        for _ in range(10):
+            found = y.clone()
+            with with_threads(threads):
+                plan.add("here", x, found)
+            assert (found.double() - wanted).abs().max() < 2e-6 * wanted.abs().max()
+
+
+def test_a_job_of_no_rank_adds_nothing(product):
+    x, y = torch.ones(1, 8), torch.zeros(1, 8)
+    parts = [(torch.ones(0, 8), torch.ones(0, 4), 0), (torch.ones(2, 8), torch.ones(2, 4), 4)]
+    jobs = product.jobs(parts)
+    jobs["rows"] = 1
+
+    product.add(x, y, Work(jobs), torch.empty(8))
+
+    assert y[0].tolist() == [0, 0, 0, 0, 16, 16, 16, 16]

@@ -11,12 +11,13 @@ import torch
 from compiled import compiled_for_avx2, only_on_x86
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import with_threads
 
 from lorax_core.engine.sampler import Sampled, Scores, select_native
 from lorax_core.engine.sequence import Sampling
 from lorax_core.engine.step_input import SamplingRow
 from lorax_core.engine.transfer import Transfer
-from lorax_core.kernels.native.sampling import SOURCE, NativeSampling
+from lorax_core.kernels.native.sampling import _SCRATCH, SOURCE, NativeSampling
 
 CPU = torch.device("cpu")
 # One token; less than a block of neighbours, one, and one more; more blocks than candidates; a part of a block at the end.
@@ -183,6 +184,23 @@ def test_top_p_is_a_share_of_what_a_large_top_k_leaves(native):
         tokens = [one.token_id for one in sample(torch.zeros(300, 4000), rows, form)]
 
         assert 1700 < max(tokens) < 1800
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_each_thread_has_memory_of_its_own(threads):
+    with with_threads(threads):
+        scratch, shared = NativeSampling._scratch(64, 2000)
+
+    assert shared == threads
+    assert len(scratch) == threads * 2000 * _SCRATCH
+
+
+@pytest.mark.parametrize("size", [0.0, 1e6, 1e15, -1e17])
+def test_scores_beside_large_logits_are_not_lost(native, size):
+    scores = native.score(torch.full((1, 16), size), torch.tensor([3]), 4)
+
+    for found in scores[:2]:
+        assert torch.allclose(found, torch.full_like(found, -math.log(16)))
 
 
 def test_it_can_be_switched_off(monkeypatch):

@@ -180,3 +180,35 @@ def test_what_was_read_of_a_file_does_not_stay_mapped(tmp_path):
     assert mapped < sum(tensor.nbytes for tensor in numbers.values()) / 2
     known = load_file(checkpoint.files[0])
     assert all(torch.equal(numbers[name], known[name]) for name in known)
+
+
+@pytest.mark.parametrize("how", ["replaced", "written again"])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, how):
+    tensors = {name: torch.full((64, 64), value) for name, value in (("a", 1.0), ("b", 2.0))}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    reader = TensorReader(Checkpoint(tmp_path), most_mapped=0)
+    reader("a")
+    save_file({name: 3 * tensor[:, :32].contiguous() for name, tensor in tensors.items()}, tmp_path / "other")
+    if how == "replaced":
+        (tmp_path / "other").replace(tmp_path / "model.safetensors")
+    else:
+        (tmp_path / "model.safetensors").write_bytes((tmp_path / "other").read_bytes())
+
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        reader("b")
+
+
+def test_a_file_that_there_is_no_room_to_map_is_not_called_damaged(tmp_path):
+    class NoRoom:
+        def get_tensor(self, name):
+            raise RuntimeError("unable to mmap 59793864 bytes from file <x>: Cannot allocate memory (12)")
+
+    checkpoint = Checkpoint(make_qwen2(tmp_path))
+    reader = TensorReader(checkpoint)
+    reader._open[checkpoint.files[0]] = NoRoom()
+
+    with pytest.raises(CheckpointError) as caught:
+        reader(next(iter(checkpoint.tensors)))
+
+    assert isinstance(caught.value.__cause__, MemoryError)  # which loading takes for what it is

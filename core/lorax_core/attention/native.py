@@ -27,9 +27,9 @@ from lorax_core.attention.base import (
 from lorax_core.attention.torch import PAGE_SIZE, TorchBackend
 from lorax_core.kernels.elementwise import Angles
 from lorax_core.kernels.native.attention import (
+    AttentionWork,
     PagedAttention,
     Shape,
-    AttentionWork,
     load_attention,
     make_jobs,
     scratch_size,

@@ -144,6 +144,8 @@ def _tried_kernel(method: LinearMethod, weight: Tensor, rows: bool) -> LinearKer
             # Compared once a key: a model has many layers of one shape.
             _tried[key] = None if tolerance is None else _difference(kernel, weight, tolerance)
     except (RuntimeError, NotImplementedError) as error:
+        if "can't allocate memory" in str(error):  # says nothing of the method, which later models may use
+            raise MemoryError(str(error)) from error
         _tried[key] = f"failed when it was tried: {error}"
         return f"failed when it was tried: {error}"
     return _tried[key] or kernel

@@ -148,6 +148,7 @@ class TensorReader:
     def __init__(self, checkpoint: Checkpoint, most_mapped: int = 2**28) -> None:
         self._checkpoint, self._most = checkpoint, most_mapped
         self._open: dict[Path, Any] = {}
+        self._seen: dict[Path, tuple[int, ...]] = {}  # what a file was when it was first opened
         self._mapped = 0  # bytes that were read since files were opened
 
     def __call__(self, name: str) -> Tensor:
@@ -159,10 +160,23 @@ class TensorReader:
         if stored.file not in self._open:
             with opened(stored.file) as tensors:
                 self._open[stored.file] = tensors
+            self._refuse_another(stored.file)
         with _as_checkpoint_error(stored.file):
             found: Tensor = self._open[stored.file].get_tensor(name)
+        if tuple(found.shape) != stored.shape:
+            raise _changed(stored.file)
         self._mapped += found.nbytes
         return found
+
+    def _refuse_another(self, file: Path) -> None:
+        status = file.stat()
+        now = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._seen.setdefault(file, now) != now:
+            raise _changed(file)
+
+
+def _changed(file: Path) -> CheckpointError:
+    return CheckpointError(f"'{file}' was changed while it was read", hint="load it again when nothing writes to it")
 
 
 @contextmanager
@@ -185,6 +199,10 @@ def _as_checkpoint_error(file: Path) -> Iterator[None]:
     with guarded(CheckpointError, f"'{file}' cannot be read", _AGAIN):
         try:
             yield
+        except RuntimeError as error:
+            if "Cannot allocate memory" in str(error):  # torch's for a file that there is no room to map
+                raise MemoryError(str(error)) from error
+            raise
         except SafetensorError as error:
             raise CheckpointError(
                 f"{file} is not a readable safetensors file ({file.stat().st_size} bytes): {error}", hint=_AGAIN

@@ -66,7 +66,10 @@ def fill(model: Model, checkpoint: Checkpoint, placement: Placement, policy: Lin
         if account.problems:
             continue
         if preparer is not None and preparer.takes(parameter):
-            preparer.prepare(parameter, weight, lent=lent)
+            try:
+                preparer.prepare(parameter, weight, lent=lent)
+            except MemoryError as error:
+                raise memory.refusal(error) from error
         else:
             made = nn.Parameter(weight, requires_grad=False)
             for module, attribute in holders[name]:

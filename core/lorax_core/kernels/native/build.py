@@ -45,6 +45,8 @@ def load_native(source: Path, settings: Settings) -> Native:
     # ValueError: a NUL in a path.
     except (OSError, RuntimeError, ValueError) as error:
         return Native(None, str(error))
+    except MemoryError:
+        return Native(None, "there is no memory left for it")
 
 
 def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
@@ -95,9 +97,10 @@ def _read(library: Path, user: int) -> bytes | None:
         raise RuntimeError(f"native code is not loaded: {error}: rm {library}") from error
     try:
         # Of the open file and not of its name, which may mean another one by now.
-        _refuse(file_problem(library, os.fstat(number), user))
+        status = os.fstat(number)
+        _refuse(file_problem(library, status, user))
         with open(number, "rb", closefd=False) as file:
-            data = file.read(_MOST_BYTES)
+            data = file.read(min(status.st_size, _MOST_BYTES))
     finally:
         os.close(number)
     # It ends with the hash of what stands before: one cut short would kill the process when it is loaded.

@@ -114,6 +114,7 @@ static void share(const Job *jobs, int64_t count, int64_t thread, int64_t thread
     const int64_t low = all * thread / threads, high = all * (thread + 1) / threads;
     for (int64_t p = 0; p < count && before < high; ++p) {
         const int64_t many = units(jobs[p]), each = cost(jobs[p]);
+        if (many == 0 || each == 0) continue;  // of no rank or width
         // A unit is the thread's in whose share it begins.
         const int64_t first = low <= before ? 0 : (low - before + each - 1) / each;
         const int64_t last = (high - before + each - 1) / each;

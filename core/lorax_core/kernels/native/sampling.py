@@ -72,9 +72,10 @@ class NativeSampling:
             *(logits.data_ptr(), logits.stride(0), rows, vocab, count, ids.data_ptr(), values.data_ptr()),
             *(best.data_ptr(), mass.data_ptr(), scratch.data_ptr(), threads),
         )
-        total = (best.double() + mass.log())[:, None]  # [rows, 1]
-        own = logits.gather(-1, chosen[:, None]) - total
-        return own[:, 0].float(), (values - total).float(), ids
+        # The largest first: beside a large logit the logarithm would be lost.
+        largest, rest = best.double()[:, None], mass.log()[:, None]  # [rows, 1]
+        own = logits.gather(-1, chosen[:, None]) - largest - rest
+        return own[:, 0].float(), (values - largest - rest).float(), ids
 
     def mask(self, logits: Tensor, rows: Sequence[int], allowed: NDArray[np.uint8]) -> None:
         """Put -inf into some rows where their bit in `allowed` `[len(rows), bytes]` is not set, the lowest first."""

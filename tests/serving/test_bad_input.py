@@ -61,11 +61,11 @@ def test_a_configuration_that_is_no_json(tmp_path):
 
 
 def test_an_unknown_model_type(tmp_path):
-    change_json(make_qwen2(tmp_path) / "config.json", model_type="qwen9")
+    change_json(make_qwen2(tmp_path) / "config.json", model_type="qwen22")
 
     error = refusal(lorax.PluginError, lorax.load, tmp_path)
 
-    assert "'qwen9'" in error.message
+    assert "'qwen22'" in error.message
     assert "'qwen2'" in error.hint
 
 

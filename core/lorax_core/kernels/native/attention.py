@@ -170,7 +170,7 @@ class PagedAttention:
         """Make a call that appends first; gives q as it is attended with."""
         q, k, v = _side_by_side(q), _side_by_side(k), _side_by_side(v)
         turned, cos, sin, half, rotated = q, None, None, 0, None
-        if angles is not None:
+        if angles is not None and angles.cos.shape[-1]:  # GPT-NeoX's rotary_pct may be 0
             c, s = angles.cos.contiguous(), angles.sin.contiguous()
             turned = torch.empty(q.shape, dtype=q.dtype)
             cos, sin, half, rotated = c.data_ptr(), s.data_ptr(), c.shape[-1], turned.data_ptr()

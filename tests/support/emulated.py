@@ -11,7 +11,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,10 @@ class Emulated:
             raise AttributeError(name)
         return Function(self, name)
 
-    def call(self, name: str, arguments: list[int]) -> None:
-        """Run a function; what it must not read or write raises UcError."""
+    def call(self, name: str, arguments: list[int], floats: list[float]) -> int:
+        """Run a function; what it must not read or write raises UcError. Floats have registers of their own."""
+        for register, number in zip(range(arm.UC_ARM64_REG_S0, arm.UC_ARM64_REG_S0 + 8), floats, strict=False):
+            self._machine.reg_write(register, struct.unpack("<I", struct.pack("<f", number))[0])
         for register, value in zip(range(arm.UC_ARM64_REG_X0, arm.UC_ARM64_REG_X0 + 8), arguments, strict=False):
             self._machine.reg_write(register, value)
         rest = arguments[8:]
@@ -113,6 +115,7 @@ class Emulated:
             self._shared.clear()
         if self._failed:
             raise self._failed
+        return int(self._machine.reg_read(arm.UC_ARM64_REG_X0))
 
     def _load(self, code: bytes) -> None:
         (offset,), (count,) = struct.unpack_from("<Q", code, 32), struct.unpack_from("<H", code, 56)
@@ -181,9 +184,15 @@ class Function:
 
     def __init__(self, library: Emulated, name: str) -> None:
         self.library, self.name = library, name
+        self.argtypes: Sequence[type] = ()
+        self.restype: type | None = None
 
-    def __call__(self, *arguments: int | None) -> None:
-        self.library.call(self.name, [int(one or 0) for one in arguments])
+    def __call__(self, *arguments: float | None) -> int | None:
+        kinds = [*self.argtypes] or [ctypes.c_int64] * len(arguments)
+        given = list(zip(kinds, arguments, strict=True))
+        whole = [int(one or 0) for kind, one in given if kind is not ctypes.c_float]
+        found = self.library.call(self.name, whole, [float(one or 0) for kind, one in given if kind is ctypes.c_float])
+        return None if self.restype is None else found
 
 
 def _of_float(function: Callable[[float, unicorn.Uc], float]) -> Callable[[unicorn.Uc], None]:

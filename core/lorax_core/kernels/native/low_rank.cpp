@@ -8,7 +8,8 @@
 #include "numbers.h"
 
 #ifdef _OPENMP
-#include <omp.h>
+// Not from omp.h, which compilers for other processors may lack.
+extern "C" int omp_get_thread_num(void), omp_get_num_threads(void);
 #endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>

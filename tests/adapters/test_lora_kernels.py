@@ -331,3 +331,16 @@ def test_a_job_of_no_rank_adds_nothing(product):
     product.add(x, y, Work(jobs), torch.empty(8))
 
     assert y[0].tolist() == [0, 0, 0, 0, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_beside_any_others(product, dtype):
+    kernel = NativeKernel(product, 1_000_000)
+    x, y, (segment,) = make_work(5, 130, 1200, [(7, (16, 5))], dtype)
+    together = y.clone()
+    kernel.plan([segment]).add("here", x, together)
+
+    for row in range(7):
+        alone = y[row : row + 1].clone()
+        kernel.plan([Segment(0, 1, segment.updates)]).add("here", x[row : row + 1], alone)
+        assert torch.equal(alone[0], together[row])

@@ -1,4 +1,4 @@
-"""What blocks do to rows beside matrix products: rotating, normalising, gating.
+"""What blocks do to rows beside matrix products: rotating, normalising, gating, activating.
 
 Decides the arithmetic, one readable method each, with the order of operations of transformers, and the seam at which compiled
 forms take their place. Knows nothing of layers, adapters or batches.

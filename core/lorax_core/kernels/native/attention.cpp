@@ -16,12 +16,6 @@ static const int64_t QUERIES = 16;   // queries that share what was read of them
 static const int64_t MOST_DIM = 256;
 static const int64_t AHEAD = 32;     // keys by which reading runs ahead
 
-static inline float sum(Floats value) {
-    float total = 0;
-    for (int64_t i = 0; i < LANES; ++i) total += value[i];
-    return total;
-}
-
 #if defined(__AVX512F__) || defined(__clang__)
 
 #if defined(__has_builtin)
@@ -163,7 +157,7 @@ static inline void weigh(Queries &kept, int64_t queries, const float *v, int64_t
         store(weights, exact);
         float before = largest == kept.largest[i] ? 1.0f : expf(kept.largest[i] - largest);
         kept.largest[i] = largest;
-        kept.total[i] = kept.total[i] * before + sum(exact);
+        kept.total[i] = kept.total[i] * before + total(exact);
         float *values = kept.values + i * dim;
         for (int64_t d = 0; d < dim; d += LANES) {
             Floats sums = load(values + d) * before;

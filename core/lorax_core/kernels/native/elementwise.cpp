@@ -70,12 +70,6 @@ static inline void put_some(T *at, Floats value, int64_t count) {
     memcpy(at, numbers, count * sizeof(T));
 }
 
-static inline float total(Floats sum) {
-    float found = 0;
-    for (int i = 0; i < LANES; ++i) found += sum[i];
-    return found;
-}
-
 enum { SILU, GELU_TANH };
 
 template <int ACT>

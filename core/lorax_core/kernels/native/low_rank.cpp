@@ -5,6 +5,13 @@
 // ahead across jobs. Sums are kept in float32 whatever the tensors hold, each in one order: a row has the same bits beside any
 // others. For long runs of rows a matrix product of the library is faster: the caller keeps those to itself.
 
+// A row must not have other bits where the compiler sees another number of rows.
+#ifdef __clang__
+#pragma clang fp reassociate(off)
+#else
+#pragma GCC optimize("no-associative-math")
+#endif
+
 #include "numbers.h"
 
 #ifdef _OPENMP
@@ -40,12 +47,6 @@ static inline Floats times(Floats sum, const bf16 *x, const bf16 *a) {
     sum += load(x) * load(a);
     return sum + load(x + LANES) * load(a + LANES);
 #endif
-}
-
-static inline float total(Floats sum) {
-    float found = 0;
-    for (int i = 0; i < LANES; ++i) found += sum[i];
-    return found;
 }
 
 // x A^T for `M` rows of x and `N` of A; `next` is where the rows of A lie that are read after these.

@@ -164,4 +164,10 @@ static inline Floats load(const bf16 *at) {
 
 static inline void store(float *at, Floats value) { write(at, value); }
 
+static inline float total(Floats sum) {
+    float found = 0;
+    for (int i = 0; i < LANES; ++i) found += sum[i];
+    return found;
+}
+
 #endif

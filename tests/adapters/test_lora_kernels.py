@@ -17,7 +17,7 @@ from lorax_core.adapters.lora_kernels.base import LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.native import NativeKernel
 from lorax_core.adapters.lora_kernels.select import select_kernel, wrong_numbers
 from lorax_core.adapters.lora_kernels.torch import TorchKernel
-from lorax_core.kernels.native.low_rank import SOURCE, LowRankProduct, Work, load_low_rank
+from lorax_core.kernels.native.low_rank import SOURCE, LowRankProduct, LowRankWork, load_low_rank
 from lorax_core.settings import Settings
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
@@ -328,7 +328,7 @@ def test_a_job_of_no_rank_adds_nothing(product):
     jobs = product.jobs(parts)
     jobs["rows"] = 1
 
-    product.add(x, y, Work(jobs), torch.empty(8))
+    product.add(x, y, LowRankWork(jobs), torch.empty(8))
 
     assert y[0].tolist() == [0, 0, 0, 0, 16, 16, 16, 16]
 

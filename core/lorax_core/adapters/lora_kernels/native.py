@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorax_core.adapters.lora_kernels.base import LoraKernel, LoraPlan, Segment, Updates
 from lorax_core.adapters.lora_kernels.torch import TorchPlan
-from lorax_core.kernels.native.low_rank import Jobs, LowRankProduct, Work, load_low_rank
+from lorax_core.kernels.native.low_rank import Jobs, LowRankProduct, LowRankWork, load_low_rank
 from lorax_core.settings import Settings
 
 WORTH = 256
@@ -62,14 +62,14 @@ class NativePlan(LoraPlan):
         # Sorted by site, so the jobs of one site are one slice; `add` slices nothing.
         found, starts = np.unique(sites, return_index=True)
         stops = [*starts[1:], len(sites)]
-        self._at: dict[str, Work] = {}
+        self._at: dict[str, LowRankWork] = {}
         largest = 0
         for site, start, stop in zip(found, starts, stops, strict=True):
             # Offsets start anew at each site: sites run one after the other and share one scratch memory.
             before = ends[start] - scratch[start]
             jobs["at"][start:stop] = ends[start:stop] - scratch[start:stop] - before
             largest = max(largest, int(ends[stop - 1] - before))
-            self._at[names[site]] = Work(jobs[start:stop])
+            self._at[names[site]] = LowRankWork(jobs[start:stop])
         self._scratch = torch.empty(largest)
 
     def add(self, site: str, x: Tensor, y: Tensor) -> None:

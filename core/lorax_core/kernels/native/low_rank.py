@@ -27,7 +27,7 @@ Jobs = NDArray[np.void]
 """Work as `struct Job` of the source has it. Addresses hold as long as the tensors that they were made of."""
 
 
-class Work:
+class LowRankWork:
     """The jobs of one call, as it takes them: looked up once, since a step has a call at every site."""
 
     __slots__ = ("address", "count", "jobs")
@@ -58,7 +58,7 @@ class LowRankProduct:
         rows = [(a.data_ptr(), b.data_ptr(), 0, 0, len(a), column, b.shape[1], 0) for a, b, column in pairs]
         return np.array(rows, _JOB)
 
-    def add(self, x: Tensor, y: Tensor, work: Work, scratch: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, work: LowRankWork, scratch: Tensor) -> None:
         """Add to y `[rows, out]` what the jobs make of x `[rows, in]`, both of one dtype.
 
         `scratch` holds `rows * rank` numbers of float32 for each job, from the job's `at` on.

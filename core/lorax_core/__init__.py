@@ -27,6 +27,7 @@ _HOMES = {
     "FinishReason": "types",
     "Pooling": "types",
     "Task": "types",
+    "Tokenized": "types",
     "Usage": "types",
     "ArchitectureCases": "plugins.cases",
     "ArchitectureSpec": "plugins.spec",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from lorax_core.types import FinishReason as FinishReason
     from lorax_core.types import Pooling as Pooling
     from lorax_core.types import Task as Task
+    from lorax_core.types import Tokenized as Tokenized
     from lorax_core.types import Usage as Usage
 
 

@@ -50,6 +50,7 @@ _OTHER_NAMES: dict[str, str | None] = {
     "tensor_parallel_size": None,
     "trust_remote_code": None,
 }
+_SECRETS = ("token", "api_keys", "admin_key")
 _EXAMPLES = {
     "adapters": 'adapters={"NAME": "FOLDER"}',
     "adapter_sources": 'adapter_sources=["folder", "hub"]',
@@ -227,7 +228,7 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
         elif option not in found or depth > found[option][0]:
             message = problem["msg"].removeprefix("Value error, ")
             # Of a missing option, or of several that do not agree, pydantic calls all options the input.
-            hidden = option in ("", "token") or problem["type"] == "missing"
+            hidden = option in ("", *_SECRETS) or problem["type"] == "missing"
             found_value = "" if hidden else f" (found {shown(problem['input'])})"
             inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
             found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{found_value}" if option else message)

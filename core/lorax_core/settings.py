@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +43,7 @@ class Settings:
     - `native` (`LORAX_NATIVE`, on by default): native kernels may be compiled for this machine.
     - `trials` (`LORAX_TRIALS`: `gpu`, which is the default, `all` or `off`): the types of devices whose kernels compute small
       steps in a process of their own before an engine uses them.
+    - `api_keys` (`LORAX_API_KEYS`, separated by commas) and `admin_key` (`LORAX_ADMIN_KEY`): those of `lorax serve`.
 
     Names are kept in canonical form.
     """
@@ -53,6 +54,8 @@ class Settings:
     cache: Path = _CACHE
     native: bool = True
     trials: tuple[str, ...] = ("cuda",)
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    admin_key: str | None = field(default=None, repr=False)
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -67,6 +70,8 @@ class Settings:
             cache=_cache(environ),
             native=_switch(environ, "LORAX_NATIVE", True),
             trials=_trials(environ),
+            api_keys=tuple(key for part in environ.get("LORAX_API_KEYS", "").split(",") if (key := part.strip())),
+            admin_key=environ.get("LORAX_ADMIN_KEY", "").strip() or None,
         )
 
 

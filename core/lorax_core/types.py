@@ -75,7 +75,8 @@ class Completion:
 
     `logprobs` has an entry for each token of `token_ids` and `prompt_logprobs` one for each token of the prompt (None for the
     first, which nothing predicts), where they were asked for. Of a request for `n` answers this is the first, and
-    `alternatives` are the others.
+    `alternatives` are the others. `stop_reason` is the id of the token or the string that ended it; None where it ended by its
+    length, or because its constraint allows nothing more.
     """
 
     text: str
@@ -85,6 +86,7 @@ class Completion:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     alternatives: list[Completion] = field(default_factory=list)
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,21 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A text as tokens: their ids, the tokenizer's own spelling of them, and their character ranges in the text."""
+
+    ids: list[int]
+    tokens: list[str]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One piece of a stream.
 
     `index` counts the prompts of the call from 0, `choice` the answers to one prompt; `text` and `token_ids` are new since
-    the last event of that answer (text may lag behind tokens: a character is never split). The last event of an answer
-    carries the whole `completion`.
+    the last event of that answer (text may lag behind tokens: a character is never split), and so are `logprobs`, where they
+    were asked for. The last event of an answer carries the whole `completion`.
     """
 
     index: int
@@ -141,3 +152,4 @@ class Event:
     finish_reason: FinishReason | None = None
     completion: Completion | None = None
     choice: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)

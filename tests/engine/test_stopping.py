@@ -56,14 +56,14 @@ def test_a_stop_string_across_pieces_never_shows():
 
     shown = [stop.feed(piece) for piece in ["see </", "en", "d> more"]]
 
-    assert shown == [("see ", False), ("", False), ("", True)]
+    assert shown == [("see ", None), ("", None), ("", "</end>")]
 
 
 def test_text_held_back_for_nothing_comes_out():
     stop = StopText(("</end>",))
 
-    assert stop.feed("see </en") == ("see ", False)
-    assert stop.feed("try") == ("</entry", False)
+    assert stop.feed("see </en") == ("see ", None)
+    assert stop.feed("try") == ("</entry", None)
     assert stop.flush() == ""
 
 
@@ -81,12 +81,12 @@ def test_of_overlapping_stop_strings_the_first_place_counts():
 def test_without_stop_strings_everything_passes():
     stop = StopText(())
 
-    assert stop.feed("anything") == ("anything", False)
+    assert stop.feed("anything") == ("anything", None)
 
 
 def test_text_before_the_least_number_of_tokens_passes_unsearched():
     stop = StopText(("ab",))
 
-    assert stop.feed("xaba", armed=False) == ("xaba", False)
-    assert stop.feed("b") == ("b", False)
-    assert stop.feed("ab") == ("", True)
+    assert stop.feed("xaba", armed=False) == ("xaba", None)
+    assert stop.feed("b") == ("b", None)
+    assert stop.feed("ab") == ("", "ab")

@@ -26,7 +26,7 @@ EXIT_CODES: Final = {
 }
 """What `lorax --help` and docs/cli.md say of exit codes."""
 
-SUBCOMMANDS: Final = ("models", "plugins", "adapters", "generate", "embed", "classify", "doctor")
+SUBCOMMANDS: Final = ("models", "plugins", "adapters", "generate", "embed", "classify", "serve", "doctor")
 
 
 class Subcommands(TyperGroup):

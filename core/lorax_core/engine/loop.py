@@ -232,7 +232,8 @@ class EngineLoop:
         if reason is not None:
             piece += detokenizer.flush()
         text, met = stop_text.feed(piece, len(sequence.output) >= rule.min_tokens)
-        if met:
+        if met is not None:
+            sequence.stop_string = met
             return text, FinishReason.STOP
         return text + stop_text.flush() if reason is not None else text, reason
 

@@ -154,6 +154,7 @@ class Sequence:
     counts: TokenCounts | None = None  # where penalties ask for them
     accepted_drafts: int = 0
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    stop_string: str | None = None  # the one that was found
     finished: bool = False
 
     def __post_init__(self) -> None:

@@ -30,24 +30,25 @@ class StopText:
         self._strings = strings
         self._held = ""
 
-    def feed(self, text: str, armed: bool = True) -> tuple[str, bool]:
-        """Add new text; gives the text that may be shown, and whether a stop string was found (shown text ends before it).
+    def feed(self, text: str, armed: bool = True) -> tuple[str, str | None]:
+        """Add new text; gives the text that may be shown, and the stop string that was found (shown text ends before it).
 
         While not `armed`, text is not searched.
         """
         if not self._strings:
-            return text, False
+            return text, None
         self._held += text
         if not armed:
-            return self.flush(), False
-        found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
+            return self.flush(), None
+        found = [(at, string) for string in self._strings if (at := self._held.find(string)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
+            at, string = min(found)
+            shown, self._held = self._held[:at], ""
+            return shown, string
         keep = max(_overlap(self._held, string) for string in self._strings)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
-        return shown, False
+        return shown, None
 
     def flush(self) -> str:
         """What was held back, once no more text will come."""

@@ -64,6 +64,11 @@ class EngineWorker:
         return self._stepper.loop.last_step
 
     @property
+    def closed(self) -> bool:
+        """Whether it takes no more work: it was closed, or the loop broke."""
+        return self._stepper.closed
+
+    @property
     def totals(self) -> Totals:
         """The numbers of all steps together."""
         return self._stepper.loop.totals
@@ -140,6 +145,10 @@ class _Stepper:
         with self._changed:
             self._came.append((adapter, error))
             self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def stop(self) -> None:
         """Ask the thread to end, without waiting. Also a finaliser: any thread may run it, at any time."""

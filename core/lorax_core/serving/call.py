@@ -81,6 +81,8 @@ class Call:
         self._taking = threading.RLock()  # one thread at a time turns updates into results
         self._cancelled = False
         self._process = OwnProcess()
+        self.first_update: float | None = None
+        """When the first of its answers got something, by `time.monotonic`."""
 
     # --- from the engine ---
 
@@ -117,6 +119,8 @@ class Call:
         with self._changed:
             if self._open == 0:  # a step may be in progress while its call is cancelled
                 return
+            if self.first_update is None:
+                self.first_update = time.monotonic()
             news = self._news.get(place)
             if news is None:
                 news = self._news[place] = _News()
@@ -339,7 +343,8 @@ class Call:
 
 def _event(answer: _Answer, news: _News) -> Event:
     reason = news.end.finish_reason if news.end is not None else None
-    return Event(answer.index, "".join(news.text), news.token_ids, reason, answer.completion, answer.choice)
+    text = "".join(news.text)
+    return Event(answer.index, text, news.token_ids, reason, answer.completion, answer.choice, news.logprobs)
 
 
 def _deadline(timeout: float | None) -> float | None:
@@ -366,4 +371,12 @@ def _completion(answer: _Answer, reason: FinishReason) -> Completion:
         logprobs=answer.logprobs if sequence.sampling.logprobs is not None else None,
         # The first token has nothing before it, so no probability, as OpenAI and vLLM give it.
         prompt_logprobs=[None, *sequence.prompt_scores] if sequence.prompt_logprobs is not None else None,
+        stop_reason=_stop_reason(sequence, reason),
     )
+
+
+def _stop_reason(sequence: Sequence, reason: FinishReason) -> int | str | None:
+    if reason is not FinishReason.STOP or sequence.stop_string is not None:
+        return sequence.stop_string
+    last = sequence.output[-1]
+    return last if sequence.stop is not None and last in sequence.stop.token_ids else None

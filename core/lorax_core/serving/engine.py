@@ -39,7 +39,7 @@ from lorax_core.serving.requests import (
     make_requests,
 )
 from lorax_core.serving.stream import Stream
-from lorax_core.types import Classification, Completion, Embedding
+from lorax_core.types import Classification, Completion, Embedding, Tokenized
 from lorax_core.untrusted import guarded
 
 TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
@@ -62,6 +62,8 @@ class Engine:
         self._preparer = parts.preparer
         self._info = parts.info
         self._adapters = parts.adapters
+        self.options = parts.options
+        """What it was loaded with."""
 
     @classmethod
     def from_options(cls, options: EngineOptions, host: PluginHost | None = None) -> Engine:
@@ -184,6 +186,19 @@ class Engine:
         # A request is checked when it is made; what its lists hold may have been changed since.
         with guarded(RequestError, "the request cannot be prepared", hint="make a new one for every call"):
             return self._preparer.prepare(request)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it answers nothing any more: `close` was called, or its step loop broke."""
+        return self._worker.closed
+
+    def tokenize(self, text: TextInput) -> Tokenized:
+        """Token ids of a text, special ones included as the tokenizer adds them; of a causal model's prompt as of an input."""
+        return self._preparer.tokenize(EmbedRequest(input=text).input)
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._preparer.detokenize(token_ids)
 
     def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
         """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""

@@ -62,6 +62,7 @@ class EngineParts:
     preparer: Preparer
     adapters: AdapterStore
     info: EngineInfo
+    options: EngineOptions
 
 
 def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> EngineParts:
@@ -98,7 +99,7 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     )
     rate = info.load_bytes_per_second / 1e9
     _log.info("loaded %.2f GB of weights in %.1f s, %.2f GB/s", info.weight_bytes / 1e9, info.load_seconds, rate)
-    return EngineParts(worker, preparer, store, info)
+    return EngineParts(worker, preparer, store, info, options)
 
 
 def checked_host(host: PluginHost | None) -> PluginHost:

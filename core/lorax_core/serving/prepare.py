@@ -19,7 +19,7 @@ from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
 from lorax_core.engine.sequence import Sampling, Sequence
 from lorax_core.engine.stopping import StopRule
-from lorax_core.errors import CapacityError, RequestError
+from lorax_core.errors import CapacityError, RequestError, shown
 from lorax_core.modeling.heads import (
     CLASSIFICATION,
     EmbeddingHead,
@@ -32,7 +32,7 @@ from lorax_core.serving.labels import sequence_labels, token_labels
 from lorax_core.serving.requests import AdapterChoice, ClassifyRequest, EmbedRequest, GenerateRequest, Request
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import Encoded, TextFront, cut
-from lorax_core.types import Classification, Completion, Embedding, Task, Usage
+from lorax_core.types import Classification, Completion, Embedding, Task, Tokenized, Usage
 
 Result = Completion | Embedding | Classification
 Values = NDArray[np.float32]
@@ -97,6 +97,20 @@ class Preparer:
         # An encoder's text gets the prompt and casing of its sentence files, which count.
         generating = Task.GENERATE in self.model.tasks
         return len(self.text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
+
+    def tokenize(self, text: Any) -> Tokenized:
+        """A text as tokens."""
+        # The task whose encoding knows where in the text each token lies, and adds no prompt of sentence files.
+        encoded = self.text.encode(text, Task.TOKEN_CLASSIFICATION)
+        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets))
+
+    def detokenize(self, token_ids: list[int]) -> str:
+        """Token ids as text."""
+        checked = EmbedRequest(input=token_ids).input
+        if not isinstance(checked, list):
+            raise RequestError(f"token_ids: a list of numbers, not {shown(token_ids)}", hint="tokenize(text).ids")
+        self._check_tokens("token_ids", checked)
+        return self.text.decode(token_ids)
 
     def prepare(self, request: Request) -> Prepared:
         """The sequence of a request, and how its answer becomes a result."""

@@ -1,0 +1,94 @@
+"""One engine as an ASGI application.
+
+Decides which APIs there are and how errors of any of them become answers. Knows nothing of sockets: `run` serves it, and tests
+call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+
+from lorax_core.errors import LoraxError
+from lorax_core.server.errors import Refused, failure
+from lorax_core.server.gateway import Gateway
+from lorax_core.server.health import health_routes
+from lorax_core.server.metrics import Metrics
+from lorax_core.server.middleware import EveryRequest, refusal
+from lorax_core.server.options import ServerOptions
+from lorax_core.server.schemas import invalid
+from lorax_core.serving.engine import Engine
+from lorax_core.version import __version__
+
+_ROUTES: Final = "GET /openapi.json lists routes and their methods"
+
+
+def build_app(engine: Engine, options: ServerOptions | None = None, *, model_name: str | None = None) -> FastAPI:
+    """The application that answers from `engine`, which stays the caller's to close.
+
+    `app.state.gateway` is its `Gateway`.
+    """
+    options = options or ServerOptions()
+    metrics = Metrics(engine)
+    gateway = Gateway(engine, options, metrics, model_name or options.model_name or engine.options.checkpoint)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        gateway.close()
+
+    # The pages of FastAPI load their scripts from elsewhere; /openapi.json is what tools read.
+    app = FastAPI(title="lorax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.gateway = gateway
+    app.add_middleware(EveryRequest, options=options, metrics=metrics)
+    if options.cors_origins:
+        # Last, so outermost: a browser asks without a key whether it may ask.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(options.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
+        )
+    _answer_errors(app, metrics)
+    for routes in (health_routes,):
+        app.include_router(routes(gateway))
+    return app
+
+
+def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Errors of all routes become answers in the shape of their API."""
+
+    def answer(request: Request, error: LoraxError) -> JSONResponse:
+        found = failure(error)
+        metrics.refused(found.kind)
+        return refusal(request.url.path, found)
+
+    async def deliberate(request: Request, error: Any) -> JSONResponse:
+        return answer(request, error)
+
+    async def wrong(request: Request, error: Any) -> JSONResponse:
+        return answer(request, invalid(error.errors()))
+
+    async def http(request: Request, error: Any) -> JSONResponse:
+        # FastAPI hides in its own error what went wrong while a body was read.
+        if isinstance(error.__cause__, LoraxError):
+            return answer(request, error.__cause__)
+        if error.status_code == 405:
+            refused = Refused("wrong_method", f"{request.method} is not what this route takes", hint=_ROUTES)
+        elif error.status_code == 404:
+            refused = Refused("no_route", f"there is no route {request.url.path[:200]}", hint=_ROUTES)
+        else:
+            refused = Refused("invalid", str(error.detail), hint="send JSON, as GET /openapi.json describes it")
+        return answer(request, refused)
+
+    app.add_exception_handler(LoraxError, deliberate)
+    app.add_exception_handler(RequestValidationError, wrong)
+    app.add_exception_handler(HTTPException, http)

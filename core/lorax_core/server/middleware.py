@@ -1,0 +1,136 @@
+"""What happens to every request before a route sees it, and to its answer.
+
+Decides that each request has an id and a line in the log, that keys are checked before a body is read, and that a body is
+bounded in size and in time. Knows nothing of what bodies hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorax_core.server.auth import ApiKeys
+from lorax_core.server.errors import Failure, Refused, body_of, failure
+from lorax_core.server.gateway import ClientGone
+from lorax_core.server.logs import log, new_request_id, request_id
+from lorax_core.server.metrics import Metrics
+from lorax_core.server.options import ServerOptions
+
+
+def refusal(path: str, found: Failure) -> JSONResponse:
+    """The answer to a request that failed, in the shape of the API that `path` belongs to."""
+    status, body = body_of(path, found)
+    return JSONResponse(body, status, found.headers)
+
+
+class EveryRequest:
+    """Id, key, bounds of the body and log line of every request; whatever escapes from a route becomes an answer."""
+
+    def __init__(self, app: ASGIApp, *, options: ServerOptions, metrics: Metrics) -> None:
+        self._app, self._options, self._metrics = app, options, metrics
+        self._keys = ApiKeys(options.api_keys, options.admin_key)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        found = new_request_id(headers.get("x-request-id"))
+        token = request_id.set(found)
+        answer = _Reply(send, found, time.monotonic())
+        try:
+            self._keys.check(scope["path"], headers.get("authorization"))
+            await self._app(scope, _Body(receive, headers, self._options), answer.send)
+        except ClientGone:
+            answer.status = answer.status or 499  # nginx's number for a client that did not wait
+        except Exception as error:
+            if not isinstance(error, Refused):
+                log.exception("a request failed", extra={"fields": {"path": scope["path"]}})
+            if answer.status is None:
+                said = failure(error)
+                self._metrics.refused(said.kind)
+                await refusal(scope["path"], said)(scope, receive, answer.send)
+            else:  # part of the answer is out: only an end of the connection tells that it is not whole
+                raise
+        finally:
+            self._note(scope, answer)
+            request_id.reset(token)
+
+    def _note(self, scope: Scope, answer: _Reply) -> None:
+        seconds = time.monotonic() - answer.start
+        # By the route and not by the path, which a client chooses.
+        route = getattr(scope.get("route"), "path", None) or "(none)"
+        self._metrics.answered(route, answer.status or 499, seconds)
+        fields: dict[str, Any] = {
+            "method": scope["method"],
+            "route": route,
+            "status": answer.status or 499,
+            "seconds": round(seconds, 4),
+            "request_id": answer.request_id,
+        }
+        quiet = route in ("/health", "/ready", "/metrics") and answer.status == 200
+        log.log(10 if quiet else 20, "request", extra={"fields": fields})
+
+
+class _Reply:
+    """Passes an answer on, with the request's id among its headers, and remembers its status."""
+
+    def __init__(self, send: Send, found: str, start: float) -> None:
+        self.status: int | None = None
+        self.request_id, self.start = found, start
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-Id"] = self.request_id
+            headers.setdefault("Cache-Control", "no-store")
+        await self._send(message)
+
+
+class _Body:
+    """A request's `receive`, which gives up on a body that is too large or too slow."""
+
+    def __init__(self, receive: Receive, headers: Headers, options: ServerOptions) -> None:
+        self._receive, self._options = receive, options
+        self._left = options.max_body_bytes
+        self._whole = False
+        self._deadline: float | None = None
+        length = headers.get("content-length", "")
+        # Before any of it is read. A wrong number is found out by what comes.
+        if length.isdecimal() and int(length) > self._left:
+            raise self._too_large()
+
+    async def __call__(self) -> Message:
+        if self._whole:  # what comes now is that the client hangs up, at any time
+            return await self._receive()
+        loop = asyncio.get_running_loop()
+        self._deadline = self._deadline or loop.time() + self._options.body_timeout
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError as error:
+            raise Refused(
+                "slow_body",
+                f"the body did not arrive within {self._options.body_timeout:g} seconds",
+                hint="send it at once; --body-timeout allows more",
+            ) from error
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise self._too_large()
+        self._whole = not message.get("more_body", False)
+        return message
+
+    def _too_large(self) -> Refused:
+        return Refused(
+            "too_large",
+            f"a body may have {self._options.max_body_bytes:,} bytes",
+            hint="send less at once, or start the server with a larger --max-body-bytes",
+        )

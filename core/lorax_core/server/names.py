@@ -1,0 +1,53 @@
+"""What clients call the base and its adapters.
+
+Decides what the `model` of a request means: the base, an adapter, or `base:adapter`. Knows nothing of what adapters are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorax_core.adapters.residency.store import AdapterStore
+from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.server.errors import Refused
+
+
+class ModelNames:
+    """The names of one server's models. `base` is the name of the base."""
+
+    def __init__(self, base: str, adapters: AdapterStore) -> None:
+        self.base = base
+        self._adapters = adapters
+
+    def adapter(self, model: str | None, *, param: str = "model") -> str | None:
+        """The adapter that `model` means, None for the base; raises Refused (404) with the nearest name.
+
+        A source that is not loaded yet ("org/name") is an adapter too, where `adapter_sources` allows it.
+        """
+        if model is None or model in ("", self.base):
+            return None
+        # An adapter may be called like the beginning of another name: its own name comes first.
+        wanted = model
+        if model not in self._adapters and model.startswith(f"{self.base}:"):
+            wanted = model.removeprefix(f"{self.base}:")
+        self.check((wanted,), param=param)
+        return wanted
+
+    def check(self, adapters: Iterable[str], *, param: str) -> None:
+        """Raises Refused (404) for adapters that are not there, or may not be named by a request."""
+        for name in adapters:
+            try:
+                self._adapters.missing(name)
+            except AdapterError as error:
+                known = [self.base, *self._adapters]
+                close = nearest(name, known)
+                raise Refused(
+                    "no_model",
+                    f"there is no model or adapter {name!r:.200}; there are {listed(known)}",
+                    hint=f"did you mean {close!r}?" if close else "GET /v1/models lists them",
+                    param=param,
+                ) from error
+
+    def all(self) -> list[str]:
+        """The base, then the adapters by name."""
+        return [self.base, *self._adapters]

@@ -1,0 +1,131 @@
+"""What happens to every request: ids, keys, bounds of bodies, errors in the shape of their API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import pytest
+
+from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestError, StepError
+from lorax_core.server.auth import ApiKeys
+from lorax_core.server.errors import KINDS, Refused, body_of, failure, without_paths
+from lorax_core.server.options import ServerOptions
+
+
+def ask(client, method, path, **options):
+    async def inside():
+        async with client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(inside())
+
+
+def test_a_request_keeps_its_plain_id_and_gets_another_for_one_that_could_forge_a_log(qwen2, client):
+    plain = ask(client(qwen2), "GET", "/health", headers={"X-Request-Id": "abc-1"})
+    forged = ask(client(qwen2), "GET", "/health", headers={"X-Request-Id": "a b\tstatus=200"})
+
+    assert plain.headers["x-request-id"] == "abc-1"
+    assert len(forged.headers["x-request-id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"), [("/v1/nothing", "openai"), ("/tei/nothing", "lorax"), ("/nothing", "lorax")]
+)
+def test_an_unknown_route_is_answered_in_the_shape_of_its_api(qwen2, client, path, shape):
+    answer = ask(client(qwen2), "POST", path)
+
+    body = answer.json()
+    assert answer.status_code == 404
+    assert (body["error"]["code"] if shape == "openai" else body["error_type"]) == "not_found"
+
+
+def test_keys_open_what_they_are_for():
+    options = ServerOptions(api_keys=["first-key-1", "second-key-2"], admin_key="admin-key-3")
+    keys = ApiKeys(options.api_keys, options.admin_key)
+
+    for path, key, allowed in [
+        ("/health", None, True),
+        ("/v1/models", None, False),
+        ("/v1/models", "first-key-1", True),
+        ("/v1/models", "second-key-2", True),
+        ("/v1/models", "second-key-", False),
+        ("/v1/models", "admin-key-3", True),
+        ("/v1/adapters", "first-key-1", False),
+        ("/v1/adapters/name", "admin-key-3", True),
+    ]:
+        header = None if key is None else f"Bearer {key}"
+        if allowed:
+            keys.check(path, header)
+        else:
+            with pytest.raises(Refused) as caught:
+                keys.check(path, header)
+            assert caught.value.kind == "unauthorized"
+
+
+def test_without_an_admin_key_adapters_cannot_be_changed():
+    with pytest.raises(Refused, match="no admin key") as caught:
+        ApiKeys().check("/v1/adapters", None)
+
+    assert caught.value.kind == "no_route"
+
+
+def test_a_key_is_in_no_answer_and_no_log(qwen2, client, caplog):
+    with caplog.at_level(logging.DEBUG):
+        answer = ask(
+            client(qwen2, api_keys=["the-secret-key"]),
+            "GET",
+            "/metrics",
+            headers={"Authorization": "Bearer wrong-key-x"},
+        )
+
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert not any(key in answer.text + caplog.text for key in ("the-secret-key", "wrong-key-x"))
+
+
+def test_every_error_has_a_status_and_says_nothing_of_this_machine(tmp_path):
+    inner = AdapterError(f"no file in '{tmp_path}/adapter'", hint="look")
+    errors = [
+        RequestError("x", hint="y"),
+        CapacityError("x", hint="y"),
+        inner,
+        LoraxError("x"),
+        StepError("some failed", results=[inner, None]),
+        Refused("overloaded", "x", retry_after=3),
+        ValueError(f"secret {tmp_path}"),
+    ]
+
+    found = [failure(error) for error in errors]
+
+    assert [one.kind for one in found] == [
+        "invalid", "too_long", "bad_adapter", "internal", "bad_adapter", "overloaded", "internal",
+    ]  # fmt: skip
+    for one in found:
+        for path in ("/v1/x", "/generate"):
+            status, body = body_of(path, one)
+            assert status in (KINDS[one.kind].status, KINDS[one.kind].lorax_status)
+            assert str(tmp_path) not in str(body)
+    assert found[5].headers == {"Retry-After": "3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no file '/tmp/a/b.json'", "no file '.../b.json'"),
+        ("see ~/models/x", "see .../x"),
+        ("GET /v1/models lists them", "GET /v1/models lists them"),
+        ("org/name is not there", "org/name is not there"),
+        ("https://host/tmp/x", "https://host/tmp/x"),
+    ],
+)
+def test_folders_are_cut_from_paths_and_routes_stay(text, shown):
+    assert without_paths(text) == shown
+
+
+@pytest.mark.parametrize("key", ["short", "with space in it", "non-ascii-é-key", "line\nbreak-key"])
+def test_a_key_that_no_client_can_send_is_refused_unseen(key):
+    with pytest.raises(RequestError) as caught:
+        ServerOptions(api_keys=[key])
+
+    assert key not in str(caught.value)

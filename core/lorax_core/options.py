@@ -44,6 +44,7 @@ _OTHER_NAMES: dict[str, str | None] = {
     "guided_regex": "regex",
     "guided_choice": "choice",
     "response_format": "json_schema",
+    "chat_template_kwargs": "template_options",
     "adapter_id": "adapter",
     "best_of": "n",
     "text": "input",

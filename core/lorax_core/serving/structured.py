@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CapacityError, RequestError
 from lorax_core.serving.requests import GenerateRequest
+from lorax_core.serving.tools import grammar_of
 from lorax_core.untrusted import guarded, unusable
 
 if TYPE_CHECKING:
@@ -116,16 +117,20 @@ class GrammarFactory:
 
         Raises RequestError when the extra is not installed, the tokenizer cannot be used, or the constraint is not valid.
         """
-        if request.json_schema is None and request.regex is None and request.choice is None:
+        constrained = request.json_schema is not None or request.regex is not None or request.choice is not None
+        if not constrained and not request.tools:
+            return None
+        calls = _calls(request)
+        if not constrained and calls is None:
             return None
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             raise RequestError(
-                "json_schema, regex and choice need llguidance, which is not installed",
+                "json_schema, regex, choice and calls of tools that must come need llguidance, which is not installed",
                 hint="pip install 'lorax-core[structured]'",
             ) from error
-        what = _grammar(request, LLMatcher)
+        what = calls or _grammar(request, LLMatcher)
         tokens = self._prepare()
         # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
         with guarded(RequestError, "the constraint is not valid", hint=_CORRECT):
@@ -169,6 +174,22 @@ class GrammarFactory:
             return self._prepared
 
 
+def _calls(request: GenerateRequest) -> str | None:
+    """The grammar of a request whose tools constrain it; None where they do not."""
+    if not request.tools:
+        return None
+    answer = None if request.json_schema is None else _checked_schema(request.json_schema)
+    found = grammar_of(
+        request.tools, request.tool_choice, answer, parallel=request.parallel_tool_calls, checked=_checked_schema
+    )
+    if found is not None and len(found) > SCHEMA_LENGTH:
+        raise RequestError(
+            f"the schemas of the tools have {len(found):,} characters; at most {SCHEMA_LENGTH:,} are read",
+            hint=_SIMPLER,
+        )
+    return found
+
+
 def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
     """A request's constraint in the library's language."""
     if request.json_schema is not None:
@@ -183,36 +204,36 @@ def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
     return str(matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
 
 
-def _checked_schema(given: dict[str, Any] | str) -> str:
-    """The text of a schema that is JSON, of bounded size; raises RequestError."""
+def _checked_schema(given: dict[str, Any] | str, what: str = "json_schema") -> str:
+    """The text of a schema that is JSON, of bounded size; raises RequestError, which calls it `what`."""
     with guarded(RequestError, "the constraint is no JSON schema", hint="give it as a dict, or as JSON text"):
         if isinstance(given, str) and len(given) > SCHEMA_LENGTH:
             raise RequestError(
-                f"json_schema has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read", hint=_SIMPLER
+                f"{what} has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read", hint=_SIMPLER
             )
         found = json.loads(given) if isinstance(given, str) else given
         problem = unusable(found)
         if problem is not None:
-            raise RequestError(f"json_schema {problem}", hint="give a schema of plain JSON")
+            raise RequestError(f"{what} {problem}", hint="give a schema of plain JSON")
         parts, wide = _parts(found)
         text = json.dumps(found, allow_nan=False)
     if not isinstance(found, dict):
-        raise RequestError(f"json_schema is {found!r:.60}, not an object", hint='a schema is {"type": ...}')
+        raise RequestError(f"{what} is {found!r:.60}, not an object", hint='a schema is {"type": ...}')
     if len(text) > SCHEMA_LENGTH or parts > SCHEMA_PARTS:
         raise RequestError(
-            f"json_schema has {len(text):,} characters, and {parts:,} keys and elements; at most {SCHEMA_LENGTH:,} and "
+            f"{what} has {len(text):,} characters, and {parts:,} keys and elements; at most {SCHEMA_LENGTH:,} and "
             f"{SCHEMA_PARTS:,} are read",
             hint=_SIMPLER,
         )
     joined = _joined(found)
     if joined > JOINED_PARTS and _has_text_rules(found):
         raise RequestError(
-            f"json_schema joins {joined:,} parts by allOf, and has patterns or formats; beside them at most {JOINED_PARTS}",
+            f"{what} joins {joined:,} parts by allOf, and has patterns or formats; beside them at most {JOINED_PARTS}",
             hint="write one pattern for what several say together",
         )
     if wide is not None:
         raise RequestError(
-            f"json_schema has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
+            f"{what} has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
         )
     return text
 

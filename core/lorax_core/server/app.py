@@ -23,6 +23,7 @@ from lorax_core.server.gateway import Gateway
 from lorax_core.server.health import health_routes
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
+from lorax_core.server.openai.routes import openai_routes
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.schemas import invalid
 from lorax_core.serving.engine import Engine
@@ -58,7 +59,7 @@ def build_app(engine: Engine, options: ServerOptions | None = None, *, model_nam
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
         )
     _answer_errors(app, metrics)
-    for routes in (health_routes,):
+    for routes in (health_routes, openai_routes):
         app.include_router(routes(gateway))
     return app
 

@@ -14,6 +14,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from lorax_core.errors import nearest, shown
 from lorax_core.server.errors import Refused
 
+# Where in a request a field is, and which of its kinds failed.
+_NO_FIELDS: Final = frozenset(("body", "query", "path", "header", "str", "int", "float", "bool", "dict", "list"))
 _SCHEMA: Final = "GET /openapi.json says what each field takes"
 
 
@@ -43,8 +45,11 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     """What FastAPI found wrong with a request, as one error that names the field, its value and what is valid."""
     # Of a field that may be several things, the alternative that fits best fails deepest.
     worst = max(errors, key=lambda one: (one["type"] == "unknown_parameter", len(one["loc"])))
-    steps = [step for step in worst["loc"] if step not in ("body", "query", "path", "header")]
-    param = ".".join(str(step) for step in steps if isinstance(step, int) or step.isidentifier()) or None
+    steps = [step for step in worst["loc"] if step not in _NO_FIELDS]
+    # Of a field that may be one of several models, pydantic has their names too; fields are written small.
+    param = (
+        ".".join(str(one) for one in steps if isinstance(one, int) or (one.isidentifier() and one.islower())) or None
+    )
     if worst["type"] == "json_invalid":
         said = str(worst.get("ctx", {}).get("error", "")) or "check its quotes and commas"
         return Refused("invalid", "the body is no JSON", hint=said)

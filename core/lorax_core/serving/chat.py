@@ -54,15 +54,21 @@ class ChatWriter:
         if options.get(CONTINUE):
             variables["add_generation_prompt"] = False
         special = self._tokenizer.special_tokens_map
+        variables["tools"] = [_shown_tool(one) for one in tools] if tools else None
         try:
-            text: str = template.render(messages, special, {**variables, "tools": tools})
+            text: str = template.render(messages, special, variables)
         except TypeError:
             # Some write the arguments of calls out as they are, so want their text.
             spelt = [_with_text_arguments(one) for one in messages]
             if spelt == messages:
                 raise
-            text = template.render(spelt, special, {**variables, "tools": tools})
+            text = template.render(spelt, special, variables)
         return _up_to_last(text, messages[-1]) if options.get(CONTINUE) else text
+
+
+def _shown_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as models have seen some: whether its schema is enforced is nothing for them."""
+    return {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,257 @@
+"""`/v1/chat/completions`.
+
+Decides how a conversation is answered, whole or as a stream, and which text of an answer is a call of a tool. Knows nothing of
+templates.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, ClassVar, cast
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ConfigDict, Field
+
+from lorax_core.server.errors import Refused
+from lorax_core.server.gateway import Events, Gateway
+from lorax_core.server.openai.answers import (
+    DONE,
+    AnswerHeads,
+    TokenTexts,
+    failed,
+    number,
+    shown_logprobs,
+    spelt,
+    stream_usage,
+    usage,
+)
+from lorax_core.server.openai.messages import Messages, NamedTool, ToolChoice, Tools
+from lorax_core.server.openai.params import GenerationBody, check_size
+from lorax_core.server.openai.shapes import ChatCompletion, ChatCompletionChunk, answers
+from lorax_core.server.schemas import honoured
+from lorax_core.server.sse import EventStream, data
+from lorax_core.serving.requests import TEMPLATE_OPTIONS, GenerateRequest
+from lorax_core.serving.tools import CallReader, ToolCall
+from lorax_core.types import Completion, FinishReason, TokenLogprobs
+
+_ACCEPTED = "Accepted, and changes nothing."
+
+
+class ChatBody(GenerationBody):
+    """A conversation to go on with."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0}]
+        }
+    )
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=100)
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = Field(default=None, description='"auto" where there are tools.')
+    parallel_tool_calls: bool | None = Field(default=None, description="False allows one call an answer.")
+    safety_identifier: str | None = Field(default=None, description=_ACCEPTED)
+    prompt_cache_key: str | None = Field(default=None, description=_ACCEPTED)
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, max_length=TEMPLATE_OPTIONS, description="More that the chat template sees."
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = Field(default=None, description="Go on with the text of the last message.")
+
+    store: Any = Field(default=None, description="Refused unless false.")
+    service_tier: Any = Field(default=None, description='Refused unless "auto" or "default".')
+    modalities: Any = Field(default=None, description='Refused unless ["text"].')
+    audio: Any = Field(default=None, description="Refused.")
+    prediction: Any = Field(default=None, description="Refused.")
+    web_search_options: Any = Field(default=None, description="Refused.")
+    reasoning_effort: Any = Field(default=None, description="Refused; chat_template_kwargs may have it.")
+    verbosity: Any = Field(default=None, description='Refused unless "medium".')
+    functions: Any = Field(default=None, description="Refused; tools are their form today.")
+    function_call: Any = Field(default=None, description="Refused; tool_choice is its form today.")
+    echo: Any = Field(default=None, description="Refused unless false.")
+    add_special_tokens: Any = Field(default=None, description="Refused unless false: the template writes them.")
+
+    MORE_REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "web_search_options": (),
+        "reasoning_effort": (),
+        "verbosity": ("medium",),
+        "functions": (),
+        "function_call": (),
+        "echo": (False,),
+        "add_special_tokens": (False,),
+    }
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the tools that may be called."""
+        return [] if self.choice == "none" else [tool.function.name for tool in self.tools or []]
+
+    @property
+    def choice(self) -> str:
+        """The tool that must be called, or "none", "auto" or "required"."""
+        if isinstance(self.tool_choice, NamedTool):
+            return self.tool_choice.function.name
+        return self.tool_choice or "auto"
+
+    def check(self) -> None:
+        """Raises Refused for what is not supported, or does not fit together."""
+        super().check()
+        honoured(self, self.MORE_REFUSED, "by this server")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Refused("invalid", "top_logprobs without logprobs", hint='add "logprobs": true', param="top_logprobs")
+        tokens = (self.max_tokens, self.max_completion_tokens)
+        if self.max_tokens == 0 or (None not in tokens and tokens[0] != tokens[1]):
+            raise Refused(
+                "invalid", "max_tokens is 1 or more, and the same as max_completion_tokens",
+                hint="give max_completion_tokens alone", param="max_tokens",
+            )  # fmt: skip
+        if self.choice not in ("none", "auto") and not self.tools:
+            raise Refused("invalid", "there are no tools to choose", hint="add tools", param="tool_choice")
+
+    def request(self, gateway: Gateway) -> GenerateRequest:
+        """What the engine is asked."""
+        options = self.options(gateway.options)
+        most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        if most is not None:
+            options["max_tokens"] = most
+        if self.logprobs:
+            options["logprobs"] = self.top_logprobs or 0
+        if self.called:
+            tools = [tool.plain() for tool in self.tools or []]
+            check_size([tool["function"].get("parameters") for tool in tools], gateway.options, "tools")
+            options |= {"tools": tools, "tool_choice": self.choice}
+            options["parallel_tool_calls"] = self.parallel_tool_calls is not False
+        template = dict(self.chat_template_kwargs or {})
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if (value := getattr(self, name)) is not None:
+                template[name] = value
+        return GenerateRequest(
+            prompt=[message.plain(f"messages.{at}") for at, message in enumerate(self.messages)],
+            adapter=gateway.names.adapter(self.model),
+            template_options=template,
+            **options,
+        )
+
+
+def chat_routes(gateway: Gateway) -> APIRouter:
+    """The routes of one server."""
+    routes = APIRouter(tags=["openai"])
+    texts, heads = TokenTexts(gateway.engine), AnswerHeads(gateway)
+
+    @routes.post("/v1/chat/completions", responses=answers(ChatCompletion, ChatCompletionChunk))
+    async def create_chat_completion(http: Request, body: ChatBody) -> Response:
+        """Answer a conversation, whole or as a stream."""
+        body.check()
+        gateway.check_batch(body.n or 1, param="n")
+        request = body.request(gateway)
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        start = heads.new(kind, "chatcmpl", body.model)
+        if body.stream:
+            events = await gateway.events(http, [request])
+            return EventStream(events, _lines(body, events, start, texts), failed)
+        found = cast("Completion", (await gateway.answer(http, [request]))[0])
+        choices = [_choice(body, at, one, texts) for at, one in enumerate((found, *found.alternatives))]
+        answer = {**start, "choices": choices, "usage": usage([found])}
+        if body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = texts.prompt(found.prompt_logprobs)
+        return JSONResponse(answer)
+
+    return routes
+
+
+def _choice(body: ChatBody, index: int, completion: Completion, texts: TokenTexts) -> dict[str, Any]:
+    """One answer, whole."""
+    reader = CallReader(body.called) if body.called else None
+    pieces = [completion.text] if reader is None else [*reader.push(completion.text), *reader.finish()]
+    calls = [_call(one) for one in pieces if isinstance(one, ToolCall)]
+    text = "".join(one for one in pieces if isinstance(one, str))
+    message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _logprobs(shown_logprobs(completion, completion.logprobs or []), texts) if body.logprobs else None,
+        **_end(completion, calls=bool(calls)),
+    }
+
+
+async def _lines(
+    body: ChatBody, events: Events, start: dict[str, Any], texts: TokenTexts
+) -> AsyncGenerator[bytes, None]:
+    """The chunks of a stream."""
+    rest = {"usage": None} if body.include_usage else {}
+    count = body.n or 1
+    readers = [CallReader(body.called) if body.called else None for _ in range(count)]
+    ended: list[tuple[int, Completion]] = []
+
+    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, **end: Any) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **end}
+        return data({**start, "choices": [choice], **rest})
+
+    for index in range(count):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for event in events:
+        done, reader = event.completion, readers[event.choice]
+        pieces: list[str | ToolCall] = [event.text] if event.text else []
+        if reader is not None:
+            pieces = [*reader.push(event.text), *(reader.finish() if done is not None else [])]
+        scores = shown_logprobs(done, event.logprobs) if body.logprobs else []
+        logprobs = _logprobs(scores, texts) if scores else None
+        before = reader.calls - sum(isinstance(one, ToolCall) for one in pieces) if reader else 0
+        for piece in pieces or ([""] if logprobs else []):
+            if isinstance(piece, str):
+                delta: dict[str, Any] = {"content": piece}
+            else:
+                delta = {"tool_calls": [{"index": before, **_call(piece)}]}
+                before += 1
+            yield chunk(event.choice, delta, logprobs)
+            logprobs = None  # with the first piece
+        if done is not None:
+            ended.append((event.choice, done))
+            yield chunk(event.choice, {}, **_end(done, calls=reader is not None and reader.calls > 0))
+    if body.include_usage:
+        yield data({**start, "choices": [], "usage": stream_usage(ended)})
+    yield DONE
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def _end(completion: Completion, *, calls: bool) -> dict[str, Any]:
+    """Why an answer ended."""
+    if calls and completion.finish_reason is FinishReason.STOP:
+        return {"finish_reason": "tool_calls", "stop_reason": None}
+    return {"finish_reason": completion.finish_reason.value, "stop_reason": completion.stop_reason}
+
+
+def _logprobs(scores: Sequence[TokenLogprobs], texts: TokenTexts) -> dict[str, Any]:
+    """Log-probabilities of tokens, with their bytes."""
+
+    def entry(token: int, value: float) -> dict[str, Any]:
+        raw = texts.bytes([token])[0]
+        return {"token": spelt(raw), "logprob": number(value), "bytes": list(raw)}
+
+    content = [
+        {
+            **entry(one.token_id, one.logprob),
+            "top_logprobs": [entry(token, value) for token, value in one.top.items()],
+        }
+        for one in scores
+    ]
+    return {"content": content, "refusal": None}

@@ -1,0 +1,77 @@
+"""`/v1/embeddings`.
+
+Decides how inputs of every shape become requests, and how vectors are written. Knows nothing of pooling.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ConfigDict, Field
+
+from lorax_core.server.gateway import Gateway
+from lorax_core.server.openai.params import MODEL, StrictBody
+from lorax_core.server.openai.prompts import PromptInput, prompts
+from lorax_core.server.openai.shapes import EmbeddingList, answers
+from lorax_core.server.schemas import honoured
+from lorax_core.serving.requests import NAME_LENGTH, EmbedRequest
+from lorax_core.types import Embedding
+
+
+class EmbeddingsBody(StrictBody):
+    """What to embed: a text, token ids, or a list of either."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": ["a text", "another"]}, {"input": "a", "encoding_format": "base64"}]}
+    )
+
+    input: PromptInput
+    model: str | None = Field(default=None, max_length=NAME_LENGTH, description=MODEL)
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
+        default=None, description="The first so many numbers, normalised again: for models that were trained for it."
+    )
+    user: str | None = Field(default=None, description="Accepted, and changes nothing.")
+    truncate_prompt_tokens: Any = Field(default=None, description="Refused.")
+
+
+def embedding_routes(gateway: Gateway) -> APIRouter:
+    """The routes of one server."""
+    routes = APIRouter(tags=["openai"])
+
+    @routes.post("/v1/embeddings", responses=answers(EmbeddingList))
+    async def create_embeddings(http: Request, body: EmbeddingsBody) -> Response:
+        """A vector for each input."""
+        honoured(body, {"truncate_prompt_tokens": ()}, "by this server")
+        inputs = prompts(body.input, "input")
+        gateway.check_batch(len(inputs), param="input")
+        adapter = gateway.names.adapter(body.model)
+        options: dict[str, Any] = {} if body.dimensions is None else {"dimensions": body.dimensions}
+        requests = [EmbedRequest(input=one, adapter=adapter, **options) for one in inputs]
+        found = [cast("Embedding", result) for result in await gateway.answer(http, requests)]
+        tokens = sum(one.usage.prompt_tokens for one in found)
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": [
+                    {"object": "embedding", "index": at, "embedding": written(one, body.encoding_format)}
+                    for at, one in enumerate(found)
+                ],
+                "model": body.model or gateway.names.base,
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            }
+        )
+
+    return routes
+
+
+def written(found: Embedding, form: str | None) -> list[float] | str:
+    """A vector as JSON has it."""
+    if form == "base64":
+        return base64.b64encode(np.ascontiguousarray(found.vector, "<f4").tobytes()).decode()
+    numbers: list[float] = found.vector.tolist()
+    return numbers

@@ -127,6 +127,26 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
+class Relevance:
+    """The answer to a reranking request: how well the document answers the query, larger for better.
+
+    `truncated` says that the pair lost tokens.
+    """
+
+    score: float
+    usage: Usage
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document among others: its place in the list that was given, and its score."""
+
+    index: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """One piece of a stream.
 

@@ -23,7 +23,7 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.graphs import OFF, REPLAYED, DecodeGraphs, why_eager
 from lorax_core.engine.sampler import Sampled, SampledToken, Scores, select_native
-from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.sequence import Sampling, Stage
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
 from lorax_core.engine.transfer import Transfer
 from lorax_core.kernels.native.sampling import NativeSampling
@@ -229,14 +229,16 @@ class PendingStep:
 
     def finish(self, head_of: Callable[[ChunkInput], Head]) -> None:
         """Let heads turn the rows of whole inputs into answers."""
-        groups: dict[Head, list[int]] = {}
+        groups: dict[tuple[Head, Stage], list[int]] = {}
         for index, chunk in enumerate(self._step.chunks):
             if chunk.pooled_rows is not None:
-                groups.setdefault(head_of(chunk), []).append(index)
-        for head, indices in groups.items():
+                groups.setdefault((head_of(chunk), chunk.stage), []).append(index)
+        for (head, stage), indices in groups.items():
             chunks = [self._step.chunks[index] for index in indices]
             parts = [self._part(chunk) for chunk in chunks]
-            made = head.finish(parts, [chunk.pooled_rows or 0 for chunk in chunks])
+            made = (head.raw if stage is Stage.RAW else head.finish)(
+                parts, [chunk.pooled_rows or 0 for chunk in chunks]
+            )
             for index, values in zip(indices, made, strict=True):
                 # float32: numpy has no bfloat16.
                 self._values[index] = self._transfer.add(values.float())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from lorax_core.engine.plan import Chunk, StepPlan
-from lorax_core.engine.sequence import Sampling, Sequence, TokenCounts
+from lorax_core.engine.sequence import Sampling, Sequence, Stage, TokenCounts
 from lorax_core.types import Task
 
 
@@ -54,6 +54,7 @@ class ChunkInput:
     - `reads` says which heads read which rows.
     - `sampled` has a row for the newest token and one for each draft token, in a chunk that reaches the newest token.
     - `scored` are the prompt tokens that the chunk's first rows predict, to be scored with the `prompt_logprobs` likeliest.
+    - `stage` says how far the rows of the whole input go.
     - `pooled_rows` is how many rows of the whole input its head reads, in the chunk that completes it; else None.
     - `restarted`: what earlier chunks of the sequence left in the runner is void.
     """
@@ -72,6 +73,7 @@ class ChunkInput:
     prompt_logprobs: int | None = None
     task: Task = Task.GENERATE
     own_head: bool = False
+    stage: Stage = Stage.FINISHED
     pooled_rows: int | None = None
     restarted: bool = True
 
@@ -117,6 +119,7 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
         prompt_logprobs=sequence.prompt_logprobs if scores else None,
         task=sequence.task,
         own_head=sequence.own_head,
+        stage=sequence.stage,
         pooled_rows=len(sequence.span) if sequence.span is not None and chunk.final else None,
         restarted=sequence.restarted,
     )

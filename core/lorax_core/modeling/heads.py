@@ -64,6 +64,10 @@ class Head(KeepsBits):
         """Answers of whole texts from their joined parts; `counts` are the rows that went into each."""
         raise NotImplementedError
 
+    def raw(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        """The same answers before their last step: logits, and no probabilities."""
+        return parts
+
 
 class LanguageModelHead(Head):
     """Logits over the vocabulary `[rows, vocab]`, in float32.
@@ -260,8 +264,12 @@ class LogitScoreHead(SequenceClassificationHead):
 
     `score_tokens` of the configuration are their ids. Where there are none, or the checkpoint has `score`, the head is a
     `LastTokenClassificationHead`. For models whose logits are those of `lm_head`, without a bias or a cap.
+
+    A subclass may name the `pair_template`, a chat template that puts a query and a document (messages of these roles) into
+    what the model was trained on. It is used where the checkpoint's own template leaves them out.
     """
 
+    pair_template: ClassVar[str | None] = None
     needed = LastTokenClassificationHead.needed
     fewest_bits = 8  # of the layer that generating reads
 

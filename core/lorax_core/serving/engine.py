@@ -28,18 +28,20 @@ from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.loading import EngineParts, assemble_engine
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.serving.requests import (
+    AdapterChoice,
     AdapterChoices,
     ClassifyRequest,
     EmbedRequest,
     GenerateRequest,
     Request,
+    RerankRequest,
     TextInput,
     TextPrompt,
     Truncate,
     make_requests,
 )
 from lorax_core.serving.stream import Stream
-from lorax_core.types import Classification, Completion, Embedding
+from lorax_core.types import Classification, Completion, Embedding, Ranked, Relevance
 from lorax_core.untrusted import guarded
 
 TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
@@ -127,6 +129,33 @@ class Engine:
         requests, single = make_requests(ClassifyRequest, "input", text, adapter, {"truncate": truncate})
         results = cast("list[Classification]", self.run(requests))
         return results[0] if single else results
+
+    def rerank(
+        self,
+        query: str,
+        documents: list[str],
+        *,
+        adapter: AdapterChoice = None,
+        top_n: int | None = None,
+        normalize: bool = True,
+        truncate: Truncate = "error",
+    ) -> list[Ranked]:
+        """Documents by how well they answer a query, the best first and of equal ones the first; `top_n` of them, or all.
+
+        The other options are those of `RerankRequest`.
+        """
+        if not isinstance(documents, (list, tuple)):
+            raise RequestError(
+                f"documents: a list of texts, not {shown(documents)}", hint="engine.rerank(query, [document, another])"
+            )
+        if top_n is not None and (type(top_n) is not int or top_n < 1):
+            raise RequestError(f"top_n: 1 or more, not {shown(top_n)}", hint="leave it out to get all documents")
+        options: dict[str, Any] = {"adapter": adapter, "normalize": normalize, "truncate": truncate}
+        found = self.run([RerankRequest(query=query, document=document, **options) for document in documents])
+        scores = [cast("Relevance", result).score for result in found]
+        # Stable, so that equal scores keep the order of the documents.
+        order = sorted(range(len(scores)), key=lambda at: -scores[at])
+        return [Ranked(at, scores[at]) for at in order[:top_n]]
 
     def run(self, requests: SequenceOf[Request]) -> list[Result]:
         """Answer requests of any mix of tasks and adapters together; results in their order.
@@ -248,6 +277,6 @@ def _check_requests(requests: Any) -> None:
     for request in requests:
         if not isinstance(request, Request):
             raise RequestError(
-                f"requests are GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}",
+                f"requests are GenerateRequest, EmbedRequest, ClassifyRequest and RerankRequest, not {type(request).__name__}",
                 hint=hint,
             )

@@ -160,6 +160,26 @@ class ClassifyRequest(Checked):
         return value
 
 
+class RerankRequest(Checked):
+    """How well a document answers a query, by a head with one label.
+
+    The score is the sigmoid of the head's logit, from 0 to 1, whatever activation the checkpoint names; with `normalize` False
+    the logit itself. `truncate` as in `EmbedRequest`: of a pair, the longer text loses tokens first.
+    """
+
+    query: str
+    document: str
+    adapter: AdapterChoice = None
+    truncate: Truncate = "error"
+    normalize: bool = True
+
+    @field_validator("query", "document")
+    @classmethod
+    def _plain_text(cls, value: str) -> str:
+        _check_length(value)
+        return value
+
+
 def _check_length(value: Any) -> None:
     """Refuse a prompt that is too long, and chat messages that hold what JSON does not."""
     if isinstance(value, list) and len(value) > MESSAGES and isinstance(value[0], dict):
@@ -180,7 +200,7 @@ def _check_length(value: Any) -> None:
             raise ValueError(f"at most {PROMPT_LENGTH:,} characters")
 
 
-Request = GenerateRequest | EmbedRequest | ClassifyRequest
+Request = GenerateRequest | EmbedRequest | ClassifyRequest | RerankRequest
 AdapterChoices = AdapterChoice | Sequence[AdapterChoice]
 _R = TypeVar("_R", GenerateRequest, EmbedRequest, ClassifyRequest)
 

@@ -7,7 +7,7 @@ than the library writes is refused as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -122,6 +122,35 @@ def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | No
         prompt=_default_prompt(checkpoint),
         pool_prompt=pool_prompt,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RerankerFiles:
+    """What the files say of a reranker's input. `chat` says whether a pair is a conversation, None where they do not say it.
+
+    `prompt` is put before the query, or is the system message; `variables` are those that a chat template is given.
+    """
+
+    prompt: str = ""
+    chat: bool | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+def read_reranker_files(checkpoint: Checkpoint) -> RerankerFiles | None:
+    """None when they are not those of a cross-encoder of sentence-transformers; raises CheckpointError for odd ones."""
+    with guarded(CheckpointError, f"the sentence-transformers files of '{checkpoint.path}' cannot be read", _AGAIN):
+        if not _is_cross_encoder(checkpoint) and read_score_tokens(checkpoint) is None:
+            return None
+        file = checkpoint.path / "sentence_bert_config.json"
+        config = _object(checkpoint, file.name) or {}
+        modalities = _optional(file, config, "modality_config", dict) or {}
+        options = _optional(file, config, "processing_kwargs", dict) or {}
+        return RerankerFiles(
+            prompt=_default_prompt(checkpoint),
+            # The library reads texts alone where files of before `modality_config` list the modules.
+            chat="message" in modalities if checkpoint.json("modules.json") is not None else None,
+            variables=_optional(file, options, "chat_template", dict) or {},
+        )
 
 
 def read_score_tokens(checkpoint: Checkpoint) -> tuple[int, ...] | None:

@@ -114,7 +114,7 @@ class Classification:
     Of tokens: the best label of each token (special tokens left out), with `tokens`, character `offsets` and, for B-/I-
     labels, `entities`. Offsets need a tokenizer and a string: token ids have none. Of a whole input: every label by falling
     score, and no tokens. Scores are probabilities (independent ones when multi-label; the raw value of a
-    regression).
+    regression), or logits where the request asked for them.
     """
 
     labels: list[str]

@@ -115,18 +115,17 @@ class Engine:
         return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
 
     @overload
-    def classify(
-        self, text: TextInput, *, adapter: AdapterChoices = ..., truncate: Truncate = ...
-    ) -> Classification: ...
+    def classify(self, text: TextInput, *, adapter: AdapterChoices = ..., **options: Any) -> Classification: ...
     @overload
+    def classify(self, text: TextInputs, *, adapter: AdapterChoices = ..., **options: Any) -> list[Classification]: ...
     def classify(
-        self, text: TextInputs, *, adapter: AdapterChoices = ..., truncate: Truncate = ...
-    ) -> list[Classification]: ...
-    def classify(
-        self, text: Any, *, adapter: AdapterChoices = None, truncate: Truncate = "error"
+        self, text: Any, *, adapter: AdapterChoices = None, **options: Any
     ) -> Classification | list[Classification]:
-        """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained."""
-        requests, single = make_requests(ClassifyRequest, "input", text, adapter, {"truncate": truncate})
+        """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained.
+
+        Options are those of `ClassifyRequest`.
+        """
+        requests, single = make_requests(ClassifyRequest, "input", text, adapter, options)
         results = cast("list[Classification]", self.run(requests))
         return results[0] if single else results
 

@@ -223,7 +223,7 @@ class Preparer:
         adapter = self._adapter(request.adapter)
         head = self._classifying_head(adapter)
         encoded = self._fitted(self.text.encode(request.input, head.task), request.truncate)
-        sequence = self._read(head, encoded, adapter)
+        sequence = self._read(head, encoded, adapter, Stage.RAW if request.raw_scores else Stage.FINISHED)
         if isinstance(head, TokenClassificationHead):
             labels, source, text = head.labels, request.input, self.text
             return Prepared(sequence, lambda values: token_labels(values, labels, encoded, source, text))

@@ -146,12 +146,13 @@ class EmbedRequest(Checked):
 class ClassifyRequest(Checked):
     """Labels for a string, a pair of strings, or token ids: of each token or of the whole, as the checkpoint was trained.
 
-    `truncate` as in `EmbedRequest`.
+    Scores are probabilities, or logits with `raw_scores`. `truncate` as in `EmbedRequest`.
     """
 
     input: TextInput
     adapter: AdapterChoice = None
     truncate: Truncate = "error"
+    raw_scores: bool = False
 
     @field_validator("input")
     @classmethod

@@ -89,7 +89,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the input lost tokens."""
+    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the input lost tokens.
+
+    With `pooling="none"` it is `[tokens, dim]`, a row for each token, special ones included.
+    """
 
     vector: NDArray[np.float32]
     usage: Usage

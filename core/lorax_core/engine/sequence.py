@@ -21,8 +21,9 @@ from lorax_core.types import FinishReason, Task, TokenLogprobs
 
 
 class Stage(StrEnum):
-    """How far rows that are no text go: through the head alone (logits), or to its answer (probabilities)."""
+    """How far the rows of a whole input go: as the backbone left them, through the head (logits), to its answer."""
 
+    HIDDEN = "hidden"
     RAW = "raw"
     FINISHED = "finished"
 

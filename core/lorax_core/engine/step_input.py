@@ -108,7 +108,7 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
         sequence=sequence.id,
         start=chunk.start,
         tokens=array("q", [0] if chunk.awaits else sequence.tokens(chunk.start, chunk.stop)),
-        reads=_reads(sequence.task, reads, sequence.own_head, sequence.speculates) if reads else (),
+        reads=_reads(_task(sequence), reads, sequence.own_head, sequence.speculates) if reads else (),
         pages=sequence.pages[:],
         token_types=array("q", types[chunk.start : chunk.stop]) if types is not None else None,
         adapter=sequence.adapter.identity if sequence.adapter is not None else None,
@@ -125,8 +125,13 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
     )
 
 
+def _task(sequence: Sequence) -> Task | None:
+    """Whose head reads the rows of a step; None where no head does."""
+    return None if sequence.stage is Stage.HIDDEN else sequence.task
+
+
 @lru_cache(maxsize=1024)  # while they decode, nearly all sequences read the same
-def _reads(task: Task, rows: range, own_head: bool, speculates: bool) -> tuple[HeadRead, ...]:
+def _reads(task: Task | None, rows: range, own_head: bool, speculates: bool) -> tuple[HeadRead, ...]:
     return (HeadRead(task, rows, own_head, speculates),)
 
 

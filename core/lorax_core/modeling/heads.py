@@ -65,7 +65,7 @@ class Head(KeepsBits):
         raise NotImplementedError
 
     def raw(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
-        """The same answers before their last step: logits, and no probabilities."""
+        """The same answers before their last step: logits and no probabilities, vectors of any length."""
         return parts
 
 
@@ -129,15 +129,7 @@ class EmbeddingHead(Head):
         return projections[-1].linear.out_features if projections else self._hidden
 
     def span(self, ids: Sequence[int], pool_from: int) -> range:
-        match self.pooling:
-            case Pooling.CLS:
-                # A text that is nothing but prompt still needs a row; so below for the mean.
-                first = pool_from if pool_from < len(ids) else 0
-                return range(first, first + 1)
-            case Pooling.LAST:
-                return range(len(ids) - 1, len(ids))
-            case Pooling.MEAN:
-                return range(min(pool_from, len(ids) - 1), len(ids))
+        return pooled_span(self.pooling, len(ids), pool_from)
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         # Sums, not means: chunks of one text add up, and `finish` divides by the count of all of them.
@@ -146,11 +138,31 @@ class EmbeddingHead(Head):
         return torch.stack(sums)  # [sequences, hidden]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        vectors = self._vectors(parts, counts)
+        return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
+
+    def raw(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        return list(self._vectors(parts, counts))
+
+    def _vectors(self, parts: list[Tensor], counts: list[int]) -> Tensor:
         sums = torch.stack(parts)  # [texts, hidden]
         vectors = sums / torch.tensor(counts, device=sums.device)[:, None]  # [texts, hidden]
         for projection in self.projections:
             vectors = projection(vectors)
-        return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
+        return vectors
+
+
+def pooled_span(pooling: Pooling, length: int, pool_from: int) -> range:
+    """Which tokens of a text of `length` are pooled, those before `pool_from` left out."""
+    match pooling:
+        case Pooling.CLS:
+            # A text that is nothing but prompt still needs a row; so below for the mean.
+            first = pool_from if pool_from < length else 0
+            return range(first, first + 1)
+        case Pooling.LAST:
+            return range(length - 1, length)
+        case Pooling.MEAN:
+            return range(min(pool_from, length - 1), length)
 
 
 class Projection(nn.Module):

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, overload
+from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,20 +99,30 @@ class Engine:
         requests, _ = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
         return Stream(self.submit(requests))
 
+    @overload
     def embed(
-        self,
-        text: TextInput | TextInputs,
-        *,
-        adapter: AdapterChoices = None,
-        truncate: Truncate = "error",
-    ) -> NDArray[np.float32]:
-        """Vectors of texts: `[dim]` for one, `[n, dim]` for a list of n."""
-        requests, single = make_requests(EmbedRequest, "input", text, adapter, {"truncate": truncate})
+        self, text: TextInputs, *, pooling: Literal["none"], adapter: AdapterChoices = ..., **options: Any
+    ) -> list[NDArray[np.float32]]: ...
+    @overload
+    def embed(
+        self, text: TextInput | TextInputs, *, adapter: AdapterChoices = ..., **options: Any
+    ) -> NDArray[np.float32]: ...
+    def embed(self, text: Any, *, adapter: AdapterChoices = None, **options: Any) -> Any:
+        """Vectors of texts: `[dim]` for one, `[n, dim]` for a list of n. Options are those of `EmbedRequest`.
+
+        With `pooling="none"` rows of tokens: `[tokens, dim]` for one, a list of those for a list.
+        """
+        requests, single = make_requests(EmbedRequest, "input", text, adapter, options)
         vectors = [cast("Embedding", result).vector for result in self.run(requests)]
         if single:
             return vectors[0]
-        # [n, dim]; np.stack refuses an empty list.
-        return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
+        if options.get("pooling") == "none":
+            return vectors
+        if vectors:
+            return np.stack(vectors)  # [n, dim]
+        # No request has checked the options.
+        asked = EmbedRequest(input="", **options).dimensions
+        return np.zeros((0, asked or self._preparer.embedding_dim), np.float32)
 
     @overload
     def classify(self, text: TextInput, *, adapter: AdapterChoices = ..., **options: Any) -> Classification: ...

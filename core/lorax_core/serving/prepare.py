@@ -26,8 +26,10 @@ from lorax_core.modeling.heads import (
     Head,
     SequenceClassificationHead,
     TokenClassificationHead,
+    pooled_span,
 )
 from lorax_core.modeling.model import Model
+from lorax_core.serving.embedding import shaped
 from lorax_core.serving.labels import relevance, sequence_labels, token_labels
 from lorax_core.serving.pairs import PairReader, Shorten
 from lorax_core.serving.requests import (
@@ -41,7 +43,7 @@ from lorax_core.serving.requests import (
 )
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import Encoded, TextFront, cut
-from lorax_core.types import Classification, Completion, Embedding, Relevance, Task, Usage
+from lorax_core.types import Classification, Completion, Embedding, Pooling, Relevance, Task, Usage
 
 Result = Completion | Embedding | Classification | Relevance
 Values = NDArray[np.float32]
@@ -213,11 +215,33 @@ class Preparer:
             )
 
     def _embed(self, request: EmbedRequest) -> Prepared:
-        head = self.model.head(Task.EMBED)
-        encoded = self._fitted(self.text.encode(request.input, Task.EMBED), request.truncate)
+        head = cast("EmbeddingHead", self.model.head(Task.EMBED))
+        rows, dimensions = request.pooling == "none", request.dimensions
+        self._check_dimensions(dimensions, self.model.config.hidden_size if rows else head.dim)
+        prompt = request.prompt if request.prompt_name is None else self.text.prompt_named(request.prompt_name)
+        encoded = self._fitted(self.text.encode(request.input, Task.EMBED, prompt), request.truncate)
         usage = Usage(len(encoded.ids))
-        sequence = self._read(head, encoded, self._adapter(request.adapter))
-        return Prepared(sequence, lambda values: Embedding(values, usage, encoded.truncated))
+        normal = request.normalize if request.normalize is not None else head.normalize and not rows
+        stage = Stage.HIDDEN if rows else Stage.RAW if head.normalize and not normal else Stage.FINISHED
+        span = head.span(encoded.ids, encoded.pool_from)
+        if rows:
+            span = range(len(encoded.ids))
+        elif request.pooling is not None:
+            span = pooled_span(Pooling(request.pooling), len(encoded.ids), encoded.pool_from)
+        sequence = self._read(head, encoded, self._adapter(request.adapter), stage, span)
+        # The head has normalised whole vectors already where it does so by itself.
+        scale = normal and (rows or not head.normalize or dimensions is not None)
+        return Prepared(
+            sequence,
+            lambda values: Embedding(shaped(values, dimensions, scale=scale), usage, encoded.truncated),
+        )
+
+    def _check_dimensions(self, wanted: int | None, most: int) -> None:
+        if wanted is not None and wanted > most:
+            raise RequestError(
+                f"dimensions: {wanted} were asked for, and the vectors of this checkpoint have {most}",
+                hint=f"give 1 to {most}, or leave it out",
+            )
 
     def _classify(self, request: ClassifyRequest) -> Prepared:
         adapter = self._adapter(request.adapter)
@@ -284,7 +308,12 @@ class Preparer:
         return shorten(encoded, limit, truncate)
 
     def _read(
-        self, head: Head, encoded: Encoded, adapter: AdapterHandle | None, stage: Stage = Stage.FINISHED
+        self,
+        head: Head,
+        encoded: Encoded,
+        adapter: AdapterHandle | None,
+        stage: Stage = Stage.FINISHED,
+        span: range | None = None,
     ) -> Sequence:
         return Sequence(
             task=head.task,
@@ -293,7 +322,7 @@ class Preparer:
             adapter=adapter,
             # The engine then takes the head from the bound adapter, on its device.
             own_head=adapter is not None and head is adapter.head,
-            span=head.span(encoded.ids, encoded.pool_from),
+            span=span if span is not None else head.span(encoded.ids, encoded.pool_from),
             stage=stage,
         )
 

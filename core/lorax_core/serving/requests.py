@@ -127,20 +127,38 @@ class GenerateRequest(Checked):
 
 
 class EmbedRequest(Checked):
-    """One vector for a string, a pair of strings, or token ids (taken as they are).
+    """One vector for a string, a pair of strings, or token ids (taken as they are). None leaves an option to the checkpoint.
 
-    `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
+    - `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
+    - `pooling` makes one vector of the rows of all tokens; "none" gives these rows, as the last layer left them: without the
+      checkpoint's dense layers, and of unit length only where `normalize` is True.
+    - `dimensions` keeps the first so many numbers (Matryoshka); then vectors that are normalised are normalised again.
+    - `prompt_name` names a prompt of the checkpoint, and `prompt` is one itself: it is put before the text, instead of the
+      checkpoint's default.
     """
 
     input: TextInput
     adapter: AdapterChoice = None
     truncate: Truncate = "error"
+    pooling: Literal["cls", "mean", "last", "none"] | None = None
+    normalize: bool | None = None
+    dimensions: int | None = Field(default=None, ge=1, lt=2**31)
+    prompt_name: _Name | None = None
+    prompt: str | None = None
 
-    @field_validator("input")
+    @field_validator("input", "prompt")
     @classmethod
-    def _plain_input(cls, value: TextInput) -> TextInput:
+    def _plain_input(cls, value: Any) -> Any:
         _check_length(value)
         return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.prompt_name is not None and self.prompt is not None:
+            raise ValueError("prompt_name and prompt exclude each other")
+        if isinstance(self.input, list) and (self.prompt_name is not None or self.prompt is not None):
+            raise ValueError("a prompt goes before a text, and token ids are taken as they are")
+        return self
 
 
 class ClassifyRequest(Checked):

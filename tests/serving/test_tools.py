@@ -42,7 +42,7 @@ def read(text, sizes=None, names=("clock", "get_weather")):
 
 def written(messages, tools=None, template=TOOL_TEMPLATE, **options):
     tokenizer = make_byte_tokenizer(template)
-    ids = TextFront(tokenizer).encode(messages, Task.GENERATE, tools, options).ids
+    ids = TextFront(tokenizer).encode(messages, Task.GENERATE, tools=tools, template_options=options).ids
     return tokenizer.decode(ids)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorax_core.errors import RequestError, shown
+from lorax_core.errors import RequestError, listed, nearest, shown
 from lorax_core.serving.chat import ChatWriter
 from lorax_core.serving.token_bytes import TokenBytes
 from lorax_core.serving.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ class TextFront:
         self._tokenizer = tokenizer
         self._sentence = sentence
         # Computed at the first input; two threads that do it at once get the same number.
-        self._prompt_rows: int | None = None
+        self._prompt_rows: dict[str, int] = {}
         self._chat = ChatWriter(tokenizer)
         self._bytes = TokenBytes(tokenizer)
 
@@ -96,16 +96,30 @@ class TextFront:
         with guarded(RequestError, f"the tokenizer cannot read the ids {shown(ids, 60)}", "give ids of this tokenizer"):
             return self._bytes.of(ids, special=special)
 
+    def prompt_named(self, name: str) -> str:
+        """The checkpoint's prompt of this name; raises RequestError with those that there are."""
+        prompts = self._sentence.prompts if self._sentence is not None else {}
+        if name not in prompts:
+            close = nearest(name, prompts)
+            raise RequestError(
+                f"prompt_name: no prompt is called {shown(name)}; the checkpoint names {listed(sorted(prompts))}",
+                hint=f"did you mean {close!r}?" if close else "give the prompt itself: prompt='query: '",
+            )
+        return prompts[name]
+
     def encode(
         self,
         prompt: Any,
         task: Task,
+        before: str | None = None,
+        *,
         tools: list[dict[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> Encoded:
         """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there.
 
-        `tools` and `template_options` are for the template of chat messages.
+        `before` goes before a text to embed, instead of what the sentence files put there; `tools` and `template_options` are
+        for the template of chat messages.
         """
         if isinstance(prompt, list) and (
             _INT.issuperset(map(type, prompt)) or all(isinstance(one, int) for one in prompt)
@@ -116,23 +130,32 @@ class TextFront:
         # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
             return self._text(prompt, offsets=task is Task.TOKEN_CLASSIFICATION)
-        if isinstance(prompt, tuple):
-            return self._text((self._cased(prompt[0]), self._cased(prompt[1])))
-        return self._sentence_text(prompt)
+        return self._sentence_text(prompt, before)
 
-    def _sentence_text(self, text: str) -> Encoded:
+    def _sentence_text(self, text: str | tuple[str, str], before: str | None) -> Encoded:
         files = self._sentence
-        if files is None:
-            return self._text(text)
+        if before is None:
+            before = files.prompt if files is not None else ""
         # Joined as text, as in sentence-transformers: the tokens at the seam may differ from those of the parts.
-        encoded = self._text(self._cased(files.prompt + text))
-        if not files.prompt or files.pool_prompt:
+        if isinstance(text, tuple):
+            encoded = self._text((self._cased(before + text[0]), self._cased(text[1])))
+        else:
+            encoded = self._text(self._cased(before + text))
+        if not before or files is None or files.pool_prompt:
             return encoded
-        if self._prompt_rows is None:
-            alone = self._text(self._cased(files.prompt))
+        return replace(encoded, pool_from=self._rows_of(before, files))
+
+    def _rows_of(self, prompt: str, files: SentenceFiles) -> int:
+        """Rows of a prompt at the beginning of an input."""
+        rows = self._prompt_rows.get(prompt)
+        if rows is None:
+            alone = self._text(self._cased(prompt))
             # Without the closing special token, which in the whole input comes after the text.
-            self._prompt_rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
-        return replace(encoded, pool_from=self._prompt_rows)
+            rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
+            # Requests may bring any number of others.
+            if prompt in files.prompts.values():
+                self._prompt_rows[prompt] = rows
+        return rows
 
     def _cased(self, text: str) -> str:
         return text.lower() if self._sentence is not None and self._sentence.lower_case else text

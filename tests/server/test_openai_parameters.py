@@ -286,6 +286,20 @@ def test_an_encoder_embeds_and_says_what_it_cannot_do(bert, ask):
     shapes.EmbeddingList.model_validate(vectors)
 
 
+@pytest.mark.parametrize("options", [{"dimensions": 3}, {"normalize": True}, {"dimensions": 5, "normalize": True}])
+def test_vectors_are_shaped_as_asked(engine, ask, options):
+    _, body = ask("/v1/embeddings", {"input": "The", **options})
+
+    assert body["data"][0]["embedding"] == pytest.approx(engine.embed("The", **options).tolist())
+
+
+def test_a_prompt_that_the_checkpoint_does_not_name_is_refused(ask):
+    status, body = ask("/v1/embeddings", {"input": "The", "prompt_name": "query"})
+
+    assert status == 400
+    assert "no prompt is called 'query'" in body["error"]["message"]
+
+
 def test_errors_are_described_and_validation_has_no_status_of_its_own(ask):
     _, document = ask("/openapi.json")
 

@@ -6,7 +6,7 @@ Decides how inputs of every shape become requests, and how vectors are written. 
 from __future__ import annotations
 
 import base64
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
@@ -32,8 +32,14 @@ class EmbeddingsBody(StrictBody):
     input: PromptInput
     model: str | None = Field(default=None, max_length=NAME_LENGTH, description=MODEL)
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
-        default=None, description="The first so many numbers, normalised again: for models that were trained for it."
+    dimensions: int | None = Field(
+        default=None, ge=1, lt=2**31, description="Keep the first so many numbers: for models that were trained for it."
+    )
+    normalize: bool | None = Field(default=None, description="Left out, as the checkpoint states it.")
+    prompt_name: str | None = Field(
+        default=None,
+        max_length=NAME_LENGTH,
+        description='A prompt of the checkpoint, such as "query", to go before each text.',
     )
     user: str | None = Field(default=None, description="Accepted, and changes nothing.")
     truncate_prompt_tokens: Any = Field(default=None, description="Refused.")
@@ -50,8 +56,16 @@ def embedding_routes(gateway: Gateway) -> APIRouter:
         inputs = prompts(body.input, "input")
         gateway.check_batch(len(inputs), param="input")
         adapter = gateway.names.adapter(body.model)
-        options: dict[str, Any] = {} if body.dimensions is None else {"dimensions": body.dimensions}
-        requests = [EmbedRequest(input=one, adapter=adapter, **options) for one in inputs]
+        requests = [
+            EmbedRequest(
+                input=one,
+                adapter=adapter,
+                dimensions=body.dimensions,
+                normalize=body.normalize,
+                prompt_name=body.prompt_name,
+            )
+            for one in inputs
+        ]
         found = [cast("Embedding", result) for result in await gateway.answer(http, requests)]
         tokens = sum(one.usage.prompt_tokens for one in found)
         return JSONResponse(

@@ -88,7 +88,9 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
             refused = Refused("no_route", f"there is no route {request.url.path[:200]}", hint=_ROUTES)
         else:
             refused = Refused("invalid", str(error.detail), hint="send JSON, as GET /openapi.json describes it")
-        return answer(request, refused)
+        found = answer(request, refused)
+        found.headers.update(error.headers or {})  # of a wrong method, those that there are
+        return found
 
     app.add_exception_handler(LoraxError, deliberate)
     app.add_exception_handler(RequestValidationError, wrong)

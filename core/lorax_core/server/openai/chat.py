@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,9 +28,8 @@ from lorax_core.server.openai.answers import (
     usage,
 )
 from lorax_core.server.openai.messages import Messages, NamedTool, ToolChoice, Tools
-from lorax_core.server.openai.params import GenerationBody, check_size
+from lorax_core.server.openai.params import GenerationBody, check_size, unsupported
 from lorax_core.server.openai.shapes import ChatCompletion, ChatCompletionChunk, answers
-from lorax_core.server.schemas import honoured
 from lorax_core.server.sse import EventStream, data
 from lorax_core.serving.requests import TEMPLATE_OPTIONS, GenerateRequest
 from lorax_core.serving.tools import CallReader, ToolCall
@@ -63,33 +62,18 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(default=None, description="Go on with the text of the last message.")
 
-    store: Any = Field(default=None, description="Refused unless false.")
-    service_tier: Any = Field(default=None, description='Refused unless "auto" or "default".')
-    modalities: Any = Field(default=None, description='Refused unless ["text"].')
-    audio: Any = Field(default=None, description="Refused.")
-    prediction: Any = Field(default=None, description="Refused.")
-    web_search_options: Any = Field(default=None, description="Refused.")
-    reasoning_effort: Any = Field(default=None, description="Refused; chat_template_kwargs may have it.")
-    verbosity: Any = Field(default=None, description='Refused unless "medium".')
-    functions: Any = Field(default=None, description="Refused; tools are their form today.")
-    function_call: Any = Field(default=None, description="Refused; tool_choice is its form today.")
-    echo: Any = Field(default=None, description="Refused unless false.")
-    add_special_tokens: Any = Field(default=None, description="Refused unless false: the template writes them.")
-
-    MORE_REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "store": (False,),
-        "service_tier": ("auto", "default"),
-        "modalities": (["text"],),
-        "audio": (),
-        "prediction": (),
-        "web_search_options": (),
-        "reasoning_effort": (),
-        "verbosity": ("medium",),
-        "functions": (),
-        "function_call": (),
-        "echo": (False,),
-        "add_special_tokens": (False,),
-    }
+    store: Any = unsupported(False)
+    service_tier: Any = unsupported("auto", "default")
+    modalities: Any = unsupported(["text"])
+    audio: Any = unsupported()
+    prediction: Any = unsupported()
+    web_search_options: Any = unsupported()
+    reasoning_effort: Any = unsupported(instead="chat_template_kwargs may have it, for templates that know it")
+    verbosity: Any = unsupported("medium")
+    functions: Any = unsupported(instead="tools are their form today")
+    function_call: Any = unsupported(instead="tool_choice is its form today")
+    echo: Any = unsupported(False)
+    add_special_tokens: Any = unsupported(False, instead="the template writes them")
 
     @property
     def called(self) -> list[str]:
@@ -104,9 +88,8 @@ class ChatBody(GenerationBody):
         return self.tool_choice or "auto"
 
     def check(self) -> None:
-        """Raises Refused for what is not supported, or does not fit together."""
+        """Raises Refused for what does not fit together."""
         super().check()
-        honoured(self, self.MORE_REFUSED, "by this server")
         if self.top_logprobs is not None and not self.logprobs:
             raise Refused("invalid", "top_logprobs without logprobs", hint='add "logprobs": true', param="top_logprobs")
         tokens = (self.max_tokens, self.max_completion_tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -28,10 +28,9 @@ from lorax_core.server.openai.answers import (
     stream_usage,
     usage,
 )
-from lorax_core.server.openai.params import GenerationBody
+from lorax_core.server.openai.params import GenerationBody, unsupported
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import TextCompletion, answers
-from lorax_core.server.schemas import honoured
 from lorax_core.server.sse import EventStream, data
 from lorax_core.serving.engine import Engine
 from lorax_core.serving.requests import GenerateRequest
@@ -52,15 +51,12 @@ class CompletionBody(GenerationBody):
     best_of: int | None = Field(default=None, ge=1, le=128, description="Refused unless equal to n.")
     echo: bool | None = Field(default=None, description="Give the prompt before its continuation.")
     logprobs: int | None = Field(default=None, ge=0, le=100)
-    suffix: Any = Field(default=None, description="Refused unless empty.")
-    add_special_tokens: Any = Field(default=None, description="Refused unless true.")
-
-    MORE_REFUSED: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",), "add_special_tokens": (True,)}
+    suffix: Any = unsupported("")
+    add_special_tokens: Any = unsupported(True)
 
     def check(self) -> None:
-        """Raises Refused for what is not supported, or does not fit together."""
+        """Raises Refused for what does not fit together."""
         super().check()
-        honoured(self, self.MORE_REFUSED, "by this server")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise Refused(
                 "invalid", f"best_of {self.best_of} and n {self.n or 1}: all answers are given, so both are the same",

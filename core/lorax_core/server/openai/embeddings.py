@@ -14,10 +14,9 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
 from lorax_core.server.gateway import Gateway
-from lorax_core.server.openai.params import MODEL, StrictBody
+from lorax_core.server.openai.params import MODEL, StrictBody, unsupported
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import EmbeddingList, answers
-from lorax_core.server.schemas import honoured
 from lorax_core.serving.requests import NAME_LENGTH, EmbedRequest
 from lorax_core.types import Embedding
 
@@ -42,7 +41,7 @@ class EmbeddingsBody(StrictBody):
         description='A prompt of the checkpoint, such as "query", to go before each text.',
     )
     user: str | None = Field(default=None, description="Accepted, and changes nothing.")
-    truncate_prompt_tokens: Any = Field(default=None, description="Refused.")
+    truncate_prompt_tokens: Any = unsupported()
 
 
 def embedding_routes(gateway: Gateway) -> APIRouter:
@@ -52,7 +51,6 @@ def embedding_routes(gateway: Gateway) -> APIRouter:
     @routes.post("/v1/embeddings", responses=answers(EmbeddingList))
     async def create_embeddings(http: Request, body: EmbeddingsBody) -> Response:
         """A vector for each input."""
-        honoured(body, {"truncate_prompt_tokens": ()}, "by this server")
         inputs = prompts(body.input, "input")
         gateway.check_batch(len(inputs), param="input")
         adapter = gateway.names.adapter(body.model)

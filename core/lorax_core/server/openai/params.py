@@ -7,14 +7,16 @@ nothing of prompts or messages.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
+from lorax_core.errors import shown
 from lorax_core.server.errors import Refused
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.schemas import Body, honoured
+from lorax_core.server.schemas import Body
 from lorax_core.serving.requests import (
     CHOICES,
     CONSTRAINT_LENGTH,
@@ -32,18 +34,49 @@ _Schema = dict[str, Any] | str
 _NOTHING: Final = "Accepted, and changes nothing."
 
 
+def unsupported(*harmless: Any, instead: str = "") -> Any:
+    """A field that has a meaning elsewhere and none here: it takes the values that change nothing, with which clients send it
+    anyway, and null. `instead` says what to do.
+    """
+    about = "Not supported" + (f"; {instead}" if instead else "")
+    return Field(default=None, description=f"{about}.", json_schema_extra={"enum": [None, *harmless]})
+
+
 class StrictBody(Body):
-    """Values of another kind are errors: "5" is no number."""
+    """Values of another kind are errors: "5" is no number. What is not supported is one by name."""
 
     model_config = ConfigDict(strict=True)
+
+    @classmethod
+    def unsupported(cls) -> dict[str, list[Any]]:
+        """The fields that are, and the values that each may have."""
+        found = {name: _harmless(field) for name, field in cls.model_fields.items()}
+        return {name: values for name, values in found.items() if values is not None}
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        for name in self.model_fields_set:
+            value, values = getattr(self, name), _harmless(type(self).model_fields[name])
+            if values is not None and value not in values:
+                raise PydanticCustomError(
+                    "unknown_parameter", "{value} is not supported by this server",
+                    {"value": shown(value), "param": name},
+                )  # fmt: skip
+        return self
+
+
+def _harmless(field: FieldInfo) -> list[Any] | None:
+    """Values of a field that `unsupported` made; None for others."""
+    extra: Any = field.json_schema_extra
+    return extra.get("enum") if isinstance(extra, dict) else None
 
 
 class StreamOptions(StrictBody):
     """What comes in a stream beside the answer."""
 
     include_usage: bool | None = Field(default=None, description="End with a chunk that has the usage of all.")
-    include_obfuscation: bool | None = Field(default=None, description="Refused unless false.")
-    continuous_usage_stats: bool | None = Field(default=None, description="Refused unless false.")
+    include_obfuscation: Any = unsupported(False)
+    continuous_usage_stats: Any = unsupported(False)
 
 
 class JsonSchemaFormat(StrictBody):
@@ -69,8 +102,8 @@ class StructuredOutputs(StrictBody):
     regex: str | None = Field(default=None, max_length=CONSTRAINT_LENGTH)
     choice: list[str] | None = Field(default=None, min_length=1, max_length=CHOICES)
     json_object: bool | None = None
-    grammar: Any = Field(default=None, description="Refused.")
-    structural_tag: Any = Field(default=None, description="Refused.")
+    grammar: Any = unsupported()
+    structural_tag: Any = unsupported()
 
 
 class GenerationBody(StrictBody):
@@ -106,34 +139,18 @@ class GenerationBody(StrictBody):
     guided_choice: list[str] | None = Field(default=None, min_length=1, max_length=CHOICES)
     structured_outputs: StructuredOutputs | None = None
 
-    # What has a meaning in vLLM, and none here: refused unless the value is one that changes nothing.
-    guided_grammar: Any = Field(default=None, description="Refused.")
-    use_beam_search: Any = Field(default=None, description="Refused unless false.")
-    length_penalty: Any = Field(default=None, description="Refused unless 1.")
-    include_stop_str_in_output: Any = Field(default=None, description="Refused unless false.")
-    skip_special_tokens: Any = Field(default=None, description="Refused unless true.")
-    spaces_between_special_tokens: Any = Field(default=None, description="Refused unless true.")
-    truncate_prompt_tokens: Any = Field(default=None, description="Refused.")
-    allowed_token_ids: Any = Field(default=None, description="Refused.")
-    bad_words: Any = Field(default=None, description="Refused unless empty.")
-    logits_processors: Any = Field(default=None, description="Refused.")
-    return_token_ids: Any = Field(default=None, description="Refused unless false.")
-    return_tokens_as_token_ids: Any = Field(default=None, description="Refused unless false.")
-
-    REFUSED: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "guided_grammar": (),
-        "use_beam_search": (False,),
-        "length_penalty": (1, 1.0),
-        "include_stop_str_in_output": (False,),
-        "skip_special_tokens": (True,),
-        "spaces_between_special_tokens": (True,),
-        "truncate_prompt_tokens": (),
-        "allowed_token_ids": (),
-        "bad_words": ([],),
-        "logits_processors": (),
-        "return_token_ids": (False,),
-        "return_tokens_as_token_ids": (False,),
-    }
+    guided_grammar: Any = unsupported()
+    use_beam_search: Any = unsupported(False)
+    length_penalty: Any = unsupported(1)
+    include_stop_str_in_output: Any = unsupported(False)
+    skip_special_tokens: Any = unsupported(True)
+    spaces_between_special_tokens: Any = unsupported(True)
+    truncate_prompt_tokens: Any = unsupported()
+    allowed_token_ids: Any = unsupported()
+    bad_words: Any = unsupported([])
+    logits_processors: Any = unsupported()
+    return_token_ids: Any = unsupported(False)
+    return_tokens_as_token_ids: Any = unsupported(False)
 
     @property
     def include_usage(self) -> bool:
@@ -141,17 +158,9 @@ class GenerationBody(StrictBody):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def check(self) -> None:
-        """Raises Refused for what is not supported, or does not fit together."""
-        honoured(self, self.REFUSED, "by this server")
-        if self.stream_options is not None:
-            if not self.stream:
-                raise Refused(
-                    "invalid", "stream_options without stream", hint='add "stream": true', param="stream_options"
-                )
-            harmless: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
-            honoured(self.stream_options, harmless, "in stream_options")
-        if self.structured_outputs is not None:
-            honoured(self.structured_outputs, {"grammar": (), "structural_tag": ()}, "in structured_outputs")
+        """Raises Refused for what does not fit together."""
+        if self.stream_options is not None and not self.stream:
+            raise Refused("invalid", "stream_options without stream", hint='add "stream": true', param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise Refused(
                 "invalid", "prompt_logprobs do not come in streams", hint="ask without stream", param="prompt_logprobs"

@@ -40,6 +40,13 @@ def test_an_unknown_route_is_answered_in_the_shape_of_its_api(qwen2, client, pat
     assert (body["error"]["code"] if shape == "openai" else body["error_type"]) == "not_found"
 
 
+def test_a_wrong_method_is_answered_with_those_that_a_route_takes(qwen2, client):
+    answer = ask(client(qwen2), "POST", "/v1/models")
+
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET"
+
+
 def test_keys_open_what_they_are_for():
     options = ServerOptions(api_keys=["first-key-1", "second-key-2"], admin_key="admin-key-3")
     keys = ApiKeys(options.api_keys, options.admin_key)

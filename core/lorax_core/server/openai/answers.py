@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from lorax_core.server.errors import failure, openai_body
 from lorax_core.server.gateway import Gateway
-from lorax_core.server.sse import data
+from lorax_core.server.sse import data, encoded
 from lorax_core.serving.engine import Engine
 from lorax_core.types import Completion, TokenLogprobs
 from lorax_core.version import __version__
@@ -43,6 +43,23 @@ class AnswerHeads:
         }
 
 
+class Chunks:
+    """The events of one stream: what is the same in all is written once."""
+
+    def __init__(self, start: dict[str, Any], *, include_usage: bool) -> None:
+        self._before = b"data: " + encoded(start)[:-1] + b',"choices":['
+        self._after = (b'],"usage":null' if include_usage else b"]") + b"}\n\n"
+        self._start, self._include_usage = start, include_usage
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        """What is new of one choice."""
+        return self._before + encoded(choice) + self._after
+
+    def end(self, spent: dict[str, Any]) -> bytes:
+        """What comes after the last choice; `spent` is shown where the client asked for it."""
+        return (data({**self._start, "choices": [], "usage": spent}) if self._include_usage else b"") + DONE
+
+
 def usage(completions: Iterable[Completion], *, shown: bool = True) -> dict[str, Any]:
     """The tokens of first answers, their prompts and their alternatives; the answers count for nothing unless `shown`."""
     prompt = completion = cached = 0
@@ -58,11 +75,11 @@ def usage(completions: Iterable[Completion], *, shown: bool = True) -> dict[str,
     }
 
 
-def stream_usage(completions: Iterable[tuple[int, Completion]]) -> dict[str, Any]:
+def stream_usage(completions: Iterable[tuple[int, Completion]], *, shown: bool = True) -> dict[str, Any]:
     """The same of a stream's answers, each with the number of its choice: a prompt counts once."""
     whole = list(completions)
-    first = usage(one for choice, one in whole if choice == 0)
-    others = sum(one.usage.completion_tokens for choice, one in whole if choice)
+    first = usage((one for choice, one in whole if choice == 0), shown=shown)
+    others = sum(one.usage.completion_tokens for choice, one in whole if choice and shown)
     first["completion_tokens"] += others
     first["total_tokens"] += others
     return first

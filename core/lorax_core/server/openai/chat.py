@@ -17,8 +17,8 @@ from pydantic import ConfigDict, Field
 from lorax_core.server.errors import Refused
 from lorax_core.server.gateway import Events, Gateway
 from lorax_core.server.openai.answers import (
-    DONE,
     AnswerHeads,
+    Chunks,
     TokenTexts,
     failed,
     number,
@@ -30,7 +30,7 @@ from lorax_core.server.openai.answers import (
 from lorax_core.server.openai.messages import Messages, NamedTool, ToolChoice, Tools
 from lorax_core.server.openai.params import GenerationBody, check_size, unsupported
 from lorax_core.server.openai.shapes import ChatCompletion, ChatCompletionChunk, answers
-from lorax_core.server.sse import EventStream, data
+from lorax_core.server.sse import EventStream
 from lorax_core.serving.requests import TEMPLATE_OPTIONS, GenerateRequest
 from lorax_core.serving.tools import CallReader, ToolCall
 from lorax_core.types import Completion, FinishReason, TokenLogprobs
@@ -141,7 +141,8 @@ def chat_routes(gateway: Gateway) -> APIRouter:
         start = heads.new(kind, "chatcmpl", body.model)
         if body.stream:
             events = await gateway.events(http, [request])
-            return EventStream(events, _lines(body, events, start, texts), failed)
+            chunks = Chunks(start, include_usage=body.include_usage)
+            return EventStream(events, _lines(body, events, chunks, texts), failed)
         found = cast("Completion", (await gateway.answer(http, [request]))[0])
         choices = [_choice(body, at, one, texts) for at, one in enumerate((found, *found.alternatives))]
         answer = {**start, "choices": choices, "usage": usage([found])}
@@ -169,18 +170,14 @@ def _choice(body: ChatBody, index: int, completion: Completion, texts: TokenText
     }
 
 
-async def _lines(
-    body: ChatBody, events: Events, start: dict[str, Any], texts: TokenTexts
-) -> AsyncGenerator[bytes, None]:
+async def _lines(body: ChatBody, events: Events, chunks: Chunks, texts: TokenTexts) -> AsyncGenerator[bytes, None]:
     """The chunks of a stream."""
-    rest = {"usage": None} if body.include_usage else {}
     count = body.n or 1
     readers = [CallReader(body.called) if body.called else None for _ in range(count)]
     ended: list[tuple[int, Completion]] = []
 
     def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, **end: Any) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **end}
-        return data({**start, "choices": [choice], **rest})
+        return chunks.chunk({"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **end})
 
     for index in range(count):
         yield chunk(index, {"role": "assistant", "content": ""})
@@ -203,9 +200,7 @@ async def _lines(
         if done is not None:
             ended.append((event.choice, done))
             yield chunk(event.choice, {}, **_end(done, calls=reader is not None and reader.calls > 0))
-    if body.include_usage:
-        yield data({**start, "choices": [], "usage": stream_usage(ended)})
-    yield DONE
+    yield chunks.end(stream_usage(ended))
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

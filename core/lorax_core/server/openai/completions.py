@@ -18,8 +18,8 @@ from pydantic import ConfigDict, Field
 from lorax_core.server.errors import Refused
 from lorax_core.server.gateway import Events, Gateway
 from lorax_core.server.openai.answers import (
-    DONE,
     AnswerHeads,
+    Chunks,
     TokenTexts,
     failed,
     number,
@@ -31,7 +31,7 @@ from lorax_core.server.openai.answers import (
 from lorax_core.server.openai.params import GenerationBody, unsupported
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import TextCompletion, answers
-from lorax_core.server.sse import EventStream, data
+from lorax_core.server.sse import EventStream
 from lorax_core.serving.engine import Engine
 from lorax_core.serving.requests import GenerateRequest
 from lorax_core.types import Completion, TokenLogprobs
@@ -99,7 +99,8 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         start = heads.new("text_completion", "cmpl", body.model)
         if body.stream:
             events = await gateway.events(http, requests)
-            lines = _lines(body, given, events, start, texts, gateway.engine)
+            chunks = Chunks(start, include_usage=body.include_usage)
+            lines = _lines(body, given, events, chunks, texts, gateway.engine)
             return EventStream(events, lines, failed)
         results = [cast("Completion", result) for result in await gateway.answer(http, requests)]
         if body.logprobs is None and body.prompt_logprobs is None:
@@ -162,18 +163,17 @@ async def _lines(
     body: CompletionBody,
     given: Sequence[str | list[int]],
     events: Events,
-    start: dict[str, Any],
+    chunks: Chunks,
     texts: TokenTexts,
     engine: Engine,
 ) -> AsyncGenerator[bytes, None]:
     """The chunks of a stream."""
     each = body.n or 1
-    rest = {"usage": None} if body.include_usage else {}
     ended: list[tuple[int, Completion]] = []
     lines = [_Line() for _ in range(len(given) * each)]
     for index in range(len(lines) if body.echo else 0):
         text = _text(given[index // each], engine)
-        yield data({**start, "choices": [_piece(index, text)], **rest})
+        yield chunks.chunk(_piece(index, text))
     async for event in events:
         index = event.index * each + event.choice
         done = event.completion
@@ -189,11 +189,8 @@ async def _lines(
             choice |= {"finish_reason": done.finish_reason.value, "stop_reason": done.stop_reason}
         # Tokens of a character that is not whole have no text yet.
         if choice["text"] or choice["logprobs"] or done is not None:
-            yield data({**start, "choices": [choice], **rest})
-    if body.include_usage:
-        spent = stream_usage(ended) if body.max_tokens != 0 else usage((one for _, one in ended), shown=False)
-        yield data({**start, "choices": [], "usage": spent})
-    yield DONE
+            yield chunks.chunk(choice)
+    yield chunks.end(stream_usage(ended, shown=body.max_tokens != 0))
 
 
 def _piece(index: int, text: str) -> dict[str, Any]:

@@ -158,6 +158,19 @@ def test_calls_of_strict_tools_follow_their_schema_within_free_text(engine):
     assert free == 1  # the line break that a call begins with
 
 
+def test_schemas_of_all_tools_are_bounded_together(engine):
+    parts = [{"properties": {"a": {"type": "string", "pattern": "b+"}}}] * 5
+    tools = [
+        {"type": "function", "function": {"name": f"f{at}", "parameters": {"type": "object", "allOf": parts}}}
+        for at in range(2)
+    ]
+
+    engine.generate(CHAT, tools=tools[:1], tool_choice="required", max_tokens=1)
+    engine.generate(CHAT, tools=tools, max_tokens=1)  # none is enforced
+    with pytest.raises(RequestError, match="the schema of all tools joins 10 parts"):
+        engine.generate(CHAT, tools=tools, tool_choice="required", max_tokens=1)
+
+
 def test_text_is_split_into_text_and_calls():
     assert read(f"a {CALL}\n{CALL} \n") == ("a", [("clock", {"a": "</tool_call>"})] * 2)
     assert read("a \n") == ("a \n", [])

@@ -179,14 +179,11 @@ def _calls(request: GenerateRequest) -> str | None:
     if not request.tools:
         return None
     answer = None if request.json_schema is None else _checked_schema(request.json_schema)
-    found = grammar_of(
-        request.tools, request.tool_choice, answer, parallel=request.parallel_tool_calls, checked=_checked_schema
-    )
-    if found is not None and len(found) > SCHEMA_LENGTH:
-        raise RequestError(
-            f"the schemas of the tools have {len(found):,} characters; at most {SCHEMA_LENGTH:,} are read",
-            hint=_SIMPLER,
-        )
+    found = grammar_of(request.tools, request.tool_choice, answer, parallel=request.parallel_tool_calls)
+    if found is not None:
+        schemas = [tool["function"].get("parameters") for tool in request.tools]
+        # All are built at once, so they are bounded together.
+        _checked_schema({"tools": schemas, "answer": json.loads(answer or "null")}, "the schema of all tools")
     return found
 
 

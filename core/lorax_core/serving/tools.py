@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -54,12 +54,11 @@ def grammar_of(
     answer: str | None,
     *,
     parallel: bool,
-    checked: Callable[[Any, str], str],
 ) -> str | None:
     """A Lark grammar of completions that call tools as `choice` has it; None where any text may come.
 
     With "auto" the completion is calls or an answer after the schema `answer`; without one it is text, in which the calls of
-    tools that are `strict` follow their schema. `checked` gives the text of a schema, or raises.
+    tools that are `strict` follow their schema.
     """
     strict = [bool(tool["function"].get("strict")) for tool in tools]
     if choice == "auto" and answer is None and not any(strict):
@@ -73,7 +72,7 @@ def grammar_of(
         opening = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
         rules += [
             f'call_{at}: {opening} arguments_{at} "}}"',
-            f"arguments_{at}: %json {checked(schema, 'tools: the parameters of ' + repr(function['name']))}",
+            f"arguments_{at}: %json {json.dumps(schema)}",
         ]
     named = [at for at, tool in enumerate(tools) if choice in ("auto", "required", tool["function"]["name"])]
     rules.append("call: " + " | ".join(f"call_{at}" for at in named))

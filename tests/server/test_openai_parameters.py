@@ -10,7 +10,7 @@ import pytest
 
 import lorax_core
 from lorax_core.server.app import build_app
-from lorax_core.server.openai import shapes
+from lorax_core.server.openai import embeddings, shapes
 from lorax_core.server.openai.chat import ChatBody
 from lorax_core.server.openai.completions import CompletionBody
 from lorax_core.server.options import ServerOptions
@@ -153,7 +153,7 @@ def test_what_is_not_honoured_is_refused_by_name_unless_it_changes_nothing(ask, 
         ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"echo": True, "stream": True, "logprobs": 1}, "logprobs"),
-        ("/v1/embeddings", {"input": ""}, "input"),
+        ("/v1/embeddings", {"input": []}, "input"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
         ("/v1/embeddings", {"input": ["a"] * 1_025}, "input"),
@@ -165,6 +165,37 @@ def test_what_is_wrong_is_named(ask, path, changes, param):
     assert status in (400, 404, 413)
     assert body["error"]["param"] == param, body
     shapes.OpenAIError.model_validate(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "a"}], "model": "\\ud800"}',
+        b'{"messages": [{"role": "user", "content": "a"}], "logit_bias": {"\\ud800": 1}}',
+        b'{"messages": [{"role": "user", "content": "a"}], "guided_json": ' + b'{"a":' * 930 + b"1" + b"}" * 931,
+        b'{"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function", "function": {"name": "f", '
+        b'"parameters": ' + b'{"a":' * 930 + b"1" + b"}" * 934,
+        b'{"messages": [{"role": "user", "content": "a"}], "guided_json": {"a": NaN}}',
+        b'{"messages": [{"role": "user", "content": "a"}], "top_p": 1e999}',
+        b'{"messages": [{"role": "user", "content": "a"}], "seed": 1' + b"0" * 4_000 + b"}",
+        b"[" * 100_000,
+        b"\xff",
+        b"",
+    ],
+)
+def test_no_body_is_an_error_of_the_server(app, body):
+    async def inside():
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as one:
+            headers = {"Content-Type": "application/json"}
+            return await one.post("/v1/chat/completions", content=body, headers=headers)
+
+    answer = asyncio.run(inside())
+
+    assert answer.status_code in (400, 404), answer.text
+    shapes.OpenAIError.model_validate(answer.json())
 
 
 def test_tools_are_refused_where_the_template_does_not_know_them(ask):
@@ -293,6 +324,18 @@ def test_vectors_are_shaped_as_asked(engine, ask, options):
     _, body = ask("/v1/embeddings", {"input": "The", **options})
 
     assert body["data"][0]["embedding"] == pytest.approx(engine.embed("The", **options).tolist())
+
+
+def test_many_vectors_come_in_the_order_of_their_inputs(engine, ask):
+    prompts = [[at] for at in range(1, 401)]
+    expected = engine.embed(prompts)
+    assert expected.size > embeddings._INLINE
+
+    _, body = ask("/v1/embeddings", {"input": prompts})
+
+    assert [one["index"] for one in body["data"]] == [*range(400)]
+    assert body["data"][399]["embedding"] == pytest.approx(expected[399].tolist(), rel=1e-4, abs=1e-4)
+    assert body["usage"]["total_tokens"] == 400
 
 
 def test_a_prompt_that_the_checkpoint_does_not_name_is_refused(ask):

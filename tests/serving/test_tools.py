@@ -182,6 +182,8 @@ def test_text_is_split_into_text_and_calls():
         "<tool_call> is how calls begin",
         '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "clock", "arguments": []}</tool_call> and',
+        '<tool_call>{"name": ["clock"], "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "clock", "arguments": {"a": NaN}}</tool_call>',
         '<tool_call>{"name": "clock", "argum',
         '<tool_call>{"name": clock}</tool_call>',
         '<tool_call>{"name": "clock", "arguments": {"a": "</tool_call>',
@@ -191,6 +193,12 @@ def test_text_is_split_into_text_and_calls():
 )
 def test_what_is_no_call_stays_text(text):
     assert read(text) == (text, [])
+
+
+def test_arguments_are_text_whatever_a_model_escapes():
+    (call,) = CallReader(["clock"]).push('<tool_call>{"name": "clock", "arguments": {"a": "\\ud800é"}}</tool_call>')
+
+    assert json.loads(call.arguments.encode()) == {"a": "\ud800é"}
 
 
 def test_a_call_that_a_stop_string_cut_off_is_a_call():

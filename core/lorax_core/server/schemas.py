@@ -36,7 +36,7 @@ class Body(BaseModel):
                     meant = f"; did you mean {close!r}?" if close else ""
                     raise PydanticCustomError(
                         "unknown_parameter", "unknown parameter {name}{meant}",
-                        {"name": shown(name), "meant": meant, "param": name},
+                        {"name": shown(name), "meant": meant, "param": name.encode("utf-8", "backslashreplace").decode()},
                     )  # fmt: skip
         return value
 

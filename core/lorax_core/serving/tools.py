@@ -186,17 +186,31 @@ class CallReader:
     def _call(self, text: str) -> ToolCall | str | None:
         """The call that a text is; None where it is none, and the text itself where it ends within a string."""
         try:
-            read = json.loads(text)
+            read = json.loads(text, parse_constant=_no_json)
         except json.JSONDecodeError as error:
             return text if error.msg.startswith("Unterminated string") else None
         except (RecursionError, ValueError):  # too deep, or a number of too many digits
             return None
-        if not isinstance(read, dict) or read.get("name") not in self._names:
+        name = read.get("name") if isinstance(read, dict) else None
+        if not isinstance(name, str) or name not in self._names:
             return None
         arguments = read.get("arguments", {})
-        if not isinstance(arguments, dict):
-            return None
-        return ToolCall(read["name"], json.dumps(arguments, ensure_ascii=False))
+        return ToolCall(name, _written(arguments)) if isinstance(arguments, dict) else None
+
+
+def _no_json(name: str) -> None:
+    """For NaN and infinities, which Python reads and JSON has not."""
+    raise ValueError(name)
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    """Arguments as JSON; escaped, where half of a pair of surrogates is in them, which no text can hold."""
+    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(arguments)
+    return text
 
 
 def _overlap(text: str) -> int:

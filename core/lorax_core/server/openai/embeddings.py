@@ -6,19 +6,25 @@ Decides how inputs of every shape become requests, and how vectors are written. 
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import ConfigDict, Field
 
 from lorax_core.server.gateway import Gateway
 from lorax_core.server.openai.params import MODEL, StrictBody, unsupported
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import EmbeddingList, answers
+from lorax_core.server.sse import encoded
 from lorax_core.serving.requests import NAME_LENGTH, EmbedRequest
 from lorax_core.types import Embedding
+
+_INLINE: Final = 20_000
+"""Numbers that are written in the event loop."""
 
 
 class EmbeddingsBody(StrictBody):
@@ -65,23 +71,26 @@ def embedding_routes(gateway: Gateway) -> APIRouter:
             for one in inputs
         ]
         found = [cast("Embedding", result) for result in await gateway.answer(http, requests)]
-        tokens = sum(one.usage.prompt_tokens for one in found)
-        return JSONResponse(
-            {
-                "object": "list",
-                "data": [
-                    {"object": "embedding", "index": at, "embedding": written(one, body.encoding_format)}
-                    for at, one in enumerate(found)
-                ],
-                "model": body.model or gateway.names.base,
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
-            }
-        )
+        job = partial(_answer, found, body.encoding_format, body.model or gateway.names.base)
+        # Millions of numbers take seconds to write.
+        large = sum(one.vector.size for one in found) > _INLINE
+        return Response(await gateway.in_thread(job) if large else job(), media_type="application/json")
 
     return routes
 
 
-def written(found: Embedding, form: str | None) -> list[float] | str:
+def _answer(found: Sequence[Embedding], form: str | None, model: str) -> bytes:
+    """The body of the answer."""
+    # Vector by vector, so that the event loop gets its turn between two.
+    rows = [
+        encoded({"object": "embedding", "index": at, "embedding": _written(one, form)}) for at, one in enumerate(found)
+    ]
+    tokens = sum(one.usage.prompt_tokens for one in found)
+    rest = encoded({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return b'{"object":"list","data":[' + b",".join(rows) + b"]," + rest[1:]
+
+
+def _written(found: Embedding, form: str | None) -> list[float] | str:
     """A vector as JSON has it."""
     if form == "base64":
         return base64.b64encode(np.ascontiguousarray(found.vector, "<f4").tobytes()).decode()

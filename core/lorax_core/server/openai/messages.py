@@ -126,7 +126,12 @@ class ChatTool(StrictBody):
 
     def plain(self) -> dict[str, Any]:
         """The tool as the engine takes it."""
-        return {"type": "function", "function": self.function.model_dump(exclude_none=True)}
+        # Not by pydantic, which gives up on what is deeper than 255 levels.
+        fields = {name: getattr(self.function, name) for name in FunctionTool.model_fields}
+        return {
+            "type": "function",
+            "function": {name: value for name, value in fields.items() if value is not None},
+        }
 
 
 class NamedFunction(StrictBody):

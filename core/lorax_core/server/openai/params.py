@@ -25,6 +25,7 @@ from lorax_core.serving.requests import (
     STOP_STRINGS,
     TOKEN_OPTIONS,
 )
+from lorax_core.untrusted import unusable
 
 MODEL: Final = "The base, an adapter, or base:adapter; left out, the base."
 _Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -229,6 +230,8 @@ _SAME: Final = (
 
 def check_size(constraint: Any, limits: ServerOptions, param: str) -> None:
     """Raises Refused for a schema or expression that is larger than this server reads."""
+    if (problem := unusable(constraint)) is not None:
+        raise Refused("invalid", f"it {problem}", hint="give plain JSON", param=param)
     size = len(constraint) if isinstance(constraint, str) else len(json.dumps(constraint))
     if size > limits.max_schema_chars:
         raise Refused(

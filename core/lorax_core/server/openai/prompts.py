@@ -12,7 +12,7 @@ from pydantic import Field
 from lorax_core.server.errors import Refused
 from lorax_core.serving.requests import PROMPT_LENGTH
 
-_Text = Annotated[str, Field(min_length=1, max_length=PROMPT_LENGTH)]
+_Text = Annotated[str, Field(max_length=PROMPT_LENGTH)]
 _Token = Annotated[int, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], Field(min_length=1)]
 PromptInput = (

@@ -86,6 +86,7 @@ def test_a_prompt_needs_no_files(bert):
         ({"dimensions": 0}, "dimensions: ", ""),
         ({"pooling": "max"}, "pooling: ", ""),
         ({"normalise": True}, "no option 'normalise'", "'normalize'"),
+        ({"truncate_dim": 5}, "no option 'truncate_dim'", "'dimensions'"),
         ({"text": [], "dimensions": "8"}, "dimensions: ", ""),
     ],
     ids=str,

@@ -63,6 +63,16 @@ def test_prompts_are_put_in_front_as_sentence_transformers_does(prompted, includ
     assert_same(vectors, theirs.encode(inputs, **asked, **NO_BAR))
 
 
+def test_each_prompt_is_left_out_of_the_pooling_by_its_own_length(prompted):
+    folder, theirs = prompted[False]
+    asked = [{"prompt_name": "query"}, {}, {"prompt": "Q"}, {"prompt_name": "topic"}, {"prompt_name": "query"}]
+
+    with lorax.load(folder) as engine:
+        found = [engine.embed(TEXTS[1], **one) for one in asked]
+
+    assert_same(found, [theirs.encode(TEXTS[1], **one, **NO_BAR) for one in asked])
+
+
 def test_a_prompt_needs_no_files(bert):
     with lorax.load(bert, pooling="mean") as engine:
         np.testing.assert_allclose(engine.embed("fox", prompt="the "), engine.embed("the fox"), atol=1e-6)
@@ -86,6 +96,7 @@ def test_a_prompt_needs_no_files(bert):
         ({"dimensions": 0}, "dimensions: ", ""),
         ({"pooling": "max"}, "pooling: ", ""),
         ({"normalise": True}, "no option 'normalise'", "'normalize'"),
+        ({"truncate_dim": 5}, "no option 'truncate_dim'", "'dimensions'"),
         ({"text": [], "dimensions": "8"}, "dimensions: ", ""),
     ],
     ids=str,

@@ -202,6 +202,17 @@ def test_a_chat_template_that_shows_both_makes_a_conversation_of_a_pair(tmp_path
     assert_ranked(ranked, ranked_by_theirs(folder))
 
 
+@pytest.mark.parametrize("query", [QUERY * 80, QUERY * 20], ids=["the query", "the document"])
+def test_a_pair_without_special_tokens_is_cut_where_theirs_is(tmp_path, query):
+    folder = make_causal(tmp_path, None)
+    documents = [one * 30 for one in DOCUMENTS]
+
+    with lorax.load(folder) as engine:
+        ranked = engine.rerank(query, documents, truncate="end")
+
+    assert_ranked(ranked, ranked_by_theirs(folder, documents, query))
+
+
 def test_a_template_that_shows_other_roles_leaves_a_pair_of_texts(tmp_path):
     users = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     plain = make_causal(tmp_path / "plain", None)

@@ -26,9 +26,9 @@ _INT = frozenset((int,))
 class Encoded:
     """An input as ids.
 
-    `special` marks tokens that the tokenizer added. `offsets`, character ranges in the string (in its own one, of a pair), and
-    `second` are there for token classification alone. `pool_from` is the first row that pooling counts. What is not known of
-    plain token ids is empty.
+    `special` marks tokens that the tokenizer added. `offsets`, character ranges in the string (in its own one, of a pair), are
+    there for token classification alone, and `second` where it or no special token tells the strings apart. `pool_from` is the
+    first row that pooling counts. What is not known of plain token ids is empty.
     """
 
     ids: list[int]
@@ -164,7 +164,8 @@ class TextFront:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
         # Only where they are read: making Python's numbers of them takes as long as tokenising.
-        offsets = offsets and bool(getattr(tokenizer, "is_fast", False))
+        fast = bool(getattr(tokenizer, "is_fast", False))
+        offsets = offsets and fast
         # A file's regular expressions may give up on a text; the library panics then.
         with guarded(RequestError, f"the tokenizer cannot read {shown(text, 60)}", "give other text, or token ids"):
             # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
@@ -175,12 +176,15 @@ class TextFront:
                 return_offsets_mapping=offsets,
                 verbose=False,
             )
+        special = tuple(bool(mark) for mark in made["special_tokens_mask"])
+        # Without a special token between them, two strings could not be told apart.
+        parted = len(parts) == 2 and fast and (offsets or not any(special[1:-1]))
         return Encoded(
             ids=list(made["input_ids"]),
             token_types=made.get("token_type_ids"),
-            special=tuple(bool(mark) for mark in made["special_tokens_mask"]),
+            special=special,
             offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if offsets else (),
-            second=tuple(text == 1 for text in made.sequence_ids()) if offsets and len(parts) == 2 else (),
+            second=tuple(text == 1 for text in made.sequence_ids()) if parted else (),
         )
 
     def _conversation(
@@ -211,7 +215,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
     if extra <= 0:
         return encoded
     special = encoded.special or (False,) * len(encoded.ids)
-    texts = _texts(special)
+    texts = _texts(special, encoded.second or (False,) * len(special))
     if sum(len(text) for text in texts) < extra:
         raise RequestError(
             f"{limit} tokens do not hold the special tokens of {len(special)}",
@@ -254,16 +258,16 @@ def _shortened(lengths: list[int], extra: int) -> list[int]:
     return left
 
 
-def _texts(special: tuple[bool, ...]) -> list[list[int]]:
-    """Indices of the tokens of each string: runs between special tokens."""
+def _texts(special: tuple[bool, ...], second: tuple[bool, ...]) -> list[list[int]]:
+    """Indices of the tokens of each string: runs between special tokens, or up to where the second string begins."""
     texts: list[list[int]] = []
-    before = True
-    for at, mark in enumerate(special):
-        if not mark:
-            if before:
+    before: tuple[bool, bool] | None = None
+    for at, now in enumerate(zip(special, second, strict=True)):
+        if not now[0]:
+            if now != before:
                 texts.append([])
             texts[-1].append(at)
-        before = mark
+        before = now
     return texts
 
 

@@ -245,6 +245,11 @@ class Engine:
         """
         return self._preparer.token_bytes(token_ids, special=special)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for no text, such as the one that ends a completion."""
+        return self._preparer.text.special_ids
+
     def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
         """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""
         # A request checks it: a pair of texts can only be embedded or classified.

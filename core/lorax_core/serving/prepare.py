@@ -115,7 +115,8 @@ class Preparer:
         """A text as tokens."""
         # The task whose encoding knows where in the text each token lies, and adds no prompt of sentence files.
         encoded = self.text.encode(text, Task.TOKEN_CLASSIFICATION)
-        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets))
+        special = list(encoded.special or [False] * len(encoded.ids))
+        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets), special)
 
     def detokenize(self, token_ids: list[int]) -> str:
         """Token ids as text."""
@@ -152,6 +153,8 @@ class Preparer:
                 request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options
             )
         )
+        if request.truncate_prompt_tokens is not None:
+            encoded = cut(encoded, request.truncate_prompt_tokens, "start")
         # All of max_tokens must fit: the completion would otherwise end before it, without an error.
         room = self.limits.tokens - len(encoded.ids)
         if room < 1 or (request.max_tokens or 1) > room:

@@ -44,6 +44,7 @@ class GenerateRequest(Checked):
     """Continue a prompt: a string, token ids (taken as they are), or chat messages.
 
     - `max_tokens` None runs to the limit of model and cache; nothing ends the completion before `min_tokens`.
+    - `truncate_prompt_tokens` keeps so many of the prompt's last tokens, counting special ones, which stay.
     - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` filter the candidates, in this order, and
       equal `seed`s give equal answers. `n` answers are sampled independently.
     - `repetition_penalty` divides the logits of all tokens before; `presence_penalty` and `frequency_penalty` lower those of
@@ -61,6 +62,7 @@ class GenerateRequest(Checked):
     adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     top_k: int | None = Field(default=None, ge=1, lt=2**31)

@@ -50,6 +50,7 @@ class TextFront:
         self._prompt_rows: dict[str, int] = {}
         self._chat = ChatWriter(tokenizer)
         self._bytes = TokenBytes(tokenizer)
+        self._special_ids: frozenset[int] | None = None
 
     @property
     def tokenizer(self) -> Any | None:
@@ -84,6 +85,16 @@ class TextFront:
         with guarded(RequestError, f"the tokenizer cannot read the ids {shown(ids, 60)}", "give ids of this tokenizer"):
             text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand for no text; none without a tokenizer."""
+        if self._special_ids is None:
+            added = getattr(self._tokenizer, "added_tokens_decoder", {})
+            # Those without a role are left out of texts too.
+            others = (token for token, about in added.items() if about.special)
+            self._special_ids = frozenset((*getattr(self._tokenizer, "all_special_ids", ()), *others))
+        return self._special_ids
 
     def tokens(self, ids: list[int]) -> list[str]:
         """The tokenizer's own spelling of ids; empty without a tokenizer."""

@@ -14,6 +14,7 @@ from lorax_core.server.openai import embeddings, shapes
 from lorax_core.server.openai.chat import ChatBody
 from lorax_core.server.openai.completions import CompletionBody
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.schemas import OpenAIError
 
 CHAT = [{"role": "user", "content": "hello"}]
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -164,7 +165,7 @@ def test_what_is_wrong_is_named(ask, path, changes, param):
 
     assert status in (400, 404, 413)
     assert body["error"]["param"] == param, body
-    shapes.OpenAIError.model_validate(body)
+    OpenAIError.model_validate(body)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,9 @@ from lorax_core.server.openai.answers import (
     usage,
 )
 from lorax_core.server.openai.messages import Messages, NamedTool, ToolChoice, Tools
-from lorax_core.server.openai.params import GenerationBody, check_size, unsupported
+from lorax_core.server.openai.params import GenerationBody
 from lorax_core.server.openai.shapes import ChatCompletion, ChatCompletionChunk, answers
+from lorax_core.server.schemas import check_size, unsupported
 from lorax_core.server.sse import EventStream
 from lorax_core.serving.requests import TEMPLATE_OPTIONS, GenerateRequest
 from lorax_core.serving.tools import CallReader, ToolCall

@@ -28,9 +28,10 @@ from lorax_core.server.openai.answers import (
     stream_usage,
     usage,
 )
-from lorax_core.server.openai.params import GenerationBody, unsupported
+from lorax_core.server.openai.params import GenerationBody
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import TextCompletion, answers
+from lorax_core.server.schemas import unsupported
 from lorax_core.server.sse import EventStream
 from lorax_core.serving.engine import Engine
 from lorax_core.serving.requests import GenerateRequest

@@ -16,9 +16,10 @@ from fastapi.responses import Response
 from pydantic import ConfigDict, Field
 
 from lorax_core.server.gateway import Gateway
-from lorax_core.server.openai.params import MODEL, StrictBody, unsupported
+from lorax_core.server.openai.params import MODEL
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import EmbeddingList, answers
+from lorax_core.server.schemas import StrictBody, unsupported
 from lorax_core.server.sse import encoded
 from lorax_core.serving.requests import NAME_LENGTH, EmbedRequest
 from lorax_core.types import Embedding

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from lorax_core.errors import shown
 from lorax_core.server.errors import Refused
-from lorax_core.server.openai.params import StrictBody
+from lorax_core.server.schemas import StrictBody
 from lorax_core.serving.requests import MESSAGES, NAME_LENGTH, PROMPT_LENGTH
 from lorax_core.serving.tools import TOOLS
 

@@ -6,17 +6,13 @@ nothing of prompts or messages.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
-from lorax_core.errors import shown
 from lorax_core.server.errors import Refused
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.schemas import Body
+from lorax_core.server.schemas import StrictBody, check_size, unsupported
 from lorax_core.serving.requests import (
     CHOICES,
     CONSTRAINT_LENGTH,
@@ -25,7 +21,6 @@ from lorax_core.serving.requests import (
     STOP_STRINGS,
     TOKEN_OPTIONS,
 )
-from lorax_core.untrusted import unusable
 
 MODEL: Final = "The base, an adapter, or base:adapter; left out, the base."
 _Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -33,43 +28,6 @@ _TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 _Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 _Schema = dict[str, Any] | str
 _NOTHING: Final = "Accepted, and changes nothing."
-
-
-def unsupported(*harmless: Any, instead: str = "") -> Any:
-    """A field that has a meaning elsewhere and none here: it takes the values that change nothing, with which clients send it
-    anyway, and null. `instead` says what to do.
-    """
-    about = "Not supported" + (f"; {instead}" if instead else "")
-    return Field(default=None, description=f"{about}.", json_schema_extra={"enum": [None, *harmless]})
-
-
-class StrictBody(Body):
-    """Values of another kind are errors: "5" is no number. What is not supported is one by name."""
-
-    model_config = ConfigDict(strict=True)
-
-    @classmethod
-    def unsupported(cls) -> dict[str, list[Any]]:
-        """The fields that are, and the values that each may have."""
-        found = {name: _harmless(field) for name, field in cls.model_fields.items()}
-        return {name: values for name, values in found.items() if values is not None}
-
-    @model_validator(mode="after")
-    def _supported(self) -> Self:
-        for name in self.model_fields_set:
-            value, values = getattr(self, name), _harmless(type(self).model_fields[name])
-            if values is not None and value not in values:
-                raise PydanticCustomError(
-                    "unknown_parameter", "{value} is not supported by this server",
-                    {"value": shown(value), "param": name},
-                )  # fmt: skip
-        return self
-
-
-def _harmless(field: FieldInfo) -> list[Any] | None:
-    """Values of a field that `unsupported` made; None for others."""
-    extra: Any = field.json_schema_extra
-    return extra.get("enum") if isinstance(extra, dict) else None
 
 
 class StreamOptions(StrictBody):
@@ -226,17 +184,3 @@ _SAME: Final = (
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs",
 )  # fmt: skip
 """Parameters that are called the same in `GenerateRequest`."""
-
-
-def check_size(constraint: Any, limits: ServerOptions, param: str) -> None:
-    """Raises Refused for a schema or expression that is larger than this server reads."""
-    if (problem := unusable(constraint)) is not None:
-        raise Refused("invalid", f"it {problem}", hint="give plain JSON", param=param)
-    size = len(constraint) if isinstance(constraint, str) else len(json.dumps(constraint))
-    if size > limits.max_schema_chars:
-        raise Refused(
-            "invalid",
-            f"it has {size:,} characters, and {limits.max_schema_chars:,} are read",
-            hint="make it simpler, or start the server with a larger --max-schema-chars",
-            param=param,
-        )

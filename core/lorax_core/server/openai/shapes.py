@@ -7,31 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict
+from lorax_core.server.schemas import AnswerShape, OpenAIError
 
 Finish = Literal["stop", "length", "tool_calls"]
-
-
-class AnswerShape(BaseModel):
-    """Base of answers: nothing comes that is not described."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class ErrorDetail(AnswerShape):
-    """What is wrong: the `param` of the request, the error's `code`, and what to do next (`hint`)."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-    hint: str | None = None
-
-
-class OpenAIError(AnswerShape):
-    """The answer to a request that failed."""
-
-    error: ErrorDetail
 
 
 class PromptTokensDetails(AnswerShape):

@@ -18,14 +18,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 
 from lorax_core.errors import LoraxError
+from lorax_core.server.adapters import adapter_routes
 from lorax_core.server.errors import Refused, failure
 from lorax_core.server.gateway import Gateway
 from lorax_core.server.health import health_routes
+from lorax_core.server.lorax.routes import lorax_routes
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
 from lorax_core.server.openai.routes import openai_routes
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.rerank import rerank_routes
 from lorax_core.server.schemas import invalid
+from lorax_core.server.tei.routes import tei_routes
 from lorax_core.serving.engine import Engine
 from lorax_core.version import __version__
 
@@ -59,7 +63,7 @@ def build_app(engine: Engine, options: ServerOptions | None = None, *, model_nam
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
         )
     _answer_errors(app, metrics)
-    for routes in (health_routes, openai_routes):
+    for routes in (health_routes, openai_routes, lorax_routes, tei_routes, rerank_routes, adapter_routes):
         app.include_router(routes(gateway))
     return app
 

@@ -3,6 +3,7 @@
 #   .venv/.test  the test and lint tools on top
 #   .venv/.cross on top of those, a compiler for other processors and an emulator of one
 #   .venv/.bench core, and what benchmarks plot with
+#   .venv/.clients on top of .test, other projects' clients of the server, in .venv/clients
 #   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
 # All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
 
@@ -30,7 +31,7 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu test-triton test-cross test-scaffold test-zoo fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +60,9 @@ test-scaffold: $(VENV)/.test ## Run the conformance kit on packages that were wr
 
 test-zoo: $(VENV)/.test ## Run the conformance kit on the packages in plugins/
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(KITS) $(ARGS)
+
+test-clients: $(VENV)/.clients ## Ask a server with other projects' clients, as they publish them (20 MB, once)
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/clients $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
@@ -135,6 +139,13 @@ $(VENV)/.gpu: $(VENV)/.test
 $(VENV)/.cross: $(VENV)/.test
 	$(SAY) "set-up: installing zig, which compiles for any processor, and unicorn, which runs ARM's code (once, about a minute)"
 	@$(PIP) ziglang unicorn
+	@touch $@
+
+# In an environment of its own: they need older versions of what core needs.
+$(VENV)/.clients: $(VENV)/.test tests/clients/requirements.txt
+	$(SAY) "set-up: installing clients of the server into an environment of their own (once, half a minute)"
+	@$(PYTHON) -m venv --clear $(VENV)/clients
+	@$(VENV)/clients/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --requirement tests/clients/requirements.txt
 	@touch $@
 
 # Beside the pinned one, in a folder of its own.

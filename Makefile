@@ -61,7 +61,7 @@ test-scaffold: $(VENV)/.test ## Run the conformance kit on packages that were wr
 test-zoo: $(VENV)/.test ## Run the conformance kit on the packages in plugins/
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(KITS) $(ARGS)
 
-test-clients: $(VENV)/.clients ## Ask a server with other projects' clients, as they publish them (20 MB, once)
+test-clients: $(VENV)/.clients ## Ask a server with other projects' clients, as they publish them (50 MB, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/clients $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")

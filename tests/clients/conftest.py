@@ -42,8 +42,8 @@ def url(qwen2: Engine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def lorax_client() -> Iterator[Callable[..., dict[str, Any]]]:
-    """Calls a method of LoRAX's client: `lorax_client(url, method, **arguments)` gives what it found, or its error."""
+def client() -> Iterator[Callable[..., dict[str, Any]]]:
+    """Calls another project's client: `client(url, method, **arguments)` gives what it found, or its error."""
     python = _FOLDER / "bin/python"
     process = subprocess.Popen(
         [python, _HERE / "driver.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=_HERE

@@ -1,4 +1,4 @@
-"""Calls LoRAX's own client; run by the Python of the environment that has it.
+"""Calls clients of other projects; run by the Python of the environment that has them.
 
 Reads one call a line of stdin, as JSON (url, method, arguments, whether asynchronous), and writes what came of it as a line.
 """
@@ -36,6 +36,15 @@ async def call_async(url: str, method: str, arguments: dict[str, Any]) -> Any:
     return plain(await found)
 
 
+def langchain(url: str, texts: list[str]) -> list[list[float]]:
+    """The vectors that LangChain's embeddings of OpenAI give."""
+    from langchain_openai import OpenAIEmbeddings
+
+    # Else it sends the token ids of OpenAI's own models.
+    embeddings = OpenAIEmbeddings(model="base", base_url=f"{url}/v1", api_key="none", check_embedding_ctx_length=False)
+    return [*embeddings.embed_documents(texts), embeddings.embed_query(texts[0])]
+
+
 def fields() -> dict[str, list[str]]:
     """The fields of all that the client can send."""
     from lorax.types import BatchRequest, MergedAdapters, Parameters, Request
@@ -50,6 +59,8 @@ def main() -> None:
         try:
             if asked["method"] == "fields":
                 found = fields()
+            elif asked["method"] == "langchain":
+                found = langchain(asked["url"], **asked["arguments"])
             elif asked.pop("asynchronous"):
                 found = asyncio.run(call_async(**asked))
             else:

@@ -27,9 +27,9 @@ both = pytest.mark.parametrize("asynchronous", [False, True], ids=["client", "as
 
 
 @pytest.fixture
-def ask(lorax_client, url):
+def ask(client, url):
     def ask(method="generate", **arguments):
-        said = lorax_client(url, method, **{"prompt": PROMPT, "max_new_tokens": 8, **arguments})
+        said = client(url, method, **{"prompt": PROMPT, "max_new_tokens": 8, **arguments})
         assert "error" not in said, said
         return said["found"]
 
@@ -80,13 +80,13 @@ def test_the_best_of_several(ask, asynchronous):
 
 
 @both
-def test_an_embedding(lorax_client, url, qwen2, asynchronous):
-    found = lorax_client(url, "embed", inputs="a text", asynchronous=asynchronous)
+def test_an_embedding(client, url, qwen2, asynchronous):
+    found = client(url, "embed", inputs="a text", asynchronous=asynchronous)
 
     np.testing.assert_allclose(found["found"]["embeddings"], qwen2.embed("a text"), rtol=1e-4)
 
 
-def test_entities(lorax_client, tmp_path):
+def test_entities(client, tmp_path):
     labels = {0: "O", 1: "B-PER", 2: "I-PER"}
     make_letter_tokenizer().save_pretrained(tmp_path)
     saved(make_model(hf.BertForTokenClassification, BERT, seed=7, num_labels=3, id2label=labels), tmp_path)
@@ -94,8 +94,8 @@ def test_entities(lorax_client, tmp_path):
 
     # The asynchronous client's own classify does not read the list that LoRAX answers.
     with lorax_core.load(tmp_path) as engine, listening(engine) as url:
-        one = lorax_client(url, "classify", inputs=texts[0])["found"]["entities"]
-        both = lorax_client(url, "classify_batch", inputs=texts)["found"]
+        one = client(url, "classify", inputs=texts[0])["found"]["entities"]
+        both = client(url, "classify_batch", inputs=texts)["found"]
         expected = engine.classify(texts)
 
     assert one == both[0]["entities"]
@@ -105,21 +105,21 @@ def test_entities(lorax_client, tmp_path):
         ]
 
 
-def test_every_parameter_that_the_client_can_send_is_known(lorax_client, url):
-    fields = lorax_client(url, "fields")["found"]
+def test_every_parameter_that_the_client_can_send_is_known(client, url):
+    fields = client(url, "fields")["found"]
 
     assert set(fields["Parameters"]) <= set(HONOURED) | TESTED_ALONE
     assert set(fields["Request"]) == set(fields["BatchRequest"]) == {"inputs", "parameters", "stream"}
     for name in set(fields["Parameters"]) & set(HONOURED):
         given, without = ({CALLED.get(key, key): value for key, value in one.items()} for one in HONOURED[name])
         with_it, without_it = (
-            lorax_client(url, "generate", **{"prompt": LONG, "max_new_tokens": 8, "details": False, **one})
+            client(url, "generate", **{"prompt": LONG, "max_new_tokens": 8, "details": False, **one})
             for one in (given, without)
         )
         assert "found" in with_it, (name, with_it)
         assert with_it != without_it, name
     for name in set(fields["Parameters"]) - set(HONOURED) - {"watermark"}:
-        assert "found" in lorax_client(url, "generate", prompt=PROMPT, max_new_tokens=2, **SENT[name]), name
+        assert "found" in client(url, "generate", prompt=PROMPT, max_new_tokens=2, **SENT[name]), name
 
 
 @both
@@ -138,8 +138,8 @@ def test_every_parameter_that_the_client_can_send_is_known(lorax_client, url):
     ],
 )
 @pytest.mark.parametrize("method", ["generate", "generate_stream"])
-def test_a_refusal_is_the_clients_own_error(lorax_client, url, asynchronous, method, arguments, error, named):
-    said = lorax_client(url, method, prompt=PROMPT, asynchronous=asynchronous, **arguments)
+def test_a_refusal_is_the_clients_own_error(client, url, asynchronous, method, arguments, error, named):
+    said = client(url, method, prompt=PROMPT, asynchronous=asynchronous, **arguments)
 
     assert said["error"] == error, said
     assert named in said["message"]

@@ -144,7 +144,10 @@ def test_tokens_are_told_with_their_part_of_the_text(embedder, client):
     assert [(TeiToken.model_validate(one).text, one["special"]) for one in found] == [
         ("[CLS]", True), ("a", False), ("B", False), ("c", False), ("[SEP]", True),
     ]  # fmt: skip
+    many = good(post(client, embedder, "/tokenize", inputs=["a Bc", LONG * 20]))
+
     assert plain == found[1:-1]
+    assert (many[0], len(many[1])) == (found, len(embedder.tokenize(LONG * 20).ids))
     assert (found[0]["start"], found[3]["start"], found[3]["stop"]) == (None, 3, 4)
 
 

@@ -5,14 +5,16 @@ Decides where tokenizing happens, and which tokens are left out. Knows nothing o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from lorax_core.server.gateway import Gateway
+from lorax_core.serving.engine import Engine
 from lorax_core.types import Tokenized
 
 _INLINE_CHARACTERS: Final = 2_000
-"""A longer text is tokenized in a thread."""
+"""More than these are tokenized in a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +28,15 @@ class TextToken:
     stop: int
 
 
-async def tokenized(gateway: Gateway, text: str, *, special: bool) -> list[TextToken]:
-    """The tokens of a text, with those that the tokenizer adds where `special`."""
-    if len(text) <= _INLINE_CHARACTERS:
-        return _tokens(gateway.engine.tokenize(text), special)
-    return _tokens(await gateway.in_thread(gateway.engine.tokenize, text), special)
+async def tokenized(gateway: Gateway, texts: Sequence[str], *, special: bool) -> list[list[TextToken]]:
+    """The tokens of each text, with those that the tokenizer adds where `special`."""
+    if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+        return _all(gateway.engine, texts, special)
+    return await gateway.in_thread(_all, gateway.engine, texts, special)
+
+
+def _all(engine: Engine, texts: Sequence[str], special: bool) -> list[list[TextToken]]:
+    return [_tokens(engine.tokenize(text), special) for text in texts]
 
 
 def _tokens(found: Tokenized, special: bool) -> list[TextToken]:

@@ -174,7 +174,7 @@ def _about(routes: APIRouter, gateway: Gateway) -> None:
     @routes.post("/tokenize", **answers(list[LoraxToken]))
     async def tokenize(body: TokenizeBody) -> Response:
         """A text as tokens."""
-        found = await tokenized(gateway, body.inputs, special=body.add_special_tokens is not False)
+        (found,) = await tokenized(gateway, [body.inputs], special=body.add_special_tokens is not False)
         return JSONResponse([{"id": one.id, "text": one.token, "start": one.start, "stop": one.stop} for one in found])
 
 

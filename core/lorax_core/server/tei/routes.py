@@ -32,7 +32,7 @@ from lorax_core.server.tei.shapes import (
     TokenizeTexts,
     answers,
 )
-from lorax_core.server.tokens import tokenized
+from lorax_core.server.tokens import TextToken, tokenized
 from lorax_core.serving.prepare import Result
 from lorax_core.serving.requests import ClassifyRequest, EmbedRequest, RerankRequest
 from lorax_core.serving.requests import Request as EngineRequest
@@ -170,10 +170,11 @@ def _about(routes: APIRouter, gateway: Gateway) -> None:
         """Each text as tokens."""
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         gateway.check_batch(len(texts), param="inputs")
-        return JSONResponse([await _token_list(gateway, text, special=body.add_special_tokens) for text in texts])
+        found = await tokenized(gateway, texts, special=body.add_special_tokens)
+        return JSONResponse([_token_list(text, tokens) for text, tokens in zip(texts, found, strict=True)])
 
 
-async def _token_list(gateway: Gateway, text: str, *, special: bool) -> list[dict[str, Any]]:
+def _token_list(text: str, tokens: Sequence[TextToken]) -> list[dict[str, Any]]:
     return [
         {
             "id": one.id,
@@ -182,5 +183,5 @@ async def _token_list(gateway: Gateway, text: str, *, special: bool) -> list[dic
             "start": None if one.special else one.start,
             "stop": None if one.special else one.stop,
         }
-        for one in await tokenized(gateway, text, special=special)
+        for one in tokens
     ]

@@ -28,7 +28,7 @@ from lorax_core.server.openai.answers import (
     usage,
 )
 from lorax_core.server.openai.messages import Messages, NamedTool, ToolChoice, Tools
-from lorax_core.server.openai.params import GenerationBody, check_size, unsupported
+from lorax_core.server.openai.params import GenerationBody, check_size, generate_request, unsupported
 from lorax_core.server.openai.shapes import ChatCompletion, ChatCompletionChunk, answers
 from lorax_core.server.sse import EventStream
 from lorax_core.serving.requests import TEMPLATE_OPTIONS, GenerateRequest
@@ -118,7 +118,8 @@ class ChatBody(GenerationBody):
         for name in ("add_generation_prompt", "continue_final_message"):
             if (value := getattr(self, name)) is not None:
                 template[name] = value
-        return GenerateRequest(
+        return generate_request(
+            self,
             prompt=[message.plain(f"messages.{at}") for at, message in enumerate(self.messages)],
             adapter=gateway.names.adapter(self.model),
             template_options=template,

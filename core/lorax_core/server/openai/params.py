@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from lorax_core.errors import shown
+from lorax_core.errors import RequestError, shown
 from lorax_core.server.errors import Refused
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.schemas import Body
@@ -24,6 +24,7 @@ from lorax_core.serving.requests import (
     STOP_LENGTH,
     STOP_STRINGS,
     TOKEN_OPTIONS,
+    GenerateRequest,
 )
 from lorax_core.untrusted import unusable
 
@@ -226,6 +227,18 @@ _SAME: Final = (
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs",
 )  # fmt: skip
 """Parameters that are called the same in `GenerateRequest`."""
+
+
+def generate_request(body: GenerationBody, **options: Any) -> GenerateRequest:
+    """A request to the engine; raises Refused that names the parameter of `body` which is wrong."""
+    try:
+        return GenerateRequest(**options)
+    except RequestError as error:
+        name, _, said = error.message.partition(": ")
+        param = name if name in type(body).model_fields else "messages" if name == "prompt" else None
+        if param is None or not said:
+            raise
+        raise Refused("invalid", said, hint="GET /openapi.json says what each field takes", param=param) from error
 
 
 def check_size(constraint: Any, limits: ServerOptions, param: str) -> None:

@@ -9,9 +9,11 @@ from builders import make_byte_tokenizer, make_qwen2
 from chats import CLOCK, TOOL_TEMPLATE, WEATHER
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 
 import lorax_core as lorax
-from lorax_core.errors import RequestError
+from lorax_core.errors import CapacityError, RequestError
+from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront
 from lorax_core.serving.tools import CallReader, ToolCall
 from lorax_core.types import Task
@@ -169,6 +171,40 @@ def test_schemas_of_all_tools_are_bounded_together(engine):
     engine.generate(CHAT, tools=tools, max_tokens=1)  # none is enforced
     with pytest.raises(RequestError, match="the schema of all tools joins 9 parts"):
         engine.generate(CHAT, tools=tools, tool_choice="required", max_tokens=1)
+
+
+STRICT = {"type": "function", "function": {**CLOCK["function"], "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({"tools": [CLOCK], "tool_choice": "required"},
+         ["<tool_call>", '\n{"name": "clock", "arguments": {}}\n', "</tool_call>"]),
+        ({"tools": [CLOCK], "json_schema": {"type": "object"}}, ["<tool_call>", '\n{"name"']),
+        ({"tools": [CLOCK], "json_schema": {"type": "object"}}, ['{"a":1}']),
+        ({"tools": [STRICT]}, ["<think>", "so", "</think>", "I call", "<tool_call>", '\n{"name": "clock", "arguments": {}}\n',
+                               "</tool_call>", " and", "<think>", "."]),
+        ({"tools": [STRICT]}, ["no call"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("marks", [("<tool_call>", "</tool_call>", "<think>", "</think>"), ("<think>", "</think>"), ()])
+def test_marks_that_are_tokens_are_written_as_such(options, written, marks):
+    tokenizer = make_byte_tokenizer(TOOL_TEMPLATE)
+    tokenizer.add_tokens([AddedToken(mark, special=False) for mark in marks])
+    factory = GrammarFactory(tokenizer, len(tokenizer), frozenset({256}))
+    request = lorax.GenerateRequest(prompt=CHAT, **options)
+
+    grammar = factory.grammar(request)
+
+    for text in written:
+        for token in [tokenizer.convert_tokens_to_ids(text)] if text in marks else text.encode():
+            assert grammar.allowed()[token // 8] >> token % 8 & 1, (text, token)
+            grammar.advance(token)
+    if "tool_choice" not in options or options["tool_choice"] != "required":
+        return
+    with pytest.raises(CapacityError):
+        factory.grammar(request).advance(ord("x"))
 
 
 def test_text_is_split_into_text_and_calls():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -48,50 +48,56 @@ def names_of(tools: Sequence[dict[str, Any]]) -> list[str]:
     return [tool["function"]["name"] for tool in tools]
 
 
+def constrain(tools: Sequence[dict[str, Any]], choice: str) -> bool:
+    """Whether a completion that calls tools as `choice` has it needs a grammar, even where it is free otherwise."""
+    return choice != "auto" or any(tool["function"].get("strict") for tool in tools)
+
+
 def grammar_of(
-    tools: Sequence[dict[str, Any]],
-    choice: str,
-    answer: str | None,
-    *,
-    parallel: bool,
-) -> str | None:
-    """A Lark grammar of completions that call tools as `choice` has it; None where any text may come.
+    tools: Sequence[dict[str, Any]], choice: str, answer: str | None, *, parallel: bool, own: Mapping[str, int]
+) -> str:
+    """A Lark grammar of completions that call tools as `choice` has it.
 
     With "auto" the completion is calls or an answer after the schema `answer`; without one it is text, in which the calls of
-    tools that are `strict` follow their schema.
+    tools that are `strict` follow their schema. `own` are texts that are tokens of their own, which no other token may spell.
     """
-    strict = [bool(tool["function"].get("strict")) for tool in tools]
-    if choice == "auto" and answer is None and not any(strict):
-        return None
+    rules = [_call_rules(tools, choice, answer), f'close: "\\n" {_marked(CLOSE, own)}']
+    several = parallel and choice in ("auto", "required")
+    calls = 'calls: tagged ("\\n" tagged)*' if several else "calls: tagged"
+    if choice != "auto" or answer is not None:
+        rules += [calls, f'tagged: {_marked(OPEN, own)} "\\n" call close']
+        rules.append("start: calls" if choice != "auto" else f"start: calls | answer\nanswer: %json {answer}")
+        return _lark(rules)
+    others = ",".join(str(token) for text, token in own.items() if text != OPEN)
+    rules += ["TEXT: /(.|\\n)*/", f"text: TEXT (<[{others}]> TEXT)*" if others else "text: TEXT"]
+    if OPEN in own:
+        rules.append(f'tagged: text {_marked(OPEN, own)} "\\n" call close')
+    else:  # lazy: the text ends where the first call begins
+        before = f"(TEXT <[{others}]>)* " if others else ""
+        rules += [f'head[lazy]: TEXT "{OPEN}"', f'tagged: {before}head "\\n" call close']
+    rules.append(f"start: tagged{'*' if several else '?'} text")
+    return _lark(rules)
+
+
+def _call_rules(tools: Sequence[dict[str, Any]], choice: str, answer: str | None) -> str:
+    """The rule `call`: what is between the marks."""
     rules = []
     for at, tool in enumerate(tools):
         function = tool["function"]
         # What is not strict is up to the model where the model itself chose to call.
-        bound = choice != "auto" or answer is not None or strict[at]
-        schema = {"type": "object", **(function.get("parameters") or {})} if bound else {"type": "object"}
+        bound = choice != "auto" or answer is not None or function.get("strict")
+        schema = {"type": "object", **((function.get("parameters") or {}) if bound else {})}
         opening = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
-        rules += [
-            f'call_{at}: {opening} arguments_{at} "}}"',
-            f"arguments_{at}: %json {json.dumps(schema)}",
-        ]
-    named = [at for at, tool in enumerate(tools) if choice in ("auto", "required", tool["function"]["name"])]
-    rules.append("call: " + " | ".join(f"call_{at}" for at in named))
-    several = parallel and choice in ("auto", "required")
-    calls = 'calls: tagged ("\\n" tagged)*' if several else "calls: tagged"
-    tagged = f'tagged: "{OPEN}\\n" call "\\n{CLOSE}"'
-    if choice != "auto":
-        rules += ["start: calls", calls, tagged]
-    elif answer is not None:
-        rules += ["start: calls | answer", calls, tagged, f"answer: %json {answer}"]
-    else:
-        # Lazy: the text ends where the first call begins.
-        rules += [
-            f"start: tagged{'*' if several else '?'} tail",
-            "tail: TEXT",
-            "TEXT: /(.|\\n)*/",
-            f'head[lazy]: TEXT "{OPEN}"',
-            f'tagged: head "\\n" call "\\n{CLOSE}"',
-        ]
+        rules.append(f'call_{at}: {opening} arguments_{at} "}}"\narguments_{at}: %json {json.dumps(schema)}')
+    named = [at for at, name in enumerate(names_of(tools)) if choice in ("auto", "required", name)]
+    return "\n".join([*rules, "call: " + " | ".join(f"call_{at}" for at in named)])
+
+
+def _marked(mark: str, own: Mapping[str, int]) -> str:
+    return f"<[{own[mark]}]>" if mark in own else json.dumps(mark)
+
+
+def _lark(rules: list[str]) -> str:
     return "%llguidance {}\n" + "\n".join(rules) + "\n"
 
 

@@ -28,7 +28,7 @@ from lorax_core.server.openai.answers import (
     usage,
 )
 from lorax_core.server.openai.messages import Messages, NamedTool, ToolChoice, Tools
-from lorax_core.server.openai.params import GenerationBody
+from lorax_core.server.openai.params import GenerationBody, generate_request
 from lorax_core.server.openai.shapes import ChatCompletion, ChatCompletionChunk, answers
 from lorax_core.server.schemas import check_size, unsupported
 from lorax_core.server.sse import EventStream
@@ -119,7 +119,8 @@ class ChatBody(GenerationBody):
         for name in ("add_generation_prompt", "continue_final_message"):
             if (value := getattr(self, name)) is not None:
                 template[name] = value
-        return GenerateRequest(
+        return generate_request(
+            self,
             prompt=[message.plain(f"messages.{at}") for at, message in enumerate(self.messages)],
             adapter=gateway.names.adapter(self.model),
             template_options=template,

@@ -28,7 +28,7 @@ from lorax_core.server.openai.answers import (
     stream_usage,
     usage,
 )
-from lorax_core.server.openai.params import GenerationBody
+from lorax_core.server.openai.params import GenerationBody, generate_request
 from lorax_core.server.openai.prompts import PromptInput, prompts
 from lorax_core.server.openai.shapes import TextCompletion, answers
 from lorax_core.server.schemas import unsupported
@@ -121,7 +121,7 @@ def _requests(gateway: Gateway, body: CompletionBody, given: Sequence[str | list
         if body.echo:
             options["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     adapter = gateway.names.adapter(body.model)
-    return [GenerateRequest(prompt=prompt, adapter=adapter, **options) for prompt in given]
+    return [generate_request(body, prompt=prompt, adapter=adapter, **options) for prompt in given]
 
 
 def _choices(

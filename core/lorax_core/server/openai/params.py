@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
+from lorax_core.errors import RequestError
 from lorax_core.server.errors import Refused
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.schemas import StrictBody, check_size, unsupported
@@ -20,6 +21,7 @@ from lorax_core.serving.requests import (
     STOP_LENGTH,
     STOP_STRINGS,
     TOKEN_OPTIONS,
+    GenerateRequest,
 )
 
 MODEL: Final = "The base, an adapter, or base:adapter; left out, the base."
@@ -184,3 +186,15 @@ _SAME: Final = (
     "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "prompt_logprobs",
 )  # fmt: skip
 """Parameters that are called the same in `GenerateRequest`."""
+
+
+def generate_request(body: GenerationBody, **options: Any) -> GenerateRequest:
+    """A request to the engine; raises Refused that names the parameter of `body` which is wrong."""
+    try:
+        return GenerateRequest(**options)
+    except RequestError as error:
+        name, _, said = error.message.partition(": ")
+        param = name if name in type(body).model_fields else "messages" if name == "prompt" else None
+        if param is None or not said:
+            raise
+        raise Refused("invalid", said, hint="GET /openapi.json says what each field takes", param=param) from error

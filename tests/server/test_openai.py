@@ -248,6 +248,23 @@ def test_errors_are_the_client_s_own(client, url):
     assert "'base'" in unknown.value.body["hint"]
 
 
+def test_what_goes_wrong_before_a_stream_has_its_status_and_later_is_an_event(client):
+    # The library gives up on it after some thirty letters.
+    complex = {"guided_regex": "((a{1,100}){1,100}){1,100}b", "logit_bias": {str(ord("b")): -100}}
+    options = {"prompt": "abc", "stream": True, **GREEDY}
+
+    with pytest.raises(openai.BadRequestError) as before:
+        client.completions.create(max_tokens=10_000, **options)
+    with client.completions.create(max_tokens=200, extra_body=complex, **options) as stream:
+        read = iter(stream)
+        assert next(read).choices[0].text
+        with pytest.raises(openai.APIError) as within:
+            list(read)
+
+    assert before.value.code == within.value.code == "context_length_exceeded"
+    assert "cannot be followed" in within.value.message
+
+
 def test_a_full_queue_is_a_rate_limit_error(engine):
     long = {"prompt": "abc", "max_tokens": 1_500, "extra_body": {"ignore_eos": True}, **GREEDY}
     with (

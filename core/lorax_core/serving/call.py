@@ -378,5 +378,5 @@ def _completion(answer: _Answer, reason: FinishReason) -> Completion:
 def _stop_reason(sequence: Sequence, reason: FinishReason) -> int | str | None:
     if reason is not FinishReason.STOP or sequence.stop_string is not None:
         return sequence.stop_string
-    last = sequence.output[-1]
+    last = next(reversed(sequence.output), None)
     return last if sequence.stop is not None and last in sequence.stop.token_ids else None

@@ -15,12 +15,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from lorax_core.errors import LoraxError
 from lorax_core.server.errors import Refused, failure
-from lorax_core.server.gateway import Gateway
+from lorax_core.server.gateway import ClientGone, Gateway
 from lorax_core.server.health import health_routes
+from lorax_core.server.logs import log_failure
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
 from lorax_core.server.options import ServerOptions
@@ -69,6 +70,7 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
     def answer(request: Request, error: LoraxError) -> JSONResponse:
         found = failure(error)
         metrics.refused(found.kind)
+        log_failure(found, error)
         return refusal(request.url.path, found)
 
     async def deliberate(request: Request, error: Any) -> JSONResponse:
@@ -81,6 +83,8 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
         # FastAPI hides in its own error what went wrong while a body was read.
         if isinstance(error.__cause__, LoraxError):
             return answer(request, error.__cause__)
+        if isinstance(error.__cause__, ClientDisconnect):
+            raise ClientGone from error
         if error.status_code == 405:
             refused = Refused("wrong_method", f"{request.method} is not what this route takes", hint=_ROUTES)
         elif error.status_code == 404:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -18,7 +19,8 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from lorax_core.errors import LoraxError
-from lorax_core.server.errors import Refused
+from lorax_core.server.errors import Refused, failure
+from lorax_core.server.logs import log_failure
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.names import ModelNames
 from lorax_core.server.options import ServerOptions
@@ -51,8 +53,10 @@ class Gateway:
         self.draining = False
         self._in_flight = 0
         self._rows = engine.options.max_batch_rows
+        # Apart: adapters that take minutes to load must not delay prompts.
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorax-http")
-        self._ended: list[tuple[float, int]] = []
+        self._jobs = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorax-jobs")
+        self._ended: deque[tuple[float, int]] = deque(maxlen=32)
 
     async def answer(self, http: HttpRequest, requests: Sequence[Request]) -> list[Result]:
         """Results in the order of the requests. The call is cancelled when the client hangs up, or when it takes too long.
@@ -60,11 +64,15 @@ class Gateway:
         Raises LoraxError (Refused, StepError and all others) and ClientGone.
         """
         with self._admit(http, requests) as ticket:
-            call = await self._submit(requests, ticket)
+            call: Call | None = None
             try:
+                call = await self._submit(http, requests, ticket)
                 results = await self._unless_gone(http, ticket, _all_of(call))
+            except LoraxError as error:
+                raise self._explained(error) from error
             finally:
-                call.cancel()
+                if call is not None:
+                    call.cancel()
             for request, result in zip(requests, results, strict=True):
                 self._account(request, result)
                 ticket.observe(call, result)
@@ -74,7 +82,10 @@ class Gateway:
         """The answers as they come. What is wrong with the requests is raised now, before anything was sent."""
         ticket = self._admit(http, requests)
         try:
-            return Events(self, requests, await self._submit(requests, ticket), ticket)
+            return Events(self, requests, await self._submit(http, requests, ticket), ticket)
+        except LoraxError as error:
+            ticket.close()
+            raise self._explained(error) from error
         except BaseException:
             ticket.close()
             raise
@@ -82,7 +93,7 @@ class Gateway:
     async def in_thread(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What takes long or blocks, such as loading an adapter, beside the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, functools.partial(job, *args, **kwargs))
+        return await loop.run_in_executor(self._jobs, functools.partial(job, *args, **kwargs))
 
     def check_batch(self, count: int, *, param: str) -> None:
         """Raises Refused for more inputs than one request may have."""
@@ -96,11 +107,14 @@ class Gateway:
 
     def close(self) -> None:
         """Let the threads go. The engine stays."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._jobs):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _admit(self, http: HttpRequest, requests: Sequence[Request]) -> Ticket:
         if self.draining:
             raise Refused("unavailable", "the server is shutting down", hint="ask another one", retry_after=1)
+        if self.engine.closed:
+            raise _closed()
         count = sum(request.n if isinstance(request, GenerateRequest) else 1 for request in requests)
         room = self._rows + self.options.max_queue
         # A request that is larger than the queue is let in alone: it would otherwise never be.
@@ -139,18 +153,15 @@ class Gateway:
         rate = sum(count for _, count in self._ended) / max(end - start, 0.1)
         return int(min(max(self._in_flight / 2 / max(rate, 0.01), 1), 60))
 
-    async def _submit(self, requests: Sequence[Request], ticket: Ticket) -> Call:
+    async def _submit(self, http: HttpRequest, requests: Sequence[Request], ticket: Ticket) -> Call:
         if sum(map(_size, requests)) <= _INLINE_CHARACTERS:
             return self.engine.submit(requests)
         submitted = self._pool.submit(self.engine.submit, requests)
         try:
-            async with asyncio.timeout_at(ticket.deadline):
-                return await asyncio.wrap_future(submitted)
-        except BaseException as error:
+            return await self._unless_gone(http, ticket, asyncio.wrap_future(submitted))
+        except BaseException:
             # It may become a call after all, which nobody would wait for.
             submitted.add_done_callback(_cancel)
-            if isinstance(error, TimeoutError):
-                raise _late(self.options) from error
             raise
 
     async def _unless_gone(self, http: HttpRequest, ticket: Ticket, work: Awaitable[T]) -> T:
@@ -170,6 +181,10 @@ class Gateway:
         self.metrics.hung_up()
         raise ClientGone
 
+    def _explained(self, error: LoraxError) -> LoraxError:
+        """An error of the engine as clients should take it: one that has closed may be another server's to answer for."""
+        return _closed() if self.engine.closed and not isinstance(error, Refused) else error
+
     def _account(self, request: Request, result: Result) -> None:
         task = type(request).__name__.removesuffix("Request").lower()
         self.metrics.result(task, request.adapter, result)
@@ -181,7 +196,7 @@ class Gateway:
     def _leave(self, count: int) -> None:
         self._in_flight -= count
         self.metrics.in_flight.set(self._in_flight)
-        self._ended = [*self._ended[-31:], (time.monotonic(), count)]
+        self._ended.append((time.monotonic(), count))
 
 
 class Ticket:
@@ -225,27 +240,43 @@ class Events:
         self.deadline = ticket.deadline
         self._gateway, self._requests, self._call, self._ticket = gateway, requests, call, ticket
         self._stream = Stream(call)
-        self._first: float | None = None
+        self._expired = False
+        # Not a timeout around the loop below: it would cancel the task while that waits for its client.
+        self._timer = asyncio.get_running_loop().call_at(self.deadline, self._expire)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
-            async with asyncio.timeout_at(self.deadline):
-                async for event in self._stream:
-                    if event.completion is not None:
-                        self._ticket.observe(self._call, event.completion)
-                    yield event
+            async for event in self._stream:
+                if event.completion is not None:
+                    self._ticket.observe(self._call, event.completion)
+                yield event
             for request, result in zip(self._requests, self._call.results, strict=True):
                 if result is not None and not isinstance(result, LoraxError):
                     self._gateway._account(request, result)
-        except TimeoutError as error:
-            raise _late(self._gateway.options) from error
+        except LoraxError as error:
+            raise (_late(self._gateway.options) if self._expired else self._gateway._explained(error)) from error
         finally:
             self.close()
 
+    def failed(self, error: BaseException) -> None:
+        """Note that the answer broke off with an error."""
+        found = failure(error)
+        self._gateway.metrics.refused(found.kind)
+        log_failure(found, error)
+
+    def hung_up(self) -> None:
+        """Note that nobody reads any more."""
+        self._gateway.metrics.hung_up()
+
     def close(self) -> None:
         """Cancel what has not finished, and give the place back. Idempotent."""
+        self._timer.cancel()
         self._stream.close()
         self._ticket.close()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._call.cancel()
 
 
 async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
@@ -256,6 +287,10 @@ async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 async def _all_of(call: Call) -> list[Result]:
     return await call
+
+
+def _closed() -> Refused:
+    return Refused("unavailable", "the engine has closed", hint="ask another server; this one must be started again")
 
 
 def _cancel(submitted: Future[Call]) -> None:

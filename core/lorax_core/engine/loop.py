@@ -119,6 +119,10 @@ class EngineLoop:
     def _launch(self, plan: StepPlan) -> _Launched:
         """Start computing a plan."""
         ended, self._ended = self._ended, []
+        now = time.monotonic()
+        for chunk in plan.chunks:
+            if chunk.sequence.started is None:
+                chunk.sequence.started = now
         try:
             return _Launched(plan, self._runner.launch(step_input(plan, ended)))
         except Exception as error:

@@ -6,6 +6,7 @@ call it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -26,16 +27,23 @@ from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.schemas import invalid
+from lorax_core.server.tracing import Traces
 from lorax_core.serving.engine import Engine
 from lorax_core.version import __version__
 
 _ROUTES: Final = "GET /openapi.json lists routes and their methods"
 
 
-def build_app(engine: Engine, options: ServerOptions | None = None, *, model_name: str | None = None) -> FastAPI:
+def build_app(
+    engine: Engine,
+    options: ServerOptions | None = None,
+    *,
+    model_name: str | None = None,
+    traces: Traces | None = None,
+) -> FastAPI:
     """The application that answers from `engine`, which stays the caller's to close.
 
-    `app.state.gateway` is its `Gateway`.
+    `app.state.gateway` is its `Gateway`. `traces` are closed when it ends.
     """
     options = options or ServerOptions()
     metrics = Metrics(engine)
@@ -45,11 +53,17 @@ def build_app(engine: Engine, options: ServerOptions | None = None, *, model_nam
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         gateway.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     # The pages of FastAPI load their scripts from elsewhere; /openapi.json is what tools read.
-    app = FastAPI(title="lorax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    # FastAPI's own traces would be spans of parts, and could hold what clients sent.
+    silent: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    app = FastAPI(
+        title="lorax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, telemetry=silent
+    )
     app.state.gateway = gateway
-    app.add_middleware(EveryRequest, options=options, metrics=metrics)
+    app.add_middleware(EveryRequest, options=options, metrics=metrics, traces=traces)
     if options.cors_origins:
         # Last, so outermost: a browser asks without a key whether it may ask.
         app.add_middleware(

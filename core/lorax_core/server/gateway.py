@@ -21,9 +21,10 @@ from starlette.requests import Request as HttpRequest
 from lorax_core.errors import LoraxError
 from lorax_core.server.errors import Refused, failure
 from lorax_core.server.logs import log_failure
-from lorax_core.server.metrics import Metrics
+from lorax_core.server.metrics import Metrics, adapter_name, completion_tokens
 from lorax_core.server.names import ModelNames
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.tracing import note
 from lorax_core.serving.call import Call
 from lorax_core.serving.engine import Engine
 from lorax_core.serving.prepare import Result
@@ -73,9 +74,9 @@ class Gateway:
             finally:
                 if call is not None:
                     call.cancel()
-            for request, result in zip(requests, results, strict=True):
-                self._account(request, result)
+            for result in results:
                 ticket.observe(call, result)
+            self._account(ticket, call, list(zip(requests, results, strict=True)))
             return results
 
     async def events(self, http: HttpRequest, requests: Sequence[GenerateRequest]) -> Events:
@@ -185,9 +186,24 @@ class Gateway:
         """An error of the engine as clients should take it: one that has closed may be another server's to answer for."""
         return _closed() if self.engine.closed and not isinstance(error, Refused) else error
 
-    def _account(self, request: Request, result: Result) -> None:
-        task = type(request).__name__.removesuffix("Request").lower()
-        self.metrics.result(task, request.adapter, result)
+    def _account(self, ticket: Ticket, call: Call, answered: Sequence[tuple[Request, Result]]) -> None:
+        """Count what a call came to, and note it in the trace."""
+        for request, result in answered:
+            self.metrics.result(_task(request), request.adapter, result)
+        waited = None if call.started is None else call.started - ticket.start
+        if waited is not None:
+            self.metrics.queued.observe(waited)
+        first = call.first_update
+        adapters = {adapter_name(request.adapter) for request, _ in answered if request.adapter is not None}
+        note(
+            lorax__task=",".join(sorted({_task(request) for request, _ in answered})),
+            lorax__adapter=",".join(sorted(adapters))[:1_000] or None,
+            gen_ai__request__model=self.names.base,
+            gen_ai__usage__input_tokens=sum(result.usage.prompt_tokens for _, result in answered),
+            gen_ai__usage__output_tokens=sum(map(completion_tokens, (result for _, result in answered))),
+            gen_ai__latency__time_in_queue=waited,
+            gen_ai__latency__time_to_first_token=None if first is None else first - ticket.start,
+        )
 
     def _enter(self, count: int) -> None:
         self._in_flight += count
@@ -205,7 +221,7 @@ class Ticket:
     def __init__(self, gateway: Gateway, count: int, deadline: float) -> None:
         self.deadline = deadline
         self._gateway, self._count = gateway, count
-        self._start = time.monotonic()
+        self.start = time.monotonic()
         gateway._enter(count)
 
     def observe(self, call: Call, result: Any) -> None:
@@ -213,7 +229,7 @@ class Ticket:
         first = call.first_update
         if first is not None and hasattr(result, "token_ids"):
             now = time.monotonic()
-            self._gateway.metrics.times(first - self._start, now - self._start, len(result.token_ids))
+            self._gateway.metrics.times(first - self.start, now - self.start, len(result.token_ids))
 
     def close(self) -> None:
         """Give the place back. Idempotent."""
@@ -250,9 +266,9 @@ class Events:
                 if event.completion is not None:
                     self._ticket.observe(self._call, event.completion)
                 yield event
-            for request, result in zip(self._requests, self._call.results, strict=True):
-                if result is not None and not isinstance(result, LoraxError):
-                    self._gateway._account(request, result)
+            pairs = zip(self._requests, self._call.results, strict=True)
+            answered = [(one, got) for one, got in pairs if got is not None and not isinstance(got, LoraxError)]
+            self._gateway._account(self._ticket, self._call, answered)
         except LoraxError as error:
             raise (_late(self._gateway.options) if self._expired else self._gateway._explained(error)) from error
         finally:
@@ -304,6 +320,10 @@ def _late(options: ServerOptions) -> Refused:
         "the answer took longer than this request may take",
         hint=f"ask for fewer tokens; the server's limit is {options.request_timeout:g} seconds (--request-timeout)",
     )
+
+
+def _task(request: Request) -> str:
+    return type(request).__name__.removesuffix("Request").lower()
 
 
 def _size(request: Request) -> int:

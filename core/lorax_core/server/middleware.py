@@ -21,6 +21,7 @@ from lorax_core.server.gateway import ClientGone
 from lorax_core.server.logs import log, log_failure, new_request_id, request_id
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.tracing import Traces
 
 _BODIES: Final = 32
 """How many bodies of the largest size a server has room for, whatever their number: each client may send one at once."""
@@ -35,8 +36,8 @@ def refusal(path: str, found: Failure) -> JSONResponse:
 class EveryRequest:
     """Id, key, bounds of the body and log line of every request; whatever escapes from a route becomes an answer."""
 
-    def __init__(self, app: ASGIApp, *, options: ServerOptions, metrics: Metrics) -> None:
-        self._app, self._options, self._metrics = app, options, metrics
+    def __init__(self, app: ASGIApp, *, options: ServerOptions, metrics: Metrics, traces: Traces | None = None) -> None:
+        self._app, self._options, self._metrics, self._traces = app, options, metrics, traces
         self._keys = ApiKeys(options.api_keys, options.admin_key)
         self._held = _Held(_BODIES * options.max_body_bytes)
 
@@ -48,6 +49,7 @@ class EveryRequest:
         headers = Headers(scope=scope)
         found = new_request_id(headers.get("x-request-id"))
         token = request_id.set(found)
+        span = None if self._traces is None else self._traces.begin(scope["method"], headers)
         answer = _Reply(send, found, time.monotonic())
         body = _Body(receive, headers, self._options, self._held)
         try:
@@ -66,10 +68,13 @@ class EveryRequest:
                 raise
         finally:
             body.let_go()
-            self._note(scope, answer)
+            route = self._note(scope, answer)
+            if span is not None and self._traces is not None:
+                self._traces.end(span, scope["method"], route, answer.status or 499)
             request_id.reset(token)
 
-    def _note(self, scope: Scope, answer: _Reply) -> None:
+    def _note(self, scope: Scope, answer: _Reply) -> str:
+        """Count and log an answer; gives its route."""
         seconds = time.monotonic() - answer.start
         # By the route and not by the path, which a client chooses.
         route = getattr(scope.get("route"), "path", None) or "(none)"
@@ -83,6 +88,7 @@ class EveryRequest:
         }
         quiet = route in ("/health", "/ready", "/metrics") and answer.status == 200
         log.log(10 if quiet else 20, "request", extra={"fields": fields})
+        return str(route)
 
 
 class _Reply:

@@ -21,6 +21,7 @@ from lorax_core.errors import RequestError
 from lorax_core.server.app import build_app
 from lorax_core.server.logs import set_up_logs
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.tracing import traces_from_environment
 from lorax_core.serving.engine import Engine
 
 _BACKLOG: Final = 2_048
@@ -64,7 +65,7 @@ def serve(engine: Engine, options: ServerOptions, bound: socket.socket, *, model
     Then running requests have `drain_timeout` seconds to finish. The engine stays the caller's to close.
     """
     set_up_logs(options.log_format)
-    app = build_app(engine, options, model_name=model_name)
+    app = build_app(engine, options, model_name=model_name, traces=traces_from_environment())
     # What is loaded stays: the collector of garbage would otherwise look through it again and again.
     gc.collect()
     gc.freeze()

@@ -150,6 +150,11 @@ class Call:
         return self._process.here
 
     @property
+    def started(self) -> float | None:
+        """When the first step of any of its sequences began, by `time.monotonic`; None before."""
+        return min((at for answer in self._answers if (at := answer.sequence.started) is not None), default=None)
+
+    @property
     def done(self) -> bool:
         """Whether every request has its result or error."""
         self._process.check()

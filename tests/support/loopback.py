@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from lorax_core.server.errors import failure
 from lorax_core.server.gateway import Events, Gateway
 from lorax_core.server.middleware import EveryRequest
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.run import address, listen, make_server
+from lorax_core.server.run import address, listen, make_server, serve_app
 from lorax_core.server.schemas import Body
 from lorax_core.server.sse import EventStream, data
 
@@ -182,7 +183,9 @@ class Child:
         given = json.dumps({"adapters": adapters or {}, "options": options})
         command = [sys.executable, __file__, str(checkpoint), given]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        # One thread: several that spin on a machine that others use too take many times as long.
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
         assert self.process.stdout is not None
         self.url = self.process.stdout.readline().strip()
         if not self.url:
@@ -230,11 +233,11 @@ def _serve(checkpoint: str, given: dict[str, Any]) -> None:
     bound = listen(options)
     bound.listen(512)
     set_up_logs(options.log_format)
-    with lorax_core.load(checkpoint, adapters=given["adapters"], kv_cache_tokens=16_384) as engine:
+    with lorax_core.load(checkpoint, adapters=given["adapters"], kv_cache_tokens=4_096) as engine:
         app = build_app(engine, options, model_name="base")
         app.include_router(asking(app.state.gateway))
         print(address(bound), flush=True)
-        make_server(app, options).run(sockets=[bound])
+        serve_app(app, options, bound)
 
 
 if __name__ == "__main__":

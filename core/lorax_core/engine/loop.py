@@ -258,7 +258,8 @@ class EngineLoop:
 
     def _leave(self, sequence: Sequence) -> None:
         self._texts.pop(sequence, None)
-        self._ended.append(sequence.id)
+        if sequence.started is not None:  # the runner knows no other
+            self._ended.append(sequence.id)
         self.scheduler.remove(sequence)
         forks = [fork for fork in sequence.forks if not fork.finished]
         sequence.forks = []

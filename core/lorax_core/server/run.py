@@ -65,7 +65,11 @@ def serve(engine: Engine, options: ServerOptions, bound: socket.socket, *, model
     Then running requests have `drain_timeout` seconds to finish. The engine stays the caller's to close.
     """
     set_up_logs(options.log_format)
-    app = build_app(engine, options, model_name=model_name, traces=traces_from_environment())
+    serve_app(build_app(engine, options, model_name=model_name, traces=traces_from_environment()), options, bound)
+
+
+def serve_app(app: FastAPI, options: ServerOptions, bound: socket.socket) -> None:
+    """As `serve`, with an application of `build_app` that routes were added to."""
     # What is loaded stays: the collector of garbage would otherwise look through it again and again.
     gc.collect()
     gc.freeze()

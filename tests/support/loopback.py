@@ -233,7 +233,9 @@ def _serve(checkpoint: str, given: dict[str, Any]) -> None:
     bound = listen(options)
     bound.listen(512)
     set_up_logs(options.log_format)
-    with lorax_core.load(checkpoint, adapters=given["adapters"], kv_cache_tokens=4_096) as engine:
+    # Few rows: torch and oneDNN keep something for every shape that they have seen.
+    sizes = {"kv_cache_tokens": 4_096, "max_batch_rows": 8}
+    with lorax_core.load(checkpoint, adapters=given["adapters"], **sizes) as engine:
         app = build_app(engine, options, model_name="base")
         app.include_router(asking(app.state.gateway))
         print(address(bound), flush=True)

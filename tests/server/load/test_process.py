@@ -121,7 +121,7 @@ def test_ten_thousand_tiny_requests_are_answered_in_bounded_memory(child):
     answered, between = asyncio.run(all_of_them())
 
     assert answered == 10_000
-    assert child.resident() - between < 48 * MIB
+    assert child.resident() - between < 32 * MIB
 
 
 def test_thousands_that_hang_up_leave_nothing_and_others_are_answered(child):

@@ -26,6 +26,8 @@ _HOMES = {
     "Event": "types",
     "FinishReason": "types",
     "Pooling": "types",
+    "Ranked": "types",
+    "Relevance": "types",
     "Task": "types",
     "Tokenized": "types",
     "Usage": "types",
@@ -46,6 +48,7 @@ _HOMES = {
     "ClassifyRequest": "serving.requests",
     "EmbedRequest": "serving.requests",
     "GenerateRequest": "serving.requests",
+    "RerankRequest": "serving.requests",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from lorax_core.serving.requests import ClassifyRequest as ClassifyRequest
     from lorax_core.serving.requests import EmbedRequest as EmbedRequest
     from lorax_core.serving.requests import GenerateRequest as GenerateRequest
+    from lorax_core.serving.requests import RerankRequest as RerankRequest
     from lorax_core.types import Classification as Classification
     from lorax_core.types import Completion as Completion
     from lorax_core.types import Embedding as Embedding
@@ -82,6 +86,8 @@ if TYPE_CHECKING:
     from lorax_core.types import Event as Event
     from lorax_core.types import FinishReason as FinishReason
     from lorax_core.types import Pooling as Pooling
+    from lorax_core.types import Ranked as Ranked
+    from lorax_core.types import Relevance as Relevance
     from lorax_core.types import Task as Task
     from lorax_core.types import Tokenized as Tokenized
     from lorax_core.types import Usage as Usage

@@ -47,6 +47,8 @@ _OTHER_NAMES: dict[str, str | None] = {
     "adapter_id": "adapter",
     "best_of": "n",
     "text": "input",
+    "truncate_dim": "dimensions",
+    "normalize_embeddings": "normalize",
     "tensor_parallel_size": None,
     "trust_remote_code": None,
 }

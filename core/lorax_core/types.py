@@ -91,7 +91,10 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the input lost tokens."""
+    """The answer to an embedding request. `vector` is float32 `[dim]`; `truncated` says that the input lost tokens.
+
+    With `pooling="none"` it is `[tokens, dim]`, a row for each token, special ones included.
+    """
 
     vector: NDArray[np.float32]
     usage: Usage
@@ -116,7 +119,7 @@ class Classification:
     Of tokens: the best label of each token (special tokens left out), with `tokens`, character `offsets` and, for B-/I-
     labels, `entities`. Offsets need a tokenizer and a string: token ids have none. Of a whole input: every label by falling
     score, and no tokens. Scores are probabilities (independent ones when multi-label; the raw value of a
-    regression).
+    regression), or logits where the request asked for them.
     """
 
     labels: list[str]
@@ -135,6 +138,26 @@ class Tokenized:
     ids: list[int]
     tokens: list[str]
     offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Relevance:
+    """The answer to a reranking request: how well the document answers the query, larger for better.
+
+    `truncated` says that the pair lost tokens.
+    """
+
+    score: float
+    usage: Usage
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document among others: its place in the list that was given, and its score."""
+
+    index: int
+    score: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,14 @@ def test_embed_pools_as_asked(main):
     np.testing.assert_array_equal(np.array(lines(out)[0]["vector"], np.float32), expected)
 
 
+def test_embed_keeps_the_dimensions_and_names_the_prompt_that_are_asked_for(main, engine):
+    _, out, _ = main("embed", MODEL, PROMPT, "--dimensions", "5", "--json")
+    code, _, err = main("embed", MODEL, PROMPT, "--prompt-name", "query")
+
+    assert lines(out)[0]["vector"] == engine.embed(PROMPT, dimensions=5).tolist()
+    assert (code, "no prompt is called 'query'" in err) == (1, True)
+
+
 def test_embed_refuses_a_long_text_and_cuts_it_when_asked(main):
     long = "word " * 600
 

@@ -70,6 +70,7 @@ BASES = {
         Base("distilbert", hf.DistilBertModel, _DISTIL, "letters"),
         Base("bert-tokens", hf.BertForTokenClassification, {**BERT, **_SEVEN}, "letters"),
         Base("bert-texts", hf.BertForSequenceClassification, {**BERT, **_SEVEN}, "letters"),
+        Base("bert-pairs", hf.BertForSequenceClassification, {**BERT, "num_labels": 1}, "letters"),
         Base("qwen2-texts", hf.Qwen2ForSequenceClassification, {**QWEN2, "pad_token_id": 0, **_SEVEN}, "bytes"),
     )
 }

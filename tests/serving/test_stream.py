@@ -64,7 +64,8 @@ def test_several_prompts_are_streamed_side_by_side(engine):
         mine = [event for event in events if event.index == index]
         assert [token for event in mine for token in event.token_ids] == completion.token_ids
         assert mine[-1].completion.text == completion.text
-    assert [event.index for event in events[:6]] == [0, 1, 2, 0, 1, 2]
+    # A slow reader gets several tokens in one event, but each prompt in its turn.
+    assert [event.index for event in events[:3]] == [0, 1, 2]
 
 
 def test_text_of_a_stream_is_never_half_a_character(engine):

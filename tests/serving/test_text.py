@@ -4,10 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from builders import CHAT_TEMPLATE, make_byte_tokenizer, make_letter_tokenizer, make_qwen2
+from builders import CHAT_TEMPLATE, EOS, make_byte_tokenizer, make_letter_tokenizer, make_qwen2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rigs import within
+from tokenizers import processors
 
 from lorax_core.errors import CheckpointError, RequestError, shown
 from lorax_core.serving.text import Encoded, TextFront, _shortened, cut, load_text_front
@@ -48,6 +49,21 @@ def test_offsets_are_left_out_where_nobody_reads_them(task):
     found, whole = (TextFront(LETTERS).encode(("ab", "c"), one) for one in (task, Task.TOKEN_CLASSIFICATION))
 
     assert found == replace(whole, offsets=(), second=())
+
+
+@pytest.mark.parametrize("first", ["", EOS + " "], ids=["nothing", "one in front"])
+def test_a_pair_with_nothing_between_its_texts_loses_tokens_of_the_longer_one(first):
+    tokenizer = make_byte_tokenizer()
+    around = processors.TemplateProcessing(
+        single=f"{first}$A", pair=f"{first}$A $B", special_tokens=[(EOS, 256)] if first else []
+    )
+    tokenizer.backend_tokenizer.post_processor = around
+    expected = tokenizer("x" * 20, "yz", truncation="longest_first", max_length=9)["input_ids"]
+
+    encoded = TextFront(tokenizer).encode(("x" * 20, "yz"), Task.SEQUENCE_CLASSIFICATION)
+
+    assert cut(encoded, 9, "end").ids == expected
+    assert expected[-2:] == list(b"yz")
 
 
 def test_a_pair_has_the_token_types_of_the_tokenizer():

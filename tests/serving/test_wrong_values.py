@@ -18,6 +18,7 @@ KINDS = {
     lorax.GenerateRequest: {"prompt": "ab", "max_tokens": 2},
     lorax.EmbedRequest: {"input": "ab"},
     lorax.ClassifyRequest: {"input": "ab"},
+    lorax.RerankRequest: {"query": "ab", "document": "c"},
 }
 FIELDS = [(kind, field) for kind in KINDS for field in kind.model_fields]
 

@@ -23,8 +23,8 @@ PYTHONPATH=tests/support python -c 'import pages; print(pages.adapters(), end=""
 ## Heads travel with adapters
 
 An adapter that was trained as `TOKEN_CLS` or `SEQ_CLS` brings its own head, with any number of labels. It loads onto the bare
-base or the generating checkpoint, and `engine.classify(text, adapter=name)` answers with that head. Generating, embedding
-and classifying adapters, whatever their heads, and the base share one `engine.run`.
+base or the generating checkpoint, and `engine.classify(text, adapter=name)` answers with that head; with a head of one label
+`engine.rerank` does, too. Adapters that generate, embed or classify, whatever their heads, and the base share an `engine.run`.
 
 - The task is the files' `task_type`, else `engine.adapters.load(name, path, task="token-classification")` (or
   `"sequence-classification"`). A head without either is refused.

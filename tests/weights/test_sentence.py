@@ -16,7 +16,7 @@ import lorax_core as lorax
 from lorax_core.errors import CheckpointError
 from lorax_core.types import Pooling
 from lorax_core.weights.checkpoint import Checkpoint
-from lorax_core.weights.sentence import read_score_tokens, read_sentence_files
+from lorax_core.weights.sentence import RerankerFiles, read_reranker_files, read_score_tokens, read_sentence_files
 
 HIDDEN = BERT["hidden_size"]
 TEXTS = ["Ab", "the quick brown fox", "x", "Jumps over THE lazy dog, twice!", "the quick brown fox"]
@@ -383,7 +383,10 @@ def test_both_spellings_of_module_types_name_the_same_modules(tmp_path):
 
     assert new[0] != "sentence_transformers.models.Transformer"
     assert files == make_files(
-        tmp_path / "bert", pooling={"pooling_mode_mean_tokens": True}, transformer={"do_lower_case": False}
+        tmp_path / "bert",
+        pooling={"pooling_mode_mean_tokens": True},
+        transformer={"do_lower_case": False},
+        sentence={"prompts": {"query": "", "document": ""}},  # which the library writes where there are none
     )
 
 
@@ -446,3 +449,49 @@ def test_files_of_rerankers_say_nothing_of_vectors(tmp_path, modules):
     change_json(tmp_path / "config_sentence_transformers.json", model_type="CrossEncoder")
 
     assert read_sentence_files(files) is None
+
+
+def test_files_of_others_say_nothing_of_pairs(tmp_path, bert):
+    files = make_sentence_files(make_bert(tmp_path), sentence={"prompts": {"a": "b"}, "default_prompt_name": "a"})
+
+    assert read_reranker_files(Checkpoint(files)) is None
+    assert read_reranker_files(Checkpoint(bert)) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, RerankerFiles(chat=False)),
+        ({"modality_config": {"text": {}}}, RerankerFiles(chat=False)),
+        ({"modality_config": {"text": {}, "message": {}}}, RerankerFiles(chat=True)),
+        ({"processing_kwargs": {"chat_template": {"a": 1}}}, RerankerFiles(chat=False, variables={"a": 1})),
+    ],
+)
+def test_what_the_files_of_a_reranker_say_of_pairs_is_read(tmp_path, said, expected):
+    files = make_reranker(tmp_path)
+    change_json(tmp_path / "sentence_bert_config.json", **said)
+
+    assert read_reranker_files(files) == expected
+
+
+def test_a_cross_encoder_without_a_list_of_modules_does_not_say_how_it_reads_pairs(tmp_path):
+    said = {"model_type": "CrossEncoder", "prompts": {"a": "find: "}, "default_prompt_name": "a"}
+    change_json(make_bert(tmp_path) / "config_sentence_transformers.json", **said)
+
+    assert read_reranker_files(Checkpoint(tmp_path)) == RerankerFiles("find: ")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"modality_config": ["text"]}, "for 'modality_config' where an object belongs"),
+        ({"processing_kwargs": 5}, "5 for 'processing_kwargs'"),
+        ({"processing_kwargs": {"chat_template": "x"}}, "'x' for 'chat_template'"),
+    ],
+)
+def test_what_the_files_of_a_reranker_cannot_say_is_refused(tmp_path, said, told):
+    files = make_reranker(tmp_path)
+    change_json(tmp_path / "sentence_bert_config.json", **said)
+
+    with pytest.raises(CheckpointError, match=told):
+        read_reranker_files(files)

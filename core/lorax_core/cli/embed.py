@@ -32,6 +32,10 @@ def embed(
     pooling: Annotated[
         Pooling | None, typer.Option(help="How rows become one vector, instead of what the checkpoint says.")
     ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The prompt of the checkpoint to put before each text.")
+    ] = None,
+    dimensions: Annotated[int | None, typer.Option(help="Keep the first so many numbers of each vector.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each text.")] = False,
 ) -> None:
     """Embed texts; a line of stdin is a text, an empty one too.
@@ -42,7 +46,7 @@ def embed(
     given = Texts(texts)
 
     def request(text: str) -> lorax_core.EmbedRequest:
-        return lorax_core.EmbedRequest(input=text, truncate=chosen)
+        return lorax_core.EmbedRequest(input=text, truncate=chosen, prompt_name=prompt_name, dimensions=dimensions)
 
     table = Table(("index", "tokens", "dim", "first values"))
     with data_only_stdout():

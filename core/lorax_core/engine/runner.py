@@ -23,7 +23,7 @@ from lorax_core.attention.base import AttentionBackend
 from lorax_core.engine.batcher import Batcher
 from lorax_core.engine.graphs import OFF, REPLAYED, DecodeGraphs, why_eager
 from lorax_core.engine.sampler import Sampled, SampledToken, Scores, select_native
-from lorax_core.engine.sequence import Sampling
+from lorax_core.engine.sequence import Sampling, Stage
 from lorax_core.engine.step_input import ChunkInput, HeadRead, SamplingRow, StepInput
 from lorax_core.engine.transfer import Transfer
 from lorax_core.kernels.native.sampling import NativeSampling
@@ -92,8 +92,9 @@ class Runner:
         for group, rows, hidden in self._computed(step, pending):
             if group.task is Task.GENERATE:
                 pending.generate(group, rows, hidden, self._model)
-            elif group.task is not None:
-                pending.pool(group, rows, self._head(step.chunks[group.sequences[0]]))
+            else:
+                pools = group.task is not None and self._head(step.chunks[group.sequences[0]]).pooled
+                pending.pool(group, rows, pools)
         pending.finish(self._head)
         pending.start()
         # Last: a launch that fails leaves the tokens of the step before, which another one may await.
@@ -216,27 +217,34 @@ class PendingStep:
                 tokens.append(made.sampled.tokens)
         return (torch.cat(tokens) if len(tokens) > 1 else next(iter(tokens), None)), at
 
-    def pool(self, group: HeadRows, answers: Tensor, head: Head) -> None:
+    def pool(self, group: HeadRows, answers: Tensor, pools: bool) -> None:
         """Join a head's answers of this step to those of earlier chunks of the same sequences."""
-        parts = answers.unbind(0) if head.pooled else torch.split(answers, list(group.counts))
+        parts = answers.unbind(0) if pools else torch.split(answers, list(group.counts))
         for index, part in zip(group.sequences, parts, strict=True):
             chunk = self._step.chunks[index]
             before = None if chunk.restarted else self._kept.get(chunk.sequence)
             if before is not None:
                 # Pooling heads give sums `[dim]` that add up; others give rows `[rows, dim]`.
-                part = before + part if head.pooled else torch.cat((before, part))
+                part = before + part if pools else torch.cat((before, part))
             self._pooled[chunk.sequence] = part
 
     def finish(self, head_of: Callable[[ChunkInput], Head]) -> None:
         """Let heads turn the rows of whole inputs into answers."""
-        groups: dict[Head, list[int]] = {}
+        groups: dict[tuple[Head, Stage], list[int]] = {}
         for index, chunk in enumerate(self._step.chunks):
             if chunk.pooled_rows is not None:
-                groups.setdefault(head_of(chunk), []).append(index)
-        for head, indices in groups.items():
+                groups.setdefault((head_of(chunk), chunk.stage), []).append(index)
+        for (head, stage), indices in groups.items():
             chunks = [self._step.chunks[index] for index in indices]
             parts = [self._part(chunk) for chunk in chunks]
-            made = head.finish(parts, [chunk.pooled_rows or 0 for chunk in chunks])
+            counts = [chunk.pooled_rows or 0 for chunk in chunks]
+            match stage:
+                case Stage.HIDDEN:
+                    made = parts
+                case Stage.RAW:
+                    made = head.raw(parts, counts)
+                case Stage.FINISHED:
+                    made = head.finish(parts, counts)
             for index, values in zip(indices, made, strict=True):
                 # float32: numpy has no bfloat16.
                 self._values[index] = self._transfer.add(values.float())

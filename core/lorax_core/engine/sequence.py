@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Protocol
 
 from lorax_core.engine.drafting import Drafter
@@ -17,6 +18,14 @@ from lorax_core.engine.stopping import StopRule
 from lorax_core.errors import LoraxError
 from lorax_core.kvcache.prefix import PageKey, chain
 from lorax_core.types import FinishReason, Task, TokenLogprobs
+
+
+class Stage(StrEnum):
+    """How far the rows of a whole input go: as the backbone left them, through the head (logits), to its answer."""
+
+    HIDDEN = "hidden"
+    RAW = "raw"
+    FINISHED = "finished"
 
 
 class AdapterRef(Protocol):
@@ -129,6 +138,7 @@ class Sequence:
     stop: StopRule | None = None  # generation only
     own_head: bool = False  # the adapter's head answers, not the model's
     span: range | None = None  # tokens whose rows the head reads; None is the newest, for generation
+    stage: Stage = Stage.FINISHED
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     drafter: Drafter | None = None

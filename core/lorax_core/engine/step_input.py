@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from lorax_core.engine.plan import Chunk, StepPlan
-from lorax_core.engine.sequence import Sampling, Sequence, TokenCounts
+from lorax_core.engine.sequence import Sampling, Sequence, Stage, TokenCounts
 from lorax_core.types import Task
 
 
@@ -54,6 +54,7 @@ class ChunkInput:
     - `reads` says which heads read which rows.
     - `sampled` has a row for the newest token and one for each draft token, in a chunk that reaches the newest token.
     - `scored` are the prompt tokens that the chunk's first rows predict, to be scored with the `prompt_logprobs` likeliest.
+    - `stage` says how far the rows of the whole input go.
     - `pooled_rows` is how many rows of the whole input its head reads, in the chunk that completes it; else None.
     - `restarted`: what earlier chunks of the sequence left in the runner is void.
     """
@@ -72,6 +73,7 @@ class ChunkInput:
     prompt_logprobs: int | None = None
     task: Task = Task.GENERATE
     own_head: bool = False
+    stage: Stage = Stage.FINISHED
     pooled_rows: int | None = None
     restarted: bool = True
 
@@ -106,7 +108,7 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
         sequence=sequence.id,
         start=chunk.start,
         tokens=array("q", [0] if chunk.awaits else sequence.tokens(chunk.start, chunk.stop)),
-        reads=_reads(sequence.task, reads, sequence.own_head, sequence.speculates) if reads else (),
+        reads=_reads(_task(sequence), reads, sequence.own_head, sequence.speculates) if reads else (),
         pages=sequence.pages[:],
         token_types=array("q", types[chunk.start : chunk.stop]) if types is not None else None,
         adapter=sequence.adapter.identity if sequence.adapter is not None else None,
@@ -117,13 +119,19 @@ def chunk_input(chunk: Chunk) -> ChunkInput:
         prompt_logprobs=sequence.prompt_logprobs if scores else None,
         task=sequence.task,
         own_head=sequence.own_head,
+        stage=sequence.stage,
         pooled_rows=len(sequence.span) if sequence.span is not None and chunk.final else None,
         restarted=sequence.restarted,
     )
 
 
+def _task(sequence: Sequence) -> Task | None:
+    """Whose head reads the rows of a step; None where no head does."""
+    return None if sequence.stage is Stage.HIDDEN else sequence.task
+
+
 @lru_cache(maxsize=1024)  # while they decode, nearly all sequences read the same
-def _reads(task: Task, rows: range, own_head: bool, speculates: bool) -> tuple[HeadRead, ...]:
+def _reads(task: Task | None, rows: range, own_head: bool, speculates: bool) -> tuple[HeadRead, ...]:
     return (HeadRead(task, rows, own_head, speculates),)
 
 

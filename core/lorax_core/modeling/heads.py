@@ -64,6 +64,10 @@ class Head(KeepsBits):
         """Answers of whole texts from their joined parts; `counts` are the rows that went into each."""
         raise NotImplementedError
 
+    def raw(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        """The same answers before their last step: logits and no probabilities, vectors of any length."""
+        return parts
+
 
 class LanguageModelHead(Head):
     """Logits over the vocabulary `[rows, vocab]`, in float32.
@@ -125,15 +129,7 @@ class EmbeddingHead(Head):
         return projections[-1].linear.out_features if projections else self._hidden
 
     def span(self, ids: Sequence[int], pool_from: int) -> range:
-        match self.pooling:
-            case Pooling.CLS:
-                # A text that is nothing but prompt still needs a row; so below for the mean.
-                first = pool_from if pool_from < len(ids) else 0
-                return range(first, first + 1)
-            case Pooling.LAST:
-                return range(len(ids) - 1, len(ids))
-            case Pooling.MEAN:
-                return range(min(pool_from, len(ids) - 1), len(ids))
+        return pooled_span(self.pooling, len(ids), pool_from)
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         # Sums, not means: chunks of one text add up, and `finish` divides by the count of all of them.
@@ -142,11 +138,31 @@ class EmbeddingHead(Head):
         return torch.stack(sums)  # [sequences, hidden]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        vectors = self._vectors(parts, counts)
+        return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
+
+    def raw(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
+        return list(self._vectors(parts, counts))
+
+    def _vectors(self, parts: list[Tensor], counts: list[int]) -> Tensor:
         sums = torch.stack(parts)  # [texts, hidden]
         vectors = sums / torch.tensor(counts, device=sums.device)[:, None]  # [texts, hidden]
         for projection in self.projections:
             vectors = projection(vectors)
-        return list(F.normalize(vectors, dim=-1) if self.normalize else vectors)
+        return vectors
+
+
+def pooled_span(pooling: Pooling, length: int, pool_from: int) -> range:
+    """Which tokens of a text of `length` are pooled, those before `pool_from` left out."""
+    match pooling:
+        case Pooling.CLS:
+            # A text that is nothing but prompt still needs a row; so below for the mean.
+            first = pool_from if pool_from < length else 0
+            return range(first, first + 1)
+        case Pooling.LAST:
+            return range(length - 1, length)
+        case Pooling.MEAN:
+            return range(min(pool_from, length - 1), length)
 
 
 class Projection(nn.Module):
@@ -260,8 +276,12 @@ class LogitScoreHead(SequenceClassificationHead):
 
     `score_tokens` of the configuration are their ids. Where there are none, or the checkpoint has `score`, the head is a
     `LastTokenClassificationHead`. For models whose logits are those of `lm_head`, without a bias or a cap.
+
+    A subclass may name the `pair_template`, a chat template that puts a query and a document (messages of these roles) into
+    what the model was trained on. It is used where the checkpoint's own template leaves them out.
     """
 
+    pair_template: ClassVar[str | None] = None
     needed = LastTokenClassificationHead.needed
     fewest_bits = 8  # of the layer that generating reads
 

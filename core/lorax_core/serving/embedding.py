@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lorax_core.errors import CheckpointError
 from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.heads import EmbeddingHead, Projection
@@ -40,6 +43,13 @@ def set_up_embedding(
     head.normalize = normalize if normalize is not None else files is not None and files.normalize
     _set_projections(base, head, files, dim)
     return files
+
+
+def shaped(values: NDArray[np.float32], dimensions: int | None, *, scale: bool) -> NDArray[np.float32]:
+    """Values `[..., dim]` to the first `dimensions` of them, then to unit length where they are to be scaled."""
+    values = values[..., :dimensions]
+    # As torch's normalize, which keeps a vector of zeros as it is.
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12) if scale else values
 
 
 def _set_projections(base: LoadedModel, head: EmbeddingHead, files: SentenceFiles | None, dim: int | None) -> None:

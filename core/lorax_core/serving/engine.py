@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast, overload
+from typing import Any, Literal, Self, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,18 +28,20 @@ from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.loading import EngineParts, assemble_engine
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.serving.requests import (
+    AdapterChoice,
     AdapterChoices,
     ClassifyRequest,
     EmbedRequest,
     GenerateRequest,
     Request,
+    RerankRequest,
     TextInput,
     TextPrompt,
     Truncate,
     make_requests,
 )
 from lorax_core.serving.stream import Stream
-from lorax_core.types import Classification, Completion, Embedding, Tokenized
+from lorax_core.types import Classification, Completion, Embedding, Ranked, Relevance, Tokenized
 from lorax_core.untrusted import guarded
 
 TextPrompts = list[str] | list[list[int]] | list[list[dict[str, Any]]] | list[TextPrompt]
@@ -99,36 +101,72 @@ class Engine:
         requests, _ = make_requests(GenerateRequest, "prompt", prompt, adapter, options)
         return Stream(self.submit(requests))
 
+    @overload
     def embed(
-        self,
-        text: TextInput | TextInputs,
-        *,
-        adapter: AdapterChoices = None,
-        truncate: Truncate = "error",
-    ) -> NDArray[np.float32]:
-        """Vectors of texts: `[dim]` for one, `[n, dim]` for a list of n."""
-        requests, single = make_requests(EmbedRequest, "input", text, adapter, {"truncate": truncate})
+        self, text: TextInputs, *, pooling: Literal["none"], adapter: AdapterChoices = ..., **options: Any
+    ) -> list[NDArray[np.float32]]: ...
+    @overload
+    def embed(
+        self, text: TextInput | TextInputs, *, adapter: AdapterChoices = ..., **options: Any
+    ) -> NDArray[np.float32]: ...
+    def embed(self, text: Any, *, adapter: AdapterChoices = None, **options: Any) -> Any:
+        """Vectors of texts: `[dim]` for one, `[n, dim]` for a list of n. Options are those of `EmbedRequest`.
+
+        With `pooling="none"` rows of tokens: `[tokens, dim]` for one, a list of those for a list.
+        """
+        requests, single = make_requests(EmbedRequest, "input", text, adapter, options)
         vectors = [cast("Embedding", result).vector for result in self.run(requests)]
         if single:
             return vectors[0]
-        # [n, dim]; np.stack refuses an empty list.
-        return np.stack(vectors) if vectors else np.zeros((0, self._preparer.embedding_dim), np.float32)
+        if options.get("pooling") == "none":
+            return vectors
+        if vectors:
+            return np.stack(vectors)  # [n, dim]
+        # No request has checked the options.
+        asked = EmbedRequest(input="", **options).dimensions
+        return np.zeros((0, asked or self._preparer.embedding_dim), np.float32)
 
     @overload
-    def classify(
-        self, text: TextInput, *, adapter: AdapterChoices = ..., truncate: Truncate = ...
-    ) -> Classification: ...
+    def classify(self, text: TextInput, *, adapter: AdapterChoices = ..., **options: Any) -> Classification: ...
     @overload
+    def classify(self, text: TextInputs, *, adapter: AdapterChoices = ..., **options: Any) -> list[Classification]: ...
     def classify(
-        self, text: TextInputs, *, adapter: AdapterChoices = ..., truncate: Truncate = ...
-    ) -> list[Classification]: ...
-    def classify(
-        self, text: Any, *, adapter: AdapterChoices = None, truncate: Truncate = "error"
+        self, text: Any, *, adapter: AdapterChoices = None, **options: Any
     ) -> Classification | list[Classification]:
-        """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained."""
-        requests, single = make_requests(ClassifyRequest, "input", text, adapter, {"truncate": truncate})
+        """Labels of texts, of their tokens or of each as a whole, as the checkpoint was trained.
+
+        Options are those of `ClassifyRequest`.
+        """
+        requests, single = make_requests(ClassifyRequest, "input", text, adapter, options)
         results = cast("list[Classification]", self.run(requests))
         return results[0] if single else results
+
+    def rerank(
+        self,
+        query: str,
+        documents: list[str],
+        *,
+        adapter: AdapterChoice = None,
+        top_n: int | None = None,
+        normalize: bool = True,
+        truncate: Truncate = "error",
+    ) -> list[Ranked]:
+        """Documents by how well they answer a query, the best first and of equal ones the first; `top_n` of them, or all.
+
+        The other options are those of `RerankRequest`.
+        """
+        if not isinstance(documents, (list, tuple)):
+            raise RequestError(
+                f"documents: a list of texts, not {shown(documents)}", hint="engine.rerank(query, [document, another])"
+            )
+        if top_n is not None and (type(top_n) is not int or top_n < 1):
+            raise RequestError(f"top_n: 1 or more, not {shown(top_n)}", hint="leave it out to get all documents")
+        options: dict[str, Any] = {"adapter": adapter, "normalize": normalize, "truncate": truncate}
+        found = self.run([RerankRequest(query=query, document=document, **options) for document in documents])
+        scores = [cast("Relevance", result).score for result in found]
+        # Stable, so that equal scores keep the order of the documents.
+        order = sorted(range(len(scores)), key=lambda at: -scores[at])
+        return [Ranked(at, scores[at]) for at in order[:top_n]]
 
     def run(self, requests: SequenceOf[Request]) -> list[Result]:
         """Answer requests of any mix of tasks and adapters together; results in their order.
@@ -263,6 +301,6 @@ def _check_requests(requests: Any) -> None:
     for request in requests:
         if not isinstance(request, Request):
             raise RequestError(
-                f"requests are GenerateRequest, EmbedRequest and ClassifyRequest, not {type(request).__name__}",
+                f"requests are GenerateRequest, EmbedRequest, ClassifyRequest and RerankRequest, not {type(request).__name__}",
                 hint=hint,
             )

@@ -5,13 +5,14 @@ Decides which tokens are reported, and how neighbouring B-/I- labels make entiti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorax_core.serving.text import Encoded, TextFront
-from lorax_core.types import Classification, Entity, Usage
+from lorax_core.types import Classification, Entity, Relevance, Usage
 
 
 def sequence_labels(scores: NDArray[np.float32], labels: Sequence[str], encoded: Encoded) -> Classification:
@@ -24,6 +25,15 @@ def sequence_labels(scores: NDArray[np.float32], labels: Sequence[str], encoded:
         usage=Usage(len(encoded.ids)),
         truncated=encoded.truncated,
     )
+
+
+def relevance(logits: NDArray[np.float32], encoded: Encoded, *, normalize: bool) -> Relevance:
+    """The score of a pair from its one logit `[1]`: its sigmoid when normalised."""
+    logit = float(logits[0])
+    # In float64, where a sigmoid tells logits of 35 apart; in this form nothing grows without end.
+    share = math.exp(-abs(logit))
+    score = (1.0 if logit >= 0 else share) / (1.0 + share) if normalize else logit
+    return Relevance(score, Usage(len(encoded.ids)), encoded.truncated)
 
 
 def token_labels(

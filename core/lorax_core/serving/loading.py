@@ -33,6 +33,7 @@ from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.info import EngineInfo
+from lorax_core.serving.pairs import PairReader
 from lorax_core.serving.prepare import Limits, Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
@@ -42,6 +43,7 @@ from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.hub import find_checkpoint
 from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
+from lorax_core.weights.sentence import read_reranker_files
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -232,7 +234,9 @@ def _preparer(
     generating = Task.GENERATE in model.tasks
     eos_ids = _eos_ids(base.checkpoint, text, model.config.vocab_size) if generating else frozenset()
     grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
-    return Preparer(model, text, store, limits, eos_ids, options.seed, base.default_task, grammars, options.speculate)
+    pairs = PairReader(text, read_reranker_files(base.checkpoint))
+    default_task = base.default_task
+    return Preparer(model, text, pairs, store, limits, eos_ids, options.seed, default_task, grammars, options.speculate)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,24 +17,35 @@ from lorax_core.adapters.residency.handle import AdapterHandle
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
-from lorax_core.engine.sequence import Sampling, Sequence
+from lorax_core.engine.sequence import Sampling, Sequence, Stage
 from lorax_core.engine.stopping import StopRule
-from lorax_core.errors import CapacityError, RequestError, shown
+from lorax_core.errors import CapacityError, RequestError, listed, shown
 from lorax_core.modeling.heads import (
     CLASSIFICATION,
     EmbeddingHead,
     Head,
     SequenceClassificationHead,
     TokenClassificationHead,
+    pooled_span,
 )
 from lorax_core.modeling.model import Model
-from lorax_core.serving.labels import sequence_labels, token_labels
-from lorax_core.serving.requests import AdapterChoice, ClassifyRequest, EmbedRequest, GenerateRequest, Request
+from lorax_core.serving.embedding import shaped
+from lorax_core.serving.labels import relevance, sequence_labels, token_labels
+from lorax_core.serving.pairs import PairReader, Shorten
+from lorax_core.serving.requests import (
+    AdapterChoice,
+    ClassifyRequest,
+    EmbedRequest,
+    GenerateRequest,
+    Request,
+    RerankRequest,
+    Truncate,
+)
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import Encoded, TextFront, cut
-from lorax_core.types import Classification, Completion, Embedding, Task, Tokenized, Usage
+from lorax_core.types import Classification, Completion, Embedding, Pooling, Relevance, Task, Tokenized, Usage
 
-Result = Completion | Embedding | Classification
+Result = Completion | Embedding | Classification | Relevance
 Values = NDArray[np.float32]
 
 
@@ -73,6 +84,7 @@ class Preparer:
 
     model: Model
     text: TextFront
+    pairs: PairReader
     adapters: AdapterStore
     limits: Limits
     eos_ids: frozenset[int]
@@ -121,6 +133,8 @@ class Preparer:
                 return self._embed(request)
             case ClassifyRequest():
                 return self._classify(request)
+            case RerankRequest():
+                return self._rerank(request)
 
     def _generate(self, request: GenerateRequest) -> Prepared:
         # For its error: a model without this head refuses before the text is tokenized.
@@ -215,17 +229,39 @@ class Preparer:
             )
 
     def _embed(self, request: EmbedRequest) -> Prepared:
-        head = self.model.head(Task.EMBED)
-        encoded = self._fitted(request, Task.EMBED)
+        head = cast("EmbeddingHead", self.model.head(Task.EMBED))
+        rows, dimensions = request.pooling == "none", request.dimensions
+        self._check_dimensions(dimensions, self.model.config.hidden_size if rows else head.dim)
+        prompt = request.prompt if request.prompt_name is None else self.text.prompt_named(request.prompt_name)
+        encoded = self._fitted(self.text.encode(request.input, Task.EMBED, prompt), request.truncate)
         usage = Usage(len(encoded.ids))
-        sequence = self._read(head, encoded, self._adapter(request.adapter))
-        return Prepared(sequence, lambda values: Embedding(values, usage, encoded.truncated))
+        normal = request.normalize if request.normalize is not None else head.normalize and not rows
+        stage = Stage.HIDDEN if rows else Stage.RAW if head.normalize and not normal else Stage.FINISHED
+        span = head.span(encoded.ids, encoded.pool_from)
+        if rows:
+            span = range(len(encoded.ids))
+        elif request.pooling is not None:
+            span = pooled_span(Pooling(request.pooling), len(encoded.ids), encoded.pool_from)
+        sequence = self._read(head, encoded, self._adapter(request.adapter), stage, span)
+        # The head has normalised whole vectors already where it does so by itself.
+        scale = normal and (rows or not head.normalize or dimensions is not None)
+        return Prepared(
+            sequence,
+            lambda values: Embedding(shaped(values, dimensions, scale=scale), usage, encoded.truncated),
+        )
+
+    def _check_dimensions(self, wanted: int | None, most: int) -> None:
+        if wanted is not None and wanted > most:
+            raise RequestError(
+                f"dimensions: {wanted} were asked for, and the vectors of this checkpoint have {most}",
+                hint=f"give 1 to {most}, or leave it out",
+            )
 
     def _classify(self, request: ClassifyRequest) -> Prepared:
         adapter = self._adapter(request.adapter)
         head = self._classifying_head(adapter)
-        encoded = self._fitted(request, head.task)
-        sequence = self._read(head, encoded, adapter)
+        encoded = self._fitted(self.text.encode(request.input, head.task), request.truncate)
+        sequence = self._read(head, encoded, adapter, Stage.RAW if request.raw_scores else Stage.FINISHED)
         if isinstance(head, TokenClassificationHead):
             labels, source, text = head.labels, request.input, self.text
             return Prepared(sequence, lambda values: token_labels(values, labels, encoded, source, text))
@@ -244,21 +280,55 @@ class Preparer:
         # Without any, the error names one of them.
         return self.model.head(next((task for task in CLASSIFICATION if task in self.model.tasks), CLASSIFICATION[1]))
 
-    def _fitted(self, request: EmbedRequest | ClassifyRequest, task: Task) -> Encoded:
+    def _rerank(self, request: RerankRequest) -> Prepared:
+        adapter = self._adapter(request.adapter)
+        head = self._scoring_head(adapter)
+        pair, shorten = self.pairs.encode(request.query, request.document, head)
+        encoded = self._fitted(pair, request.truncate, shorten)
+        sequence = self._read(head, encoded, adapter, Stage.RAW)
+        return Prepared(sequence, lambda values: relevance(values, encoded, normalize=request.normalize))
+
+    def _scoring_head(self, adapter: AdapterHandle | None) -> Head:
+        """The adapter's head, else the base's, when it gives a text one number; raises RequestError when there is none."""
+        task = Task.SEQUENCE_CLASSIFICATION
+        head = adapter.head if adapter is not None else None
+        whose = "the adapter's" if head is not None else "the checkpoint's"
+        if head is None and (task in self.model.tasks or task in self.model.lacking):
+            head = self.model.head(task)
+        labels: tuple[str, ...] = getattr(head, "labels", ())
+        if head is not None and head.task is task and len(labels) == 1:
+            return head
+        if head is None:
+            found = f"this checkpoint has heads for {listed(one.value for one in self.model.tasks)}"
+        else:
+            found = f"{whose} is for {head.task.value!r} and has {len(labels)}: {listed(labels)}"
+        raise RequestError(
+            f"reranking needs a head for {task.value!r} with one label; {found}",
+            hint="load a reranker, or an adapter with such a head; engine.classify gives the scores of several labels",
+        )
+
+    def _fitted(self, encoded: Encoded, truncate: Truncate, shorten: Shorten = cut) -> Encoded:
         """The ids of an input, truncated to what the checkpoint takes when the request allows it."""
-        encoded = self._checked(self.text.encode(request.input, task))
+        encoded = self._checked(encoded)
         # Not `limits.tokens`: a tokenizer or sentence files may allow less than the positions.
         limit = self.max_text_tokens
         if len(encoded.ids) <= limit:
             return encoded
-        if request.truncate == "error":
+        if truncate == "error":
             raise CapacityError(
                 f"an input of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.describe()})",
                 hint="truncate='end' or truncate='start' shortens it",
             )
-        return cut(encoded, limit, request.truncate)
+        return shorten(encoded, limit, truncate)
 
-    def _read(self, head: Head, encoded: Encoded, adapter: AdapterHandle | None) -> Sequence:
+    def _read(
+        self,
+        head: Head,
+        encoded: Encoded,
+        adapter: AdapterHandle | None,
+        stage: Stage = Stage.FINISHED,
+        span: range | None = None,
+    ) -> Sequence:
         return Sequence(
             task=head.task,
             prompt=encoded.ids,
@@ -266,7 +336,8 @@ class Preparer:
             adapter=adapter,
             # The engine then takes the head from the bound adapter, on its device.
             own_head=adapter is not None and head is adapter.head,
-            span=head.span(encoded.ids, encoded.pool_from),
+            span=span if span is not None else head.span(encoded.ids, encoded.pool_from),
+            stage=stage,
         )
 
     def _adapter(self, wanted: AdapterChoice) -> AdapterHandle | None:

@@ -127,14 +127,50 @@ class GenerateRequest(Checked):
 
 
 class EmbedRequest(Checked):
-    """One vector for a string, a pair of strings, or token ids (taken as they are).
+    """One vector for a string, a pair of strings, or token ids (taken as they are). None leaves an option to the checkpoint.
 
-    `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
+    - `truncate` says what happens to an input that is too long: "error", or which end loses tokens ("start", "end").
+    - `pooling` makes one vector of the rows of all tokens; "none" gives these rows, as the last layer left them: without the
+      checkpoint's dense layers, and of unit length only where `normalize` is True.
+    - `dimensions` keeps the first so many numbers (Matryoshka); then vectors that are normalised are normalised again.
+    - `prompt_name` names a prompt of the checkpoint, and `prompt` is one itself: it is put before the text, instead of the
+      checkpoint's default.
     """
 
     input: TextInput
     adapter: AdapterChoice = None
     truncate: Truncate = "error"
+    pooling: Literal["cls", "mean", "last", "none"] | None = None
+    normalize: bool | None = None
+    dimensions: int | None = Field(default=None, ge=1, lt=2**31)
+    prompt_name: _Name | None = None
+    prompt: str | None = None
+
+    @field_validator("input", "prompt")
+    @classmethod
+    def _plain_input(cls, value: Any) -> Any:
+        _check_length(value)
+        return value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.prompt_name is not None and self.prompt is not None:
+            raise ValueError("prompt_name and prompt exclude each other")
+        if isinstance(self.input, list) and (self.prompt_name is not None or self.prompt is not None):
+            raise ValueError("a prompt goes before a text, and token ids are taken as they are")
+        return self
+
+
+class ClassifyRequest(Checked):
+    """Labels for a string, a pair of strings, or token ids: of each token or of the whole, as the checkpoint was trained.
+
+    Scores are probabilities, or logits with `raw_scores`. `truncate` as in `EmbedRequest`.
+    """
+
+    input: TextInput
+    adapter: AdapterChoice = None
+    truncate: Truncate = "error"
+    raw_scores: bool = False
 
     @field_validator("input")
     @classmethod
@@ -143,19 +179,22 @@ class EmbedRequest(Checked):
         return value
 
 
-class ClassifyRequest(Checked):
-    """Labels for a string, a pair of strings, or token ids: of each token or of the whole, as the checkpoint was trained.
+class RerankRequest(Checked):
+    """How well a document answers a query, by a head with one label.
 
-    `truncate` as in `EmbedRequest`.
+    The score is the sigmoid of the head's logit, from 0 to 1, whatever activation the checkpoint names; with `normalize` False
+    the logit itself. `truncate` as in `EmbedRequest`: of a pair, the longer text loses tokens first.
     """
 
-    input: TextInput
+    query: str
+    document: str
     adapter: AdapterChoice = None
     truncate: Truncate = "error"
+    normalize: bool = True
 
-    @field_validator("input")
+    @field_validator("query", "document")
     @classmethod
-    def _plain_input(cls, value: TextInput) -> TextInput:
+    def _plain_text(cls, value: str) -> str:
         _check_length(value)
         return value
 
@@ -180,7 +219,7 @@ def _check_length(value: Any) -> None:
             raise ValueError(f"at most {PROMPT_LENGTH:,} characters")
 
 
-Request = GenerateRequest | EmbedRequest | ClassifyRequest
+Request = GenerateRequest | EmbedRequest | ClassifyRequest | RerankRequest
 AdapterChoices = AdapterChoice | Sequence[AdapterChoice]
 _R = TypeVar("_R", GenerateRequest, EmbedRequest, ClassifyRequest)
 

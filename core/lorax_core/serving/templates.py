@@ -51,10 +51,15 @@ class ChatTemplate:
         with self._environment.allowed():
             self._template = self._environment.from_string(source)
 
-    def render(self, messages: list[dict[str, Any]], special: Mapping[str, Any]) -> str:
-        """The text of a conversation, up to where the answer begins; `special` are the tokenizer's special tokens."""
+    def render(
+        self, messages: list[dict[str, Any]], special: Mapping[str, Any], variables: Mapping[str, Any] | None = None
+    ) -> str:
+        """The text of a conversation, up to where the answer begins; `special` are the tokenizer's special tokens.
+
+        `variables` are more that the template sees.
+        """
         with self._environment.allowed():
-            values = {"tools": None, "documents": None, "add_generation_prompt": True, **special}
+            values = {"tools": None, "documents": None, "add_generation_prompt": True, **special, **(variables or {})}
             return self._template.render({**values, "messages": [_plain(one) for one in messages]})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorax_core.errors import RequestError, shown
+from lorax_core.errors import RequestError, listed, nearest, shown
 from lorax_core.serving.tokenizer import load_tokenizer
 from lorax_core.types import Task
 from lorax_core.untrusted import guarded
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Encoded:
     """An input as ids.
 
-    `special` marks tokens that the tokenizer added. `offsets`, character ranges in the string (in its own one, of a pair), and
-    `second` are there for token classification alone. `pool_from` is the first row that pooling counts. What is not known of
-    plain token ids is empty.
+    `special` marks tokens that the tokenizer added. `offsets`, character ranges in the string (in its own one, of a pair), are
+    there for token classification alone, and `second` where it or no special token tells the strings apart. `pool_from` is the
+    first row that pooling counts. What is not known of plain token ids is empty.
     """
 
     ids: list[int]
@@ -47,7 +47,7 @@ class TextFront:
         self._tokenizer = tokenizer
         self._sentence = sentence
         # Computed at the first input; two threads that do it at once get the same number.
-        self._prompt_rows: int | None = None
+        self._prompt_rows: dict[str, int] = {}
         self._template: ChatTemplate | None = None  # likewise
 
     @property
@@ -89,8 +89,22 @@ class TextFront:
         found: list[str] = self._tokenizer.convert_ids_to_tokens(ids) if self._tokenizer is not None else []
         return found
 
-    def encode(self, prompt: Any, task: Task) -> Encoded:
-        """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there."""
+    def prompt_named(self, name: str) -> str:
+        """The checkpoint's prompt of this name; raises RequestError with those that there are."""
+        prompts = self._sentence.prompts if self._sentence is not None else {}
+        if name not in prompts:
+            close = nearest(name, prompts)
+            raise RequestError(
+                f"prompt_name: no prompt is called {shown(name)}; the checkpoint names {listed(sorted(prompts))}",
+                hint=f"did you mean {close!r}?" if close else "give the prompt itself: prompt='query: '",
+            )
+        return prompts[name]
+
+    def encode(self, prompt: Any, task: Task, before: str | None = None) -> Encoded:
+        """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there.
+
+        `before` goes before a text to embed, instead of what the sentence files put there.
+        """
         if isinstance(prompt, list) and (
             _INT.issuperset(map(type, prompt)) or all(isinstance(one, int) for one in prompt)
         ):
@@ -100,23 +114,32 @@ class TextFront:
         # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
             return self._text(prompt, offsets=task is Task.TOKEN_CLASSIFICATION)
-        if isinstance(prompt, tuple):
-            return self._text((self._cased(prompt[0]), self._cased(prompt[1])))
-        return self._sentence_text(prompt)
+        return self._sentence_text(prompt, before)
 
-    def _sentence_text(self, text: str) -> Encoded:
+    def _sentence_text(self, text: str | tuple[str, str], before: str | None) -> Encoded:
         files = self._sentence
-        if files is None:
-            return self._text(text)
+        if before is None:
+            before = files.prompt if files is not None else ""
         # Joined as text, as in sentence-transformers: the tokens at the seam may differ from those of the parts.
-        encoded = self._text(self._cased(files.prompt + text))
-        if not files.prompt or files.pool_prompt:
+        if isinstance(text, tuple):
+            encoded = self._text((self._cased(before + text[0]), self._cased(text[1])))
+        else:
+            encoded = self._text(self._cased(before + text))
+        if not before or files is None or files.pool_prompt:
             return encoded
-        if self._prompt_rows is None:
-            alone = self._text(self._cased(files.prompt))
+        return replace(encoded, pool_from=self._rows_of(before, files))
+
+    def _rows_of(self, prompt: str, files: SentenceFiles) -> int:
+        """Rows of a prompt at the beginning of an input."""
+        rows = self._prompt_rows.get(prompt)
+        if rows is None:
+            alone = self._text(self._cased(prompt))
             # Without the closing special token, which in the whole input comes after the text.
-            self._prompt_rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
-        return replace(encoded, pool_from=self._prompt_rows)
+            rows = len(alone.ids) - int(bool(alone.special) and alone.special[-1])
+            # Requests may bring any number of others.
+            if prompt in files.prompts.values():
+                self._prompt_rows[prompt] = rows
+        return rows
 
     def _cased(self, text: str) -> str:
         return text.lower() if self._sentence is not None and self._sentence.lower_case else text
@@ -125,7 +148,8 @@ class TextFront:
         tokenizer = self._require(f"{text!r:.40}")
         parts = text if isinstance(text, tuple) else (text,)
         # Only where they are read: making Python's numbers of them takes as long as tokenising.
-        offsets = offsets and bool(getattr(tokenizer, "is_fast", False))
+        fast = bool(getattr(tokenizer, "is_fast", False))
+        offsets = offsets and fast
         # A file's regular expressions may give up on a text; the library panics then.
         with guarded(RequestError, f"the tokenizer cannot read {shown(text, 60)}", "give other text, or token ids"):
             # verbose=False: the tokenizer's own warning about length would come although the limit is checked here.
@@ -136,12 +160,15 @@ class TextFront:
                 return_offsets_mapping=offsets,
                 verbose=False,
             )
+        special = tuple(bool(mark) for mark in made["special_tokens_mask"])
+        # Without a special token between them, two strings could not be told apart.
+        parted = len(parts) == 2 and fast and (offsets or not any(special[1:-1]))
         return Encoded(
             ids=list(made["input_ids"]),
             token_types=made.get("token_type_ids"),
-            special=tuple(bool(mark) for mark in made["special_tokens_mask"]),
+            special=special,
             offsets=tuple((int(start), int(end)) for start, end in made["offset_mapping"]) if offsets else (),
-            second=tuple(text == 1 for text in made.sequence_ids()) if offsets and len(parts) == 2 else (),
+            second=tuple(text == 1 for text in made.sequence_ids()) if parted else (),
         )
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
@@ -179,7 +206,7 @@ def cut(encoded: Encoded, limit: int, side: str) -> Encoded:
     if extra <= 0:
         return encoded
     special = encoded.special or (False,) * len(encoded.ids)
-    texts = _texts(special)
+    texts = _texts(special, encoded.second or (False,) * len(special))
     if sum(len(text) for text in texts) < extra:
         raise RequestError(
             f"{limit} tokens do not hold the special tokens of {len(special)}",
@@ -222,16 +249,16 @@ def _shortened(lengths: list[int], extra: int) -> list[int]:
     return left
 
 
-def _texts(special: tuple[bool, ...]) -> list[list[int]]:
-    """Indices of the tokens of each string: runs between special tokens."""
+def _texts(special: tuple[bool, ...], second: tuple[bool, ...]) -> list[list[int]]:
+    """Indices of the tokens of each string: runs between special tokens, or up to where the second string begins."""
     texts: list[list[int]] = []
-    before = True
-    for at, mark in enumerate(special):
-        if not mark:
-            if before:
+    before: tuple[bool, bool] | None = None
+    for at, now in enumerate(zip(special, second, strict=True)):
+        if not now[0]:
+            if now != before:
                 texts.append([])
             texts[-1].append(at)
-        before = mark
+        before = now
     return texts
 
 

@@ -7,7 +7,7 @@ than the library writes is refused as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -52,7 +52,8 @@ _OLD_MODES = {
 class SentenceFiles:
     """What the files say. `max_tokens` None leaves the limit to tokenizer and model.
 
-    `prompt` is put before every input; with `pool_prompt` false its tokens attend but are left out of the pooling.
+    `prompt` is put before every input, or one of `prompts` that a request names; with `pool_prompt` false its tokens attend but
+    are left out of the pooling.
     """
 
     pooling: Pooling
@@ -60,6 +61,7 @@ class SentenceFiles:
     max_tokens: int | None = None
     lower_case: bool = False
     prompt: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)
     pool_prompt: bool = True
     dense: tuple[DenseFiles, ...] = ()
 
@@ -112,6 +114,7 @@ def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | No
     stated, pool_prompt = _pooling(checkpoint, steps[1][1], pooling)
     transformer = checkpoint.path / "sentence_bert_config.json"
     limits = _object(checkpoint, transformer.name) or {}
+    prompts, prompt = _prompts(checkpoint)
     return SentenceFiles(
         pooling=stated,
         # Old checkpoints name a folder for it that does not exist: the entry alone counts.
@@ -119,9 +122,39 @@ def _read(checkpoint: Checkpoint, pooling: Pooling | None) -> SentenceFiles | No
         dense=tuple(read_dense(checkpoint, path) for kind, path in steps if kind == "Dense"),
         max_tokens=_length(transformer, limits.get("max_seq_length")),
         lower_case=bool(_optional(transformer, limits, "do_lower_case", bool)),
-        prompt=_default_prompt(checkpoint),
+        prompt=prompt,
+        prompts=prompts,
         pool_prompt=pool_prompt,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RerankerFiles:
+    """What the files say of a reranker's input. `chat` says whether a pair is a conversation, None where they do not say it.
+
+    `prompt` is put before the query, or is the system message; `variables` are those that a chat template is given.
+    """
+
+    prompt: str = ""
+    chat: bool | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+def read_reranker_files(checkpoint: Checkpoint) -> RerankerFiles | None:
+    """None when they are not those of a cross-encoder of sentence-transformers; raises CheckpointError for odd ones."""
+    with guarded(CheckpointError, f"the sentence-transformers files of '{checkpoint.path}' cannot be read", _AGAIN):
+        if not _is_cross_encoder(checkpoint) and read_score_tokens(checkpoint) is None:
+            return None
+        file = checkpoint.path / "sentence_bert_config.json"
+        config = _object(checkpoint, file.name) or {}
+        modalities = _optional(file, config, "modality_config", dict) or {}
+        options = _optional(file, config, "processing_kwargs", dict) or {}
+        return RerankerFiles(
+            prompt=_prompts(checkpoint)[1],
+            # The library reads texts alone where files of before `modality_config` list the modules.
+            chat="message" in modalities if checkpoint.json("modules.json") is not None else None,
+            variables=_optional(file, options, "chat_template", dict) or {},
+        )
 
 
 def read_score_tokens(checkpoint: Checkpoint) -> tuple[int, ...] | None:
@@ -278,7 +311,8 @@ def _is_cross_encoder(checkpoint: Checkpoint) -> bool:
     return _optional(file, _object(checkpoint, file.name) or {}, "model_type", str) == "CrossEncoder"
 
 
-def _default_prompt(checkpoint: Checkpoint) -> str:
+def _prompts(checkpoint: Checkpoint) -> tuple[dict[str, str], str]:
+    """The prompts by name, and the one that is put before every input; empty without one."""
     file = checkpoint.path / "config_sentence_transformers.json"
     config = _object(checkpoint, file.name) or {}
     prompts = _optional(file, config, "prompts", dict) or {}
@@ -286,14 +320,14 @@ def _default_prompt(checkpoint: Checkpoint) -> str:
         _typed(file, "a prompt", prompt, str)
     name = _optional(file, config, "default_prompt_name", str)
     if name is None:
-        return ""
+        return prompts, ""
     # Going on without it would give other vectors than the authors measured.
     if name not in prompts:
         raise CheckpointError(
             f"{checkpoint.path} names the default prompt {name!r:.60}, but its prompts are {listed(sorted(prompts))}",
             hint=f"set default_prompt_name in {file.name} to one of them, or to null",
         )
-    return cast("str", prompts[name])
+    return prompts, prompts[name]
 
 
 def _length(file: Path, value: object) -> int | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3ForSequenceClassification
 
 import lorax_core as lorax
 
@@ -158,3 +162,80 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
 
     with pytest.raises(lorax.CheckpointError, match="score_tokens names 9693; ids are 0 to 95"):
         lorax.load(tmp_path)
+
+
+QUERY, DOCUMENTS = "who ate it", ["the dog", "a cat that sat on the mat", "x"]
+SHOWN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}!{% endif %} so"
+ASKED = {"processing_kwargs": {"chat_template": {"add_generation_prompt": True}}}
+
+
+def make_texts(folder, template):
+    """A tokenizer of printable characters, with a chat template."""
+    signs = {chr(at): at - 32 for at in range(32, 127)} | {"[PAD]": 95}
+    made = Tokenizer(models.WordLevel(signs, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]", unk_token="?")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def ranked(folder):
+    with lorax.load(folder, dtype="float32") as engine:
+        return engine.rerank(QUERY, DOCUMENTS, normalize=False)
+
+
+@torch.inference_mode()
+def scored(model, texts):
+    score = LogitScore(YES, NO)
+    return torch.cat([score({"causal_logits": model(torch.tensor([text])).logits})["scores"] for text in texts])[:, 0]
+
+
+def assert_ranked(found, scores):
+    order = scores.argsort(descending=True).tolist()
+    assert [one.index for one in found] == order
+    assert_same(torch.tensor([one.score for one in found]), scores[order])
+
+
+@pytest.mark.parametrize(
+    ("template", "options"), [(None, {}), (SHOWN, {}), (SHOWN, ASKED)], ids=["texts", "conversation", "asked"]
+)
+@pytest.mark.parametrize("prompt", [None, "Judge. "])
+def test_pairs_are_read_as_a_cross_encoder_reads_them(template, options, prompt, tmp_path):
+    make(tmp_path / "base")
+    make_texts(tmp_path / "base", template)
+    said = {"prompts": {"judge": prompt}, "default_prompt_name": "judge"} if prompt else {}
+    reader = Transformer(str(tmp_path / "base"), transformer_task="text-generation", **options)
+    theirs = CrossEncoder(
+        modules=[reader, LogitScore(YES, NO)], device="cpu", activation_fn=torch.nn.Identity(), **said
+    )
+    theirs.save_pretrained(str(tmp_path / "new"))
+    pairs = [(QUERY, document) for document in DOCUMENTS]
+
+    scores = theirs.predict(pairs, batch_size=1, show_progress_bar=False, convert_to_tensor=True)
+
+    assert_ranked(ranked(tmp_path / "new"), scores)
+
+
+def test_without_a_template_of_its_own_a_pair_is_put_into_qwen3s_prompt(tmp_path):
+    model = make(tmp_path, max_position_embeddings=512)
+    state(tmp_path, score_tokens=[YES, NO])
+    tokenizer = make_texts(tmp_path, "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    prompt = readme.split("```text\n")[1].split("\n```")[0] + "\n\n"
+
+    texts = [tokenizer(prompt.format(query=QUERY, document=one))["input_ids"] for one in DOCUMENTS]
+
+    assert_ranked(ranked(tmp_path), scored(model, texts))
+
+
+def test_a_template_that_leaves_out_a_pair_is_refused_where_files_name_the_tokens(tmp_path):
+    make(tmp_path)
+    name_tokens(tmp_path, YES, NO)
+    make_texts(tmp_path, "{% for m in messages if m.role == 'query' %}{{ m.content }}{% endfor %}")
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"modality_config": {"text": {}, "message": {}}}))
+
+    with pytest.raises(lorax.RequestError, match="it leaves out the document") as caught:
+        ranked(tmp_path)
+
+    assert "chat_template.jinja" in caught.value.hint

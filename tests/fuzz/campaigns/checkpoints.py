@@ -135,7 +135,7 @@ def ran_code(folder: Path) -> tuple[Finding, str] | None:
 
 def config(house: House, random: Random) -> Attempt:
     """`config.json` of every architecture."""
-    name = random.choice(sorted(BASES))
+    name = random.choice(sorted(RIGHT))
     folder = house.copy(name)
     file = folder / "config.json"
     same = random.random() < 0.12
@@ -266,7 +266,7 @@ def _greedy(house: House) -> list[int]:
 
 def tensors(house: House, random: Random) -> Attempt:
     """`model.safetensors`: its header, and the numbers, shapes and names in it."""
-    name = random.choice(sorted(BASES))
+    name = random.choice(sorted(RIGHT))
     folder = house.copy(name)
     file = folder / "model.safetensors"
     changes = [f"base {name}"]

@@ -157,36 +157,81 @@ INPUTS: list[Any] = [[5, 9, 2, 77], [30], "ab c", ("ab", "c d"), "x " * 200, [5]
     [{}], {"a": 1}, b"x", "\u2028\f", ["a", "b"], "x" * 200_000]  # fmt: skip
 
 
+# Options of texts that are right, by the kind of request.
+ASKED: dict[str, dict[str, list[Any]]] = {
+    "EmbedRequest": {"pooling": ["cls", "mean", "last", "none", None], "normalize": [True, False, None],
+        "dimensions": [1, 9, 64, None], "prompt": ["", "a: ", None]},
+    "ClassifyRequest": {"raw_scores": [True, False]}, "RerankRequest": {"normalize": [True, False]},
+}  # fmt: skip
+
+
 def text(house: House, random: Random) -> Attempt:
-    """Texts to embed and to classify, and how they are truncated."""
-    name = random.choice(["bert", "bert-tokens", "bert-texts", "qwen2", "qwen2-texts"])
-    kind = random.choice([lorax.EmbedRequest, lorax.ClassifyRequest])
-    fields: dict[str, Any] = {"input": random.choice(INPUTS[:7] if random.random() < 0.5 else INPUTS)}
+    """Texts to embed, to classify and to rerank, what is asked of them, and how they are truncated."""
+    name = random.choice(["bert", "bert-tokens", "bert-texts", "bert-pairs", "qwen2", "qwen2-texts"])
+    kind = random.choice([lorax.EmbedRequest, lorax.ClassifyRequest, lorax.RerankRequest])
+    inputs = INPUTS[:7] if random.random() < 0.5 else INPUTS
+    names = [field for field in kind.model_fields if field in ("input", "query", "document")]
+    fields: dict[str, Any] = {field: random.choice(inputs) for field in names}
     if random.random() < 0.5:
         fields["truncate"] = random.choice(["error", "start", "end", "middle", None, 5])
+    for option, values in ASKED[kind.__name__].items():
+        if random.random() < 0.3:
+            fields[option] = random.choice(values)
     if random.random() < 0.15:
-        fields[random.choice(sorted({*kind.model_fields, "x"} - {"input"}))] = random.choice(WRONG)
-    given = fields["input"]
+        fields[random.choice(sorted({*kind.model_fields, "x"} - {*names}))] = random.choice(WRONG)
+    given = fields["input"] if "input" in fields else (fields["query"], fields["document"])
 
     def ask() -> Answer:
         done = house.engine(name).run([kind(**fields)])[0]
         found: dict[str, Any] = {"tokens": done.usage.prompt_tokens}
         if isinstance(done, lorax.Embedding):
-            return {**found, "vector 0": [float(number) for number in done.vector]}
+            return {**found, "vector 0": [float(number) for number in done.vector.ravel()]}
+        if isinstance(done, lorax.Relevance):
+            return {**found, "scores 0": [done.score]}
         return {**found, "labels 0": list(done.labels), "scores 0": [float(score) for score in done.scores]}
 
     def refer(answer: Answer, seed: int) -> Answer:
         asked = {key: value for key, value in answer.items() if key != "tokens"}
-        model, kept, types = house.reference(name), given, None
+        model, kept, types = house.reference(name), _prompted(given, fields.get("prompt")), None
         if not isinstance(given, list):
-            kept, types = _read(house, name, given, fields.get("truncate", "error"))
+            kept, types = _read(house, name, kept, fields.get("truncate", "error"))
             if "labels 0" in answer and name == "bert-tokens":
                 raise CannotJudge("special tokens have no labels")
         elif answer["tokens"] < len(given):
             kept = given[-answer["tokens"] :] if fields["truncate"] == "start" else given[: answer["tokens"]]
-        return {"tokens": len(kept), **their_answer(model, asked, [kept], types)}
+        return {"tokens": len(kept), **_their_text(model, asked, kept, types, fields)}
 
     return Attempt(ask, refer, changes=[f"{kind.__name__} to {name}: {fields!r:.200}"], engines=(name,))
+
+
+def _prompted(given: Any, prompt: str | None) -> Any:
+    if prompt is None or isinstance(given, list):
+        return given
+    return prompt + given if isinstance(given, str) else (prompt + given[0], given[1])
+
+
+@torch.inference_mode()
+def _their_text(model: Any, answer: Answer, ids: list[int], types: list[int] | None, fields: dict[str, Any]) -> Answer:
+    """What the oracle says of one text with these options."""
+    typed = {} if types is None else {"token_type_ids": torch.tensor([types])}
+    if "vector 0" in answer:
+        rows = model.base_model(torch.tensor([ids]), **typed).last_hidden_state[0].float()
+        pooling = fields.get("pooling") or "mean"
+        found = {"cls": rows[0], "last": rows[-1], "mean": rows.mean(0), "none": rows}[pooling][
+            ..., : fields.get("dimensions")
+        ]
+        found = torch.nn.functional.normalize(found, dim=-1) if fields.get("normalize") else found
+        return {"vector 0": found.flatten().tolist()}
+    if "labels 0" not in answer:
+        logits = model(torch.tensor([ids]), **typed).logits[0].float()
+        return {"scores 0": (logits.sigmoid() if fields.get("normalize", True) else logits).tolist()}
+    found = their_answer(model, answer, [ids], types)
+    if fields.get("raw_scores"):
+        logits = model(torch.tensor([ids]), **typed).logits[0].float()
+        found["scores 0"] = (
+            logits.max(-1).values if logits.ndim == 2 else logits.sort(descending=True).values
+        ).tolist()
+    return found
 
 
 def _read(house: House, name: str, given: Any, truncate: str) -> tuple[list[int], list[int] | None]:

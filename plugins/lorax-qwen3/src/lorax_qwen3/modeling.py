@@ -11,6 +11,7 @@ from lorax_core.modeling import (
     Decoder,
     DecoderLayer,
     GatedMLP,
+    LogitScoreHead,
     Model,
     ModelConfig,
     RMSNorm,
@@ -72,6 +73,19 @@ class Qwen3TokenClassificationHead(TokenClassificationHead):
     """Labels of tokens; the layer is called `score` in checkpoints."""
 
     layer = "score"
+
+
+class Qwen3ScoreHead(LogitScoreHead):
+    """The logit of one token less that of another, after the prompt that Qwen3's rerankers were trained with."""
+
+    pair_template = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
+        'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+        "<Instruct>: Given a web search query, retrieve relevant passages that answer the query\n"
+        "<Query>: {{ messages[0].content }}\n<Document>: {{ messages[1].content }}<|im_end|>\n"
+        # In quotes, for a template loses a line feed at its end.
+        '<|im_start|>assistant\n<think>\n\n</think>{{ "\n\n" }}'
+    )
 
 
 class Qwen3ForCausalLM(Model):

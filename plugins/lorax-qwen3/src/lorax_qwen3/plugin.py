@@ -20,7 +20,7 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         tasks=(Task.GENERATE, Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
         heads={
             Task.TOKEN_CLASSIFICATION: "lorax_qwen3.modeling:Qwen3TokenClassificationHead",
-            Task.SEQUENCE_CLASSIFICATION: "lorax_core.modeling:LogitScoreHead",
+            Task.SEQUENCE_CLASSIFICATION: "lorax_qwen3.modeling:Qwen3ScoreHead",
         },
         hf_architectures={
             "Qwen3ForCausalLM": Task.GENERATE,

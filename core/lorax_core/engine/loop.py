@@ -22,6 +22,7 @@ from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
 from lorax_core.engine.stats import StepStats, Totals
 from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopText
+from lorax_core.engine.wakes import woken_together
 from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
 
@@ -100,16 +101,17 @@ class EngineLoop:
         if self._ahead:
             self._following = self._launch_ahead(launched)
         answers = self._read(launched)
-        for chunk in launched.plan.chunks:
-            if chunk.sequence.finished:  # it left when the step was launched already
-                continue
-            answer = answers.get(chunk.sequence.id, Answer())
-            try:
-                update = answer if isinstance(answer, SequenceUpdate) else self._accept(chunk, answer)
-            except Exception as error:  # a tokenizer that cannot read its own tokens, say
-                update = _broken(error)
-            if update is not None:
-                self._emit(chunk.sequence, update)
+        with woken_together():
+            for chunk in launched.plan.chunks:
+                if chunk.sequence.finished:  # it left when the step was launched already
+                    continue
+                answer = answers.get(chunk.sequence.id, Answer())
+                try:
+                    update = answer if isinstance(answer, SequenceUpdate) else self._accept(chunk, answer)
+                except Exception as error:  # a tokenizer that cannot read its own tokens, say
+                    update = _broken(error)
+                if update is not None:
+                    self._emit(chunk.sequence, update)
         if self._following is not None and all(chunk.sequence.finished for chunk in self._following.plan.chunks):
             self._following = None
         self.last_step = self._stats(launched, time.perf_counter() - started)

@@ -65,9 +65,9 @@ class Traces:
 
 def traces_from_environment(environ: Mapping[str, str] = os.environ) -> Traces | None:
     """Traces sent by OTLP over HTTP where OpenTelemetry's own variables name an endpoint, else None."""
-    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    endpoint = environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
     disabled = environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if disabled or environ.get("OTEL_TRACES_EXPORTER") == "none" or not any(environ.get(one) for one in endpoints):
+    if disabled or not endpoint or environ.get("OTEL_TRACES_EXPORTER") == "none":
         return None
     try:
         exporter: Any = importlib.import_module(_EXPORTER)

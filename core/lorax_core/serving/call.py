@@ -17,6 +17,7 @@ from typing import Any
 
 from lorax_core.engine.process import OwnProcess
 from lorax_core.engine.sequence import Sequence, SequenceUpdate, discard
+from lorax_core.engine.wakes import wake
 from lorax_core.errors import LoraxError, RequestError, StepError, shown
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
@@ -136,11 +137,7 @@ class Call:
         self._watched = False  # those who wait on say so again
         wakers, self._wakers = self._wakers, []
         for loop, event in wakers:
-            try:
-                # asyncio.Event is not thread-safe: only its own loop may set it.
-                loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # the event loop was closed, so nothing waits in it any more
-                continue
+            wake(loop, event)
 
     # --- for callers ---
 
@@ -383,5 +380,5 @@ def _completion(answer: _Answer, reason: FinishReason) -> Completion:
 def _stop_reason(sequence: Sequence, reason: FinishReason) -> int | str | None:
     if reason is not FinishReason.STOP or sequence.stop_string is not None:
         return sequence.stop_string
-    last = sequence.output[-1]
+    last = next(reversed(sequence.output), None)
     return last if sequence.stop is not None and last in sequence.stop.token_ids else None

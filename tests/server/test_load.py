@@ -360,3 +360,40 @@ def test_metrics_are_those_of_prometheus_and_add_up(engine, server):
     assert of("lorax_time_to_first_token_seconds_count") == 3
     assert of("lorax_refusals_total", kind="invalid") == 1
     assert of("lorax_in_flight") == of("lorax_running") == of("lorax_kv_cache_pages_used") == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 1_000_000,
+        b'{"options":' * 100_000,
+        b'{"options": {"prompt": "' + b"\xff" * 9 + b'"}}',
+        json.dumps({"options": {"prompt": "\ud800"}}).encode(),
+        b'{"options": {"prompt": "a", "max_tokens": ' + b"9" * 100_000 + b"}}",
+        b'{"options": {"prompt": "a", "temperature": NaN}}',
+        b'{"options": {"prompt": "a"}, "\\ud800": 1}',
+        b'{"options": {"prompt": "a", "stop": ["\\ud800"], "max_tokens": 2}}',
+        b"",
+        b"null",
+        b"\x00",
+    ],
+    ids=[
+        "deep list",
+        "deep object",
+        "no UTF-8",
+        "half a surrogate pair",
+        "huge number",
+        "NaN",
+        "field",
+        "stop",
+        "empty",
+        "null",
+        "zero",
+    ],
+)
+def test_bodies_that_are_no_request_are_refused_in_words(engine, server, body):
+    answer = httpx.post(f"{server.url}/ask", content=body, headers={"Content-Type": "application/json"}, timeout=LIMIT)
+
+    assert answer.status_code == 422
+    assert answer.json()["error_type"] == "validation"
+    assert server.ask({"prompt": "a", "max_tokens": 1}).status_code == 200

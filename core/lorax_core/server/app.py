@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -81,19 +81,19 @@ def build_app(
 def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
     """Errors of all routes become answers in the shape of their API."""
 
-    def answer(request: Request, error: LoraxError) -> JSONResponse:
+    def answer(request: Request, error: LoraxError) -> Response:
         found = failure(error)
         metrics.refused(found.kind)
         log_failure(found, error)
         return refusal(request.url.path, found)
 
-    async def deliberate(request: Request, error: Any) -> JSONResponse:
+    async def deliberate(request: Request, error: Any) -> Response:
         return answer(request, error)
 
-    async def wrong(request: Request, error: Any) -> JSONResponse:
+    async def wrong(request: Request, error: Any) -> Response:
         return answer(request, invalid(error.errors()))
 
-    async def http(request: Request, error: Any) -> JSONResponse:
+    async def http(request: Request, error: Any) -> Response:
         # FastAPI hides in its own error what went wrong while a body was read.
         if isinstance(error.__cause__, LoraxError):
             return answer(request, error.__cause__)

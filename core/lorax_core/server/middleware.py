@@ -7,12 +7,13 @@ bounded in size and in time. Knows nothing of what bodies hold.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorax_core.server.auth import ApiKeys
@@ -27,10 +28,11 @@ _BODIES: Final = 32
 """How many bodies of the largest size a server has room for, whatever their number: each client may send one at once."""
 
 
-def refusal(path: str, found: Failure) -> JSONResponse:
+def refusal(path: str, found: Failure) -> Response:
     """The answer to a request that failed, in the shape of the API that `path` belongs to."""
     status, body = body_of(path, found)
-    return JSONResponse(body, status, found.headers)
+    # In ASCII: what it names of the request may be half a surrogate pair, which UTF-8 does not have.
+    return Response(json.dumps(body), status, found.headers, "application/json")
 
 
 class EveryRequest:

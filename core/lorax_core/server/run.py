@@ -7,10 +7,12 @@ runs, and ends. Knows nothing of routes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import math
 import signal
 import socket
+import sys
 from typing import Any, Final
 
 import uvicorn
@@ -70,10 +72,21 @@ def serve(engine: Engine, options: ServerOptions, bound: socket.socket, *, model
 
 def serve_app(app: FastAPI, options: ServerOptions, bound: socket.socket) -> None:
     """As `serve`, with an application of `build_app` that routes were added to."""
+    _allow_connections()
     # What is loaded stays: the collector of garbage would otherwise look through it again and again.
     gc.collect()
     gc.freeze()
     make_server(app, options).run(sockets=[bound])
+
+
+def _allow_connections() -> None:
+    """As many open files as the system allows this process: each connection is one, and some systems begin with 1,024."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # a limit that the system does not grant after all
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def make_server(app: FastAPI, options: ServerOptions) -> uvicorn.Server:

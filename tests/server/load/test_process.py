@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
+import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +28,22 @@ def child(checkpoint):
     with Child(checkpoint, max_queue=20_000, log_format="json", body_timeout=5) as child:
         ask(child)
         yield child
+
+
+def test_clients_that_say_nothing_do_not_use_up_what_a_process_may_open(checkpoint):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))  # what the child begins with
+    try:
+        child = Child(checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with child, contextlib.ExitStack() as silent:
+        for _ in range(400):
+            silent.enter_context(child.connect())
+        answer = ask(child)
+
+    assert answer.status_code == 200
 
 
 def ask(child, prompt="a", **more):

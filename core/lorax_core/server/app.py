@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 
 from lorax_core.errors import LoraxError
+from lorax_core.server.document import correct_document
 from lorax_core.server.errors import Refused, failure
 from lorax_core.server.gateway import ClientGone, Gateway
 from lorax_core.server.health import health_routes
@@ -73,6 +74,7 @@ def build_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
         )
     _answer_errors(app, metrics)
+    correct_document(app)
     for routes in (health_routes,):
         app.include_router(routes(gateway))
     return app

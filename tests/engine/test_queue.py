@@ -86,6 +86,18 @@ def test_who_leaves_is_not_waited_for():
     assert fresh.turn == 1
 
 
+def test_who_leaves_is_not_kept_though_nobody_comes_after():
+    queue = WaitingQueue()
+    made = joined(queue, *["a", "b"] * 50)
+    for sequence in made[10:]:
+        sequence.finished = True
+        queue.depart(sequence, waiting=True)
+        queue.check()
+
+    assert len(queue._heap) <= 20
+    assert list(queue) == made[:10]
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_adapters_that_wait_are_served_equally_often(counts, random):
     queue = WaitingQueue()

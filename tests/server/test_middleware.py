@@ -6,11 +6,20 @@ import logging
 
 import pytest
 from asking import ask
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel
 
 from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestError, StepError
+from lorax_core.server.app import build_app
 from lorax_core.server.auth import ApiKeys
 from lorax_core.server.errors import KINDS, Refused, body_of, failure, without_paths
 from lorax_core.server.options import ServerOptions
+
+
+class Sorry(BaseModel):
+    """What a route answers when it fails."""
+
+    why: str
 
 
 def test_a_request_keeps_its_plain_id_and_gets_another_for_one_that_could_forge_a_log(qwen2, client):
@@ -121,6 +130,23 @@ def test_every_error_has_a_status_and_says_nothing_of_this_machine(tmp_path):
 )
 def test_folders_are_cut_from_paths_and_routes_stay(text, shown):
     assert without_paths(text) == shown
+
+
+def test_the_document_says_that_failures_are_json_and_of_what_a_stream_has_events(qwen2):
+    app = build_app(qwen2)
+    stream = {"text/event-stream": {"schema": {"type": "string", "description": "pieces"}}}
+
+    @app.get("/stream", response_class=PlainTextResponse, responses={200: {"content": stream}, 400: {"model": Sorry}})
+    async def route():
+        return "nothing"
+
+    found = app.openapi()["paths"]["/stream"]["get"]["responses"]
+
+    assert list(found["400"]["content"]) == ["application/json"]
+    assert found["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/Sorry")
+    event = found["200"]["content"]["text/event-stream"]["schema"]
+    assert (event["description"], event["required"]) == ("pieces", ["data"])
+    assert app.openapi() == app.openapi()
 
 
 @pytest.mark.parametrize("key", ["short", "with space in it", "non-ascii-é-key", "line\nbreak-key"])

@@ -688,3 +688,34 @@ def test_a_time_limit_may_be_infinite_and_must_be_a_number(engine):
     with pytest.raises(lorax.RequestError, match="timeout: a number of seconds"):
         call.wait(float("nan"))
     assert len(within(LIMIT, lambda: call.wait(float("inf")))) == 1
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    """An event loop that counts how often other threads wake it."""
+
+    def __init__(self):
+        super().__init__()
+        self.woken = 0
+
+    def call_soon_threadsafe(self, *args, **kwargs):
+        self.woken += 1
+        return super().call_soon_threadsafe(*args, **kwargs)
+
+
+def test_a_step_wakes_an_event_loop_once_for_all_its_calls(engine):
+    async def several():
+        calls = [engine.submit([lorax.GenerateRequest(prompt=[5], max_tokens=20, ignore_eos=True)]) for _ in range(6)]
+
+        async def follow(call):
+            while await call.next_event_async() is not None:
+                pass
+
+        await asyncio.gather(*map(follow, calls))
+
+    loop, before = CountingLoop(), engine.info().totals.steps
+    try:
+        loop.run_until_complete(several())
+    finally:
+        loop.close()
+
+    assert loop.woken <= engine.info().totals.steps - before + 1

@@ -22,6 +22,7 @@ from lorax_core.engine.sequence import AdapterRef, Sequence, SequenceUpdate
 from lorax_core.engine.stats import StepStats, Totals
 from lorax_core.engine.step_input import step_input
 from lorax_core.engine.stopping import StopText
+from lorax_core.engine.wakes import woken_together
 from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
 
@@ -100,16 +101,17 @@ class EngineLoop:
         if self._ahead:
             self._following = self._launch_ahead(launched)
         answers = self._read(launched)
-        for chunk in launched.plan.chunks:
-            if chunk.sequence.finished:  # it left when the step was launched already
-                continue
-            answer = answers.get(chunk.sequence.id, Answer())
-            try:
-                update = answer if isinstance(answer, SequenceUpdate) else self._accept(chunk, answer)
-            except Exception as error:  # a tokenizer that cannot read its own tokens, say
-                update = _broken(error)
-            if update is not None:
-                self._emit(chunk.sequence, update)
+        with woken_together():
+            for chunk in launched.plan.chunks:
+                if chunk.sequence.finished:  # it left when the step was launched already
+                    continue
+                answer = answers.get(chunk.sequence.id, Answer())
+                try:
+                    update = answer if isinstance(answer, SequenceUpdate) else self._accept(chunk, answer)
+                except Exception as error:  # a tokenizer that cannot read its own tokens, say
+                    update = _broken(error)
+                if update is not None:
+                    self._emit(chunk.sequence, update)
         if self._following is not None and all(chunk.sequence.finished for chunk in self._following.plan.chunks):
             self._following = None
         self.last_step = self._stats(launched, time.perf_counter() - started)
@@ -119,6 +121,10 @@ class EngineLoop:
     def _launch(self, plan: StepPlan) -> _Launched:
         """Start computing a plan."""
         ended, self._ended = self._ended, []
+        now = time.monotonic()
+        for chunk in plan.chunks:
+            if chunk.sequence.started is None:
+                chunk.sequence.started = now
         try:
             return _Launched(plan, self._runner.launch(step_input(plan, ended)))
         except Exception as error:
@@ -254,7 +260,8 @@ class EngineLoop:
 
     def _leave(self, sequence: Sequence) -> None:
         self._texts.pop(sequence, None)
-        self._ended.append(sequence.id)
+        if sequence.started is not None:  # the runner knows no other
+            self._ended.append(sequence.id)
         self.scheduler.remove(sequence)
         forks = [fork for fork in sequence.forks if not fork.finished]
         sequence.forks = []

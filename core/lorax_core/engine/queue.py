@@ -39,7 +39,7 @@ class WaitingQueue:
     """
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], Sequence]] = []  # cancelled ones stay until they reach the top
+        self._heap: list[tuple[tuple[int, int], Sequence]] = []  # cancelled ones stay for a while
         self._arrivals = 0
         self._levels: defaultdict[int, _Level] = defaultdict(_Level)
         self._flows: dict[tuple[str, int], _Flow] = {}
@@ -67,6 +67,10 @@ class WaitingQueue:
     def depart(self, sequence: Sequence, *, waiting: bool) -> None:
         """A sequence that joined is finished; `waiting` when it is still in the queue."""
         self._levels[sequence.priority].waiting -= waiting
+        if waiting and len(self._heap) > 2 * len(self):
+            # Nobody may come who would take them off the top, and a sequence holds its prompt.
+            self._heap = [item for item in self._heap if not item[1].finished]
+            heapq.heapify(self._heap)
         flow = self._flows[sequence.salt, sequence.priority]
         flow.alive -= 1
         if not flow.alive:

@@ -147,6 +147,8 @@ class Sequence:
     forks: list[Sequence] = field(default_factory=list)  # further answers to the same prompt: join once it is computed
     sink: Callable[[SequenceUpdate], None] = discard
 
+    started: float | None = None  # when its first step began, by `time.monotonic`; filled by the loop
+
     # Filled by the scheduler.
     id: int = 0  # counts arrivals in one engine from 1
     turn: int = 0  # when it is served, counted in turns of all adapters

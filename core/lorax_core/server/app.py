@@ -6,22 +6,25 @@ call it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from lorax_core.errors import LoraxError
 from lorax_core.server.adapters import adapter_routes
+from lorax_core.server.document import correct_document
 from lorax_core.server.errors import Refused, failure
-from lorax_core.server.gateway import Gateway
+from lorax_core.server.gateway import ClientGone, Gateway
 from lorax_core.server.health import health_routes
+from lorax_core.server.logs import log_failure
 from lorax_core.server.lorax.routes import lorax_routes
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
@@ -30,16 +33,23 @@ from lorax_core.server.options import ServerOptions
 from lorax_core.server.rerank import rerank_routes
 from lorax_core.server.schemas import invalid
 from lorax_core.server.tei.routes import tei_routes
+from lorax_core.server.tracing import Traces
 from lorax_core.serving.engine import Engine
 from lorax_core.version import __version__
 
 _ROUTES: Final = "GET /openapi.json lists routes and their methods"
 
 
-def build_app(engine: Engine, options: ServerOptions | None = None, *, model_name: str | None = None) -> FastAPI:
+def build_app(
+    engine: Engine,
+    options: ServerOptions | None = None,
+    *,
+    model_name: str | None = None,
+    traces: Traces | None = None,
+) -> FastAPI:
     """The application that answers from `engine`, which stays the caller's to close.
 
-    `app.state.gateway` is its `Gateway`.
+    `app.state.gateway` is its `Gateway`. `traces` are closed when it ends.
     """
     options = options or ServerOptions()
     metrics = Metrics(engine)
@@ -49,11 +59,17 @@ def build_app(engine: Engine, options: ServerOptions | None = None, *, model_nam
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         gateway.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     # The pages of FastAPI load their scripts from elsewhere; /openapi.json is what tools read.
-    app = FastAPI(title="lorax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    # FastAPI's own traces would be spans of parts, and could hold what clients sent.
+    silent: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    app = FastAPI(
+        title="lorax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, telemetry=silent
+    )
     app.state.gateway = gateway
-    app.add_middleware(EveryRequest, options=options, metrics=metrics)
+    app.add_middleware(EveryRequest, options=options, metrics=metrics, traces=traces)
     if options.cors_origins:
         # Last, so outermost: a browser asks without a key whether it may ask.
         app.add_middleware(
@@ -63,6 +79,7 @@ def build_app(engine: Engine, options: ServerOptions | None = None, *, model_nam
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
         )
     _answer_errors(app, metrics)
+    correct_document(app)
     for routes in (health_routes, openai_routes, lorax_routes, tei_routes, rerank_routes, adapter_routes):
         app.include_router(routes(gateway))
     return app
@@ -71,21 +88,24 @@ def build_app(engine: Engine, options: ServerOptions | None = None, *, model_nam
 def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
     """Errors of all routes become answers in the shape of their API."""
 
-    def answer(request: Request, error: LoraxError) -> JSONResponse:
+    def answer(request: Request, error: LoraxError) -> Response:
         found = failure(error)
         metrics.refused(found.kind)
+        log_failure(found, error)
         return refusal(request.url.path, found)
 
-    async def deliberate(request: Request, error: Any) -> JSONResponse:
+    async def deliberate(request: Request, error: Any) -> Response:
         return answer(request, error)
 
-    async def wrong(request: Request, error: Any) -> JSONResponse:
+    async def wrong(request: Request, error: Any) -> Response:
         return answer(request, invalid(error.errors()))
 
-    async def http(request: Request, error: Any) -> JSONResponse:
+    async def http(request: Request, error: Any) -> Response:
         # FastAPI hides in its own error what went wrong while a body was read.
         if isinstance(error.__cause__, LoraxError):
             return answer(request, error.__cause__)
+        if isinstance(error.__cause__, ClientDisconnect):
+            raise ClientGone from error
         if error.status_code == 405:
             refused = Refused("wrong_method", f"{request.method} is not what this route takes", hint=_ROUTES)
         elif error.status_code == 404:

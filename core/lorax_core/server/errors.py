@@ -97,6 +97,8 @@ def failure(error: BaseException) -> Failure:
         return _of("invalid", error)
     if isinstance(error, LoraxError):
         return _of("internal", error)
+    if isinstance(error, UnicodeEncodeError):  # no text of ours has such a part, but JSON can spell it
+        return Failure("invalid", "a text has half of a surrogate pair, which is no character", "send whole characters")
     return Failure("internal", "the server failed to answer this request", "its log has the cause, by the request id")
 
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -18,10 +19,12 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 from starlette.requests import Request as HttpRequest
 
 from lorax_core.errors import LoraxError
-from lorax_core.server.errors import Refused
-from lorax_core.server.metrics import Metrics
+from lorax_core.server.errors import Refused, failure
+from lorax_core.server.logs import log_failure
+from lorax_core.server.metrics import Metrics, adapter_name, completion_tokens
 from lorax_core.server.names import ModelNames
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.tracing import note
 from lorax_core.serving.call import Call
 from lorax_core.serving.engine import Engine
 from lorax_core.serving.prepare import Result
@@ -51,8 +54,10 @@ class Gateway:
         self.draining = False
         self._in_flight = 0
         self._rows = engine.options.max_batch_rows
+        # Apart: adapters that take minutes to load must not delay prompts.
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorax-http")
-        self._ended: list[tuple[float, int]] = []
+        self._jobs = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorax-jobs")
+        self._ended: deque[tuple[float, int]] = deque(maxlen=32)
 
     async def answer(self, http: HttpRequest, requests: Sequence[Request]) -> list[Result]:
         """Results in the order of the requests. The call is cancelled when the client hangs up, or when it takes too long.
@@ -60,21 +65,28 @@ class Gateway:
         Raises LoraxError (Refused, StepError and all others) and ClientGone.
         """
         with self._admit(http, requests) as ticket:
-            call = await self._submit(requests, ticket)
+            call: Call | None = None
             try:
+                call = await self._submit(http, requests, ticket)
                 results = await self._unless_gone(http, ticket, _all_of(call))
+            except LoraxError as error:
+                raise self._explained(error) from error
             finally:
-                call.cancel()
-            for request, result in zip(requests, results, strict=True):
-                self._account(request, result)
+                if call is not None:
+                    call.cancel()
+            for result in results:
                 ticket.observe(call, result)
+            self._account(ticket, call, list(zip(requests, results, strict=True)))
             return results
 
     async def events(self, http: HttpRequest, requests: Sequence[GenerateRequest]) -> Events:
         """The answers as they come. What is wrong with the requests is raised now, before anything was sent."""
         ticket = self._admit(http, requests)
         try:
-            return Events(self, requests, await self._submit(requests, ticket), ticket)
+            return Events(self, requests, await self._submit(http, requests, ticket), ticket)
+        except LoraxError as error:
+            ticket.close()
+            raise self._explained(error) from error
         except BaseException:
             ticket.close()
             raise
@@ -82,7 +94,7 @@ class Gateway:
     async def in_thread(self, job: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """What takes long or blocks, such as loading an adapter, beside the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, functools.partial(job, *args, **kwargs))
+        return await loop.run_in_executor(self._jobs, functools.partial(job, *args, **kwargs))
 
     def check_batch(self, count: int, *, param: str) -> None:
         """Raises Refused for more inputs than one request may have."""
@@ -96,11 +108,14 @@ class Gateway:
 
     def close(self) -> None:
         """Let the threads go. The engine stays."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._jobs):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _admit(self, http: HttpRequest, requests: Sequence[Request]) -> Ticket:
         if self.draining:
             raise Refused("unavailable", "the server is shutting down", hint="ask another one", retry_after=1)
+        if self.engine.closed:
+            raise _closed()
         count = sum(request.n if isinstance(request, GenerateRequest) else 1 for request in requests)
         room = self._rows + self.options.max_queue
         # A request that is larger than the queue is let in alone: it would otherwise never be.
@@ -139,18 +154,15 @@ class Gateway:
         rate = sum(count for _, count in self._ended) / max(end - start, 0.1)
         return int(min(max(self._in_flight / 2 / max(rate, 0.01), 1), 60))
 
-    async def _submit(self, requests: Sequence[Request], ticket: Ticket) -> Call:
+    async def _submit(self, http: HttpRequest, requests: Sequence[Request], ticket: Ticket) -> Call:
         if sum(map(_size, requests)) <= _INLINE_CHARACTERS:
             return self.engine.submit(requests)
         submitted = self._pool.submit(self.engine.submit, requests)
         try:
-            async with asyncio.timeout_at(ticket.deadline):
-                return await asyncio.wrap_future(submitted)
-        except BaseException as error:
+            return await self._unless_gone(http, ticket, asyncio.wrap_future(submitted))
+        except BaseException:
             # It may become a call after all, which nobody would wait for.
             submitted.add_done_callback(_cancel)
-            if isinstance(error, TimeoutError):
-                raise _late(self.options) from error
             raise
 
     async def _unless_gone(self, http: HttpRequest, ticket: Ticket, work: Awaitable[T]) -> T:
@@ -170,9 +182,28 @@ class Gateway:
         self.metrics.hung_up()
         raise ClientGone
 
-    def _account(self, request: Request, result: Result) -> None:
-        task = type(request).__name__.removesuffix("Request").lower()
-        self.metrics.result(task, request.adapter, result)
+    def _explained(self, error: LoraxError) -> LoraxError:
+        """An error of the engine as clients should take it: one that has closed may be another server's to answer for."""
+        return _closed() if self.engine.closed and not isinstance(error, Refused) else error
+
+    def _account(self, ticket: Ticket, call: Call, answered: Sequence[tuple[Request, Result]]) -> None:
+        """Count what a call came to, and note it in the trace."""
+        for request, result in answered:
+            self.metrics.result(_task(request), request.adapter, result)
+        waited = None if call.started is None else call.started - ticket.start
+        if waited is not None:
+            self.metrics.queued.observe(waited)
+        first = call.first_update
+        adapters = {adapter_name(request.adapter) for request, _ in answered if request.adapter is not None}
+        note(
+            lorax__task=",".join(sorted({_task(request) for request, _ in answered})),
+            lorax__adapter=",".join(sorted(adapters))[:1_000] or None,
+            gen_ai__request__model=self.names.base,
+            gen_ai__usage__input_tokens=sum(result.usage.prompt_tokens for _, result in answered),
+            gen_ai__usage__output_tokens=sum(map(completion_tokens, (result for _, result in answered))),
+            gen_ai__latency__time_in_queue=waited,
+            gen_ai__latency__time_to_first_token=None if first is None else first - ticket.start,
+        )
 
     def _enter(self, count: int) -> None:
         self._in_flight += count
@@ -181,7 +212,7 @@ class Gateway:
     def _leave(self, count: int) -> None:
         self._in_flight -= count
         self.metrics.in_flight.set(self._in_flight)
-        self._ended = [*self._ended[-31:], (time.monotonic(), count)]
+        self._ended.append((time.monotonic(), count))
 
 
 class Ticket:
@@ -190,7 +221,7 @@ class Ticket:
     def __init__(self, gateway: Gateway, count: int, deadline: float) -> None:
         self.deadline = deadline
         self._gateway, self._count = gateway, count
-        self._start = time.monotonic()
+        self.start = time.monotonic()
         gateway._enter(count)
 
     def observe(self, call: Call, result: Any) -> None:
@@ -198,7 +229,7 @@ class Ticket:
         first = call.first_update
         if first is not None and hasattr(result, "token_ids"):
             now = time.monotonic()
-            self._gateway.metrics.times(first - self._start, now - self._start, len(result.token_ids))
+            self._gateway.metrics.times(first - self.start, now - self.start, len(result.token_ids))
 
     def close(self) -> None:
         """Give the place back. Idempotent."""
@@ -225,27 +256,43 @@ class Events:
         self.deadline = ticket.deadline
         self._gateway, self._requests, self._call, self._ticket = gateway, requests, call, ticket
         self._stream = Stream(call)
-        self._first: float | None = None
+        self._expired = False
+        # Not a timeout around the loop below: it would cancel the task while that waits for its client.
+        self._timer = asyncio.get_running_loop().call_at(self.deadline, self._expire)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
-            async with asyncio.timeout_at(self.deadline):
-                async for event in self._stream:
-                    if event.completion is not None:
-                        self._ticket.observe(self._call, event.completion)
-                    yield event
-            for request, result in zip(self._requests, self._call.results, strict=True):
-                if result is not None and not isinstance(result, LoraxError):
-                    self._gateway._account(request, result)
-        except TimeoutError as error:
-            raise _late(self._gateway.options) from error
+            async for event in self._stream:
+                if event.completion is not None:
+                    self._ticket.observe(self._call, event.completion)
+                yield event
+            pairs = zip(self._requests, self._call.results, strict=True)
+            answered = [(one, got) for one, got in pairs if got is not None and not isinstance(got, LoraxError)]
+            self._gateway._account(self._ticket, self._call, answered)
+        except LoraxError as error:
+            raise (_late(self._gateway.options) if self._expired else self._gateway._explained(error)) from error
         finally:
             self.close()
 
+    def failed(self, error: BaseException) -> None:
+        """Note that the answer broke off with an error."""
+        found = failure(error)
+        self._gateway.metrics.refused(found.kind)
+        log_failure(found, error)
+
+    def hung_up(self) -> None:
+        """Note that nobody reads any more."""
+        self._gateway.metrics.hung_up()
+
     def close(self) -> None:
         """Cancel what has not finished, and give the place back. Idempotent."""
+        self._timer.cancel()
         self._stream.close()
         self._ticket.close()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._call.cancel()
 
 
 async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
@@ -256,6 +303,10 @@ async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 async def _all_of(call: Call) -> list[Result]:
     return await call
+
+
+def _closed() -> Refused:
+    return Refused("unavailable", "the engine has closed", hint="ask another server; this one must be started again")
 
 
 def _cancel(submitted: Future[Call]) -> None:
@@ -269,6 +320,10 @@ def _late(options: ServerOptions) -> Refused:
         "the answer took longer than this request may take",
         hint=f"ask for fewer tokens; the server's limit is {options.request_timeout:g} seconds (--request-timeout)",
     )
+
+
+def _task(request: Request) -> str:
+    return type(request).__name__.removesuffix("Request").lower()
 
 
 def _size(request: Request) -> int:

@@ -17,13 +17,13 @@ def health_routes(gateway: Gateway) -> APIRouter:
     routes = APIRouter(tags=["health"])
 
     @routes.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         """200 while the engine lives; 503 once it broke, when only a restart helps."""
         alive = not gateway.engine.closed
         return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
 
     @routes.get("/ready")
-    def ready() -> JSONResponse:
+    async def ready() -> JSONResponse:
         """200 while requests are taken; 503 while the server drains."""
         state = "closed" if gateway.engine.closed else "draining" if gateway.draining else "ready"
         return JSONResponse({"status": state}, 200 if state == "ready" else 503)

@@ -15,6 +15,8 @@ import time
 import uuid
 from typing import Any, Final
 
+from lorax_core.server.errors import Failure
+
 log: Final = logging.getLogger("lorax_core.server")
 request_id: Final[contextvars.ContextVar[str]] = contextvars.ContextVar("lorax_request_id", default="")
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -23,6 +25,12 @@ _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def new_request_id(given: str | None) -> str:
     """The client's own id where it is short and plain, else a new one: it goes into headers and logs."""
     return given if given is not None and _ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def log_failure(found: Failure, error: BaseException) -> None:
+    """Log an error with its traceback when its answer says no more than that it happened."""
+    if found.kind == "internal":
+        log.error("a request failed", exc_info=error)
 
 
 class JsonLines(logging.Formatter):
@@ -50,10 +58,9 @@ class TextLines(logging.Formatter):
         """The record as a line, with a traceback below it where there is one."""
         at = time.strftime("%H:%M:%S", time.localtime(record.created))
         fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
-        # A line break in a value would forge a line.
-        line = f"{at} {record.levelname.lower():7} {record.getMessage()}{fields}".replace("\n", "\\n").replace(
-            "\r", "\\r"
-        )
+        line = f"{at} {record.levelname.lower():7} {record.getMessage()}{fields}"
+        if not (line.isascii() and line.isprintable()):  # a line break would forge a line, other signs steer a terminal
+            line = line.encode("unicode_escape").decode("ascii")
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

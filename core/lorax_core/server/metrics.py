@@ -54,6 +54,9 @@ class Metrics:
             "lorax_time_per_token_seconds", "Mean time of a token after the first, of each completion.",
             buckets=_TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
+        self.queued = Histogram(
+            "lorax_queue_seconds", "From a request's arrival to its first step.", buckets=_SECONDS, registry=registry
+        )
         self._refusals = Counter("lorax_refusals", "Requests that were refused, by kind.", ("kind",), registry=registry)
         self.in_flight = Gauge("lorax_in_flight", "Sequences that were admitted and not answered.", registry=registry)
         self._hung_up = Counter(
@@ -79,12 +82,11 @@ class Metrics:
         label = self._label(adapter)
         self._answers.labels(task, label).inc()
         usage = result.usage
-        completions = [result, *result.alternatives] if isinstance(result, Completion) else []
         for kind, count in (
             ("prompt", usage.prompt_tokens),
             ("cached", usage.cached_tokens),
-            ("completion", sum(one.usage.completion_tokens for one in completions)),
-            ("draft", sum(one.usage.accepted_tokens for one in completions)),
+            ("completion", completion_tokens(result)),
+            ("draft", sum(one.usage.accepted_tokens for one in _completions(result))),
         ):
             if count:
                 self._tokens.labels(kind, label).inc(count)
@@ -102,11 +104,25 @@ class Metrics:
     def _label(self, adapter: str | Mapping[str, float] | None) -> str:
         if adapter is None:
             return _BASE
-        name = adapter if isinstance(adapter, str) else "+".join(sorted(adapter))
+        name = adapter_name(adapter)
         if name not in self._labels:
             self._labels[name] = name[:200] if len(self._labels) < ADAPTER_LABELS else _OTHERS
         # What is beyond the limit is forgotten again: the table itself must not grow.
         return self._labels[name] if self._labels[name] != _OTHERS else self._labels.pop(name)
+
+
+def adapter_name(adapter: str | Mapping[str, float]) -> str:
+    """What an adapter, or a weighted sum of several, is called where numbers are kept."""
+    return adapter if isinstance(adapter, str) else "+".join(sorted(adapter))
+
+
+def completion_tokens(result: Result) -> int:
+    """Tokens that were generated for a result, of all its alternatives."""
+    return sum(one.usage.completion_tokens for one in _completions(result))
+
+
+def _completions(result: Result) -> list[Completion]:
+    return [result, *result.alternatives] if isinstance(result, Completion) else []
 
 
 class _EngineNumbers(Collector):

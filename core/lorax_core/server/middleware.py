@@ -7,33 +7,41 @@ bounded in size and in time. Knows nothing of what bodies hold.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorax_core.server.auth import ApiKeys
 from lorax_core.server.errors import Failure, Refused, body_of, failure
 from lorax_core.server.gateway import ClientGone
-from lorax_core.server.logs import log, new_request_id, request_id
+from lorax_core.server.logs import log, log_failure, new_request_id, request_id
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.tracing import Traces
+
+_BODIES: Final = 32
+"""How many bodies of the largest size a server has room for, whatever their number: each client may send one at once."""
 
 
-def refusal(path: str, found: Failure) -> JSONResponse:
+def refusal(path: str, found: Failure) -> Response:
     """The answer to a request that failed, in the shape of the API that `path` belongs to."""
     status, body = body_of(path, found)
-    return JSONResponse(body, status, found.headers)
+    # In ASCII: what it names of the request may be half a surrogate pair, which UTF-8 does not have.
+    return Response(json.dumps(body), status, found.headers, "application/json")
 
 
 class EveryRequest:
     """Id, key, bounds of the body and log line of every request; whatever escapes from a route becomes an answer."""
 
-    def __init__(self, app: ASGIApp, *, options: ServerOptions, metrics: Metrics) -> None:
-        self._app, self._options, self._metrics = app, options, metrics
+    def __init__(self, app: ASGIApp, *, options: ServerOptions, metrics: Metrics, traces: Traces | None = None) -> None:
+        self._app, self._options, self._metrics, self._traces = app, options, metrics, traces
         self._keys = ApiKeys(options.api_keys, options.admin_key)
+        self._held = _Held(_BODIES * options.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -43,26 +51,32 @@ class EveryRequest:
         headers = Headers(scope=scope)
         found = new_request_id(headers.get("x-request-id"))
         token = request_id.set(found)
+        span = None if self._traces is None else self._traces.begin(scope["method"], headers)
         answer = _Reply(send, found, time.monotonic())
+        body = _Body(receive, headers, self._options, self._held)
         try:
             self._keys.check(scope["path"], headers.get("authorization"))
-            await self._app(scope, _Body(receive, headers, self._options), answer.send)
+            body.check_length()
+            await self._app(scope, body, answer.send)
         except ClientGone:
             answer.status = answer.status or 499  # nginx's number for a client that did not wait
         except Exception as error:
-            if not isinstance(error, Refused):
-                log.exception("a request failed", extra={"fields": {"path": scope["path"]}})
+            said = failure(error)
+            log_failure(said, error)
             if answer.status is None:
-                said = failure(error)
                 self._metrics.refused(said.kind)
                 await refusal(scope["path"], said)(scope, receive, answer.send)
             else:  # part of the answer is out: only an end of the connection tells that it is not whole
                 raise
         finally:
-            self._note(scope, answer)
+            body.let_go()
+            route = self._note(scope, answer)
+            if span is not None and self._traces is not None:
+                self._traces.end(span, scope["method"], route, answer.status or 499)
             request_id.reset(token)
 
-    def _note(self, scope: Scope, answer: _Reply) -> None:
+    def _note(self, scope: Scope, answer: _Reply) -> str:
+        """Count and log an answer; gives its route."""
         seconds = time.monotonic() - answer.start
         # By the route and not by the path, which a client chooses.
         route = getattr(scope.get("route"), "path", None) or "(none)"
@@ -76,6 +90,7 @@ class EveryRequest:
         }
         quiet = route in ("/health", "/ready", "/metrics") and answer.status == 200
         log.log(10 if quiet else 20, "request", extra={"fields": fields})
+        return str(route)
 
 
 class _Reply:
@@ -95,18 +110,32 @@ class _Reply:
         await self._send(message)
 
 
-class _Body:
-    """A request's `receive`, which gives up on a body that is too large or too slow."""
+@dataclass(slots=True)
+class _Held:
+    """Bytes of the bodies of all requests that are not answered."""
 
-    def __init__(self, receive: Receive, headers: Headers, options: ServerOptions) -> None:
-        self._receive, self._options = receive, options
-        self._left = options.max_body_bytes
+    limit: int
+    bytes: int = 0
+
+
+class _Body:
+    """A request's `receive`, which gives up on a body that is too large or too slow, or one too many."""
+
+    def __init__(self, receive: Receive, headers: Headers, options: ServerOptions, held: _Held) -> None:
+        self._receive, self._options, self._held = receive, options, held
+        self._length = headers.get("content-length", "")
+        self._size = 0
         self._whole = False
         self._deadline: float | None = None
-        length = headers.get("content-length", "")
-        # Before any of it is read. A wrong number is found out by what comes.
-        if length.isdecimal() and int(length) > self._left:
+
+    def check_length(self) -> None:
+        """Refuse what is too large by its header, before any of it is read. A wrong number is found out by what comes."""
+        if self._length.isdecimal() and int(self._length[:20]) > self._options.max_body_bytes:
             raise self._too_large()
+
+    def let_go(self) -> None:
+        """Nobody holds the body any more."""
+        self._held.bytes -= self._size
 
     async def __call__(self) -> Message:
         if self._whole:  # what comes now is that the client hangs up, at any time
@@ -122,11 +151,22 @@ class _Body:
                 f"the body did not arrive within {self._options.body_timeout:g} seconds",
                 hint="send it at once; --body-timeout allows more",
             ) from error
-        self._left -= len(message.get("body", b""))
-        if self._left < 0:
-            raise self._too_large()
+        self._count(len(message.get("body", b"")))
         self._whole = not message.get("more_body", False)
         return message
+
+    def _count(self, size: int) -> None:
+        self._size += size
+        self._held.bytes += size
+        if self._size > self._options.max_body_bytes:
+            raise self._too_large()
+        if self._held.bytes > self._held.limit:
+            raise Refused(
+                "overloaded",
+                f"the bodies of requests that are not answered have {self._held.limit:,} bytes, and may not have more",
+                hint="try again later, or send less at once",
+                retry_after=1,
+            )
 
     def _too_large(self) -> Refused:
         return Refused(

@@ -7,8 +7,12 @@ runs, and ends. Knows nothing of routes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import math
+import signal
 import socket
+import sys
 from typing import Any, Final
 
 import uvicorn
@@ -19,6 +23,7 @@ from lorax_core.errors import RequestError
 from lorax_core.server.app import build_app
 from lorax_core.server.logs import set_up_logs
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.tracing import traces_from_environment
 from lorax_core.serving.engine import Engine
 
 _BACKLOG: Final = 2_048
@@ -37,6 +42,8 @@ def listen(options: ServerOptions) -> socket.socket:
     found = socket.socket(family, socket.SOCK_STREAM)
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Its connections have it too: a client whose machine is gone says nothing, and its answer would be computed.
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         found.bind((options.host, options.port))
     except (OSError, UnicodeError) as error:
         found.close()
@@ -60,11 +67,26 @@ def serve(engine: Engine, options: ServerOptions, bound: socket.socket, *, model
     Then running requests have `drain_timeout` seconds to finish. The engine stays the caller's to close.
     """
     set_up_logs(options.log_format)
-    app = build_app(engine, options, model_name=model_name)
+    serve_app(build_app(engine, options, model_name=model_name, traces=traces_from_environment()), options, bound)
+
+
+def serve_app(app: FastAPI, options: ServerOptions, bound: socket.socket) -> None:
+    """As `serve`, with an application of `build_app` that routes were added to."""
+    _allow_connections()
     # What is loaded stays: the collector of garbage would otherwise look through it again and again.
     gc.collect()
     gc.freeze()
     make_server(app, options).run(sockets=[bound])
+
+
+def _allow_connections() -> None:
+    """As many open files as the system allows this process: each connection is one, and some systems begin with 1,024."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # a limit that the system does not grant after all
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def make_server(app: FastAPI, options: ServerOptions) -> uvicorn.Server:
@@ -85,7 +107,7 @@ def make_server(app: FastAPI, options: ServerOptions) -> uvicorn.Server:
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=int(options.drain_timeout) or None,
+            timeout_graceful_shutdown=math.ceil(options.drain_timeout),
         ),
     )
 
@@ -98,13 +120,18 @@ class _Draining(uvicorn.Server):
         self._gateway = gateway
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """A signal: the first one drains, a second one ends."""
-        self._gateway.draining = True
-        super().handle_exit(sig, frame)
+        """A signal: the first one drains, a second one ends the process as it would have without a server."""
+        if self.should_exit:
+            signal.signal(sig, signal.SIG_DFL)
+            signal.raise_signal(sig)
+        # Not uvicorn's own, which raises the signal again once all is done: the process could not end with 0.
+        self._gateway.draining = self.should_exit = True
 
 
 class _Impatient(HttpToolsProtocol):
-    """Closes connections whose request line and headers do not arrive in time, or do not end."""
+    """Closes connections whose request line and headers do not arrive in time, or do not end, and those of clients that read
+    nothing of their answer.
+    """
 
     patience: float
 
@@ -113,20 +140,26 @@ class _Impatient(HttpToolsProtocol):
         self._unheard = 0  # bytes of headers that are not whole
         super().connection_made(transport)
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.patience, self._late)
+        self._watch: asyncio.TimerHandle | None = None
+        self._unread = 0  # bytes of answers that the client had not taken when they were last counted
 
     def connection_lost(self, exc: Exception | None) -> None:
         """A client went away."""
-        if self._timer is not None:
-            self._timer.cancel()
+        self._heard()
+        self._unwatch()
         super().connection_lost(exc)
+
+    # --- what the client says ---
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
         super().data_received(data)
         if not self._waits:
-            self._unheard = 0
+            self._heard()
             return
-        self._unheard += len(data)
+        # Of a body that was refused the rest is read and dropped: a client that still sends would not find its answer.
+        if not self._drops:
+            self._unheard += len(data)
         if self._unheard > _HEADER_BYTES:
             self.transport.close()
         elif self._timer is None:  # of a second request on this connection
@@ -137,8 +170,53 @@ class _Impatient(HttpToolsProtocol):
         """Whether a request's headers are still to come, and none is answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def _drops(self) -> bool:
+        """Whether a request was answered before its body was whole."""
+        return self.cycle is not None and self.cycle.response_complete and self.cycle.more_body
+
+    def _heard(self) -> None:
+        self._unheard = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     def _late(self) -> None:
         self._timer = None
         # A connection that sends nothing after an answer is uvicorn's to close.
-        if self._waits and (self.cycle is None or self._unheard) and not self.transport.is_closing():
+        if self._waits and (self.cycle is None or self._unheard or self._drops) and not self.transport.is_closing():
             self.transport.close()
+
+    # --- what it reads ---
+
+    def pause_writing(self) -> None:
+        """The client reads more slowly than it is answered."""
+        super().pause_writing()
+        if self._watch is None:
+            self._look()
+
+    def resume_writing(self) -> None:
+        """It has caught up."""
+        super().resume_writing()
+        self._unwatch()
+
+    def on_response_complete(self) -> None:
+        """All of an answer was written, though not all of it may be sent."""
+        super().on_response_complete()
+        if self._watch is None and self.transport.get_write_buffer_size():
+            self._look()
+
+    def _look(self) -> None:
+        """Look again later; closes at once when the client took nothing since the last look."""
+        unread = self.transport.get_write_buffer_size()
+        if self._watch is not None and unread and unread >= self._unread:
+            self.transport.abort()  # closing would wait until all is sent
+        elif unread:
+            self._unread, self._watch = unread, self.loop.call_later(self.patience, self._look)
+        else:
+            self._watch = None
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None

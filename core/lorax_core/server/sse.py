@@ -63,6 +63,8 @@ class EventStream(Response):
             self._events.close()
         if over:
             sending.result()
+        else:
+            self._events.hung_up()
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -70,5 +72,6 @@ class EventStream(Response):
             async for line in self._lines:
                 await send({"type": "http.response.body", "body": line, "more_body": True})
         except Exception as error:
+            self._events.failed(error)
             await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

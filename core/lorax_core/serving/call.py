@@ -17,6 +17,7 @@ from typing import Any
 
 from lorax_core.engine.process import OwnProcess
 from lorax_core.engine.sequence import Sequence, SequenceUpdate, discard
+from lorax_core.engine.wakes import wake
 from lorax_core.errors import LoraxError, RequestError, StepError, shown
 from lorax_core.serving.prepare import Prepared, Result
 from lorax_core.types import Completion, Event, FinishReason, TokenLogprobs, Usage
@@ -136,11 +137,7 @@ class Call:
         self._watched = False  # those who wait on say so again
         wakers, self._wakers = self._wakers, []
         for loop, event in wakers:
-            try:
-                # asyncio.Event is not thread-safe: only its own loop may set it.
-                loop.call_soon_threadsafe(event.set)
-            except RuntimeError:  # the event loop was closed, so nothing waits in it any more
-                continue
+            wake(loop, event)
 
     # --- for callers ---
 
@@ -148,6 +145,11 @@ class Call:
     def here(self) -> bool:
         """Whether this is the process that made the call, and no forked child of it."""
         return self._process.here
+
+    @property
+    def started(self) -> float | None:
+        """When the first step of any of its sequences began, by `time.monotonic`; None before."""
+        return min((at for answer in self._answers if (at := answer.sequence.started) is not None), default=None)
 
     @property
     def done(self) -> bool:

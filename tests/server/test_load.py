@@ -1,0 +1,399 @@
+"""A server whose clients come in crowds, hang up, say nothing or read nothing, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from loopback import LIMIT, Loopback, held, http, left, until
+from prometheus_client.parser import text_string_to_metric_families
+
+import lorax_core
+from lorax_core.server.run import _HEADER_BYTES, _Impatient
+
+LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def engine(repository):
+    with lorax_core.load(
+        repository / "examples/tiny_qwen2/model",
+        adapters={"topic": str(repository / "examples/tiny_qwen2/adapters/topic")},
+        kv_cache_tokens=4_096,
+        max_batch_rows=2,
+    ) as engine:
+        yield engine
+
+
+@pytest.fixture
+def server(engine):
+    with Loopback(engine, max_queue=2) as server:
+        yield server
+
+
+def read_all(sock):
+    found = b""
+    while piece := sock.recv(65_536):
+        found += piece
+    return found
+
+
+def test_a_full_queue_refuses_with_the_seconds_to_wait(engine, server):
+    with ThreadPoolExecutor(4) as pool:
+        with held(engine):
+            admitted = [pool.submit(server.ask, {"prompt": "a", "max_tokens": 2}) for _ in range(4)]
+            until(lambda: server.gateway._in_flight == 4)
+            refused = server.ask({"prompt": "a", "max_tokens": 2})
+        answers = [one.result(LIMIT) for one in admitted]
+
+    assert refused.status_code == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 60
+    assert refused.json()["error_type"] == "overloaded"
+    assert [one.status_code for one in answers] == [200] * 4
+    assert left(engine) == (0, 0)
+
+
+def test_a_request_larger_than_the_queue_is_let_in_alone(engine, server):
+    alone = server.ask({"prompt": "a", "max_tokens": 2}, count=9)
+
+    assert len(alone.json()["tokens"]) == 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_while_it_waits_is_taken_out(engine, server, stream):
+    with held(engine):
+        sock = server.connect(http("/ask", {"options": LONG, "stream": stream}))
+        until(lambda: server.gateway._in_flight == 1)
+        sock.close()
+        until(lambda: server.gateway._in_flight == 0)
+        before = engine.info().totals
+
+    assert left(engine) == (0, 0)
+    assert engine.info().totals.decode_tokens == before.decode_tokens
+    until(lambda: server.metric("lorax_client_disconnects_total") == 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_while_its_prompt_is_read_is_forgotten(engine, server, stream):
+    gateway, release = server.gateway, threading.Event()
+    workers = [gateway._pool.submit(release.wait, LIMIT) for _ in range(gateway._pool._max_workers)]
+    options = {**LONG, "prompt": "word " * 300, "max_tokens": 100}
+    before = engine.info().totals.prompt_tokens
+
+    with server.connect(http("/ask", {"options": options | {"prompt": "a " * 2_000}, "stream": stream})):
+        until(lambda: gateway._in_flight == 1)
+    until(lambda: gateway._in_flight == 0)
+    release.set()
+
+    assert all(one.result(LIMIT) for one in workers)
+    gateway._pool.submit(int).result(LIMIT)
+    assert left(engine) == (0, 0)
+    assert engine.info().totals.prompt_tokens == before
+
+
+def test_a_client_that_hangs_up_in_its_stream_frees_its_pages_within_a_step(engine, server):
+    sock = server.connect(http("/ask", {"options": LONG, "stream": True}))
+    found = b""
+    while b"data:" not in found:
+        found += sock.recv(65_536)
+
+    with held(engine):
+        at = engine.info().totals.steps
+        sock.close()
+        until(lambda: server.gateway._in_flight == 0)
+
+    assert left(engine) == (0, 0)
+    assert engine.info().totals.steps <= at + 1
+
+
+def test_a_client_that_hangs_up_within_its_body_is_no_error(engine, server):
+    whole = http("/ask", {"options": LONG})
+
+    server.connect(whole[:-5]).close()
+
+    until(lambda: server.metric("lorax_http_requests_total") == 1)
+    assert 'status="499"' in server.gateway.metrics.render().decode()
+    assert server.metric("lorax_refusals_total") == 0
+
+
+@pytest.mark.parametrize("by", ["option", "header"])
+@pytest.mark.parametrize("prompt", ["a", "a " * 2_000])
+def test_an_answer_that_takes_too_long_is_given_up(engine, by, prompt):
+    options, headers = ({"request_timeout": 0.05}, {}) if by == "option" else ({}, {"X-Request-Timeout": "0.05"})
+    with Loopback(engine, **options) as server:
+        release = threading.Event()
+        for _ in range(server.gateway._pool._max_workers):
+            server.gateway._pool.submit(release.wait, LIMIT)
+        with held(engine):
+            answer = server.ask({**LONG, "prompt": prompt}, headers=headers)
+        release.set()
+
+    assert answer.status_code == 504
+    assert answer.json()["error_type"] == "incomplete_generation"
+    assert left(engine) == (0, 0)
+
+
+def test_a_stream_that_takes_too_long_ends_with_an_error(engine, server):
+    with held(engine):
+        answer = server.ask(LONG, stream=True, headers={"X-Request-Timeout": "0.05"})
+
+    assert answer.status_code == 200
+    assert json.loads(answer.text.removeprefix("data: ")) == {"error": "deadline"}
+    assert left(engine) == (0, 0)
+    assert server.metric("lorax_refusals_total") == 1
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])
+def test_a_deadline_that_is_no_number_of_seconds_is_refused(engine, server, given):
+    answer = server.ask({"prompt": "a"}, headers={"X-Request-Timeout": given})
+
+    assert answer.status_code == 422
+    assert "x-request-timeout" in answer.json()["error"]
+
+
+def test_a_server_that_drains_says_so_and_takes_nothing_new(engine, server):
+    ready = httpx.get(f"{server.url}/ready")
+    server.gateway.draining = True
+
+    after, refused = httpx.get(f"{server.url}/ready"), server.ask({"prompt": "a"})
+
+    assert (ready.status_code, after.status_code) == (200, 503)
+    assert after.json() == {"status": "draining"}
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_a_closed_engine_is_no_fault_of_the_request(repository):
+    engine = lorax_core.load(repository / "examples/tiny_qwen2/model", kv_cache_tokens=1_024)
+    with engine, Loopback(engine) as server, ThreadPoolExecutor(1) as pool:
+        with held(engine):
+            running = pool.submit(server.ask, LONG)
+            until(lambda: server.gateway._in_flight == 1)
+            engine._worker._stepper.stop()
+        broken, after = running.result(LIMIT), server.ask({"prompt": "a"})
+        health = httpx.get(f"{server.url}/health")
+
+    assert [broken.status_code, after.status_code, health.status_code] == [503] * 3
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /health HT", b"POST /ask HTTP/1.1\r\nContent-Length: 50\r\nHost: x"],
+    ids=["nothing", "half a line", "half the headers"],
+)
+def test_connections_that_say_nothing_more_are_closed_and_others_are_answered(engine, sent):
+    with Loopback(engine, body_timeout=0.3) as server:
+        quiet = [server.connect(sent) for _ in range(30)]
+        meanwhile = server.ask({"prompt": "a", "max_tokens": 2})
+        ends = [read_all(sock) for sock in quiet]
+        for sock in quiet:
+            sock.close()
+
+    assert meanwhile.status_code == 200
+    assert len(ends) == 30
+    assert not any(ends)
+
+
+def test_half_a_second_request_is_not_waited_for(engine):
+    with Loopback(engine, body_timeout=0.3) as server, server.connect(http("/health")) as sock:
+        first = sock.recv(65_536)
+        sock.sendall(b"GET /health HT")
+        rest = read_all(sock)
+
+    assert first.startswith(b"HTTP/1.1 200")
+    assert b"HTTP/1.1" not in rest
+
+
+def test_headers_without_end_are_not_read(engine, server):
+    endless = b"GET /health HTTP/1.1\r\n" + b"X-More: a\r\n" * (100 * _HEADER_BYTES // 11)
+
+    with server.connect() as sock, pytest.raises(ConnectionError):
+        sock.sendall(endless)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(engine):
+    with Loopback(engine, body_timeout=0.2) as server, server.connect(http("/ask", {"options": LONG})[:-5]) as sock:
+        answer = sock.recv(65_536)
+
+    assert answer.startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_is_too_large_is_answered_before_it_is_read(engine, chunked):
+    piece = b" " * 65_536
+    with Loopback(engine, max_body_bytes=100_000) as server:
+        pieces = (piece for _ in range(160))
+        content = pieces if chunked else piece * 160
+        answer = httpx.post(f"{server.url}/ask", content=content, timeout=LIMIT)
+        after = server.ask({"prompt": "a", "max_tokens": 2})
+
+    assert answer.status_code == 413
+    assert after.status_code == 200
+
+
+def test_bodies_together_are_bounded(engine):
+    unfinished = b"POST /ask HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n" + b" " * 999
+    with Loopback(engine, max_body_bytes=1_000) as server:
+        opened = [server.connect(unfinished) for _ in range(32)]
+        until(lambda: server.bodies() == 32 * 999)
+        one_more = [server.connect(unfinished), server.connect(unfinished)]
+        until(lambda: server.metric("lorax_refusals_total") > 0)
+        refused = one_more[-1].recv(65_536)
+        for sock in opened + one_more:
+            sock.close()
+        until(lambda: server.bodies() == 0)
+        after = server.ask({"prompt": "a", "max_tokens": 2})
+
+    assert refused.startswith(b"HTTP/1.1 429")
+    assert after.status_code == 200
+
+
+def test_a_client_that_reads_nothing_loses_its_connection(engine):
+    with Loopback(engine, body_timeout=0.2) as server, server.connect(http("/big/50000000")) as sock:
+        until(lambda: server.server.server_state.connections)
+        until(lambda: not server.server.server_state.connections)
+        sock.settimeout(LIMIT)
+        assert len(read_all(sock)) < 50_000_000
+
+
+class Timers:
+    """A loop whose time stands still: what it was asked to call, the newest last."""
+
+    def __init__(self):
+        self.asked = []
+
+    def call_later(self, seconds, job):
+        self.asked.append(job)
+        return self
+
+    def cancel(self):
+        pass
+
+
+class Pipe:
+    """A transport with so many bytes that its client has not read."""
+
+    def __init__(self):
+        self.unread, self.aborted = 0, False
+
+    def get_write_buffer_size(self):
+        return self.unread
+
+    def abort(self):
+        self.aborted = True
+
+
+def slow_connection(repository, engine):
+    with Loopback(engine) as server:
+        config = server.server.config
+        protocol = type("Protocol", (_Impatient,), {"patience": 1.0})(config, server.server.server_state, {}, Timers())
+    protocol.transport, protocol._watch = Pipe(), None
+    protocol.flow = type("Flow", (), {"pause_writing": lambda self: None, "resume_writing": lambda self: None})()
+    return protocol
+
+
+@pytest.mark.parametrize(("sizes", "lost"), [((90, 80, 70, 60), False), ((90, 80, 80), True), ((90, 0, 90), False)])
+def test_a_client_that_reads_slowly_keeps_its_connection_while_it_reads(repository, engine, sizes, lost):
+    protocol = slow_connection(repository, engine)
+
+    protocol.transport.unread = sizes[0]
+    protocol.pause_writing()
+    for unread in sizes[1:]:
+        protocol.transport.unread = unread
+        protocol.loop.asked[-1]()
+
+    assert protocol.transport.aborted is lost
+
+
+def test_no_answer_names_a_folder_and_none_is_shown_to_other_pages(engine, server, tmp_path):
+    adapter = server.ask({"prompt": "a", "adapter": f"{tmp_path}/nothing"})
+    surrogate = httpx.post(f"{server.url}/ask", content=json.dumps({"options": {"prompt": "a", "adapter": "\ud800"}}))
+    crossing = httpx.get(f"{server.url}/health", headers={"Origin": "http://evil.example"})
+
+    assert adapter.status_code == surrogate.status_code == 422
+    assert str(tmp_path) not in adapter.text
+    assert not [name for name in crossing.headers if name.startswith("access-control")]
+
+
+def test_what_fails_unforeseen_is_logged_and_not_told(engine, server, caplog, tmp_path):
+    def broken():
+        raise OSError(f"no such file: {tmp_path}")
+
+    server.app.get("/broken")(broken)
+
+    answer = httpx.get(f"{server.url}/broken", headers={"X-Request-Id": "find-me"})
+
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "find-me"
+    assert str(tmp_path) not in answer.text
+    assert "Traceback" not in answer.text
+    assert str(tmp_path) in caplog.text
+
+
+def test_metrics_are_those_of_prometheus_and_add_up(engine, server):
+    asked = [
+        server.ask({"prompt": "one two", "max_tokens": 3, "ignore_eos": True}, count=2),
+        server.ask({"input": "one"}, task="embed"),
+        server.ask({"input": "one", "adapter": "topic"}, task="classify"),
+        server.ask({"prompt": "one two", "max_tokens": 4, "ignore_eos": True}, stream=True),
+        server.ask({"prompt": 5}),
+    ]
+    total = sum(sum(one.json()["tokens"]) for one in asked[:3]) + asked[0].json()["tokens"][0] + 1
+
+    text = httpx.get(f"{server.url}/metrics").text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def of(name, **labels):
+        return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
+
+    assert of("lorax_tokens_total") - of("lorax_tokens_total", kind="cached") == total
+    assert of("lorax_tokens_total", kind="completion") == 3 + 3 + 4
+    assert of("lorax_answers_total", task="generate", adapter="(base)") == 3
+    assert of("lorax_answers_total", task="classify", adapter="topic") == 1
+    assert of("lorax_http_requests_total", route="/ask", status="200") == 4
+    assert of("lorax_http_requests_total", route="/ask", status="422") == 1
+    assert of("lorax_http_request_seconds_count", route="/ask") == 5
+    assert of("lorax_time_to_first_token_seconds_count") == 3
+    assert of("lorax_refusals_total", kind="invalid") == 1
+    assert of("lorax_in_flight") == of("lorax_running") == of("lorax_kv_cache_pages_used") == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 1_000_000,
+        b'{"options":' * 100_000,
+        b'{"options": {"prompt": "' + b"\xff" * 9 + b'"}}',
+        json.dumps({"options": {"prompt": "\ud800"}}).encode(),
+        b'{"options": {"prompt": "a", "max_tokens": ' + b"9" * 100_000 + b"}}",
+        b'{"options": {"prompt": "a", "temperature": NaN}}',
+        b'{"options": {"prompt": "a"}, "\\ud800": 1}',
+        b'{"options": {"prompt": "a", "stop": ["\\ud800"], "max_tokens": 2}}',
+        b"",
+        b"null",
+        b"\x00",
+    ],
+    ids=[
+        "deep list",
+        "deep object",
+        "no UTF-8",
+        "half a surrogate pair",
+        "huge number",
+        "NaN",
+        "field",
+        "stop",
+        "empty",
+        "null",
+        "zero",
+    ],
+)
+def test_bodies_that_are_no_request_are_refused_in_words(engine, server, body):
+    answer = httpx.post(f"{server.url}/ask", content=body, headers={"Content-Type": "application/json"}, timeout=LIMIT)
+
+    assert answer.status_code == 422
+    assert answer.json()["error_type"] == "validation"
+    assert server.ask({"prompt": "a", "max_tokens": 1}).status_code == 200

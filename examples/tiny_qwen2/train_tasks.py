@@ -1,7 +1,8 @@
 """Trains the three adapters of the small Qwen2 that answer with something else than text, and measures them.
 
 `topic` is a sequence classifier whose head travels with it, `similar` makes vectors, `relevant` is a reranker.  This file
-decides their LoRA settings, losses and schedules; `tasks.py` decides what they read.  The base is the one in `model/`, left as it is.
+decides their LoRA settings, losses and schedules; `tasks.py` decides what they read.  The base is the one in `model/`, left
+as it is.
 
     python examples/tiny_qwen2/train_tasks.py --write-readme
 """

@@ -349,7 +349,7 @@ class PooledClassificationHead(SequenceClassificationHead):
         self.classifier = Linear(config.hidden_size, len(self.labels))
 
     def span(self, ids: Sequence[int], pool_from: int) -> range:
-        return range(len(ids)) if self.pooling is Pooling.MEAN else range(1)
+        return pooled_span(self.pooling, len(ids), 0)
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         if self.pooling is Pooling.MEAN:

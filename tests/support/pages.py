@@ -92,9 +92,19 @@ adapters have come out exact. DoRA, biases, saved modules, heads and trained tok
 
 `lorax adapters merge A --base CHECKPOINT --out DIR` (`merge_into_base`) writes the base with the adapter in its weights: same
 files, names and dtypes, computed in float32, a shard at a time. DoRA, biases, saved modules and trained tokens are supported; a
-tensor without a place, such as a head that the base lacks, is an error and leaves no folder. A change of one side of a tied
-weight writes both and sets `tie_word_embeddings: false`; trained tokens change both sides. `lorax adapters inspect A --base
-CHECKPOINT` says whether it fits.
+tensor without a place is an error and leaves no folder. A change of one side of a tied weight writes both and sets
+`tie_word_embeddings: false`; trained tokens change both sides. A head that travels with the adapter becomes the checkpoint's,
+and `config.json` names its class and labels. `lorax adapters inspect A --base CHECKPOINT` says whether it fits.
+
+`load(CHECKPOINT, merge_adapter=A)` does the same while the base is loaded, and writes nothing: each tensor is merged as it is
+read, the sum is made in float32 and rounded once to the dtype that is computed with, and `quantize=` comes after it. A is a
+source like any other. Requests pay nothing for a merged adapter; their own adapters come on top of it. `engine.info().notes`
+says what was merged and what changed: a head and its task, a tie that was parted, a larger vocabulary. `lorax generate`,
+`embed` and `classify` have `--merge-adapter`. What `adapters merge --base` refuses is refused, and Medusa's heads.
+
+An adapter that was trained with more tokens than its base has (`resize_token_embeddings`) has rows for them in its files: saved
+embeddings and an output head, or `trainable_token_indices`. Both ways of merging make the vocabulary larger. Unmerged such an
+adapter is refused, with the number of tokens that it adds, as is a merge for which rows are missing.
 
 ## What is refused
 

@@ -250,6 +250,7 @@ def test_files_names_and_dtypes_are_the_base_s(tmp_path, host):
         (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
     folder, _ = make_adapter(model.float(), tmp_path / "lora", target_modules=["embed_tokens", "k_proj"])
+    (folder / "chat_template.jinja").write_text("of the adapter")
 
     done = merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
 
@@ -275,7 +276,8 @@ def test_files_names_and_dtypes_are_the_base_s(tmp_path, host):
     left = {path for path in files if path.name in ("pytorch_model.bin", "model.onnx", "lock")}
     assert {path.relative_to(done.path) for path in done.path.rglob("*") if path.is_file()} == files - left
     assert (done.path / "tokenizer.json").read_bytes() == (tmp_path / "base/tokenizer.json").read_bytes()
-    assert "'onnx/model.onnx', 'pytorch_model.bin'" in done.notes[1]
+    assert "the adapter's were not copied: 'chat_template.jinja'" in done.notes[1]
+    assert "'onnx/model.onnx', 'pytorch_model.bin'" in done.notes[2]
 
 
 def test_a_class_that_has_the_adapter_s_head_takes_it(tmp_path, host):

@@ -33,9 +33,20 @@ base or the generating checkpoint, and `engine.classify(text, adapter=name)` ans
 - An adapter without a head uses the base's, where the base has one. `engine.embed` ignores heads.
 - BERT's sequence head reads the pooler, which is the base's unless the adapter brings one.
 
+## Tokenizers and chat templates
+
+A chat template beside an adapter's files (`chat_template.jinja`, or in `tokenizer_config.json`) serves the requests that name
+the adapter, and so does its tokenizer where its vocabulary is the base's: each token of the base has the same id there.
+Tokens that it has beyond those are read and written, as long as the model has rows for their ids; an end token of its own
+ends answers, too. A tokenizer of another vocabulary, or files that cannot be read, are an error when the adapter is loaded,
+which names what differs. Limits on the length of texts, prompts of sentence-transformers and grammars stay those of the
+checkpoint. A weighted sum uses what all of its members use, else the base's. On a base without a tokenizer an adapter's is
+left aside, with a warning. A merged adapter's serves the whole engine; `adapters merge --base` does not copy it, and says so.
+
 ## Where adapters come from
 
-A source is a folder, a hub id or a URL; only `*.json` and `*.safetensors` at its top are fetched, and pickles never.
+A source is a folder, a hub id or a URL; only `*.json`, `*.safetensors` and the files of a tokenizer at its top are fetched, and
+pickles never.
 
 - **Folder**: the one that PEFT wrote. It has no revision.
 - **Hub**: `org/name`, with `revision=` and `token=`. The hub's client keeps the files; offline, what it has is the answer.

@@ -67,7 +67,7 @@ def generate(
         engine = lorax_core.load(path, adapters=adapters, merge_adapter=merge_adapter)
     with engine:
         if max_tokens is None:  # a default must not refuse what was asked for: it only shortens
-            room = engine.info().max_tokens - engine.count_tokens(request.prompt)
+            room = engine.info().max_tokens - engine.count_tokens(request.prompt, adapter=request.adapter)
             request = request.model_copy(update={"max_tokens": max(min(DEFAULT_TOKENS, room), 1)})
         started = time.perf_counter()
         completion = _follow(engine.stream(**request.model_dump()), quiet=json)

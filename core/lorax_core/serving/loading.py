@@ -33,6 +33,7 @@ from lorax_core.linear_methods.select import LinearPolicy, fast_in_bfloat16
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
+from lorax_core.serving.adapter_text import AdapterTexts, with_merged
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.pairs import PairReader
@@ -82,10 +83,9 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     trusted = Trusted(base.model, settings)
     elementwise, why = trusted.elementwise()
     base.model.use_elementwise(elementwise)
-    text = load_text_front(
-        base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
-    )
-    store = _load_adapters(options, base, settings, trusted, sources)
+    sentence = set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
+    text = with_merged(load_text_front(base.checkpoint, sentence), base.checkpoint)
+    store = _load_adapters(options, base, settings, trusted, sources, AdapterTexts(text))
     chosen = _attention(options, base.model, host, trusted)
     # Before the cache, which leaves no memory for trials where it takes what there is.
     eager = _why_eager(options, base.model, chosen, trusted)
@@ -184,7 +184,12 @@ def _notes(options: EngineOptions, base: LoadedModel) -> tuple[str, ...]:
 
 
 def _load_adapters(
-    options: EngineOptions, base: LoadedModel, settings: Settings, trusted: Trusted, sources: AdapterSources
+    options: EngineOptions,
+    base: LoadedModel,
+    settings: Settings,
+    trusted: Trusted,
+    sources: AdapterSources,
+    texts: AdapterTexts,
 ) -> AdapterStore:
     store = AdapterStore(
         base,
@@ -195,6 +200,7 @@ def _load_adapters(
         sources=sources,
     )
     store.bound.kernel.verify = trusted.lora
+    store.texts = texts.read
     for name, source in options.adapters.items():
         store.load(name, source)
     return store

@@ -41,11 +41,17 @@ class Encoded:
 
 
 class TextFront:
-    """The tokenizer of a checkpoint, and how it is used. Safe to call from any thread."""
+    """The tokenizer of a checkpoint, and how it is used. Safe to call from any thread.
 
-    def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
+    A `chat_template` stands in for the tokenizer's own.
+    """
+
+    def __init__(
+        self, tokenizer: Any | None, sentence: SentenceFiles | None = None, chat_template: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._sentence = sentence
+        self._chat_template = chat_template
         # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: dict[str, int] = {}
         self._template: ChatTemplate | None = None  # likewise
@@ -58,6 +64,18 @@ class TextFront:
     @property
     def has_tokenizer(self) -> bool:
         return self._tokenizer is not None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template; None when there is none."""
+        found = self._chat_template or getattr(self._tokenizer, "chat_template", None)
+        # Of several by name, the one that transformers takes.
+        found = found.get("default") if isinstance(found, dict) else found
+        return found or None
+
+    def like(self, tokenizer: Any, chat_template: str | None) -> TextFront:
+        """Another tokenizer, used as this one is."""
+        return TextFront(tokenizer, self._sentence, chat_template)
 
     @property
     def max_tokens(self) -> int | None:
@@ -173,7 +191,7 @@ class TextFront:
 
     def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
         tokenizer = self._require("chat messages")
-        if not getattr(tokenizer, "chat_template", None):
+        if (source := self.template) is None:
             raise RequestError("this checkpoint has no chat template", hint="give the prompt as one string")
         with guarded(
             RequestError, f"the chat template refused {shown(messages, 120)}", hint="give the prompt as one string"
@@ -182,7 +200,7 @@ class TextFront:
                 # Late: most checkpoints have no template, and jinja is no small import.
                 from lorax_core.serving.templates import ChatTemplate
 
-                self._template = ChatTemplate(tokenizer.get_chat_template())
+                self._template = ChatTemplate(source)
             text = self._template.render(messages, tokenizer.special_tokens_map)
             # The template writes the special tokens itself.
             made = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
@@ -264,4 +282,4 @@ def _texts(special: tuple[bool, ...], second: tuple[bool, ...]) -> list[list[int
 
 def load_text_front(checkpoint: Checkpoint, sentence: SentenceFiles | None) -> TextFront:
     """The tokenizer beside a checkpoint, when there is one; raises CheckpointError when its files are broken."""
-    return TextFront(load_tokenizer(checkpoint), sentence)
+    return TextFront(load_tokenizer(checkpoint.path, checkpoint.config), sentence)

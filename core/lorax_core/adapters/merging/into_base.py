@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorax_core.adapters.formats.peft import PeftFiles
+from lorax_core.adapters.formats.text_files import text_files
 from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.plan import MergePlan, read_mergeable
 from lorax_core.errors import AdapterError, listed
@@ -170,6 +171,10 @@ class _Writer:
                 continue
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / relative)
+        if texts := [file.name for file in text_files(self.plan.files.path)]:
+            self.notes.append(
+                f"the tokenizer and chat template are the base's; the adapter's were not copied: {listed(texts)}"
+            )
         if left:
             self.notes.append(f"not copied, for they hold the base's weights in other formats: {listed(left)}")
         if outside:

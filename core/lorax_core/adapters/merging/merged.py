@@ -19,7 +19,7 @@ from lorax_core.weights.checkpoint import Checkpoint
 
 
 class MergedCheckpoint(Checkpoint):
-    """`base` with the adapter in a folder merged; `notes` say what is otherwise than in the base.
+    """`base` with the `adapter` in a folder merged; `notes` say what is otherwise than in the base.
 
     Tensors that change are in float32, so that they are rounded once, to the dtype that is computed with.
 
@@ -32,7 +32,7 @@ class MergedCheckpoint(Checkpoint):
         self._plan: MergePlan | None = self._planned()
         self._identity = self._plan.files.identity()
         # Not read again: what is planned is for these files.
-        self.path, self.files = base.path, base.files
+        self.path, self.files, self.adapter = base.path, base.files, adapter
         self.config = self._plan.config
         self.tensors = self._plan.headers
         self.notes = tuple(self._plan.notes)

@@ -20,6 +20,7 @@ EVERYTHING = {
     "dtype": "bfloat16",
     "device": "cpu",
     "adapters": {"a": "org/adapter"},
+    "merge_adapter": "org/merged",
     "max_adapters": 4,
     "max_cpu_adapters": 9,
     "adapter_sources": ("hub", "/srv/adapters"),

@@ -57,8 +57,8 @@ PLANNERS = {
     "kvcache/prefix.py",
 }
 MODEL_TYPES = {
-    "bert", "camembert", "distilbert", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "roberta",
-    "xlm-roberta",
+    "bert", "camembert", "distilbert", "gemma2", "gpt2", "gpt_neox", "llama", "mistral", "modernbert", "qwen2", "qwen3",
+    "roberta", "xlm-roberta",
 }  # fmt: skip
 # A literal key that does not begin with LORAX_ belongs to somebody else and is admitted.
 ENVIRONMENT_READ = re.compile(r"(os\.)?(environ\[|environ\.(get|pop|setdefault)\(|getenv\()(?!['\"](?!LORAX_))")

@@ -97,6 +97,7 @@ class EngineOptions(Checked):
       computes float32 in bfloat16, and everything in float16 where it has no bfloat16.
     - `device`: "auto" is a GPU where there is one, else the CPU. A GPU is the first that `CUDA_VISIBLE_DEVICES` leaves visible.
     - `adapters`: names to sources, loaded with the engine.
+    - `merge_adapter`: a source, merged into the weights as they are read; all requests then have it beneath their own adapter.
     - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
       in host memory, four times as many when None. The least recently used makes room, and is loaded again when a request
       names it.
@@ -126,6 +127,7 @@ class EngineOptions(Checked):
     dtype: Dtype = "auto"
     device: str = "auto"
     adapters: dict[str, str] = Field(default_factory=dict)
+    merge_adapter: str | None = None
     max_adapters: int | None = Field(default=None, ge=1, lt=2**31)
     max_cpu_adapters: int | None = Field(default=None, ge=0, lt=2**31)
     adapter_sources: tuple[str, ...] = ("folder", "hub")
@@ -150,7 +152,7 @@ class EngineOptions(Checked):
     threads: int | None = Field(default=None, ge=1, le=1024)
     seed: int = Field(default=0, ge=-(2**63), lt=2**64)
 
-    @field_validator("checkpoint", mode="before")
+    @field_validator("checkpoint", "merge_adapter", mode="before")
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         # Before validation: strict mode would refuse a Path, and plain text is what pickles and travels.
@@ -193,10 +195,10 @@ class EngineOptions(Checked):
     def _plain_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, str) else value  # members of StrEnum too
 
-    @field_validator("checkpoint")
+    @field_validator("checkpoint", "merge_adapter")
     @classmethod
-    def _some_checkpoint(cls, value: str) -> str:
-        if not value.strip():
+    def _some_source(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
             raise ValueError("Input should be a folder or a hub id, not empty")
         return value
 

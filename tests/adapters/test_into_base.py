@@ -217,6 +217,18 @@ def test_a_head_that_is_stored_although_it_is_tied_stays_what_it_was(tmp_path, h
     assert difference(answers(loaded(arch, done.path)), expected) < TOLERANCE
 
 
+def test_a_change_that_rounding_takes_away_leaves_the_tie(tmp_path, host):
+    model = TIED[1].model()
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    folder, _ = make_adapter(model, tmp_path / "lora", target_modules=[TIED[1].embedding], lora_alpha=1e-5)
+
+    done = merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
+
+    assert done.changed == ()
+    assert done.notes == ()
+    assert dealt(done.path).keys() == dealt(tmp_path / "base").keys()
+
+
 def test_a_checkpoint_without_a_head_has_nothing_to_untie(tmp_path, host):
     arch = next(arch for arch in ARCHS if arch.name == "qwen2, tied")
     model = arch.model()
@@ -238,6 +250,7 @@ def test_files_names_and_dtypes_are_the_base_s(tmp_path, host):
         (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / name).write_text(name)
     folder, _ = make_adapter(model.float(), tmp_path / "lora", target_modules=["embed_tokens", "k_proj"])
+    (folder / "chat_template.jinja").write_text("of the adapter")
 
     done = merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
 
@@ -263,7 +276,8 @@ def test_files_names_and_dtypes_are_the_base_s(tmp_path, host):
     left = {path for path in files if path.name in ("pytorch_model.bin", "model.onnx", "lock")}
     assert {path.relative_to(done.path) for path in done.path.rglob("*") if path.is_file()} == files - left
     assert (done.path / "tokenizer.json").read_bytes() == (tmp_path / "base/tokenizer.json").read_bytes()
-    assert "'onnx/model.onnx', 'pytorch_model.bin'" in done.notes[1]
+    assert "the adapter's were not copied: 'chat_template.jinja'" in done.notes[1]
+    assert "'onnx/model.onnx', 'pytorch_model.bin'" in done.notes[2]
 
 
 def test_a_class_that_has_the_adapter_s_head_takes_it(tmp_path, host):
@@ -279,6 +293,26 @@ def test_a_class_that_has_the_adapter_s_head_takes_it(tmp_path, host):
     assert difference(answers(merged, row), expected) < TOLERANCE
     assert "classifier.weight" in done.changed
     assert done.notes == ("'classifier' is the adapter's now, and its 3 labels are still named as in the base",)
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: arch.name)
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS"])
+def test_a_head_of_the_adapter_s_own_becomes_the_checkpoint_s(arch, task, tmp_path, host):
+    model = arch.model()
+    if hasattr(model, "pooler"):
+        model.pooler = None  # of a checkpoint for tokens; the others read it
+    (model if task == "TOKEN_CLS" else arch.model()).save_pretrained(tmp_path / "base")
+    row = HeadRow(task, 3, lambda arch: {"target_modules": [arch.part]})
+    folder, expected = make_head_cell(arch, arch.model(), row, tmp_path / "lora")
+
+    done = merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
+
+    kind = hf.AutoModelForSequenceClassification if task == "SEQ_CLS" else hf.AutoModelForTokenClassification
+    merged, missing = kind.from_pretrained(done.path, output_loading_info=True)
+    assert not missing["missing_keys"]
+    assert difference(answers(merged.eval(), row), expected) < TOLERANCE
+    assert merged.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert "is the adapter's, with 3 labels: 'LABEL_0', 'LABEL_1', 'LABEL_2'" in done.notes[-1]
 
 
 def test_names_of_old_checkpoints_are_kept(tmp_path, host):
@@ -346,7 +380,7 @@ SPOILT = {
     "tokens beyond the vocabulary": (
         {"trainable_token_indices": [3]},
         None,
-        r"1 token ids; the base has 320 rows",
+        "adds 1 token to the base's vocabulary of 320, and does not hold all rows of 'lm_head'",
     ),
     "a bias that the base lacks": (
         {},
@@ -356,7 +390,7 @@ SPOILT = {
     "a head of its own": (
         {},
         extra("score.weight", lambda found: torch.ones(3, 64)),
-        "holds 'score' whole, which .* does not have: a head of the adapter's own cannot be merged",
+        "holds 'score' whole, which .* does not have, and does not say that it is a head",
     ),
     "a module twice": (
         {},

@@ -90,6 +90,7 @@ def test_a_url_that_became_a_path_is_refused_with_the_text_to_give():
 
 def test_only_the_files_of_an_adapter_are_downloaded_and_the_commit_is_reported(hub, client, tmp_path):
     wanted = {**FILES, "adapter_model-00001-of-00002.safetensors": "half", "config.json": "{}"}
+    wanted |= {"chat_template.jinja": "a template", "merges.txt": "a b"}
     commit = hub.add("acme/lora", write(tmp_path / "repo", {**wanted, **BESIDE}))
 
     found = client.find("acme/lora")

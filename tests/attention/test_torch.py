@@ -6,7 +6,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
 from lorax_core.attention.base import HostAndDevice
 from lorax_core.attention.torch import TorchBackend
@@ -180,6 +183,41 @@ def test_an_encoder_row_attends_to_its_whole_text_and_to_no_other(lengths, heads
     for one, *text in zip(*(t.split(lengths) for t in (rows, q, k, v)), strict=True):
         expected = dense(*text, 0, causal=False, window=window, soft_cap=soft_cap)
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def windowed(lengths, window, *texts):
+    """What an encoder's layer with a window makes of texts q, k and v `[tokens, heads, dim]`."""
+    layer = Attention(4, 2, DIM, causal=False, window=window)
+    batch, backend = make_batch(lengths, lengths), TorchBackend()
+    backend.bind([layer.spec], texts[0].dtype, None)
+    batch.attention = backend.plan(batch)
+    return layer(*texts, batch).view(texts[0].shape)
+
+
+@pytest.mark.parametrize("window", [1, 65, 300, 700])
+def test_a_long_text_ends_its_windows_where_transformers_ends_them(window):
+    lengths = (700, 3, 256, 257)
+    texts = make_texts(lengths, 4, 2)
+    visible = sliding_window_bidirectional_mask_function(window - 1)
+
+    rows = windowed(lengths, window, *texts)
+
+    for one, *text in zip(*(t.split(lengths) for t in (rows, *texts)), strict=True):
+        at = torch.arange(len(one))
+        seen = visible(0, 0, at[:, None], at) & (at >= 0)
+        known = [t.transpose(0, 1)[None] for t in text]  # [1, heads, tokens, dim]
+        expected = F.scaled_dot_product_attention(*known, seen, enable_gqa=True)[0].transpose(0, 1)
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keys_far_outside_a_window_are_not_read():
+    q, k, v = make_texts((2000,), 4, 2)
+    k[:10], v[:10] = torch.nan, torch.nan
+
+    rows = windowed((2000,), 65, q, k, v)
+
+    assert rows[1000:].isfinite().all()
+    assert not rows[:70].isfinite().any()
 
 
 def test_16_bit_rows_come_out_in_16_bit_close_to_the_exact_ones():

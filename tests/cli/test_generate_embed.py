@@ -54,6 +54,12 @@ def test_an_adapter_that_is_given_alone_answers(main, engine):
     assert out.isupper()
 
 
+def test_an_adapter_that_is_merged_answers_without_being_named(main, engine):
+    _, out, _ = main("generate", MODEL, PROMPT, f"--merge-adapter={ADAPTERS['upper']}", "--max-tokens", "24")
+
+    assert out == engine.generate(PROMPT, adapter="upper", max_tokens=24).text + "\n"
+
+
 def test_among_several_adapters_one_is_named(main, engine):
     asked = ["generate", MODEL, PROMPT, *GIVEN.values(), "--max-tokens", "24"]
 

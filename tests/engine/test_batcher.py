@@ -109,6 +109,25 @@ def test_rows_of_one_adapter_lie_side_by_side(base, tmp_path):
     assert [one.stop - one.start for one in batch.head_rows[0].adapters.runs] == [2, 2]
 
 
+def test_pooled_rows_are_of_the_adapters_of_their_sequences(base, tmp_path):
+    folders = {name: make_lora(make_qwen2_model(), tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
+    store = make_adapters(base, **folders)
+    chunks = [
+        make_chunk([1] * 3, pages=(at,), adapter=store.get(name) if name else None, task=Task.EMBED, span=range(3))
+        for at, name in enumerate(["a", None, "b", "b"], start=1)
+    ]
+
+    [rows] = packed(base, *chunks, adapters=store.bound).head_rows
+
+    pooled = rows.pooled()
+    assert pooled.counts == (1, 1, 1, 1)
+    assert len(pooled.adapters.runs) == 2
+    assert [(3 * run.start, 3 * run.stop, run.bound) for run in pooled.adapters.runs] == [
+        (run.start, run.stop, run.bound) for run in rows.adapters.runs
+    ]
+    assert pooled.pooled() is pooled
+
+
 def test_an_encoders_batch_has_token_types_and_no_cache(bert, host):
     encoder = make_loaded(bert, host)
     chunk = make_chunk([1, 2, 3], task=Task.EMBED, span=range(1))

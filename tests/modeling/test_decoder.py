@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, Olmo2Config, OPTConfig, PhiConfig
+from transformers import Gemma2Config, GPTNeoXConfig, LlamaConfig, ModernBertConfig, Olmo2Config, OPTConfig, PhiConfig
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2TextScaledWordEmbedding
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.phi.modeling_phi import PhiDecoderLayer
@@ -79,6 +80,7 @@ def plainly(decoder):
         "parallel": lambda: [make_layer(seed=at, parallel=True) for at in range(3)],
         "one norm for both": lambda: [make_layer(seed=at, parallel=True, norms="shared") for at in range(3)],
         "norms after": lambda: [make_layer(seed=at, norms="after") for at in range(3)],
+        "a norm between": lambda: [make_layer(seed=at, norms="between") for at in range(3)],
         "norms around": lambda: [make_layer(seed=at, norms="around") for at in range(3)],
         "another kind between": lambda: [make_layer(), Whole(), make_layer(seed=4)],
         "another kind first and last": lambda: [Whole(), make_layer(), Whole()],
@@ -188,8 +190,29 @@ def test_norms_are_where_transformers_has_them(theirs, config, norm, options):
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-6)
 
 
+@torch.inference_mode()
+def test_a_norm_between_is_that_of_modernberts_first_layer():
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
+    oracle = ModernBertEncoderLayer(ModernBertConfig(**sizes), layer_idx=0).eval()
+    layer = DecoderLayer(Mixed(1), Mixed(2), lambda: LayerNorm(WIDTH, 1e-5, bias=False), norms="between")
+    oracle.attn, oracle.mlp = Theirs(layer.self_attn, 2), Theirs(layer.mlp, 0)
+    oracle.mlp_norm.weight.copy_(torch.rand(WIDTH, generator=torch.Generator().manual_seed(3)))
+    layer.post_attention_layernorm.weight.data = oracle.mlp_norm.weight.data
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    made = layer(x, BATCH)
+
+    torch.testing.assert_close(made, oracle(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
-    "options", [{"norms": "shared"}, {"norms": "after", "parallel": True}, {"norms": "around", "parallel": True}]
+    "options",
+    [
+        {"norms": "shared"},
+        {"norms": "between", "parallel": True},
+        {"norms": "after", "parallel": True},
+        {"norms": "around", "parallel": True},
+    ],
 )
 def test_norms_that_a_layer_cannot_have_are_refused(options):
     with pytest.raises(ValueError, match="'shared' needs parallel=True"):
@@ -220,3 +243,18 @@ def test_positions_with_an_offset_are_opts():
 
     rows = decoder.embed_tokens(batch.input_ids, batch) + oracle(torch.ones(1, 3, dtype=torch.int64))[0]
     assert torch.equal(made, decoder.norm(rows, batch))
+
+
+@torch.inference_mode()
+def test_what_the_first_layer_reads_is_normalised():
+    layers = [make_layer(seed=at) for at in range(2)]
+    plain = make_decoder(layers, torch.float32)
+    decoder = make_decoder(layers, torch.float32, embed_norm=LayerNorm(WIDTH, 1e-6))
+    decoder.embed_tokens.weight = plain.embed_tokens.weight
+
+    made = decoder(BATCH)
+
+    rows = decoder.embed_norm(decoder.embed_tokens(BATCH.input_ids, BATCH), BATCH)
+    for layer in layers:
+        rows = layer(rows, BATCH)
+    assert torch.equal(made, decoder.norm(rows, BATCH))

@@ -3,15 +3,27 @@ from __future__ import annotations
 import pytest
 import torch
 from sentence_transformers.cross_encoder.modules import LogitScore
-from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertForTokenClassification,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from lorax_core.errors import CheckpointError
 from lorax_core.modeling import (
     EmbeddingHead,
+    HeadTransform,
     LanguageModelHead,
     LastTokenClassificationHead,
+    LayerNorm,
     LogitScoreHead,
     ModelConfig,
+    PooledClassificationHead,
+    TokenClassificationHead,
 )
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.types import Pooling, Task
@@ -215,3 +227,69 @@ def test_tokens_that_score_nothing_are_refused(ids):
 
     with pytest.raises(CheckpointError, match="score_tokens"):
         ModelConfig.parse({**raw, "score_tokens": ids})
+
+
+def make_transform(bias=True):
+    return HeadTransform(HIDDEN, "gelu", LayerNorm(HIDDEN, 1e-5, bias), bias=bias)
+
+
+class TransformedTokens(TokenClassificationHead):
+    def __init__(self, config):
+        super().__init__(config, make_transform())
+
+
+class TransformedMeans(PooledClassificationHead):
+    def __init__(self, config):
+        super().__init__(config, make_transform(), pooling="mean")
+
+
+class TransformedFirsts(PooledClassificationHead):
+    def __init__(self, config):
+        super().__init__(config, make_transform())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind", "pooling"),
+    [
+        (ModernBertForTokenClassification, TransformedTokens, "cls"),
+        (ModernBertForSequenceClassification, TransformedFirsts, "cls"),
+        (ModernBertForSequenceClassification, TransformedMeans, "mean"),
+    ],
+)
+@torch.inference_mode()
+def test_heads_with_a_transform_are_those_of_transformers(theirs, kind, pooling):
+    sizes = {"hidden_size": HIDDEN, "vocab_size": 9, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = ModernBertConfig(
+        **sizes, intermediate_size=4, pad_token_id=0, classifier_pooling=pooling, classifier_bias=True, norm_bias=True
+    )
+    oracle, head = theirs(config).eval(), kind(make_config())
+    for name, numbers in [*oracle.head.named_parameters(), *oracle.classifier.named_parameters()]:
+        numbers.copy_(torch.randn(numbers.shape, generator=torch.Generator().manual_seed(len(name))))
+    for name, numbers in head.named_parameters():
+        numbers.data = oracle.get_parameter(name.replace("transform.", "head.")).data
+    texts = [[1, 4, 2], [3], [5, 1, 6, 7]]
+    hidden = [oracle.model(torch.tensor([ids])).last_hidden_state[0] for ids in texts]
+    read = [rows[list(head.span(ids, 0))] for ids, rows in zip(texts, hidden, strict=True)]
+
+    logits = head(torch.cat(read), HeadRows(head.task, (0, 1, 2), tuple(map(len, read)), torch.arange(8)))
+
+    expected = torch.cat([oracle(torch.tensor([ids])).logits.flatten(0, -2) for ids in texts])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_of_16_bit_rows_is_taken_in_32():
+    head = TransformedMeans(make_config()).to(torch.bfloat16)
+    rows, seen = torch.full((3000, HIDDEN), 1.0, dtype=torch.bfloat16), []
+    head.logits = lambda hidden, _: seen.append(hidden) or hidden
+
+    head(rows, HeadRows(Task.SEQUENCE_CLASSIFICATION, (0,), (3000,), torch.arange(3000)))
+
+    assert torch.equal(seen[0], torch.ones(1, HIDDEN, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", [TransformedTokens, TransformedMeans])
+@pytest.mark.parametrize("lacking", [None, "transform.dense.weight", "classifier.weight", "classifier.bias"])
+def test_a_head_with_a_transform_is_there_when_all_of_it_is(kind, lacking):
+    names = {name for name, _ in kind(make_config()).named_parameters()} - {lacking}
+
+    assert (kind.build(make_config(), names, None) is not None) == (lacking is None)

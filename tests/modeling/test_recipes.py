@@ -15,6 +15,8 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     Olmo2Config,
     PhiConfig,
     PhiForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.granite import modeling_granite as granite
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.modernbert import modeling_modernbert as modernbert
 from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
@@ -62,7 +65,9 @@ def recipe(title, config):
     """The names that a recipe defines, for a configuration of transformers."""
     fields = config.to_dict()
     fields["head_dim"] = fields.get("head_dim") or config.hidden_size // config.num_attention_heads
-    names = {"config": SimpleNamespace(**fields, rope=Rope(**read_rope(fields)), labels=("a", "b"))}
+    by_layer = "full_attention" in (fields.get("rope_parameters") or {})
+    rope = None if by_layer else Rope(**read_rope(fields))
+    names = {"config": SimpleNamespace(**fields, rope=rope, labels=("a", "b"), problem=None)}
     exec(compile(BEFORE + RECIPES[title], f"docs/recipes.md: {title}", "exec", dont_inherit=True), names)
     return names
 
@@ -327,3 +332,53 @@ def test_a_model_that_sees_both_sides_is_not_masked():
     )
     assert_same(ours_of(attention, rows()), expected)
     assert made["ClassifierHead"].needed[0] == "pooler.dense.weight"
+
+
+def test_normalised_embeddings_are_modernberts():
+    config = ModernBertConfig(**SIZES)
+    made = recipe("Normalised embeddings", config)
+    theirs = modernbert.ModernBertEmbeddings(config)
+
+    backbone = made["Backbone"](made["config"])
+    for ours, their in ((backbone.embed_tokens, theirs.tok_embeddings), (backbone.embed_norm, theirs.norm)):
+        filled(ours, their)
+    backbone.norm.weight.data.fill_(1.0)
+
+    ids = torch.tensor([3, 1, 7])
+    batch = SimpleNamespace(input_ids=ids, adapters=NoAdapters())
+    with torch.inference_mode():
+        assert_same(backbone(batch), backbone.norm(theirs(ids), batch))
+
+
+def test_rotary_bases_go_by_the_layer():
+    config = ModernBertConfig(**SIZES, layer_types=["sliding_attention", "full_attention"], local_attention=128)
+    made = recipe("Rotary bases by layer", config)
+    rotary = modernbert.ModernBertRotaryEmbedding(config)
+
+    for at, kind in enumerate(config.layer_types):
+        theirs = modernbert.ModernBertAttention(config, at)
+        layer = filled(made["layers"][at], theirs, {"Wqkv.**": "qkv_proj.**", "Wo.**": "o_proj.**"})
+        expected = theirs_of(
+            theirs,
+            rows(),
+            lambda x, places, kind=kind: rotary(x, places, kind),
+            lambda query, key: (key == key) & (query == query),
+        )
+        assert_same(ours_of(layer, rows()), expected)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_head_with_a_transform_is_modernberts(pooling):
+    config = ModernBertConfig(**SIZES, classifier_pooling=pooling, classifier_bias=True, norm_bias=True)
+    made = recipe("A head with a transform", config)
+    theirs = ModernBertForSequenceClassification(config).eval()
+
+    head = made["TransformHead"](made["config"])
+    filled(head.transform, theirs.head)
+    filled(head.classifier, theirs.classifier)
+
+    ids = torch.arange(1, TOKENS + 1)
+    with torch.inference_mode():
+        hidden = theirs.model(ids[None]).last_hidden_state[0]
+        read = hidden[list(head.span(ids.tolist(), 0))]
+        assert_same(head(read, head_rows(len(read))), theirs(ids[None]).logits)

@@ -41,7 +41,7 @@ def folder(plain, tmp_path):
 
 
 def load(folder):
-    return within(LIMIT, lambda: load_tokenizer(Checkpoint(folder)))
+    return within(LIMIT, lambda: load_tokenizer(folder, Checkpoint(folder).config))
 
 
 def refusal(folder):
@@ -123,10 +123,11 @@ def test_nothing_is_run_and_nobody_is_asked_where_somebody_would_say_yes(plain, 
     for name, change in {**OWN_CODE, **ELSEWHERE}.items():
         folders.append(plant(shutil.copytree(plain, tmp_path / name.replace(" ", "-")), *change))
     program = (
-        "import sys\nfrom lorax_core.errors import LoraxError\nfrom lorax_core.weights.checkpoint import Checkpoint\n"
+        "import sys\nfrom pathlib import Path\nfrom lorax_core.errors import LoraxError\n"
+        "from lorax_core.weights.checkpoint import Checkpoint\n"
         "from lorax_core.serving.tokenizer import load_tokenizer\n"
         "for folder in sys.argv[1:]:\n"
-        "    try:\n        load_tokenizer(Checkpoint(folder))\n"
+        "    try:\n        load_tokenizer(Path(folder), Checkpoint(folder).config)\n"
         "    except LoraxError:\n        print('refused')\n"
         "print(len(sys.stdin.read()))\n"
     )

@@ -33,9 +33,20 @@ base or the generating checkpoint, and `engine.classify(text, adapter=name)` ans
 - An adapter without a head uses the base's, where the base has one. `engine.embed` ignores heads.
 - BERT's sequence head reads the pooler, which is the base's unless the adapter brings one.
 
+## Tokenizers and chat templates
+
+A chat template beside an adapter's files (`chat_template.jinja`, or in `tokenizer_config.json`) serves the requests that name
+the adapter, and so does its tokenizer where its vocabulary is the base's: each token of the base has the same id there.
+Tokens that it has beyond those are read and written, as long as the model has rows for their ids; an end token of its own
+ends answers, too. A tokenizer of another vocabulary, or files that cannot be read, are an error when the adapter is loaded,
+which names what differs. Limits on the length of texts, prompts of sentence-transformers and grammars stay those of the
+checkpoint. A weighted sum uses what all of its members use, else the base's. On a base without a tokenizer an adapter's is
+left aside, with a warning. A merged adapter's serves the whole engine; `adapters merge --base` does not copy it, and says so.
+
 ## Where adapters come from
 
-A source is a folder, a hub id or a URL; only `*.json` and `*.safetensors` at its top are fetched, and pickles never.
+A source is a folder, a hub id or a URL; only `*.json`, `*.safetensors` and the files of a tokenizer at its top are fetched, and
+pickles never.
 
 - **Folder**: the one that PEFT wrote. It has no revision.
 - **Hub**: `org/name`, with `revision=` and `token=`. The hub's client keeps the files; offline, what it has is the answer.
@@ -93,9 +104,19 @@ adapters have come out exact. DoRA, biases, saved modules, heads and trained tok
 
 `lorax adapters merge A --base CHECKPOINT --out DIR` (`merge_into_base`) writes the base with the adapter in its weights: same
 files, names and dtypes, computed in float32, a shard at a time. DoRA, biases, saved modules and trained tokens are supported; a
-tensor without a place, such as a head that the base lacks, is an error and leaves no folder. A change of one side of a tied
-weight writes both and sets `tie_word_embeddings: false`; trained tokens change both sides. `lorax adapters inspect A --base
-CHECKPOINT` says whether it fits.
+tensor without a place is an error and leaves no folder. A change of one side of a tied weight writes both and sets
+`tie_word_embeddings: false`; trained tokens change both sides. A head that travels with the adapter becomes the checkpoint's,
+and `config.json` names its class and labels. `lorax adapters inspect A --base CHECKPOINT` says whether it fits.
+
+`load(CHECKPOINT, merge_adapter=A)` does the same while the base is loaded, and writes nothing: each tensor is merged as it is
+read, the sum is made in float32 and rounded once to the dtype that is computed with, and `quantize=` comes after it. A is a
+source like any other. Requests pay nothing for a merged adapter; their own adapters come on top of it. `engine.info().notes`
+says what was merged and what changed: a head and its task, a tie that was parted, a larger vocabulary. `lorax generate`,
+`embed` and `classify` have `--merge-adapter`. What `adapters merge --base` refuses is refused, and Medusa's heads.
+
+An adapter that was trained with more tokens than its base has (`resize_token_embeddings`) has rows for them in its files: saved
+embeddings and an output head, or `trainable_token_indices`. Both ways of merging make the vocabulary larger. Unmerged such an
+adapter is refused, with the number of tokens that it adds, as is a merge for which rows are missing.
 
 ## What is refused
 

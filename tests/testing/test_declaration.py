@@ -119,6 +119,20 @@ def test_a_reference_for_a_task_that_the_architecture_lacks_is_reported(make_spe
     assert "references names 'generate', which is not one of the tasks" in result.detail
 
 
+@pytest.mark.parametrize(("window", "status"), [(16, CheckStatus.PASSED), (1000, CheckStatus.FAILED)])
+def test_a_window_may_have_another_name_in_files(window, status, make_spec, run):
+    tiny = load_cases(make_spec("bert"), None).tiny_config
+    spec = make_spec(
+        "bert",
+        features=("sliding_window",),
+        hf_architectures={"ModernBertModel": Task.EMBED},
+        references={Task.EMBED: "transformers:ModernBertModel"},
+        tiny_config={**tiny, "pad_token_id": 0, "local_attention": window},
+    )
+
+    assert run(spec, "declaration").status is status
+
+
 def test_a_tiny_model_that_is_not_tiny_is_reported(make_spec, run):
     tiny = load_cases(make_spec("bert"), None).tiny_config
 

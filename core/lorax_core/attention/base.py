@@ -22,7 +22,8 @@ from lorax_core.untrusted import is_number
 class AttentionSpec:
     """The shape and masking of one attention layer.
 
-    `window` counts the keys that a query sees, itself included; None is all. Scores are `q k^T head_dim^-0.5`, then
+    `window` counts the keys that a query sees, itself included, and where it is not causal as many on the other side; None is
+    all. Scores are `q k^T head_dim^-0.5`, then
     `soft_cap * tanh(scores / soft_cap)` when a cap is given. Raises ValueError for sizes that no layer can have.
     """
 

@@ -27,6 +27,8 @@ from lorax_core.attention.base import (
 )
 
 PAGE_SIZE = 16
+# Texts are cut into so many rows where a window ends, and each block reads the keys near it alone.
+_BLOCK_ROWS = 128
 # Up to this many keys, decoding rows are gathered into one padded call; beyond it padding costs more than calls do.
 _GATHER_KEYS = 512
 
@@ -54,6 +56,15 @@ class _Decode:
     masks: dict[int | None, Tensor]  # window -> [n, 1, 1, keys] bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows of a bidirectional text, and the keys of it that any of them sees."""
+
+    rows: slice
+    keys: slice
+    mask: Tensor | None  # [rows, keys] bool; None where each row sees all of the keys
+
+
 class TorchStep(PagedStep):
     """One step of `TorchBackend`: decoding rows in one call, every other sequence in a call of its own."""
 
@@ -63,12 +74,12 @@ class TorchStep(PagedStep):
         slots: Tensor | None,
         decode: _Decode | None,
         extends: dict[int | None, list[_Extend]],
-        inputs: dict[int | None, list[tuple[slice, Tensor | None]]],
+        texts: dict[int | None, list[_Block]],
     ) -> None:
         super().__init__(cache, slots)
         self._decode = decode
         self._extends = extends  # by window
-        self._inputs = inputs  # bidirectional: rows and mask of each sequence, by window
+        self._texts = texts  # bidirectional, by window
 
     def attend(self, layer: AttentionLayer, q: Tensor) -> Tensor:
         spec, decode = layer.spec, self._decode
@@ -84,8 +95,8 @@ class TorchStep(PagedStep):
 
     def encode(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)  # [tokens, heads, dim]
-        for rows, mask in self._inputs[layer.spec.window]:
-            out[rows] = _attention(q[rows], k[rows], v[rows], mask, False, layer.spec)
+        for part in self._texts[layer.spec.window]:
+            out[part.rows] = _attention(q[part.rows], k[part.keys], v[part.keys], part.mask, False, layer.spec)
         return out
 
 
@@ -127,9 +138,9 @@ class TorchBackend(AttentionBackend):
         every = list(pairwise(starts))
         runs = [every[at] for at in sequences]
         device = rows.query_starts.device.device
-        inputs = {window: _inputs(runs, window, device) for window in self._bidirectional}
+        texts = {window: _blocks(runs, window, device) for window in self._bidirectional}
         if not self._causal:
-            return TorchStep(None, None, None, {}, inputs)
+            return TorchStep(None, None, None, {}, texts)
         assert self._cache is not None, "bind() comes before plan()"
         assert rows.page_table is not None, "a causal model's rows have no page table"
         lengths: list[int] = rows.kv_lengths.host.tolist()
@@ -141,16 +152,26 @@ class TorchBackend(AttentionBackend):
             window: [_extend_plan(table[i], every[i], lengths[i], size, window) for i in others]
             for window in self._causal
         }
-        return TorchStep(self._cache, rows.slots, decode, extends, inputs)
+        return TorchStep(self._cache, rows.slots, decode, extends, texts)
 
 
-def _inputs(
-    runs: Sequence[tuple[int, int]], window: int | None, device: torch.device
-) -> list[tuple[slice, Tensor | None]]:
-    return [
-        (slice(start, stop), None if window is None else _band(stop - start, 0, window, False, device))
-        for start, stop in runs
-    ]
+def _blocks(runs: Sequence[tuple[int, int]], window: int | None, device: torch.device) -> list[_Block]:
+    """Whole texts where a window ends nowhere in them; else blocks of rows with the keys near them."""
+    found: list[_Block] = []
+    masks: dict[tuple[int, int, int], Tensor] = {}  # blocks inside a text have the same
+    for start, stop in runs:
+        if window is None or stop - start <= window:
+            found.append(_Block(slice(start, stop), slice(start, stop), None))
+            continue
+        for first in range(start, stop, _BLOCK_ROWS):
+            last = min(first + _BLOCK_ROWS, stop)
+            keys = slice(max(first + 1 - window, start), min(last + window - 1, stop))
+            shape = last - first, first - keys.start, keys.stop - keys.start
+            if shape not in masks:
+                at = torch.arange(first, last, device=device)[:, None]
+                masks[shape] = (torch.arange(keys.start, keys.stop, device=device) - at).abs() < window
+            found.append(_Block(slice(first, last), keys, masks[shape]))
+    return found
 
 
 def _decode_plan(
@@ -188,7 +209,7 @@ def _extend_plan(pages: Tensor, run: tuple[int, int], length: int, page_size: in
     past, keys = past - behind * page_size, length - behind * page_size
     # SDPA's is_causal aligns the mask at the top left, which is right only without past keys.
     causal = past == 0 and (window is None or window >= rows)
-    mask = None if causal or rows == 1 else _band(rows, past, window, True, pages.device)
+    mask = None if causal or rows == 1 else _band(rows, past, window, pages.device)
     return _Extend(slice(start, stop), pages[behind : -(-length // page_size)], keys, mask, causal)
 
 
@@ -211,16 +232,12 @@ def _extend(q: Tensor, k: Tensor, v: Tensor, part: _Extend, spec: AttentionSpec)
     return _attention(q, k, v, part.mask, part.causal, spec)
 
 
-def _band(rows: int, past: int, window: int | None, causal: bool, device: torch.device) -> Tensor:
-    """Which keys each row sees: `[rows, past + rows]` bool."""
+def _band(rows: int, past: int, window: int | None, device: torch.device) -> Tensor:
+    """Which keys each row of a causal layer sees: `[rows, past + rows]` bool."""
     at = torch.arange(past, past + rows, device=device)[:, None]
     keys = torch.arange(past + rows, device=device)
-    visible = keys <= at if causal else torch.ones(rows, past + rows, dtype=torch.bool, device=device)
-    if window is not None:
-        visible = visible & (keys > at - window)
-        if not causal:
-            visible = visible & (keys < at + window)
-    return visible
+    visible = keys <= at
+    return visible if window is None else visible & (keys > at - window)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, spec: AttentionSpec) -> Tensor:

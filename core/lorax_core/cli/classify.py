@@ -15,7 +15,7 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import Texts, answers, as_text, print_truncated
-from lorax_core.cli.options import Truncate, chosen_adapter, named_sources
+from lorax_core.cli.options import MergeAdapter, Truncate, chosen_adapter, named_sources
 from lorax_core.cli.render import Table, data_only_stdout, print_message, show_line
 from lorax_core.types import Classification
 
@@ -44,6 +44,7 @@ def classify(
     use: Annotated[
         str | None, typer.Option(metavar="NAME", help="The adapter that answers. One given alone is used.")
     ] = None,
+    merge_adapter: MergeAdapter = None,
     label: Annotated[
         list[str] | None,
         typer.Option(metavar="ID=NAME", help="Name a label of that adapter's head; once for each label."),
@@ -72,7 +73,9 @@ def classify(
     with data_only_stdout():
         # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
         engine = lorax_core.load(
-            path, adapters={name: at for name, at in adapters.items() if not about or name != chosen}
+            path,
+            adapters={name: at for name, at in adapters.items() if not about or name != chosen},
+            merge_adapter=merge_adapter,
         )
     with engine:
         if about:

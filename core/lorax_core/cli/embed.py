@@ -13,7 +13,7 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import Texts, answers, print_truncated
-from lorax_core.cli.options import Truncate
+from lorax_core.cli.options import MergeAdapter, Truncate
 from lorax_core.cli.render import Table, data_only_stdout, show_line
 from lorax_core.types import Embedding, Pooling
 
@@ -26,6 +26,7 @@ _SHOWN = 4  # numbers of a vector in the table
 def embed(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, or an id on the hub.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="What to embed; a single - reads lines of stdin.")],
+    merge_adapter: MergeAdapter = None,
     truncate: Annotated[
         Truncate, typer.Option(help="A text that is too long: refuse it, or cut its start or its end.")
     ] = Truncate.ERROR,
@@ -50,7 +51,7 @@ def embed(
 
     table = Table(("index", "tokens", "dim", "first values"))
     with data_only_stdout():
-        engine = lorax_core.load(path, pooling=pooling)
+        engine = lorax_core.load(path, pooling=pooling, merge_adapter=merge_adapter)
     with engine:
         for first, found in answers(engine, given, request):
             if json:

@@ -13,7 +13,7 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import as_text
-from lorax_core.cli.options import chosen_adapter, named_sources, read_text
+from lorax_core.cli.options import MergeAdapter, chosen_adapter, named_sources, read_text
 from lorax_core.cli.render import data_only_stdout, print_message, show_json
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def generate(
             metavar="NAME", help="The adapter that answers, or a weighted sum: a=0.7,b=0.3. One given alone is used."
         ),
     ] = None,
+    merge_adapter: MergeAdapter = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="The longest answer, in tokens; by default 128, or what the model has room for.")
     ] = None,
@@ -63,10 +64,10 @@ def generate(
     )
     # Only loading: the answer itself belongs on stdout.
     with data_only_stdout():
-        engine = lorax_core.load(path, adapters=adapters)
+        engine = lorax_core.load(path, adapters=adapters, merge_adapter=merge_adapter)
     with engine:
         if max_tokens is None:  # a default must not refuse what was asked for: it only shortens
-            room = engine.info().max_tokens - engine.count_tokens(request.prompt)
+            room = engine.info().max_tokens - engine.count_tokens(request.prompt, adapter=request.adapter)
             request = request.model_copy(update={"max_tokens": max(min(DEFAULT_TOKENS, room), 1)})
         started = time.perf_counter()
         completion = _follow(engine.stream(**request.model_dump()), quiet=json)

@@ -1,18 +1,25 @@
 """What commands that load a checkpoint have in common: adapters by name, a prompt, and texts that are too long.
 
-Decides how `--adapter`, `--use`, `--truncate` and `-` are read. Knows nothing of models or of what adapters hold.
+Decides how `--adapter`, `--merge-adapter`, `--use`, `--truncate` and `-` are read. Knows nothing of models or of what adapters
+hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
+from typing import Annotated
 
 import typer
 
 from lorax_core.cli.batches import as_text
 from lorax_core.cli.streams import read_prompt
 from lorax_core.errors import AdapterError, listed, nearest
+
+MergeAdapter = Annotated[
+    str | None,
+    typer.Option("--merge-adapter", metavar="SOURCE", help="Merge an adapter into the weights while they are loaded."),
+]
 
 
 class Truncate(StrEnum):

@@ -92,7 +92,8 @@ def _body(kind: type) -> Iterator[str]:
 def _field(one: Field[Any]) -> str:
     """A field of a dataclass."""
     made = f" = {one.default_factory.__name__}()" if isinstance(one.default_factory, type) else ""
-    return f"{one.name}: {said(one.type)}{made if one.default is MISSING else f' = {one.default!r}'}"
+    default = one.default.__name__ if isinstance(one.default, type) else repr(one.default)
+    return f"{one.name}: {said(one.type)}{made if one.default is MISSING else f' = {default}'}"
 
 
 def said(annotation: object) -> str:

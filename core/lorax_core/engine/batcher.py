@@ -7,6 +7,7 @@ step, so a `Batch` is valid until the next one is packed. Knows nothing of who i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
@@ -98,15 +99,16 @@ class Batcher:
             first, read, _ = group[0]
             counts = tuple(len(one.rows) for _, one, _ in group)
             rows = _joined([np.arange(start + one.rows.start, start + one.rows.stop) for _, one, start in group])
-            adapter = bound[first]
+            adapter, adapters = bound[first], [bound[index] for index, _, _ in group]
             yield HeadRows(
                 task=read.task,
                 sequences=tuple(index for index, _, _ in group),
                 counts=counts,
                 rows=self._tensor(rows),
-                adapters=self._rows.rows(counts, [bound[index] for index, _, _ in group]),
+                adapters=self._rows.rows(counts, adapters),
                 head=adapter.head if adapter is not None and read.own_head else None,
                 speculator=adapter.speculator if adapter is not None and read.speculates else None,
+                pooled_adapters=partial(self._rows.rows, (1,) * len(group), adapters),
             )
 
     def _tensor(self, values: Int64s) -> Tensor:

@@ -58,8 +58,9 @@ class EngineLoop:
     def add(self, sequence: Sequence) -> None:
         """Add a sequence; it takes part from the next step on, and its forks once its prompt is computed."""
         for one in (sequence, *sequence.forks):
-            if self._decoder is not None and one.stop is not None:
-                self._texts[one] = (Detokenizer(self._decoder), StopText(one.stop.strings))
+            decoder = one.decoder or self._decoder
+            if decoder is not None and one.stop is not None:
+                self._texts[one] = (Detokenizer(decoder), StopText(one.stop.strings))
         self.scheduler.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:

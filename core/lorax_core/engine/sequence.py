@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+from lorax_core.engine.detokenizer import TextDecoder
 from lorax_core.engine.drafting import Drafter
 from lorax_core.engine.grammar import Grammar
 from lorax_core.engine.stopping import StopRule
@@ -141,6 +142,7 @@ class Sequence:
     stage: Stage = Stage.FINISHED
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    decoder: TextDecoder | None = None  # of its text, in place of the engine's
     drafter: Drafter | None = None
     speculates: bool = False  # the adapter drafts tokens, which come back with the step's answer
     priority: int = 0

@@ -26,6 +26,7 @@ _HOMES = {
     "HasAdapters": "site",
     "Head": "heads",
     "HeadRows": "batch",
+    "HeadTransform": "heads",
     "LanguageModelHead": "heads",
     "LastTokenClassificationHead": "heads",
     "LayerNorm": "norm",
@@ -35,6 +36,7 @@ _HOMES = {
     "Model": "model",
     "ModelConfig": "config",
     "Norm": "norm",
+    "PooledClassificationHead": "heads",
     "PostNormConfig": "encoder",
     "PostNormEmbeddings": "encoder",
     "PostNormEncoder": "encoder",
@@ -76,9 +78,11 @@ if TYPE_CHECKING:
     from lorax_core.modeling.heads import EmbeddingHead as EmbeddingHead
     from lorax_core.modeling.heads import FirstTokenClassificationHead as FirstTokenClassificationHead
     from lorax_core.modeling.heads import Head as Head
+    from lorax_core.modeling.heads import HeadTransform as HeadTransform
     from lorax_core.modeling.heads import LanguageModelHead as LanguageModelHead
     from lorax_core.modeling.heads import LastTokenClassificationHead as LastTokenClassificationHead
     from lorax_core.modeling.heads import LogitScoreHead as LogitScoreHead
+    from lorax_core.modeling.heads import PooledClassificationHead as PooledClassificationHead
     from lorax_core.modeling.heads import SequenceClassificationHead as SequenceClassificationHead
     from lorax_core.modeling.heads import TokenClassificationHead as TokenClassificationHead
     from lorax_core.modeling.linear import GateUpLinear as GateUpLinear

@@ -14,7 +14,7 @@ Shapes used throughout the project:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -62,7 +62,8 @@ class HeadRows:
     `sequences` are positions in the batch, `counts` how many rows each of them gives, `rows` `[sum(counts)]` int64 the rows
     themselves in that order, and `adapters` acts on exactly those rows. Without a `task` the answer is hidden itself.
     `head` is one that an adapter has of its own; None is the model's for the task. With a `speculator` the rows themselves are
-    part of the step's output, for it to read once the step's tokens are known.
+    part of the step's output, for it to read once the step's tokens are known. `pooled_adapters` makes what acts on one row for
+    each sequence.
     """
 
     task: Task | None
@@ -72,6 +73,13 @@ class HeadRows:
     adapters: AdapterRows = field(default_factory=NoAdapters)
     head: HeadModule | None = None
     speculator: Speculator | None = None
+    pooled_adapters: Callable[[], AdapterRows] = NoAdapters
+
+    def pooled(self) -> HeadRows:
+        """The same once a head has made one row of those of each sequence."""
+        if all(count == 1 for count in self.counts):
+            return self
+        return replace(self, counts=(1,) * len(self.counts), adapters=self.pooled_adapters())
 
 
 @dataclass(slots=True)

@@ -45,7 +45,9 @@ class SelfAttention(Block):
     """Projections to q, k and v, attention, and the projection back.
 
     `kv_heads` None is as many as heads, `head_dim` None is `hidden / heads`; `window` counts the keys that a query sees, itself
-    included. `qk_norm` makes the norms of queries and keys from their size: that of one head, or with `qk_norm_whole` of all.
+    included, and without `causal` as many on the other side. `qk_norm` makes the norms of queries and keys from their size:
+    that of one head, or with `qk_norm_whole` of all.
+
     Raises ValueError for sizes that do not fit each other.
     """
 

@@ -1,7 +1,7 @@
 """Decoders: layers that add to what came in, and normalise what they read, what they add, or both.
 
 Decides the order of norms, residuals, attention and feed-forward. Knows nothing of which attention or feed-forward a layer
-has, nor of checkpoints.
+has, nor of checkpoints. Encoders of that form (ModernBERT) are decoders whose attention sees both sides.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.embedding import Embedding
 from lorax_core.modeling.norm import Norm
 
-Norms = Literal["before", "shared", "after", "around"]
-"""Where a layer's norms are: before each block (Llama), one before both (Phi), after each (OLMo 2), or both (Gemma 2)."""
+Norms = Literal["before", "between", "shared", "after", "around"]
+"""Where a layer's norms are: before each block (Llama), before the second alone (ModernBERT's first layer), one before both
+(Phi), after each (OLMo 2), or before and after each (Gemma 2)."""
 _NORMS: Mapping[str, tuple[str, ...]] = {
     "before": ("input_layernorm", "post_attention_layernorm"),
+    "between": ("post_attention_layernorm",),
     "shared": ("input_layernorm",),
     "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
     "around": (
@@ -59,7 +61,7 @@ class DecoderLayer(Block):
         if norms not in _NORMS or (norms != "before" and parallel != (norms == "shared")):
             raise ValueError(
                 f"norms {norms!r} with parallel={parallel}; 'before' takes either, 'shared' needs parallel=True, "
-                "'after' and 'around' parallel=False"
+                "'between', 'after' and 'around' parallel=False"
             )
         self.parallel = parallel
         self.norms = norms
@@ -87,7 +89,9 @@ class DecoderLayer(Block):
             x = x if rest is None else x + rest
             x = x + self.post_attention_layernorm(self.self_attn(x, batch), batch)
             return x, self.post_feedforward_layernorm(self.mlp(x, batch), batch)
-        if rest is None:
+        if self.norms == "between":
+            normed = x = x if rest is None else x + rest
+        elif rest is None:
             normed = self.input_layernorm(x, batch)
         else:
             normed, x = self.input_layernorm.add(rest, x, batch)
@@ -108,7 +112,8 @@ class Decoder(nn.Module):
     """Embeddings, layers and the final norm: a batch to hidden rows `[tokens, hidden]`.
 
     `max_positions` is the length of a table of learned positions, None without one; its row for position 0 is
-    `position_offset` (2 for OPT), and rows before it are not read. Rows of tokens are multiplied by `embed_scale`.
+    `position_offset` (2 for OPT), and rows before it are not read. Rows of tokens are multiplied by `embed_scale`. `embed_norm`
+    normalises what the first layer is given (ModernBERT).
     """
 
     def __init__(
@@ -120,12 +125,14 @@ class Decoder(nn.Module):
         max_positions: int | None = None,
         position_offset: int = 0,
         embed_scale: float = 1.0,
+        embed_norm: Norm | None = None,
     ) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, hidden, embed_scale)
         self.position_offset = position_offset
         self.embed_positions = None if max_positions is None else Embedding(max_positions + position_offset, hidden)
+        self.embed_norm = embed_norm
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
@@ -135,6 +142,8 @@ class Decoder(nn.Module):
             offset = self.position_offset
             rows = batch.position_ids + offset if offset else batch.position_ids
             x = x + self.embed_positions(rows, batch)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x, batch)
         rest: Tensor | None = None
         for layer in self.layers:
             if isinstance(layer, DecoderLayer) and layer.is_plain:

@@ -10,7 +10,7 @@ A long text of a causal model comes in chunks. `forward` therefore answers a ste
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import TYPE_CHECKING, ClassVar, Self, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from lorax_core.modeling.activation import get_activation
 from lorax_core.modeling.batch import HeadRows
 from lorax_core.modeling.config import ModelConfig, Problem
 from lorax_core.modeling.linear import KeepsBits, Linear
+from lorax_core.modeling.norm import Norm
 from lorax_core.modeling.site import HasAdapters
 from lorax_core.types import Pooling, Task
 from lorax_core.untrusted import is_number
@@ -180,28 +181,51 @@ class Projection(nn.Module):
         return self.activation(self.linear(vectors))
 
 
+class HeadTransform(nn.Module):
+    """What some heads compute before the layer that gives the labels: a dense layer, an activation and a norm (ModernBERT)."""
+
+    def __init__(self, hidden: int, act: str, norm: Norm, *, bias: bool = True) -> None:
+        super().__init__()
+        self.dense = Linear(hidden, hidden, bias)
+        self._act = get_activation(act)
+        self.norm = norm
+
+    if TYPE_CHECKING:
+
+        def __call__(self, hidden: Tensor, rows: HasAdapters) -> Tensor: ...
+
+    def forward(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        """hidden `[rows, hidden]` to the same shape."""
+        return self.norm(self._act(self.dense(hidden, rows)), rows)
+
+
 class TokenClassificationHead(Head):
-    """The probability of each label for each token `[rows, labels]`. The linear layer is called `layer` in checkpoints."""
+    """The probability of each label for each token `[rows, labels]`. The linear layer is called `layer` in checkpoints, and a
+    `transform` before it `transform`."""
 
     task = Task.TOKEN_CLASSIFICATION
     layer: ClassVar[str] = "classifier"
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, transform: HeadTransform | None = None) -> None:
         super().__init__()
         self.labels = config.labels
+        self.transform = transform
         self.add_module(self.layer, Linear(config.hidden_size, len(self.labels)))
 
     @classmethod
     def build(cls, config: ModelConfig, names: Set[str], stated: Task | None) -> Self | None:
         if stated in CLASSIFICATION and stated is not cls.task:
             return None
-        return cls(config) if {f"{cls.layer}.weight", f"{cls.layer}.bias"} <= names else None
+        head = cls(config)
+        return head if {name for name, _ in head.named_parameters()} <= names else None
 
     def span(self, ids: Sequence[int], pool_from: int) -> range:
         return range(len(ids))
 
     def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
         classifier = cast("Linear", self.get_submodule(self.layer))
+        if self.transform is not None:
+            hidden = self.transform(hidden, rows)
         return classifier(hidden, rows).float()  # [rows, labels]
 
     def finish(self, parts: list[Tensor], counts: list[int]) -> list[Tensor]:
@@ -306,6 +330,36 @@ class LogitScoreHead(SequenceClassificationHead):
         logits = self.lm_head(hidden, rows).float()  # [sequences, vocab]
         wanted, *other = (logits[:, [token]] for token in self.tokens)
         return wanted - other[0] if other else wanted  # [sequences, 1]
+
+
+class PooledClassificationHead(SequenceClassificationHead):
+    """Reads the first row of a text or the mean of all: a `transform`, then `classifier`.
+
+    For models that see both sides, whose texts come in one chunk.
+    """
+
+    needed = ("transform.dense.weight", "classifier.weight", "classifier.bias")
+
+    def __init__(
+        self, config: ModelConfig, transform: HeadTransform, *, pooling: Literal["cls", "mean"] = "cls"
+    ) -> None:
+        super().__init__(config)
+        self.pooling = Pooling(pooling)
+        self.transform = transform
+        self.classifier = Linear(config.hidden_size, len(self.labels))
+
+    def span(self, ids: Sequence[int], pool_from: int) -> range:
+        return pooled_span(self.pooling, len(ids), 0)
+
+    def forward(self, hidden: Tensor, rows: HeadRows) -> Tensor:
+        if self.pooling is Pooling.MEAN:
+            # In float32, as the sums of `EmbeddingHead`.
+            means = [part.mean(0, dtype=torch.float32) for part in torch.split(hidden, list(rows.counts))]
+            hidden = torch.stack(means).to(hidden.dtype)  # [sequences, hidden]
+        return super().forward(hidden, rows.pooled())
+
+    def logits(self, hidden: Tensor, rows: HasAdapters) -> Tensor:
+        return self.classifier(self.transform(hidden, rows), rows)
 
 
 class FirstTokenClassificationHead(SequenceClassificationHead):

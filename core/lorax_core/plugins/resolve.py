@@ -30,6 +30,7 @@ INSTALL_HINTS: Final = {
     "gpt_neox": "lorax-neox",
     "llama": "lorax-llama",
     "mistral": "lorax-llama",
+    "modernbert": "lorax-modernbert",
     "qwen2": "lorax-qwen2",
     "qwen3": "lorax-qwen3",
     "roberta": "lorax-roberta",

@@ -18,17 +18,21 @@ _STRING: Final = "give the prompt as one string"
 
 
 class ChatWriter:
-    """The templates of one tokenizer, each compiled when first used. Safe to call from any thread."""
+    """The templates of one tokenizer, each compiled when first used. Safe to call from any thread.
 
-    def __init__(self, tokenizer: Any) -> None:
+    A `chat_template` stands in for all of the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: Any, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
+        self._chat_template = chat_template
         self._templates: dict[str, Any] = {}  # two threads that compile one at once get the same
 
     def text(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any]
     ) -> str:
         """A conversation up to where the answer begins; raises RequestError where the template refuses it."""
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not (self._chat_template or getattr(self._tokenizer, "chat_template", None)):
             raise RequestError("this checkpoint has no chat template", hint=_STRING)
         with guarded(RequestError, f"the chat template refused {shown(messages, 120)}", hint=_STRING):
             text = self._rendered(messages, tools, options)
@@ -46,7 +50,7 @@ class ChatWriter:
         # Late: most checkpoints have no template, and jinja is no small import.
         from lorax_core.serving.templates import ChatTemplate
 
-        source = self._tokenizer.get_chat_template(tools=tools)
+        source = self._chat_template or self._tokenizer.get_chat_template(tools=tools)
         template = self._templates.get(source)
         if template is None:
             template = self._templates[source] = ChatTemplate(source)

@@ -250,13 +250,17 @@ class Engine:
         """Ids of the tokens that stand for no text, such as the one that ends a completion."""
         return self._preparer.text.special_ids
 
-    def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
-        """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""
+    def count_tokens(self, prompt: TextPrompt | TextInput, *, adapter: AdapterChoice = None) -> int:
+        """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`.
+
+        An adapter may read it by a tokenizer or chat template of its own.
+        """
         # A request checks it: a pair of texts can only be embedded or classified.
-        checked = (
-            EmbedRequest(input=prompt).input if isinstance(prompt, tuple) else GenerateRequest(prompt=prompt).prompt
-        )
-        return self._preparer.count_tokens(checked)
+        if isinstance(prompt, tuple):
+            request = EmbedRequest(input=prompt, adapter=adapter)
+            return self._preparer.count_tokens(request.input, request.adapter)
+        asked = GenerateRequest(prompt=prompt, adapter=adapter)
+        return self._preparer.count_tokens(asked.prompt, asked.adapter)
 
     def info(self) -> EngineInfo:
         """What this engine is made of, and what its steps did."""

@@ -15,6 +15,8 @@ from typing import cast
 import torch
 
 from lorax_core.adapters.lora_kernels.triton import load_triton_kernel
+from lorax_core.adapters.merging.merged import MergedCheckpoint
+from lorax_core.adapters.residency.source import masked
 from lorax_core.adapters.residency.sources import AdapterSources
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.attention.base import AttentionBackend, CacheLayout
@@ -33,6 +35,7 @@ from lorax_core.modeling.heads import CLASSIFICATION, EmbeddingHead
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
+from lorax_core.serving.adapter_text import AdapterTexts, with_merged
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.pairs import PairReader
@@ -78,14 +81,16 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     _set_threads(options.threads)
     host = checked_host(host)
     settings = Settings.from_env()
-    base = _load_base(options, host)
+    sources = AdapterSources(
+        settings.cache, options.adapter_sources, options.adapter_timeout, options.max_adapter_bytes
+    )
+    base = _load_base(options, host, sources)
     trusted = Trusted(base.model, settings)
     elementwise, why = trusted.elementwise()
     base.model.use_elementwise(elementwise)
-    text = load_text_front(
-        base.checkpoint, set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
-    )
-    store = _load_adapters(options, base, settings, trusted)
+    sentence = set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
+    text = with_merged(load_text_front(base.checkpoint, sentence), base.checkpoint)
+    store = _load_adapters(options, base, settings, trusted, sources, AdapterTexts(text))
     chosen = _attention(options, base.model, host, trusted)
     # Before the cache, which leaves no memory for trials where it takes what there is.
     eager = _why_eager(options, base.model, chosen, trusted)
@@ -150,7 +155,7 @@ def choose_dtype(name: str, files: Checkpoint, device: str, half: torch.dtype | 
     return stored if stored is torch.bfloat16 and fast_in_bfloat16(device) else torch.float32
 
 
-def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
+def _load_base(options: EngineOptions, host: PluginHost, sources: AdapterSources) -> LoadedModel:
     device = find_device(options.device)
     token = options.token.get_secret_value() if options.token is not None else None
     if options.quantize is not None and torch.device(device).type != "cpu":
@@ -159,34 +164,48 @@ def _load_base(options: EngineOptions, host: PluginHost) -> LoadedModel:
             hint="leave quantize out, or use device='cpu'",
         )
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
+    if options.merge_adapter is not None:
+        files = MergedCheckpoint(files, sources.find(options.merge_adapter).folder, host)
     dtype = choose_dtype(options.dtype, files, device, sixteen_bit(device))
     policy = LinearPolicy(options.linear_methods, options.quantize)
-    return load_model(files, host, dtype=dtype, device=device, linear_policy=policy)
+    base = load_model(files, host, dtype=dtype, device=device, linear_policy=policy)
+    if isinstance(files, MergedCheckpoint):
+        files.release()
+    return base
 
 
 def _notes(options: EngineOptions, base: LoadedModel) -> tuple[str, ...]:
-    """What was chosen otherwise than the checkpoint states it."""
+    """What is otherwise than the checkpoint states it."""
+    notes: list[str] = []
+    if isinstance(base.checkpoint, MergedCheckpoint):
+        notes += [f"{masked(str(options.merge_adapter))!r} is merged into the weights", *base.checkpoint.notes]
     stored, dtype = stored_dtype(base.checkpoint), base.model.dtype
-    if options.dtype != "auto" or stored is dtype:
-        return ()
-    names = [str(one).removeprefix("torch.") for one in (stored, dtype)]
-    note = f"the checkpoint is in {names[0]} and computed in {names[1]}; dtype={names[0]!r} keeps it"
-    _log.info(note)
-    return (note,)
+    if options.dtype == "auto" and stored is not dtype:
+        names = [str(one).removeprefix("torch.") for one in (stored, dtype)]
+        notes.append(f"the checkpoint is in {names[0]} and computed in {names[1]}; dtype={names[0]!r} keeps it")
+    for note in notes:
+        _log.info(note)
+    return tuple(notes)
 
 
-def _load_adapters(options: EngineOptions, base: LoadedModel, settings: Settings, trusted: Trusted) -> AdapterStore:
+def _load_adapters(
+    options: EngineOptions,
+    base: LoadedModel,
+    settings: Settings,
+    trusted: Trusted,
+    sources: AdapterSources,
+    texts: AdapterTexts,
+) -> AdapterStore:
     store = AdapterStore(
         base,
         settings,
         max_adapters=options.max_adapters,
         max_cpu_adapters=options.max_cpu_adapters,
         max_fetched=options.max_fetched_adapters,
-        sources=AdapterSources(
-            settings.cache, options.adapter_sources, options.adapter_timeout, options.max_adapter_bytes
-        ),
+        sources=sources,
     )
     store.bound.kernel.verify = trusted.lora
+    store.texts = texts.read
     for name, source in options.adapters.items():
         store.load(name, source)
     return store

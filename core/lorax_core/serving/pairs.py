@@ -7,6 +7,7 @@ how one that is too long is cut. Knows nothing of scores.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Final
 
 from lorax_core.errors import RequestError, shown
@@ -25,6 +26,7 @@ _PROBES: Final = (("alpha", "bravo"), ("charlie", "bravo"), ("alpha", "foxtrot")
 # Stand for both texts: what two conversations have in common at their ends is the template's.
 _FILLERS: Final = ("0", "1 2 3 4")
 _OTHER: Final = "give other text"
+_OTHERS: Final = 16  # readers over texts of adapters that are kept
 
 
 class PairReader:
@@ -36,6 +38,11 @@ class PairReader:
         self._stated = files is not None
         # By kind of head, at the first pair; two threads that do it at once get the same.
         self._conversations: dict[type[Head], _Conversation | None] = {}
+        self._over = lru_cache(_OTHERS)(lambda text: PairReader(text, files))
+
+    def over(self, text: TextFront) -> PairReader:
+        """The reader of the same files over what an adapter brings instead of the checkpoint's tokenizer and template."""
+        return self if text is self._text else self._over(text)
 
     def encode(self, query: str, document: str, head: Head) -> tuple[Encoded, Shorten]:
         """Ids of a pair for this head, and how they are shortened.
@@ -65,9 +72,9 @@ class PairReader:
         if self._files.chat is False:
             return None
         problem = "it is missing" if self._files.chat else None
-        if getattr(tokenizer, "chat_template", None):
+        if (source := self._text.template) is not None:
             try:
-                found = _Conversation(tokenizer.get_chat_template(), tokenizer, self._files)
+                found = _Conversation(source, tokenizer, self._files)
                 problem = found.problem()
             except Exception as error:  # whatever jinja or the template raises
                 problem = _raised(error)

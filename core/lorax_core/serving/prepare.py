@@ -105,11 +105,12 @@ class Preparer:
         """The longest input to embed or classify."""
         return min(self.limits.tokens, self.text.max_tokens or self.limits.tokens)
 
-    def count_tokens(self, prompt: Any) -> int:
-        """Tokens of a prompt or input."""
+    def count_tokens(self, prompt: Any, adapter: AdapterChoice) -> int:
+        """Tokens of a prompt or input, as an adapter reads it."""
         # An encoder's text gets the prompt and casing of its sentence files, which count.
         generating = Task.GENERATE in self.model.tasks
-        return len(self.text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
+        text = self._text(self._adapter(adapter))
+        return len(text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
     def tokenize(self, text: Any) -> Tokenized:
         """A text as tokens."""
@@ -148,10 +149,10 @@ class Preparer:
     def _generate(self, request: GenerateRequest) -> Prepared:
         # For its error: a model without this head refuses before the text is tokenized.
         self.model.head(Task.GENERATE)
+        adapter = self._adapter(request.adapter)
+        text = self._text(adapter)
         encoded = self._checked(
-            self.text.encode(
-                request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options
-            )
+            text.encode(request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options)
         )
         if request.truncate_prompt_tokens is not None:
             encoded = cut(encoded, request.truncate_prompt_tokens, "start")
@@ -166,17 +167,16 @@ class Preparer:
         self._check_tokens("logit_bias", request.logit_bias)
         self._check_tokens("stop_token_ids", request.stop_token_ids)
         # `ignore_eos` does not drop ids that the request names itself.
-        ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
+        ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos(text))
         strings = [*request.stop, *([CLOSE] if request.tools and not request.parallel_tool_calls else [])]
         stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(strings))
         # Without a tokenizer a completion has no text in which a string could be found.
-        if stop.strings and not self.text.has_tokenizer:
+        if stop.strings and not text.has_tokenizer:
             raise RequestError(
                 f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks",
                 hint="give stop_token_ids, or add tokenizer.json to the checkpoint",
             )
         grammar = self.grammars.grammar(request)
-        adapter = self._adapter(request.adapter)
         first = Sequence(
             task=Task.GENERATE,
             prompt=encoded.ids,
@@ -185,6 +185,7 @@ class Preparer:
             stop=stop,
             prompt_logprobs=request.prompt_logprobs,
             grammar=grammar,
+            decoder=text if text is not self.text else None,
             # A grammar must see each token before it knows what may follow, so it cannot verify draft tokens.
             drafter=self._drafter(_drafts(adapter)) if grammar is None else None,
             speculates=grammar is None and _drafts(adapter),
@@ -224,6 +225,7 @@ class Preparer:
             stop=first.stop,
             # Grammar and drafter have state, so each answer needs its own.
             grammar=first.grammar.copy() if first.grammar is not None else None,
+            decoder=first.decoder,
             drafter=self._drafter(first.speculates) if first.drafter is not None else None,
             speculates=first.speculates,
             priority=first.priority,
@@ -248,8 +250,10 @@ class Preparer:
         head = cast("EmbeddingHead", self.model.head(Task.EMBED))
         rows, dimensions = request.pooling == "none", request.dimensions
         self._check_dimensions(dimensions, self.model.config.hidden_size if rows else head.dim)
-        prompt = request.prompt if request.prompt_name is None else self.text.prompt_named(request.prompt_name)
-        encoded = self._fitted(self.text.encode(request.input, Task.EMBED, prompt), request.truncate)
+        adapter = self._adapter(request.adapter)
+        text = self._text(adapter)
+        prompt = request.prompt if request.prompt_name is None else text.prompt_named(request.prompt_name)
+        encoded = self._fitted(text.encode(request.input, Task.EMBED, prompt), request.truncate)
         usage = Usage(len(encoded.ids))
         normal = request.normalize if request.normalize is not None else head.normalize and not rows
         stage = Stage.HIDDEN if rows else Stage.RAW if head.normalize and not normal else Stage.FINISHED
@@ -258,7 +262,7 @@ class Preparer:
             span = range(len(encoded.ids))
         elif request.pooling is not None:
             span = pooled_span(Pooling(request.pooling), len(encoded.ids), encoded.pool_from)
-        sequence = self._read(head, encoded, self._adapter(request.adapter), stage, span)
+        sequence = self._read(head, encoded, adapter, stage, span)
         # The head has normalised whole vectors already where it does so by itself.
         scale = normal and (rows or not head.normalize or dimensions is not None)
         return Prepared(
@@ -275,11 +279,11 @@ class Preparer:
 
     def _classify(self, request: ClassifyRequest) -> Prepared:
         adapter = self._adapter(request.adapter)
-        head = self._classifying_head(adapter)
-        encoded = self._fitted(self.text.encode(request.input, head.task), request.truncate)
+        head, text = self._classifying_head(adapter), self._text(adapter)
+        encoded = self._fitted(text.encode(request.input, head.task), request.truncate)
         sequence = self._read(head, encoded, adapter, Stage.RAW if request.raw_scores else Stage.FINISHED)
         if isinstance(head, TokenClassificationHead):
-            labels, source, text = head.labels, request.input, self.text
+            labels, source = head.labels, request.input
             return Prepared(sequence, lambda values: token_labels(values, labels, encoded, source, text))
         labels = cast("SequenceClassificationHead", head).labels
         return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
@@ -299,7 +303,7 @@ class Preparer:
     def _rerank(self, request: RerankRequest) -> Prepared:
         adapter = self._adapter(request.adapter)
         head = self._scoring_head(adapter)
-        pair, shorten = self.pairs.encode(request.query, request.document, head)
+        pair, shorten = self.pairs.over(self._text(adapter)).encode(request.query, request.document, head)
         encoded = self._fitted(pair, request.truncate, shorten)
         sequence = self._read(head, encoded, adapter, Stage.RAW)
         return Prepared(sequence, lambda values: relevance(values, encoded, normalize=request.normalize))
@@ -364,6 +368,17 @@ class Preparer:
         if missing:
             self.adapters.fetch(missing).result()
         return self.adapters.get(wanted)
+
+    def _text(self, adapter: AdapterHandle | None) -> TextFront:
+        """What reads and writes the text of a row: what its adapter brings, else the checkpoint's."""
+        own = adapter.text if adapter is not None else None
+        return cast("TextFront", own) if own is not None else self.text
+
+    def _eos(self, text: TextFront) -> frozenset[int]:
+        """What ends a completion; a tokenizer that an adapter brings may name another end than the base's does."""
+        own = text.eos_token_id
+        differs = own is not None and own != self.text.eos_token_id and own < self.model.config.vocab_size
+        return self.eos_ids | {own} if differs and own is not None else self.eos_ids
 
     def _checked(self, encoded: Encoded) -> Encoded:
         if not encoded.ids:

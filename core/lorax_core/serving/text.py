@@ -41,14 +41,20 @@ class Encoded:
 
 
 class TextFront:
-    """The tokenizer of a checkpoint, and how it is used. Safe to call from any thread."""
+    """The tokenizer of a checkpoint, and how it is used. Safe to call from any thread.
 
-    def __init__(self, tokenizer: Any | None, sentence: SentenceFiles | None = None) -> None:
+    A `chat_template` stands in for the tokenizer's own.
+    """
+
+    def __init__(
+        self, tokenizer: Any | None, sentence: SentenceFiles | None = None, chat_template: str | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._sentence = sentence
+        self._chat_template = chat_template
         # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: dict[str, int] = {}
-        self._chat = ChatWriter(tokenizer)
+        self._chat = ChatWriter(tokenizer, chat_template)
         self._bytes = TokenBytes(tokenizer)
         self._special_ids: frozenset[int] | None = None
 
@@ -60,6 +66,18 @@ class TextFront:
     @property
     def has_tokenizer(self) -> bool:
         return self._tokenizer is not None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template; None when there is none."""
+        found = self._chat_template or getattr(self._tokenizer, "chat_template", None)
+        # Of several by name, the one that transformers takes.
+        found = found.get("default") if isinstance(found, dict) else found
+        return found or None
+
+    def like(self, tokenizer: Any, chat_template: str | None) -> TextFront:
+        """Another tokenizer, used as this one is."""
+        return TextFront(tokenizer, self._sentence, chat_template)
 
     @property
     def max_tokens(self) -> int | None:
@@ -284,4 +302,4 @@ def _texts(special: tuple[bool, ...], second: tuple[bool, ...]) -> list[list[int
 
 def load_text_front(checkpoint: Checkpoint, sentence: SentenceFiles | None) -> TextFront:
     """The tokenizer beside a checkpoint, when there is one; raises CheckpointError when its files are broken."""
-    return TextFront(load_tokenizer(checkpoint), sentence)
+    return TextFront(load_tokenizer(checkpoint.path, checkpoint.config), sentence)

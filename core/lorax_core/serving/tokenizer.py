@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from lorax_core.adapters.formats.text_files import CONFIG, VOCABULARIES
 from lorax_core.errors import CheckpointError
-from lorax_core.untrusted import guarded, regular
-from lorax_core.weights.checkpoint import Checkpoint
+from lorax_core.untrusted import guarded, read_json, regular
 
-# Looked for first, as AutoTokenizer's error for a folder without any does not differ from that for a broken file.
-_VOCABULARIES: Final = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 _KINDS: Final = (".json", ".txt", ".model", ".jinja")
 SPECIAL_TOKENS: Final = 256
 """Special tokens that a tokenizer may put around an input; those in use add up to five."""
@@ -37,23 +30,25 @@ _SAVE: Final = (
 )
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
-    """The tokenizer of a checkpoint, None when there are no files of one.
+def load_tokenizer(folder: Path, config: Mapping[str, Any], like: Any = None) -> Any | None:
+    """The tokenizer in a folder whose `config.json` is `config`, None when there are no files of one.
 
+    It is of the class that the files, or the configuration, name; of that of another tokenizer where it is to be `like` one.
     Raises CheckpointError when its files are broken, or it is code of the checkpoint's own.
     """
-    folder = checkpoint.path
     _check_files(folder)
-    if not any((folder / name).exists() for name in _VOCABULARIES):
+    # First, as AutoTokenizer's error for a folder without any does not differ from that for a broken file.
+    if not any((folder / name).exists() for name in VOCABULARIES):
         return None
-    stated = checkpoint.json("tokenizer_config.json") or {}
+    file = folder / CONFIG
+    stated = read_json(file, CheckpointError) if os.path.lexists(file) else {}
     if not isinstance(stated, dict):
         raise CheckpointError(
-            f"'{folder / 'tokenizer_config.json'}' holds a list where a JSON object belongs",
+            f"'{file}' holds a {type(stated).__name__} where a JSON object belongs",
             hint="download or copy it again",
         )
-    for file, config in (("tokenizer_config.json", stated), ("config.json", checkpoint.config)):
-        _check_class(folder / file, config.get("tokenizer_class"))
+    for name, values in ((CONFIG, stated), ("config.json", config)):
+        _check_class(folder / name, values.get("tokenizer_class"))
     message = f"the tokenizer in {folder} cannot be read"
     own = _own_code(stated)
     if own is not None:
@@ -62,7 +57,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any | None:
         from transformers import AutoTokenizer
 
         # False, and not the default None, with which transformers asks at the terminal whether to run the code.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        if like is None:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        else:
+            tokenizer = type(like).from_pretrained(str(folder), local_files_only=True)
         limit = tokenizer.model_max_length
         template = tokenizer.chat_template
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -79,7 +77,7 @@ def _check_files(folder: Path) -> None:
             continue
         for file in sorted(place.iterdir()):
             # Folders are never opened as files.
-            if file.suffix not in _KINDS or (file.is_dir() and not file.name.startswith(_VOCABULARIES)):
+            if file.suffix not in _KINDS or (file.is_dir() and not file.name.startswith(VOCABULARIES)):
                 continue
             size = regular(file, CheckpointError)
             if size > _BYTES:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +74,13 @@ class Checkpoint:
             )
         return found
 
+    def reader(self) -> Callable[[str], Tensor]:
+        """What gives tensors by their names in the files; they lie in mapped files: whoever keeps numbers copies them."""
+        return TensorReader(self)
+
     def tensor(self, name: str) -> Tensor:
         """One tensor by its name in the files."""
-        return TensorReader(self)(name)
+        return self.reader()(name)
 
     def _headers(self) -> dict[str, StoredTensor]:
         """Every tensor, from the files' own headers and not from the index, which may be out of date."""

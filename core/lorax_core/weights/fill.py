@@ -7,7 +7,7 @@ memory of its own beside the layout, and of all others there is one copy. Knows 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -20,7 +20,7 @@ from lorax_core.modeling.linear import LinearPreparer
 from lorax_core.modeling.model import Model
 from lorax_core.weights.account import Account, Placement
 from lorax_core.weights.bounds import as_config_error, refuse_large_buffers
-from lorax_core.weights.checkpoint import Checkpoint, TensorReader, is_finite
+from lorax_core.weights.checkpoint import Checkpoint, is_finite
 from lorax_core.weights.mapping import Target
 
 _LARGE: Final = 16
@@ -28,6 +28,7 @@ _LARGE: Final = 16
 
 Pieces = Sequence[tuple[str, Target]]
 """The tensors of one parameter, by their names in the files."""
+Reader = Callable[[str], Tensor]
 
 
 def fill(model: Model, checkpoint: Checkpoint, placement: Placement, policy: LinearPolicy | None) -> None:
@@ -35,7 +36,7 @@ def fill(model: Model, checkpoint: Checkpoint, placement: Placement, policy: Lin
 
     Where the account has problems before, or from then on, numbers are only looked at.
     """
-    read, account = TensorReader(checkpoint), placement.account
+    read, account = checkpoint.reader(), placement.account
     pieces: dict[str, list[tuple[str, Target]]] = {}
     for name, place in placement.places.items():
         if place.scale is None:
@@ -163,7 +164,7 @@ class _Memory:
 
 
 def _read(
-    model: Model, read: TensorReader, pieces: Pieces, shape: torch.Size, memory: _Memory, lent: bool, account: Account
+    model: Model, read: Reader, pieces: Pieces, shape: torch.Size, memory: _Memory, lent: bool, account: Account
 ) -> Tensor:
     """The numbers of a parameter; where memory is `lent`, they may lie in that or still in the file."""
     weight: Tensor | None = None
@@ -189,7 +190,7 @@ def _rows(model: Model, weight: Tensor, target: Target) -> Tensor:
     return weight[start : start + parts[target.part]]
 
 
-def _look(read: TensorReader, pieces: Iterable[tuple[str, Target]], dtype: torch.dtype, account: Account) -> None:
+def _look(read: Reader, pieces: Iterable[tuple[str, Target]], dtype: torch.dtype, account: Account) -> None:
     """Whether numbers are finite, without memory for them."""
     for name, _ in pieces:
         stored = read(name)

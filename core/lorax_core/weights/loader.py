@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -113,25 +114,40 @@ def assemble(
     """
     model_type = checkpoint.config["model_type"]
     spec, owner = host.architecture(model_type), host.owner(model_type)
-    package = owner.package
+    with _loading(checkpoint, owner):
+        built, spare = _built(checkpoint, spec, owner, dtype, device, model_class)
+        placement = place_tensors(built.model, checkpoint.tensors, built.weight_map, spare)
+        fill(built.model, checkpoint, placement, linear_policy)
+    return built, placement.account
+
+
+def unfilled(checkpoint: Checkpoint, host: PluginHost) -> LoadedModel:
+    """The model of a checkpoint with every head, without numbers: its layers are on the meta device."""
+    model_type = checkpoint.config["model_type"]
+    spec, owner = host.architecture(model_type), host.owner(model_type)
+    with _loading(checkpoint, owner):
+        return _built(checkpoint, spec, owner, torch.float32, "meta", Model)[0]
+
+
+def _loading(checkpoint: Checkpoint, owner: PluginRecord) -> AbstractContextManager[None]:
     # The last net: what the checks before have not foreseen names the checkpoint, and the package that could not load it.
-    with guarded(
+    package = owner.package
+    return guarded(
         CheckpointError,
         f"'{checkpoint.path}' cannot be loaded by {package}",
         f"compare its config.json with the one that transformers writes; if it is sound, this is a defect of {package}",
-    ):
-        return _assembled(checkpoint, spec, owner, dtype, device, model_class, linear_policy)
+    )
 
 
-def _assembled(
+def _built(
     checkpoint: Checkpoint,
     spec: ArchitectureSpec,
     owner: PluginRecord,
     dtype: torch.dtype | None,
     device: str,
     model_class: type[Model],
-    linear_policy: LinearPolicy | None,
-) -> tuple[LoadedModel, Account]:
+) -> tuple[LoadedModel, set[str]]:
+    """A model whose layers are still on `meta`, and the parameters of heads that were not asked for."""
     tokens = read_score_tokens(checkpoint)
     raw = checkpoint.config if tokens is None else {**checkpoint.config, "score_tokens": tokens}
     config = cast("type[ModelConfig]", load_class(spec.config, owner)).parse(raw)
@@ -166,12 +182,10 @@ def _assembled(
     model.lacking = lacking
     refuse_other_masks(checkpoint, model)
     spare = {name for head in found.values() for name, _ in head.named_parameters()}  # of heads that were not asked for
-    placement = place_tensors(model, checkpoint.tensors, weight_map, spare)
-    fill(model, checkpoint, placement, linear_policy)
     # What the file states before what the plugin prefers, each only if its head is there.
     preferred = [task for task in (stated, Task(spec.default_task)) if task in heads]
     default_task = preferred[0] if preferred and preferred[0] is not None else next(iter(heads))
-    return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), placement.account
+    return LoadedModel(model, spec, weight_map, checkpoint, default_task, owner), spare
 
 
 class _Everything(Set[str]):

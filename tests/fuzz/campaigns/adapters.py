@@ -243,7 +243,7 @@ def source(house: House, random: Random) -> Attempt:
 
 
 def merge(house: House, random: Random) -> Attempt:
-    """`merge_into_base` on mutated files: what comes out answers as the base with the adapter, and nothing else is written."""
+    """Merging mutated files, on disk and at load: both answer as the base with the adapter, and nothing else is written."""
     import lorax_core as lorax
 
     kind = random.choice(["plain", "rslora", "dora", "saved"])
@@ -272,9 +272,12 @@ def merge(house: House, random: Random) -> Attempt:
             changes += change_json_file(checkpoint / "config.json", random)
         elif how == "index":
             changes += change_json_file(index, random)
-    before = _listing(checkpoint.parent)
+    before, at_load = _listing(checkpoint.parent), random.random() < 0.4
 
     def ask() -> Answer:
+        if at_load:
+            with house.load(checkpoint, "qwen2", merge_adapter=str(folder)) as engine:
+                return our_answer(engine)
         shutil.rmtree(out, ignore_errors=True)
         lorax.merge_into_base(checkpoint, folder, out)
         with house.load(out, "qwen2") as engine:

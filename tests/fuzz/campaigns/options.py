@@ -30,7 +30,8 @@ VALUES: dict[str, list[Any]] = {
         {"(": 5}, ["plain"], "plain"],
     "adapter_sources": [[], (), ("folder",), ["folder", "hub", "url"], ["nope"], "folder", [5], ["/"], [""],
         ["\ud800"], None],
-    "max_fetched_adapters": COUNTS, "adapter_timeout": [1, 0.5, 600.0, 0, -1, 10**9, math.nan, math.inf, "5", None],
+    "max_fetched_adapters": COUNTS, "merge_adapter": [None, "", "/nowhere", 5, {"a": "b"}],
+    "adapter_timeout": [1, 0.5, 600.0, 0, -1, 10**9, math.nan, math.inf, "5", None],
     "max_adapter_bytes": [*COUNTS, 10**9],
 }  # fmt: skip
 PLACES: list[Any] = ["", " ", "/nowhere", "nowhere", "a/b", "a/b/c", "~nouser/x", "a\0b", "x" * 5000, "\ud800",

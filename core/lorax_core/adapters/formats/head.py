@@ -93,21 +93,25 @@ def build_head(
         )
     kind = cast("type[Head]", load_class(base.spec.head(task), base.owner))
     own = {f"{module}.{leaf}": tensor for module, leafs in candidates.items() for leaf, tensor in leafs.items()}
-    tensors = _with_base(own, base)
-    labels = _labels(files, wanted, own, _output(kind, base.model.config, set(tensors), task))
-    head = _built(kind, base.model.config, set(tensors), task, labels, wanted.problem)
+    below = _below(base)
+    names = {*own, *below}
+    labels = _labels(files, wanted, own, _output(kind, base.model.config, names, task))
+    head = _built(kind, base.model.config, names, task, labels, wanted.problem)
     if head is None:
-        lacking = [name for name in getattr(kind, "needed", ()) if name not in tensors]
+        lacking = [name for name in getattr(kind, "needed", ()) if name not in names]
         raise AdapterError(
             f"{files.path} holds {listed(sorted(own))}, but a head for {task.value!r} needs more than it and the base have"
             + (f": {listed(lacking)}" if lacking else ""),
             hint="train it with its whole head in modules_to_save, or load it on the base that it was trained on",
         )
+    used = {name for name, _ in head.named_parameters()}
+    # One by one: of the base's tensors, which may be merged when they are read, a head needs few.
+    tensors = {name: own[name] if name in own else _arranged(base, below[name]) for name in used & names}
     _fill(head, tensors, files, device, base.model.dtype)
-    used = {name.rpartition(".")[0] for name, _ in head.named_parameters()}
     modules = {base.weight_map.canonical(module): module for module in files.modules}
+    layers = {name.rpartition(".")[0] for name in used}
     # The backbone takes the modules that the head does not use, or an error names them.
-    return head, frozenset(modules[module] for module in candidates if module in used)
+    return head, frozenset(modules[module] for module in candidates if module in layers)
 
 
 def _built(
@@ -182,15 +186,15 @@ def _head_tensors(files: PeftFiles, base: LoadedModel) -> dict[str, dict[str, Te
     return found
 
 
-def _with_base(own: Mapping[str, Tensor], base: LoadedModel) -> dict[str, Tensor]:
-    """The adapter's tensors, and those of the base's checkpoint that no backbone parameter takes."""
-    backbone = dict(base.model.backbone.named_parameters())
-    tensors = dict(own)
-    for name in base.checkpoint.tensors:
-        target = base.weight_map.resolve(name)
-        if target.name not in backbone and target.name not in tensors:
-            tensors[target.name] = target.arranged(base.checkpoint.tensor(name))
-    return tensors
+def _below(base: LoadedModel) -> dict[str, str]:
+    """The tensors of the base's checkpoint that no part of the backbone takes: canonical names to those in the files."""
+    backbone = {path for path, _ in base.model.backbone.named_modules()}
+    names = ((base.weight_map.resolve(name).name, name) for name in base.checkpoint.tensors)
+    return {target: name for target, name in names if target.rpartition(".")[0] not in backbone}
+
+
+def _arranged(base: LoadedModel, name: str) -> Tensor:
+    return base.weight_map.resolve(name).arranged(base.checkpoint.tensor(name))
 
 
 def _fill(

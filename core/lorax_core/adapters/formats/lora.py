@@ -7,7 +7,7 @@ memory or of batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lorax_core.adapters.deltas import LowRank, Part, Shift, placed, summed
 from lorax_core.adapters.formats.head import HeadRequest, build_head
 from lorax_core.adapters.formats.layer import Layer, layer_deltas, share_tie
 from lorax_core.adapters.formats.peft import ModuleTensors, PeftFiles, read_peft
+from lorax_core.adapters.formats.vocabulary import refuse_added_rows
 from lorax_core.errors import AdapterError, listed, nearest
 from lorax_core.modeling.embedding import Embedding
 from lorax_core.modeling.heads import Head
@@ -45,13 +46,14 @@ class LoraAdapter(Adapter):
         self.ranks = self.files.ranks
 
     def bind(self, base: LoadedModel, *, meta: bool = False) -> Bound:
+        refuse_added_rows(self.files, base)
         device = torch.device("meta") if meta else base.model.device
         head, taken = build_head(self.files, self.head_request, self.task, base, device)
         own = {site.path: site for site in head.modules() if isinstance(site, Site)} if head is not None else {}
         sites = {**base.model.sites, **own}
         # On the host in float32 first: scales and norms are not rounded to 16 bit before they are used.
         made_on = torch.device("meta" if meta else "cpu")
-        _check_saved(self.files, head, base)
+        check_saved(self.files, head, base)
         changes, unread = _changes(self.files, taken, sites, base, made_on)
         _share_ties(self.files, changes, base, made_on)
         made: dict[str, tuple[Delta, ...]] = {}
@@ -133,7 +135,11 @@ def _shape(site: Site, out: int) -> tuple[int, ...]:
     return (site.in_features, out) if isinstance(site, Embedding) else tuple(site.dense_weight().shape)
 
 
-def _check_saved(files: PeftFiles, head: Head | None, base: LoadedModel) -> None:
+def check_saved(files: PeftFiles, head: Head | None, base: LoadedModel) -> None:
+    """Raises AdapterError where a module of `modules_to_save` lacks a tensor that the base, or the `head`, has for it.
+
+    PEFT saves such modules whole, so the files were cut short, and the module would get the base's numbers.
+    """
     weight_map = base.weight_map
     own = [name for name, _ in head.named_parameters()] if head is not None else []
     backbone = {path for path, _ in base.model.backbone.named_modules()}
@@ -144,14 +150,6 @@ def _check_saved(files: PeftFiles, head: Head | None, base: LoadedModel) -> None
         if (site := weight_map.resolve(name).name.rpartition(".")[0]) in backbone
         or (not own and site in base.model.sites)
     ]
-    check_saved_whole(files, [*own, *stored], weight_map)
-
-
-def check_saved_whole(files: PeftFiles, stored: Iterable[str], weight_map: WeightMap) -> None:
-    """Raises AdapterError where a module of `modules_to_save` lacks one of the tensors that the base has `stored` for it.
-
-    PEFT saves such modules whole, so the files were cut short, and the module would get the base's numbers.
-    """
     wanted = tuple(files.settings.modules_to_save or ())
     held = {
         weight_map.canonical(f"{module}.{leaf}")
@@ -162,7 +160,7 @@ def check_saved_whole(files: PeftFiles, stored: Iterable[str], weight_map: Weigh
     # PEFT saves every module whose path ends so, and all that is in it.
     missing = [
         name
-        for name in stored
+        for name in [*own, *stored]
         if any(path.endswith(wanted) for path in _parents(name)) and weight_map.canonical(name) not in held
     ]
     if wanted and missing:

@@ -23,6 +23,7 @@ from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.lora import LoraAdapter
 from lorax_core.adapters.formats.settings import SETTINGS_BYTES
 from lorax_core.adapters.formats.tensors import content, read_tensors
+from lorax_core.adapters.formats.text_files import text_digest
 from lorax_core.errors import AdapterError, listed
 from lorax_core.types import Task
 from lorax_core.untrusted import read_json
@@ -149,7 +150,11 @@ def read_adapter(
 ) -> LoraAdapter | MedusaAdapter:
     """The adapter in a folder, of the kind that its files say; raises AdapterError when they are bad."""
     kind = MedusaAdapter if is_medusa(folder) else LoraAdapter
-    return kind(folder, head, shapes_only=shapes_only)
+    adapter = kind(folder, head, shapes_only=shapes_only)
+    if not shapes_only and (digest := text_digest(folder)):
+        # Equal numbers whose texts are read by other tokenizers or templates are two adapters.
+        adapter.identity = hashlib.sha256((adapter.identity + digest).encode()).hexdigest()
+    return adapter
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

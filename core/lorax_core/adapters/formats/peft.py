@@ -83,11 +83,11 @@ class ModuleTensors:
         """Of its low-rank update; None without one."""
         return self.pair[0].shape[0] if self.pair is not None else None
 
-    def meta(self) -> ModuleTensors:
-        """Its shapes: on the meta device, but for the weight and the bias, which have to be compared with the base's."""
+    def meta(self, *, saved: bool = False) -> ModuleTensors:
+        """Its shapes: on the meta device, but for the weight and the bias, which are compared with the base's; `saved`: too."""
         made = replace(self)
         for role, tensor in self.items():
-            if role not in ("weight", "bias"):
+            if saved or role not in ("weight", "bias"):
                 setattr(made, role, tensor.to("meta"))
         return made
 

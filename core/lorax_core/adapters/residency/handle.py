@@ -24,7 +24,8 @@ class AdapterHandle:
 
     `head` has the labels and spans of the adapter's own head, without numbers. The other fields are the store's: `adapter` is
     the copy in host memory, `folder` where it can be read again, `members` those of a weighted sum with their weights,
-    `names` how many names it has, and `used` when it was last asked for.
+    `names` how many names it has, `used` when it was last asked for, and `text` what reads and writes its text instead of the
+    base's, opaque here.
     """
 
     identity: str
@@ -39,6 +40,7 @@ class AdapterHandle:
     members: tuple[tuple[AdapterHandle, float], ...] = ()
     names: int = 0
     used: int = 0
+    text: object = None
 
     @classmethod
     def of(
@@ -54,7 +56,10 @@ class AdapterHandle:
         tasks = {member.task for member, _ in members}
         targets = tuple(dict.fromkeys(path for member, _ in members for path in member.fit.targets))
         fit = Fit(targets, sum(member.fit.nbytes for member, _ in members), None, None)
-        return cls(identity, "stack", tasks.pop() if len(tasks) == 1 else None, (), 0, fit, members=tuple(members))
+        task = tasks.pop() if len(tasks) == 1 else None
+        text = members[0][0].text  # where all agree; equal files share what is made of them
+        agreed = text if all(member.text is text for member, _ in members) else None
+        return cls(identity, "stack", task, (), 0, fit, members=tuple(members), text=agreed)
 
     @property
     def head(self) -> Head | None:

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from lorax_core.adapters.formats.text_files import NAMES
 from lorax_core.errors import AdapterError, nearest
 from lorax_core.untrusted import read_json
 from lorax_core.weights.hub import Kind, find_files, hub_sizes, is_hub_id, refuse_pickles
@@ -37,7 +38,7 @@ _COLLAPSED = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/(?P<rest>[^/].*)"
 _ADAPTER = Kind(
     noun="adapter",
     error=AdapterError,
-    wanted=("*.json", "*.safetensors"),
+    wanted=("*.json", "*.safetensors", *(name for name in NAMES if not name.endswith(".json"))),
     unwanted=("*/*",),
     forms="give the folder that PEFT wrote, a hub id such as 'org/name', or a URL such as 's3://bucket/folder'",
     convert="where you trust them, PeftModel.from_pretrained(BASE, ID).save_pretrained(FOLDER) writes safetensors",

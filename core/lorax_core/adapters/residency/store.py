@@ -64,6 +64,7 @@ class AdapterStore:
         sources: AdapterSources | None = None,
     ) -> None:
         self.listener: Listener | None = None
+        self.texts: Callable[[Path], object] = lambda _: None  # what reads an adapter's text, None for the base's
         self._settings = settings or Settings()
         self.bound = BoundAdapters(base, self._settings)
         self._base = base
@@ -255,12 +256,11 @@ class AdapterStore:
         if known is None:
             known = AdapterHandle.of(adapter, adapter.check(self._base), found.folder, request)
             if unread := known.fit.unread:
-                _log.warning(
-                    "%s changes %s, which no loaded task reads: no answer differs", found.origin, listed(unread)
-                )
+                _log.warning("%s changes %s, which no loaded task reads", found.origin, listed(unread))
+        text = self.texts(found.folder)
         with self._lock:
             known = self._kept(known)
-            known.adapter, known.folder, known.request = adapter, found.folder, request
+            known.adapter, known.folder, known.request, known.text = adapter, found.folder, request, text
         return known
 
     def _kept(self, handle: AdapterHandle) -> AdapterHandle:

@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 from lorax_core.errors import LoraxError, PluginError, listed, nearest
 from lorax_core.plugins.cases import ArchitectureCases
@@ -17,6 +18,7 @@ from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import ArchitectureSpec
 from lorax_core.testing.case import Case
 from lorax_core.testing.check import Check
+from lorax_core.testing.inputs import LONGEST
 from lorax_core.testing.reference import reference_class
 from lorax_core.testing.result import CheckFailed, Measured, NotApplicable
 
@@ -121,22 +123,26 @@ def _references(spec: ArchitectureSpec, cases: ArchitectureCases) -> list[str]:
 def _variants(spec: ArchitectureSpec, cases: ArchitectureCases) -> list[str]:
     """Declared features that no variant exercises."""
     configs = [cases.tiny_config, *(cases.config(name) for name in cases.variants)]
+    make = reference_class(cases, spec.default_task).config_class
     problems = []
     if "tied_embeddings" in spec.features:
-        make = reference_class(cases, spec.default_task).config_class
         tied = {bool(make(**config).tie_word_embeddings) for config in configs}
         # The default of the config class counts, so the class is asked and not the dict.
         if len(tied) < 2:
             problems.append(
                 f"features names 'tied_embeddings', and every variant is {'' if True in tied else 'un'}tied"
             )
-    if "sliding_window" in spec.features and not any(_window(c) for c in configs):
+    if "sliding_window" in spec.features and not any(_window(config, make) for config in configs):
         problems.append("features names 'sliding_window', and no variant has one")
     return problems
 
 
-def _window(config: dict[str, object]) -> bool:
-    return any("window" in key and isinstance(value, int) and value > 1 for key, value in config.items())
+def _window(config: dict[str, object], make: Any) -> bool:
+    if any("window" in key and isinstance(value, int) and value > 1 for key, value in config.items()):
+        return True
+    # Under a key of another name (ModernBERT's `local_attention`): one that inputs of the kit are longer than.
+    window = getattr(make(**config), "sliding_window", None)
+    return isinstance(window, int) and 1 < window < LONGEST
 
 
 def _failures(case: Case) -> list[str]:

@@ -62,7 +62,7 @@ def _head(plan: Blueprint) -> Iterator[str]:
         yield f"    aliases: ClassVar[Mapping[str, str]] = {literal(aliases, 4, 46)}"
     own = {one.name: common for common, (one, _) in _post_norm_fields(plan) if one.name not in (common, *aliases)}
     if own:
-        yield ""
+        yield from () if aliases else ("",)
         yield f"    own_keys: ClassVar[Mapping[str, str]] = {literal(own, 4, 46)}"
     if plan.facts.after_padding:
         yield ""

@@ -92,6 +92,7 @@ _USES: Final = {
     },
 }
 """What the examples of a README do, for a decoder and for an encoder."""
+_SPOKEN: Final = {Task.GENERATE: "generation", Task.EMBED: "embeddings"}
 _CI: Final = """\
 name: ci
 on: [push, pull_request]
@@ -152,7 +153,7 @@ def small_files(plan: Blueprint, name: str, package: str) -> dict[str, str]:
     """The files around the modules, by their path in the package's folder."""
     stem, model_type = plan.source.stem, plan.source.model_type
     words = {"name": name, "package": package, "stem": stem, "model_type": model_type, "entry": _entry(model_type)}
-    tasks = [str(task).replace("-", " ") for task in plan.tasks]
+    tasks = [_SPOKEN.get(task, str(task).replace("-", " ")) for task in plan.tasks]
     told = f"{', '.join(tasks[:-1])} and {tasks[-1]}"
     refused = ""
     fields = ", ".join(f"`{field}`" for field in plan.refused if field not in plan.tiny.equal)

@@ -12,7 +12,11 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
     """DistilBert: an encoder with learned positions, no token types and norms after its residuals."""
     yield ArchitectureSpec(
         model_type="distilbert",
-        summary="DistilBert encoders.",
+        summary="DistilBERT encoders, for embeddings and classification.",
+        examples=(
+            "sentence-transformers/msmarco-distilbert-base-v4",
+            "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        ),
         api=1,
         config="lorax_distilbert.config:DistilBertConfig",
         backbone="lorax_distilbert.modeling:DistilBertBackbone",

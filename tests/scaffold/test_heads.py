@@ -69,6 +69,15 @@ def test_a_head_whose_activation_is_that_of_other_blocks_is_left_out():
     assert found.ignored == ("pooler.**", "classifier.**")
 
 
+def test_a_class_that_takes_the_name_of_a_layer_for_another_head_is_no_encoder_alone():
+    source = read_source("transformers:DistilBertModel")
+
+    found = find_heads(Tiny(source), (), {"activation": "silu"})
+
+    assert [kind.__name__ for kind in found.mistaken] == ["DistilBertForMultipleChoice"]
+    assert "pre_classifier.**" not in found.ignored
+
+
 def test_a_field_that_changes_the_answers_of_a_head_alone_is_refused():
     tiny = tiny_of(BentForSequenceClassification, BentConfig)
     fields = {

@@ -39,11 +39,15 @@ class PooledHead:
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """The layer of each task's head, that of texts where it is a `PooledHead`, and modules of heads that core does not have."""
+    """The layer of each task's head, that of texts where it is a `PooledHead`, and modules of heads that core does not have.
+
+    `mistaken` are classes with a head that core does not have, and the tensors of one that it has: multiple choice, say.
+    """
 
     layers: Mapping[Task, str]
     pooled: PooledHead | None
     ignored: tuple[str, ...]
+    mistaken: tuple[Any, ...]
 
 
 def find_heads(tiny: Tiny, beside: Collection[str], acts: Mapping[str, Any]) -> HeadFacts:
@@ -76,7 +80,8 @@ def find_heads(tiny: Tiny, beside: Collection[str], acts: Mapping[str, Any]) -> 
     # A pooler is ignored where no head takes it.
     taken = [*found.values(), *([pooled.dense] if pooled is not None and pooled.dense not in beside else [])]
     known = {name.partition(".")[0] for name in taken}
-    return HeadFacts(found, pooled, tuple(f"{name}.**" for name in ignored if name not in known))
+    mistaken = tuple(kind for kind in tiny.source.others if _has_one_of(found, pooled, tiny.model(kind=kind)))
+    return HeadFacts(found, pooled, tuple(f"{name}.**" for name in ignored if name not in known), mistaken)
 
 
 def refuse_in_heads(tiny: Tiny, fields: Mapping[str, Field], tasks: Collection[Task]) -> None:
@@ -99,6 +104,15 @@ def _outside(model: nn.Module) -> list[str]:
     return [
         name for name, one in model.named_parameters(remove_duplicate=False) if id(one) not in inside or "head" in name
     ]
+
+
+def _has_one_of(layers: Mapping[Task, str], pooled: PooledHead | None, model: nn.Module) -> bool:
+    """Whether a model has the layers of a head that classifies."""
+    prefix = f"{model.base_model_prefix}."
+    modules = {name.removeprefix(prefix).rpartition(".")[0] for name, _ in model.named_parameters()}
+    heads = [{layer} for task, layer in layers.items() if task is not Task.GENERATE]
+    heads += [{pooled.dense, pooled.output}] if pooled is not None else []
+    return any(head <= modules for head in heads)
 
 
 def _labels_rows(tiny: Tiny, model: nn.Module) -> bool:

@@ -189,7 +189,7 @@ def plugin_text(plan: Blueprint, package: str) -> str:
     tasks = ", ".join(f"Task.{task.name}" for task in plan.tasks)
     own = heads(plan, package)
     named = {source.classes[task].__name__: task for task in plan.tasks}
-    rest = [kind.__name__ for kind in (*source.classes.values(), *source.others) if kind.__name__ not in named]
+    rest = [kind for kind in (*source.classes.values(), *source.others) if kind.__name__ not in named]
     lines = [
         '"""Declares ' + stem + ' to lorax-core. Never imports torch."""',
         "",
@@ -216,7 +216,7 @@ def plugin_text(plan: Blueprint, package: str) -> str:
         lines += ["        heads={", *inside, "        },"]
     lines.append("        hf_architectures={")
     lines += [f"            {literal(name)}: Task.{task.name}," for name, task in named.items()]
-    lines += [f"            {literal(name)}: Task.EMBED," for name in rest]
+    lines += [f"            {literal(kind.__name__)}: Task.EMBED," for kind in rest if kind not in plan.heads.mistaken]
     usual = Task.EMBED if plan.encodes else Task.GENERATE
     lines += ["        },", f"        default_task=Task.{usual.name},", f"        causal={not plan.encodes},"]
     if plan.features:

@@ -29,7 +29,6 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
             "DistilBertForTokenClassification": Task.TOKEN_CLASSIFICATION,
             "DistilBertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
             "DistilBertForMaskedLM": Task.EMBED,
-            "DistilBertForMultipleChoice": Task.EMBED,
             "DistilBertForQuestionAnswering": Task.EMBED,
         },
         default_task=Task.EMBED,

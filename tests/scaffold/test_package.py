@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from typer.testing import CliRunner
@@ -65,6 +66,16 @@ def imported(tmp_path, monkeypatch):
 
 def test_a_package_has_all_its_files(qwen3):
     assert set(qwen3.files) == ROOT_FILES | MODULES | TESTS
+
+
+def test_a_package_asks_for_core_as_those_of_this_repository_do(qwen3, repository):
+    wanted = tomllib.loads(qwen3.files["pyproject.toml"])["project"]["dependencies"]
+    files = [*repository.glob("lorax_*/pyproject.toml"), *repository.glob("plugins/*/pyproject.toml")]
+
+    asked = {file.parent.name: tomllib.loads(file.read_text())["project"]["dependencies"] for file in files}
+
+    assert len(asked) > 8
+    assert asked == dict.fromkeys(asked, wanted)
 
 
 @pytest.mark.parametrize("which", ["qwen3", "opt", "electra"])

@@ -6,6 +6,7 @@ understood once before it is written. Knows nothing of how files look.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -21,7 +22,7 @@ from lorax_core.scaffold.heads import HeadFacts, find_heads, refuse_in_heads
 from lorax_core.scaffold.probe import Probe, refusal
 from lorax_core.scaffold.record import observe, same
 from lorax_core.scaffold.source import Source
-from lorax_core.scaffold.tiny import HEAD_DIM, HEADS, POSITIONS, WIDTH, WINDOW, Tiny
+from lorax_core.scaffold.tiny import HEAD_DIM, HEADS, POSITIONS, SPREAD, WIDTH, WINDOW, Tiny
 from lorax_core.scaffold.windows import FULL, SLIDING, TYPES, Windows, find_windows
 from lorax_core.types import Task
 
@@ -40,7 +41,6 @@ POST_NORM: Final = {
 }
 """Fields of `PostNormConfig`, and the facts that they decide in core's encoder."""
 _WIDTHS: Final = ((WIDTH, HEADS), (WIDTH, 2 * HEADS), (2 * WIDTH, HEADS), (3 * WIDTH, 2 * HEADS))
-_STEEP: Final = 0.5
 _ROPES: Final = {
     "linear_rope": {"rope_type": "linear", "factor": 4.0},
     "dynamic_rope": {"rope_type": "dynamic", "factor": 4.0},
@@ -88,9 +88,13 @@ class Blueprint:
         windows, found = self.windows, dict(self.tiny.fields)
         if windows is not None and windows.gate is None and windows.default is not None:
             found[windows.field] = WINDOW
-        if self.facts.layer.scale > _STEEP:
-            # Unscaled scores magnify rounding: smaller weights keep them small.
-            found["initializer_range"] = 0.1
+        scale = self.facts.layer.scale
+        if self.encodes and not self.post_norm:
+            # Rows that see both sides, and are normalised by no layer, magnify rounding as well.
+            found["initializer_range"] = SPREAD / 2
+        elif scale > 1.01 * self.facts.layer.head_dim**-0.5:
+            # Large scores magnify rounding: weights by which those of the largest heads are as with the usual scale.
+            found["initializer_range"] = round(SPREAD * math.sqrt(max(HEAD_SIZES) ** -0.5 / scale), 2)
         return found
 
     @property
@@ -107,6 +111,11 @@ class Blueprint:
     def encodes(self) -> bool:
         """Whether rows depend on later tokens too."""
         return not self.facts.layer.causal
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether it is written on core's `PostNormEncoder`; all else is a `Decoder`, those that see both sides too."""
+        return self.facts.layer.norms == "post"
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -145,11 +154,11 @@ def understand(source: Source) -> Blueprint:
         )
     probe = Probe(tiny)
     facts = probe.base()
-    if encodes and facts.layer.norms != "post":
+    if not encodes and facts.layer.norms == "post":
         raise NotUnderstood(
-            [f"{source.model_type!r} attends to later tokens, in layers that do not normalise what they add up"]
+            [f"{source.model_type!r} normalises after its residuals, and its rows do not see later ones"]
         )
-    # Layers of a PostNormEncoder have no window.
+    # Windows to both sides are not written: a field that makes one is refused.
     windows = None if encodes else find_windows(probe)
     contexts = [windows.context()] if windows else []
     fields = find_fields(probe, windows.fields if windows else (), contexts)
@@ -188,7 +197,7 @@ def _without_generation(source: Source) -> Source:
 def _not_written(plan: Blueprint, probe: Probe) -> Iterator[str]:
     """What was understood, and is more than a generated package says."""
     layer, windows = plan.facts.layer, plan.windows
-    if plan.encodes:
+    if plan.post_norm:
         yield from _not_post_norm(plan, probe)
     if plan.decides("intermediate") is None:
         yield "no field decides how wide feed-forward blocks are"

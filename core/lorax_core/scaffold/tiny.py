@@ -23,7 +23,8 @@ VOCABULARY, WIDTH, INNER, LAYERS, HEADS, HEAD_DIM, POSITIONS = 128, 128, 256, 2,
 TOKENS: Final = 20
 """How many tokens a tiny model reads."""
 WINDOW: Final = 8
-_SPREAD = 0.2
+SPREAD: Final = 0.2
+"""The deviation of tensors, as in the conformance kit."""
 _LARGEST = 1024
 # By the names that transformers has for all architectures; a class's `attribute_map` says what it calls them.
 _SIZES: Final = {
@@ -119,8 +120,16 @@ class Tiny:
         for name, value in self.defaults.items():
             # Ids of special tokens lie inside the tiny vocabulary, or there are none.
             if name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
-                found[name] = None
+                found[name] = None if self._is_taken(name, None) else VOCABULARY - 1
         return found
+
+    def _is_taken(self, name: str, value: Any) -> bool:
+        try:
+            with quiet():
+                self.source.config_class(**{name: value})
+        except Exception:  # whatever transformers raises
+            return False
+        return True
 
     def _find_widths(self) -> None:
         """Fields that widen some tensors and make no new ones, those of feed-forward layers, and that widen word embeddings."""
@@ -160,7 +169,7 @@ def randomise(model: nn.Module) -> None:
             if tensor.ndim < 2 and name.rpartition(".")[2] in ("weight", "gamma"):
                 tensor.copy_(tensor.mean() - 0.6 + 1.2 * torch.rand(tensor.shape, generator=generator))
             else:
-                tensor.copy_(_SPREAD * torch.randn(tensor.shape, generator=generator))
+                tensor.copy_(SPREAD * torch.randn(tensor.shape, generator=generator))
 
 
 def _embedded(model: nn.Module) -> int:

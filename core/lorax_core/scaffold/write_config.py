@@ -21,9 +21,9 @@ _COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_head
 
 def config_text(plan: Blueprint) -> str:
     """`config.py`."""
-    fields = _encoder_fields(plan) if plan.encodes else _fields(plan)
+    fields = _encoder_fields(plan) if plan.post_norm else _fields(plan)
     # A PostNormConfig has its own `max_tokens`.
-    properties = () if plan.encodes else _properties(plan)
+    properties = () if plan.post_norm else _properties(plan)
     body = "\n".join([*_head(plan), "", *fields, *_normalise(plan), *_validators(plan), *properties])
     typing = [name for name in ("Any", "ClassVar", "Literal", "Self") if uses(body, name)]
     if uses(body, "LayerType"):
@@ -53,9 +53,9 @@ def uses(body: str, name: str) -> bool:
 
 
 def _head(plan: Blueprint) -> Iterator[str]:
-    yield f"class {plan.source.stem}Config({'PostNormConfig' if plan.encodes else 'ModelConfig'}):"
+    yield f"class {plan.source.stem}Config({'PostNormConfig' if plan.post_norm else 'ModelConfig'}):"
     yield '    """The fields that inference needs; defaults are those of transformers."""'
-    names = (*_COMMON, "max_position_embeddings", *(POST_NORM if plan.encodes else ["num_key_value_heads"]))
+    names = (*_COMMON, "max_position_embeddings", *(POST_NORM if plan.post_norm else ["num_key_value_heads"]))
     aliases = {plan.tiny.spelt(name): name for name in names if plan.tiny.spelt(name) != name}
     if aliases:
         yield ""
@@ -95,7 +95,7 @@ def _fields(plan: Blueprint) -> Iterator[str]:
 
 def _post_norm_fields(plan: Blueprint) -> list[tuple[str, tuple[Field, str]]]:
     """The fields of `PostNormConfig` that some field decides, with that one."""
-    decided = [(common, plan.decides(fact)) for common, fact in POST_NORM.items() if plan.encodes]
+    decided = [(common, plan.decides(fact)) for common, fact in POST_NORM.items() if plan.post_norm]
     return [(common, one) for common, one in decided if one is not None]
 
 
@@ -117,7 +117,7 @@ def _encoder_fields(plan: Blueprint) -> Iterator[str]:
 
 def _refused(plan: Blueprint) -> dict[str, Field]:
     """Fields that a validator must refuse; those of `PostNormConfig` have their own."""
-    inherited = PostNormConfig.model_fields if plan.encodes else {}
+    inherited = PostNormConfig.model_fields if plan.post_norm else {}
     return {name: one for name, one in plan.refused.items() if name not in inherited}
 
 
@@ -132,7 +132,7 @@ def _refused_field(plan: Blueprint, name: str) -> str:
 
 def _fixed(plan: Blueprint) -> dict[str, Any]:
     """Fields of `PostNormConfig` that no field decides: transformers has them in its code."""
-    facts = {common: plan.facts.flat()[fact] for common, fact in POST_NORM.items() if plan.encodes}
+    facts = {common: plan.facts.flat()[fact] for common, fact in POST_NORM.items() if plan.post_norm}
     decided = dict(_post_norm_fields(plan))
     return {common: value or 0 for common, value in facts.items() if common not in decided}
 
@@ -181,7 +181,7 @@ def _normalise(plan: Blueprint) -> Iterator[str]:
         return
     known = (
         {}
-        if plan.encodes
+        if plan.post_norm
         else {"max_position_embeddings": plan.tiny.defaults.get(plan.tiny.spelt("max_position_embeddings"))}
     )
     stated = {name: one.default for name, one in plan.read.items() if name in plan.derived and one.default is not None}

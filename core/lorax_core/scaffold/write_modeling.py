@@ -30,7 +30,7 @@ _SUMMARY: Final = {
 def modeling_text(plan: Blueprint, package: str) -> str:
     """`modeling.py`."""
     stem = plan.source.stem
-    backbone = _encoder(plan) if plan.encodes else _backbone(plan)
+    backbone = _encoder(plan) if plan.post_norm else _backbone(plan)
     body = "\n\n\n".join(["\n".join(backbone), *_heads(plan), *_models(plan)])
     kind, other = ("encoder", "files, batching") if plan.encodes else ("decoder", "caches, files")
     lines = [
@@ -58,7 +58,7 @@ def modeling_text(plan: Blueprint, package: str) -> str:
 
 def summary(plan: Blueprint) -> str:
     """What kind of decoder or encoder it is, in a phrase."""
-    if plan.encodes:
+    if plan.post_norm:
         counted = "positions counted after the padding id" if plan.facts.after_padding else "learned positions"
         types = "token types" if plan.facts.types else "no token types"
         return f"an encoder with {counted}, {types} and norms after its residuals"
@@ -71,7 +71,8 @@ def summary(plan: Blueprint) -> str:
     traits += ["a gated feed-forward block"] if layer.gate else []
     traits += ["capped logits"] if facts.logit_cap else []
     traits = traits[:4]  # a line of text
-    return "a decoder with " + (f"{', '.join(traits[:-1])} and {traits[-1]}" if len(traits) > 1 else traits[0])
+    kind = "an encoder" if plan.encodes else "a decoder"
+    return f"{kind} with " + (f"{', '.join(traits[:-1])} and {traits[-1]}" if len(traits) > 1 else traits[0])
 
 
 def _value(plan: Blueprint, fact: str) -> str:
@@ -165,7 +166,7 @@ def _attention(plan: Blueprint) -> Iterator[str]:
     sizes += [_kv_heads(plan)] if _kv_heads(plan) != "config.num_attention_heads" or plan.decides("head_dim") else []
     sizes += [_head_dim(plan)] if plan.decides("head_dim") else []
     options = ["rotary=rotary"] if layer.rotary else []
-    options.append("causal=True")
+    options.append(f"causal={layer.causal}")
     bias, out = _value(plan, "qkv_bias"), _value(plan, "out_bias")
     options += [f"bias={bias}"] if bias != "True" else []
     options += [f"out_bias={out}"] if out != bias else []
@@ -217,11 +218,13 @@ def _weight_map(plan: Blueprint) -> Iterator[str]:
     stem, layer = plan.source.stem, plan.facts.layer
     prefixes, renamed, fuse = _names(plan)
     ignored = [*(["**.rotary_emb.inv_freq"] if layer.rotary else []), *_old_buffers(plan), *plan.heads.ignored]
+    # Where nothing is tied and nothing interleaved.
+    unused = "  # noqa: ARG004" if plan.encodes and layer.qkv != "interleaved" else ""
     yield "    @staticmethod"
-    yield f"    def weight_map(config: ModelConfig) -> WeightMap:{'  # noqa: ARG004' if plan.encodes else ''}"
+    yield f"    def weight_map(config: ModelConfig) -> WeightMap:{unused}"
     shown = f"with or without `{prefixes[0]}.`"
     yield f'        """Names as {stem}Model and its task models save them, {shown}."""'
-    if plan.encodes and _are_those_of_bert(plan, WeightMap(prefixes=prefixes, rename=renamed, fuse=fuse)):
+    if plan.post_norm and _are_those_of_bert(plan, WeightMap(prefixes=prefixes, rename=renamed, fuse=fuse)):
         known = post_norm_map(prefixes[0]).ignore
         rest = [pattern for pattern in plan.heads.ignored if pattern not in known]
         if rest:

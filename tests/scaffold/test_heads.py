@@ -15,7 +15,6 @@ from lorax_core.types import Task
 RELU = {"hidden_act": "relu"}
 POOLED = {
     "BertModel": (RELU, PooledHead("pooler.dense", "classifier", "tanh")),
-    "RobertaModel": (RELU, PooledHead("classifier.dense", "classifier.out_proj", "tanh")),
     "ElectraModel": (RELU, PooledHead("classifier.dense", "classifier.out_proj", "gelu")),
     "DistilBertModel": ({"activation": "silu"}, PooledHead("pre_classifier", "classifier", "relu")),
 }

@@ -260,7 +260,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 def test_nothing_is_written_of_what_is_not_understood(tmp_path):
-    done = run("lorax-x", "--from", "transformers:MPNetModel", "--into", tmp_path / "made")
+    done = run("lorax-x", "--from", "transformers:CohereForCausalLM", "--into", tmp_path / "made")
 
     assert done.exit_code == 1
     assert "computes what core's blocks do not" in done.stderr

@@ -246,7 +246,7 @@ def _places(parts: _Parts, attention: ModuleCall, read: Tensor, made: Tensor) ->
                 "post_feedforward_layernorm": after_mlp,
             }
         case _:
-            raise NotUnderstood([f"norms of {parts.whole.name} in places that core's DecoderLayer does not have"])
+            raise NotUnderstood([f"norms of {parts.whole.name} in places that are not recognised"])
     return places, {core: call.name for core, call in names.items() if call is not None}
 
 

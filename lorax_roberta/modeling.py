@@ -5,51 +5,12 @@ Decides what sets RoBERTa apart from core's encoder. Knows nothing of files, bat
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from lorax_core.modeling import (
-    Batch,
-    FirstTokenClassificationHead,
-    Model,
-    ModelConfig,
-    PostNormEmbeddings,
-    PostNormEncoder,
-    Task,
-)
+from lorax_core.modeling import FirstTokenClassificationHead, Model, ModelConfig, PostNormEncoder, Task
 from lorax_core.weights import WeightMap, post_norm_map
-from lorax_roberta.config import RobertaConfig
-
-
-def text_positions(input_ids: Tensor, position_ids: Tensor, padding: int) -> Tensor:
-    """Rows of the position table for packed sequences, `[tokens]`: tokens count from `padding + 1`, padding ids stay at it.
-
-    A padding id inside a sequence does not count, as in transformers. `position_ids` count from 0 in each sequence.
-    """
-    real = (input_ids != padding).long()
-    seen = real.cumsum(0)  # over the whole batch, so what came before the sequence is taken off
-    # [tokens]: the row in the batch where the sequence of each token begins.
-    first = torch.arange(len(input_ids), device=input_ids.device) - position_ids
-    # `seen - real` is the count before a row, itself not counted. `* real` puts padding ids at `padding` exactly.
-    return (seen - (seen - real)[first]) * real + padding
-
-
-class RobertaEmbeddings(PostNormEmbeddings):
-    """Word, position and token type, where positions begin after the padding id."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__(config)
-        self.padding = config.padding
-
-    def positions(self, batch: Batch) -> Tensor:
-        return text_positions(batch.input_ids, batch.position_ids, self.padding)
 
 
 class FlashRobertaModel(PostNormEncoder):
     """A batch to hidden rows `[tokens, hidden]`."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__(config, RobertaEmbeddings(config))
 
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004

@@ -23,7 +23,6 @@ from transformers import (
     RobertaModel,
     XLMRobertaForSequenceClassification,
 )
-from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 import lorax_core as lorax
 from lorax_core.errors import CapacityError, CheckpointError
@@ -33,7 +32,6 @@ from lorax_roberta.modeling import (
     FlashRobertaForSequenceClassification,
     FlashRobertaForTokenClassification,
     FlashXlmRoberta,
-    text_positions,
 )
 
 ROBERTA = {
@@ -55,22 +53,6 @@ def make_roberta(folder, kind=RobertaModel, seed=0, **changes):
 
 def old_norm(name):
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-
-
-@pytest.mark.parametrize("padding", [0, 1, 5])
-def test_positions_count_from_the_padding_id_in_each_text(padding):
-    texts = [[5, 9], [padding], [padding, 7, padding, padding, 3, 5], [3] * 5, [2, padding]]
-    ids = torch.tensor([token for text in texts for token in text])
-    offsets = torch.tensor([at for text in texts for at in range(len(text))])
-    given = ids.clone(), offsets.clone()
-
-    found = text_positions(ids, offsets, padding).split([len(text) for text in texts])
-
-    for text, rows in zip(texts, found, strict=True):
-        expected = RobertaEmbeddings.create_position_ids_from_input_ids(torch.tensor([text]), padding)[0]
-        assert rows.tolist() == expected.tolist()
-    assert torch.equal(ids, given[0])
-    assert torch.equal(offsets, given[1])
 
 
 def test_the_same_texts_give_the_same_rows_again(tmp_path):

@@ -17,6 +17,7 @@ from lorax_core.scaffold.probe import Outcome, Probe
 from lorax_core.scaffold.record import observe
 from lorax_core.scaffold.source import Source, read_source
 from lorax_core.scaffold.tiny import Tiny
+from lorax_core.scaffold.write_modeling import modeling_text
 from lorax_core.types import Task
 
 SEEN = {
@@ -34,6 +35,10 @@ SEEN = {
     "GPT2LMHeadModel": {"qkv": "fused", "transposed": True, "position_offset": 0, "intermediate": 512},
     "GPTNeoXForCausalLM": {"qkv": "interleaved", "parallel": True, "norms": "before", "rotary_dim": 16},
     "Phi3ForCausalLM": {"qkv": "fused", "gate_up": "fused"},
+    "BertModel": {"norms": "post", "causal": False, "types": 2, "positions": 320, "position_offset": 0},
+    "RobertaModel": {"after_padding": True, "position_offset": None, "types": 2},
+    "EuroBertModel": {"norms": "before", "causal": False, "rotary_dim": 64},
+    "DistilBertModel": {"norms": "post", "types": None, "norm_eps": 1e-12, "act": "gelu"},
 }  # fmt: skip
 
 
@@ -44,7 +49,11 @@ def see(tiny, **changes):
 
 @pytest.mark.parametrize(("name", "expected"), SEEN.items(), ids=SEEN)
 def test_what_a_model_computes_is_seen(name, expected):
-    facts = see(Tiny(read_source(f"transformers:{name}"))).flat()
+    source = read_source(f"transformers:{name}")
+    if name.endswith("Model"):
+        source = replace(source, classes={Task.EMBED: source.classes[Task.EMBED]})
+
+    facts = see(Tiny(source)).flat()
 
     assert {fact: facts[fact] for fact in expected} == expected
 
@@ -72,11 +81,11 @@ def test_what_blocks_do_not_compute_is_said(name, told):
     ("name", "told"),
     [
         ("MambaConfig", "no num_attention_heads"),
-        ("BertModel", "does not add its attention and its feed-forward block to what it was given"),
-        ("ModernBertModel", "only decoders are written"),
+        ("ModernBertModel", "norms of layers.0 in places"),
+        ("MPNetModel", "relative_attention_bias holds a number for each head, as biases of relative positions do"),
     ],
 )
-def test_an_architecture_that_is_no_decoder_is_refused(name, told):
+def test_an_architecture_of_other_layers_is_refused(name, told):
     with pytest.raises((PluginError, NotUnderstood), match=told):
         understand(read_source(f"transformers:{name}"))
 
@@ -98,13 +107,36 @@ class HalvedForCausalLM(LlamaForCausalLM):
         self.lm_head.forward = lambda hidden: inner(hidden) * config.slope
 
 
-def test_a_field_that_no_block_reads_is_refused_by_name_and_one_without_effect_is_not():
+@pytest.fixture(scope="module")
+def halved():
     classes = {Task.GENERATE: HalvedForCausalLM, Task.EMBED: LlamaModel}
+    return understand(Source("halved", HalvedConfig, classes, (), {}))
 
-    plan = understand(Source("halved", HalvedConfig, classes, (), {}))
 
-    assert list(plan.refused) == ["slope"]
-    assert plan.fields["spare"].inert
+def test_a_field_that_no_block_reads_is_refused_by_name_and_one_without_effect_is_not(halved):
+    assert list(halved.refused) == ["slope"]
+    assert halved.fields["spare"].inert
+
+
+@pytest.mark.parametrize(
+    ("changes", "spread"),
+    [({}, None), ({"scale": 1.0}, 0.06), ({"scale": 0.25}, 0.12), ({"causal": False}, 0.1)],
+)
+def test_weights_of_the_kit_are_smaller_where_rounding_would_hide_what_is_computed(halved, changes, spread):
+    plan = replace(halved, facts=replace(halved.facts, layer=replace(halved.facts.layer, **changes)))
+
+    assert plan.tiny_config.get("initializer_range") == spread
+
+
+def test_layers_that_add_are_those_of_a_decoder_in_an_encoder_too(halved):
+    plan = replace(halved, facts=replace(halved.facts, layer=replace(halved.facts.layer, causal=False)))
+
+    written = modeling_text(plan, "lorax_halved")
+
+    assert "class HalvedBackbone(Decoder):" in written
+    assert "causal=False" in written
+    assert "def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004" in written
+    assert "tie=" not in written
 
 
 @pytest.mark.parametrize(

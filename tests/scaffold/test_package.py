@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from typer.testing import CliRunner
@@ -41,6 +42,11 @@ def opt():
     return make_package("lorax-opt", "transformers:OPTForCausalLM")
 
 
+@pytest.fixture(scope="module")
+def electra():
+    return make_package("lorax-electra", "transformers:ElectraModel")
+
+
 @pytest.fixture
 def imported(tmp_path, monkeypatch):
     """Write a package and import modules of it; they are forgotten afterwards."""
@@ -62,7 +68,17 @@ def test_a_package_has_all_its_files(qwen3):
     assert set(qwen3.files) == ROOT_FILES | MODULES | TESTS
 
 
-@pytest.mark.parametrize("which", ["qwen3", "opt"])
+def test_a_package_asks_for_core_as_those_of_this_repository_do(qwen3, repository):
+    wanted = tomllib.loads(qwen3.files["pyproject.toml"])["project"]["dependencies"]
+    files = [*repository.glob("lorax_*/pyproject.toml"), *repository.glob("plugins/*/pyproject.toml")]
+
+    asked = {file.parent.name: tomllib.loads(file.read_text())["project"]["dependencies"] for file in files}
+
+    assert len(asked) > 8
+    assert asked == dict.fromkeys(asked, wanted)
+
+
+@pytest.mark.parametrize("which", ["qwen3", "opt", "electra"])
 def test_what_is_written_is_as_ruff_writes_it(which, request, tmp_path, repository):
     package = request.getfixturevalue(which)
     package.write(tmp_path / "made")
@@ -105,14 +121,17 @@ def test_tensors_have_a_place_whatever_a_class_calls_its_base_model(qwen3, impor
     assert weight_map.ignores("qa_outputs.bias")
 
 
-def test_the_examples_of_a_readme_run(opt, imported, tmp_path, monkeypatch):
-    cases = imported(opt, "cases").OPT
+@pytest.mark.parametrize("which", ["opt", "electra"])
+def test_the_examples_of_a_readme_run(which, request, imported, tmp_path, monkeypatch):
+    package = request.getfixturevalue(which)
+    cases = getattr(imported(package, "cases"), which.upper())
     (tmp_path / "installed").mkdir()
-    known_to(opt, tmp_path / "installed")
+    known_to(package, tmp_path / "installed")
     monkeypatch.syspath_prepend(tmp_path / "installed")
-    reference.build(cases, Task.GENERATE, cases.tiny_config, tmp_path / "path/to/checkpoint", seed=0)
+    task = Task.GENERATE if which == "opt" else Task.EMBED
+    reference.build(cases, task, cases.tiny_config, tmp_path / "path/to/checkpoint", seed=0)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```$", opt.files["README.md"], re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```$", package.files["README.md"], re.DOTALL | re.MULTILINE)
 
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
@@ -133,6 +152,20 @@ def test_what_is_not_understood_is_refused_by_name(opt, imported):
     }.items():
         with pytest.raises(CheckpointError, match=f"{field} {value} is not supported"):
             config.parse({**tiny, field: value})
+
+
+def test_an_encoder_is_written_on_the_blocks_of_one(electra, imported):
+    config = imported(electra, "config").ElectraConfig
+    tiny = {**imported(electra, "cases").ELECTRA.tiny_config, "model_type": "electra"}
+
+    parsed = config.parse({**tiny, "hidden_size": 64, "embedding_size": 64})
+
+    assert "class ElectraBackbone(PostNormEncoder):" in electra.files["src/lorax_electra/modeling.py"]
+    assert 'post_norm_map(\n            "electra",' in electra.files["src/lorax_electra/modeling.py"]
+    assert (parsed.type_vocab_size, parsed.layer_norm_eps, parsed.max_tokens) == (2, 1e-12, 320)
+    for changes in ({"hidden_size": 256}, {"embedding_size": 64}, {"embedding_size": None}, {"is_decoder": True}):
+        with pytest.raises(CheckpointError, match=next(iter(changes)).replace("hidden", "embedding")):
+            config.parse({**tiny, **changes})
 
 
 def test_a_file_states_what_differs_from_the_defaults_in_tiny_sizes(tmp_path):
@@ -227,7 +260,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 def test_nothing_is_written_of_what_is_not_understood(tmp_path):
-    done = run("lorax-x", "--from", "transformers:BertModel", "--into", tmp_path / "made")
+    done = run("lorax-x", "--from", "transformers:CohereForCausalLM", "--into", tmp_path / "made")
 
     assert done.exit_code == 1
     assert "computes what core's blocks do not" in done.stderr

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lorax_core.plugins import ArchitectureCases, Task
+from lorax_core.plugins.cases import HEAD_SIZES
 from lorax_core.testing import CheckStatus, Suite
-from lorax_core.testing.sizes import HEAD_SIZES, with_head_sizes
+from lorax_core.testing.sizes import with_head_sizes
 
 
 def make_cases(tiny_config, **variants):

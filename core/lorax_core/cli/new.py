@@ -59,7 +59,7 @@ def _print_written(package: Package, folder: Path) -> None:
     )
     for field, why in package.refused.items():
         print_message(
-            f"{field}: only the default is supported, config.py refuses other values ({why})",
+            f"{field}: {why}",
             label="not understood",
             style="yellow",
         )

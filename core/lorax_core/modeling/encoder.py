@@ -1,14 +1,15 @@
 """Post-norm transformers: BERT's encoder, whose layers normalise after their residuals.
 
-Decides its configuration, and the order of norms, residuals and blocks. Knows nothing of checkpoints: `post_norm_map` holds
-their names.
+Decides its configuration, how positions are counted, and the order of norms, residuals and blocks. Knows nothing of
+checkpoints: `post_norm_map` holds their names.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import PositiveInt, field_validator
+import torch
+from pydantic import PositiveInt, field_validator, model_validator
 from torch import Tensor, nn
 
 from lorax_core.modeling.batch import Batch
@@ -19,7 +20,13 @@ from lorax_core.modeling.norm import LayerNorm
 
 
 class PostNormConfig(ModelConfig):
-    """The fields that inference needs; defaults are those of transformers."""
+    """The fields that inference needs; defaults are those of transformers.
+
+    `type_vocab_size` 0 is an encoder without token types. `positions_after_padding` says that positions are counted from the
+    padding id, as in RoBERTa: the first token has the row after it, and padding ids do not count.
+    """
+
+    positions_after_padding: ClassVar[bool] = False
 
     intermediate_size: PositiveInt
     hidden_act: str = "gelu"
@@ -46,9 +53,37 @@ class PostNormConfig(ModelConfig):
             raise ValueError("an encoder that attends to earlier tokens only is not supported")
         return value
 
+    @model_validator(mode="after")
+    def _positions_are_left(self) -> Self:
+        if self.positions_after_padding and (self.padding < 0 or self.max_tokens < 1):
+            raise ValueError(
+                f"max_position_embeddings {self.max_position_embeddings} leaves no position after pad_token_id {self.padding}"
+            )
+        return self
+
+    @property
+    def padding(self) -> int:
+        """`pad_token_id`, which positions may be counted from; 1 for files that have null there."""
+        return 1 if self.pad_token_id is None else self.pad_token_id
+
     @property
     def max_tokens(self) -> int:
-        return self.max_position_embeddings
+        # Rows 0 to `padding` of the table are then never a real token's: of 514 rows, 512 are left.
+        taken = self.padding + 1 if self.positions_after_padding else 0
+        return self.max_position_embeddings - taken
+
+
+def text_positions(input_ids: Tensor, position_ids: Tensor, padding: int) -> Tensor:
+    """Rows of the position table for packed sequences, `[tokens]`: tokens count from `padding + 1`, padding ids stay at it.
+
+    A padding id inside a sequence does not count, as in transformers. `position_ids` count from 0 in each sequence.
+    """
+    real = (input_ids != padding).long()
+    seen = real.cumsum(0)  # over the whole batch, so what came before the sequence is taken off
+    # [tokens]: the row in the batch where the sequence of each token begins.
+    first = torch.arange(len(input_ids), device=input_ids.device) - position_ids
+    # `seen - real` is the count before a row, itself not counted. `* real` puts padding ids at `padding` exactly.
+    return (seen - (seen - real)[first]) * real + padding
 
 
 class PostNormEmbeddings(nn.Module):
@@ -62,10 +97,13 @@ class PostNormEmbeddings(nn.Module):
         # DistilBERT fixes `type_vocab_size` to 0.
         self.token_type_embeddings = Embedding(types, config.hidden_size) if types else None
         self.LayerNorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.padding = config.padding if config.positions_after_padding else None
 
     def positions(self, batch: Batch) -> Tensor:
         """Rows of the position table, `[tokens]`."""
-        return batch.position_ids
+        if self.padding is None:
+            return batch.position_ids
+        return text_positions(batch.input_ids, batch.position_ids, self.padding)
 
     if TYPE_CHECKING:
 

@@ -6,10 +6,15 @@ and loading models never pay for it.
 
 from __future__ import annotations
 
+from typing import Final
+
 from pydantic import BaseModel, ConfigDict
 
 from lorax_core.plugins.spec import ClassPath, JsonObject, Key, Line
 from lorax_core.types import Task
+
+HEAD_SIZES: Final = (32, 64, 80, 96, 128)
+"""Sizes of heads that all are tested with: powers of two and sizes between them; kernels have a path of their own for some."""
 
 
 class ArchitectureCases(BaseModel):

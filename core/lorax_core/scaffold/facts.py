@@ -1,12 +1,12 @@
-"""What a decoder computes, as far as core's blocks compute the same.
+"""What a decoder or an encoder computes, as far as core's blocks compute the same.
 
-Decides it from one observed pass of a tiny model, by numbers: every tensor that a layer made must be what a block of core makes
+Decides it from observed passes of a tiny model, by numbers: every tensor that a layer made must be what a block of core makes
 of what the layer was given. Whatever remains unexplained is said, and never left out. Knows no architecture by its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorax_core.modeling.rope import Rope, read_rope
 from lorax_core.modeling.rotary import RotaryEmbedding
+from lorax_core.scaffold.embeddings import EmbeddingFacts, find_embeddings
 from lorax_core.scaffold.errors import NotUnderstood
 from lorax_core.scaffold.formulas import norm_formula
 from lorax_core.scaffold.layers import LayerFacts, find_layer, match
@@ -25,8 +26,9 @@ from lorax_core.scaffold.record import Record, same
 class Facts:
     """What was observed. `layer` is common to all layers but for `windows`; `rotary_dim` is None without rotary positions.
 
-    `position_offset` is the row of a learned table for position 0. `names` maps core's modules to those of the architecture,
-    with `*` for the number of a layer.
+    `position_offset` is the row of a learned table for position 0, None where positions are counted `after_padding`. `types` is
+    how many token types there are. `names` maps core's modules to those of the architecture, with `*` for the number of a
+    layer; `beside` are modules that hidden rows do not depend on.
     """
 
     layer: LayerFacts
@@ -34,11 +36,14 @@ class Facts:
     rotary_dim: int | None
     positions: int | None
     position_offset: int | None
+    after_padding: bool
+    types: int | None
     embed_scale: float
     logit_cap: float | None
     head_bias: bool
     tied: bool
     names: Mapping[str, str]
+    beside: tuple[str, ...]
 
     def flat(self) -> dict[str, Any]:
         """Every fact by its name."""
@@ -58,7 +63,12 @@ def find_facts(record: Record, config: Any) -> Facts:
     names: dict[str, str] = {}
     angles, rotary_dim = _angles(record, config)
     for at in range(int(config.num_hidden_layers)):
-        layer, window, inner = find_layer(record, f"{stem}.{at}", config, numbers, words, angles)
+        # Causal first, which one row decides: looking for what is not takes long.
+        causal = found[0].causal if found else True
+        try:
+            layer, window, inner = find_layer(record, f"{stem}.{at}", config, numbers, words, angles, causal=causal)
+        except NotUnderstood as error:
+            raise NotUnderstood([*error.problems, *_biases(record.model, config)]) from error
         found.append(layer)
         windows.append(window)
         names |= {f"layers.*.{core}": f"{stem}.*.{theirs}" for core, theirs in inner.items()}
@@ -68,23 +78,27 @@ def find_facts(record: Record, config: Any) -> Facts:
     first, last = record.of(f"{stem}.0"), record.of(f"{stem}.{len(found) - 1}")
     assert first is not None
     assert last is not None
-    embeddings, scale, positions, offset = _embeddings(record, first.x, numbers)
-    names |= embeddings | _last_norm(record, last.y, layer, numbers, stem)
+    embedded = find_embeddings(record, config, first.x, stem, numbers)
+    names |= _embedding_names(embedded, layer) | _last_norm(record, last.y, layer, numbers, stem)
     cap, head_bias, tied, head = _head(record, numbers)
     names |= head
-    _claim(record.model, names)
+    beside = () if layer.norms != "post" else _after(record, f"{stem}.{len(found) - 1}")
+    _claim(record.model, {*names.values(), *beside})
     names = {core: theirs.removeprefix(f"{prefix}.") if prefix else theirs for core, theirs in names.items()}
     return Facts(
         layer,
         tuple(windows),
         rotary_dim if layer.rotary else None,
-        positions,
-        offset,
-        scale,
+        embedded.positions,
+        embedded.position_offset,
+        embedded.after_padding,
+        embedded.types,
+        embedded.scale,
         cap,
         head_bias,
         tied,
         names,
+        beside,
     )
 
 
@@ -107,7 +121,7 @@ def _layers(record: Record, base: nn.Module, config: Any) -> str:
     ]
     lists = [one for one in lists if not any(one is not other and one in set(other.modules()) for other in lists)]
     if len(lists) != 1:
-        raise NotUnderstood([f"{len(lists)} lists of num_hidden_layers layers, where a decoder has one"])
+        raise NotUnderstood([f"{len(lists)} lists of num_hidden_layers layers, where there must be one"])
     return str(names[lists[0]])
 
 
@@ -138,31 +152,28 @@ def _angles(record: Record, config: Any) -> tuple[list[tuple[Tensor, Tensor]], i
     return [theirs], dim
 
 
-def _embeddings(
-    record: Record, x: Tensor, numbers: list[float]
-) -> tuple[dict[str, str], float, int | None, int | None]:
-    """How the rows of the first layer come from tables: names, scale of words, length and offset of positions."""
-    table = cast("nn.Embedding", record.model.get_input_embeddings())  # type: ignore[operator]
-    names = {module: name for name, module in record.model.named_modules()}
-    words = table.weight[record.ids[0]]
-    others = [one for one in record.model.modules() if isinstance(one, nn.Embedding) and one is not table]
-    width = words.shape[-1]
-    for scale in dict.fromkeys([1.0, width**0.5, *numbers]):
-        rest = x - scale * words if x.shape == words.shape else x
-        if same(x, scale * words if x.shape == words.shape else x + 1):
-            return {"embed_tokens": names[table]}, scale, None, None
-        for other in others:
-            for offset in range(4):
-                rows = other.weight[offset : offset + len(x)]
-                if same(rest, rows, 1e-4):
-                    found = {"embed_tokens": names[table], "embed_positions": names[other]}
-                    return found, scale, other.num_embeddings - offset, offset
-    raise NotUnderstood(
-        ["the first layer's rows are not those of words, scaled, with those of learned positions or without"]
-    )
+def _embedding_names(found: EmbeddingFacts, layer: LayerFacts) -> dict[str, str]:
+    """Core's names of tables: those of a `PostNormEncoder`, which has a norm of their sum, or of a `Decoder` without one."""
+    if layer.norms == "post":
+        if found.norm != layer.norm_formula:
+            raise NotUnderstood(
+                [f"the norm of embeddings, {found.norm}, is another than those of layers, {layer.norm_formula}"]
+            )
+        core = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
+        theirs = (found.words, found.table, found.type_table, found.norm_name)
+        return {f"embeddings.{name}": one for name, one in zip(core, theirs, strict=True) if one is not None}
+    if found.norm is not None:
+        raise NotUnderstood(
+            [f"{found.norm_name} normalises embeddings, before layers that add to what they were given"]
+        )
+    return {"embed_tokens": found.words, **({} if found.table is None else {"embed_positions": found.table})}
 
 
 def _last_norm(record: Record, y: Tensor, layer: LayerFacts, numbers: list[float], stem: str) -> dict[str, str]:
+    if layer.norms == "post":
+        if not same(record.hidden, y):
+            raise NotUnderstood(["hidden rows are not those of the last layer"])
+        return {}
     outside = [call for call in record.calls if not call.name.startswith(f"{stem}.")]
     call = match(outside, x=y, y=record.hidden)
     formula = norm_formula(call, numbers) if call is not None else None
@@ -187,13 +198,28 @@ def _head(record: Record, numbers: list[float]) -> tuple[float | None, bool, boo
     raise NotUnderstood(["logits that are neither the head's nor those under a cap that the configuration states"])
 
 
-def _claim(model: nn.Module, names: Mapping[str, str]) -> None:
+def _claim(model: nn.Module, known: Collection[str]) -> None:
     """Every parameter must be one of a module that a block of core stands for."""
-    known = set(names.values())
     for name, _ in model.named_parameters():
         module = ".".join("*" if part.isdigit() else part for part in name.split(".")[:-1])
         if module not in known:
             raise NotUnderstood([f"the tensor {name!r} is of no block that was recognised"])
+
+
+def _after(record: Record, last: str) -> tuple[str, ...]:
+    """Modules that are called after the last layer: what makes hidden rows is known, so they make something else of them."""
+    end = max(at for at, call in enumerate(record.calls) if call.name == last)
+    later = [call for call in record.calls[end + 1 :] if list(call.module.parameters(recurse=False))]
+    return tuple(dict.fromkeys(call.name for call in later))
+
+
+def _biases(model: nn.Module, config: Any) -> list[str]:
+    """Tables with a number for each head: what a layer reads beside its rows."""
+    heads = int(config.num_attention_heads)
+    tables = [
+        name for name, one in model.named_modules() if isinstance(one, nn.Embedding) and one.embedding_dim == heads
+    ]
+    return [f"{name} holds a number for each head, as biases of relative positions do" for name in tables]
 
 
 def _difference(found: list[LayerFacts]) -> str:

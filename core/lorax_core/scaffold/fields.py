@@ -22,7 +22,7 @@ ROTARY: Final = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotar
 # What a generated package can make depend on a field; any other fact is the same in all checkpoints.
 _BOUND: Final = {
     "norm_eps", "norm_weight", "norm_bias", "heads", "kv_heads", "head_dim", "scale", "soft_cap", "qk_norm", "qkv_bias",
-    "out_bias", "act", "up_bias", "down_bias", "intermediate", "logit_cap", "tied", "parallel", "embed_scale",
+    "out_bias", "act", "up_bias", "down_bias", "intermediate", "logit_cap", "tied", "parallel", "embed_scale", "types",
 }  # fmt: skip
 _SIZES: Final = ("intermediate", "kv_heads", "head_dim")
 

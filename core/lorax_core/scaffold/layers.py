@@ -1,4 +1,4 @@
-"""What one layer of a decoder computes: the places of its norms, its attention, its feed-forward block.
+"""What one layer of a decoder or an encoder computes: the places of its norms, its attention, its feed-forward block.
 
 Decides by following tensors: which module was given what another one gave, and which formula of core makes one of the other.
 Knows nothing of configurations beyond the numbers and words that they state.
@@ -33,8 +33,8 @@ QKV = Literal["apart", "fused", "interleaved"]
 class LayerFacts:
     """What every layer of a model has in common.
 
-    `qk_norm` says whether queries and keys have norms, of single `heads` or of the `whole` projection; `qkv` and `gate_up` how
-    projections are stored.
+    `norms` are those of `DecoderLayer`, or `post`, of the sum after each block (BERT). `qk_norm` says whether queries and keys
+    have norms, of single `heads` or of the `whole` projection; `qkv` and `gate_up` how projections are stored.
     """
 
     norm_kind: Literal["rms", "layer"]
@@ -42,7 +42,7 @@ class LayerFacts:
     norm_weight: bool
     norm_bias: bool
     norm_eps: float
-    norms: Literal["before", "shared", "after", "around"]
+    norms: Literal["before", "shared", "after", "around", "post"]
     parallel: bool
     heads: int
     kv_heads: int
@@ -97,8 +97,13 @@ def find_layer(
     numbers: Sequence[float],
     words: Sequence[str],
     angles: Sequence[tuple[Tensor, Tensor]],
+    *,
+    causal: bool,
 ) -> tuple[LayerFacts, int | None, dict[str, str]]:
-    """The facts of one layer, its window, and core's names of its modules with those that they have in it."""
+    """The facts of one layer, its window, and core's names of its modules with those that they have in it.
+
+    Where attention may be `causal` or not, deep in an encoder whose rows became alike, it is what is given.
+    """
     whole = record.of(name)
     assert whole is not None
     calls = record.below(name)
@@ -112,8 +117,9 @@ def find_layer(
     inside = [call for call in linears if call.name.startswith(f"{attention.name}.")]
     outside = [call for call in linears if call not in inside]
     mlp, mlp_names, read, made = _mlp(outside, words)
-    places, place_names = _places(parts, attention, read, made)
-    attended, window, attention_names = _heads(parts, attention, inside, config, numbers, angles)
+    post = _post_norms(parts, attention, inside[-1].y, read, made)
+    places, place_names = post or _places(parts, attention, read, made)
+    attended, window, attention_names = _heads(parts, attention, inside, config, numbers, angles, causal)
     used = set(place_names.values()) | set(attention_names.values())
     formulas = {formula for call, formula in norms if call.name in used}
     if len(formulas) != 1:
@@ -187,6 +193,20 @@ def _mlp(linears: Sequence[ModuleCall], words: Sequence[str]) -> tuple[dict[str,
     return {**facts, "act": act, "up_bias": biases.pop(), "down_bias": _bias(down)}, names, ahead[0].x, down.y
 
 
+def _post_norms(
+    parts: _Parts, attention: ModuleCall, attended: Tensor, read: Tensor, made: Tensor
+) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Norms of the sum after each block, None where there are none; the module of attention may hold the first of them."""
+    x, y = parts.whole.x, parts.whole.y
+    attended, read, made = (one.reshape(x.shape) for one in (attended, read, made))
+    first = parts.norm(x=x + attended)
+    last = parts.norm(x=first.y + made, y=y) if first is not None else None
+    if first is None or last is None or not _equal(attention.x, x) or not _equal(read, first.y):
+        return None
+    names = {"post_attention_layernorm": first.name, "post_mlp_layernorm": last.name}
+    return {"norms": "post", "parallel": False}, names
+
+
 def _places(parts: _Parts, attention: ModuleCall, read: Tensor, made: Tensor) -> tuple[dict[str, Any], dict[str, str]]:
     """Where norms are, and that the layer adds attention and feed-forward to what it was given."""
     x, y = parts.whole.x, parts.whole.y
@@ -226,7 +246,7 @@ def _places(parts: _Parts, attention: ModuleCall, read: Tensor, made: Tensor) ->
                 "post_feedforward_layernorm": after_mlp,
             }
         case _:
-            raise NotUnderstood([f"norms of {parts.whole.name} in places that core's DecoderLayer does not have"])
+            raise NotUnderstood([f"norms of {parts.whole.name} in places that are not recognised"])
     return places, {core: call.name for core, call in names.items() if call is not None}
 
 
@@ -237,6 +257,7 @@ def _heads(
     config: Any,
     numbers: Sequence[float],
     angles: Sequence[tuple[Tensor, Tensor]],
+    likely: bool,
 ) -> tuple[dict[str, Any], int | None, dict[str, str]]:
     """Attention's facts, its window and its names."""
     *ahead, out = inside
@@ -245,8 +266,7 @@ def _heads(
     rest = [sum(call.y.shape[-1] for call in ahead) - context.shape[-1]]
     kv_heads = rest[0] // (2 * dim)
     sizes = Heads(heads, kv_heads, dim)
-    # Causal first, which one row decides: looking for what is not takes long.
-    for causal, (qkv, stored) in itertools.product((True, False), list(_splits(ahead, sizes))):
+    for causal, (qkv, stored) in itertools.product((likely, not likely), list(_splits(ahead, sizes))):
         normed, qk_norm, names = _qk_norms(parts, attention, stored, sizes)
         formula = attention_formula(normed, context, sizes, angles, numbers, causal=causal)
         if formula is None:

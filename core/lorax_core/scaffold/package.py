@@ -27,7 +27,7 @@ _NAME: Final = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 class Package:
     """The texts of a package, by their paths in its folder, and what is to be said of it.
 
-    `refused` are fields of the configuration of which only the default is supported, with what was seen.
+    `refused` are fields of the configuration of which not all values are supported, with which are and what was seen.
     """
 
     name: str
@@ -84,4 +84,9 @@ def _files(plan: Blueprint, name: str, module: str) -> dict[str, str]:
 
 
 def _refused(plan: Blueprint) -> dict[str, str]:
-    return {name: one.why or "its effect is not that of any block" for name, one in plan.refused.items()}
+    supported = {name: "hidden_size" if name in plan.tiny.equal else "the default" for name in plan.refused}
+    return {
+        name: f"only {supported[name]} is supported, config.py refuses other values "
+        f"({one.why or 'its effect is not that of any block'})"
+        for name, one in plan.refused.items()
+    }

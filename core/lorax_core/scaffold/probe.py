@@ -82,12 +82,17 @@ class Probe:
             config = self.tiny.config(**changes)
             record = observe(self.tiny.model(config), self.tiny.ids(config))
         except Exception as error:  # whatever transformers raises: it takes no such configuration
-            why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-            return Outcome(None, None, f"transformers refuses it: {why}")
+            return Outcome(None, None, refusal(error))
         try:
             return Outcome(record, find_facts(record, config), None)
         except NotUnderstood as error:
             return Outcome(record, None, "; ".join(error.problems))
+
+
+def refusal(error: Exception) -> str:
+    """What is said of an error that transformers raises for a configuration."""
+    why = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    return f"transformers refuses it: {why}"
 
 
 def hint_of(config_class: Any, name: str) -> str:
@@ -121,7 +126,8 @@ def other_values(value: Any, hint: str) -> list[Any]:
     if isinstance(value, str):
         acts = ["relu", "silu", "gelu"] if value in ACTIVATIONS else []
         return [act for act in acts if act != value]
-    if isinstance(value, int) or (value is None and "int" in hint):
+    # Of `float | int | None` a number between 0 and 1: dropout takes no other.
+    if isinstance(value, int) or (value is None and "int" in hint and "float" not in hint):
         tried: list[Any] = [2 * value, WINDOW] if value else [WINDOW, 2 * WINDOW]
     elif isinstance(value, float) or (value is None and "float" in hint):
         tried = [0.1] if value and value < 1e-2 else [1.5 * (value or 0) + 0.25, 0.7]

@@ -58,8 +58,8 @@ class Record:
 
 
 @torch.inference_mode()
-def observe(model: nn.Module, ids: Tensor) -> Record:
-    """A pass with every module watched."""
+def observe(model: nn.Module, ids: Tensor, **more: Tensor) -> Record:
+    """A pass with every module watched. `more` are other inputs that the model takes."""
     record = Record(model, ids)
     names = {module: name for name, module in model.named_modules()}
 
@@ -77,7 +77,7 @@ def observe(model: nn.Module, ids: Tensor) -> Record:
     try:
         with quiet():
             # No cache: some classes make one of layers that they do not have.
-            answer = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            answer = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **more)
     finally:
         for hook in hooks:
             hook.remove()

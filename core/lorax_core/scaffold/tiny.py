@@ -23,7 +23,8 @@ VOCABULARY, WIDTH, INNER, LAYERS, HEADS, HEAD_DIM, POSITIONS = 128, 128, 256, 2,
 TOKENS: Final = 20
 """How many tokens a tiny model reads."""
 WINDOW: Final = 8
-_SPREAD = 0.2
+SPREAD: Final = 0.2
+"""The deviation of tensors, as in the conformance kit."""
 _LARGEST = 1024
 # By the names that transformers has for all architectures; a class's `attribute_map` says what it calls them.
 _SIZES: Final = {
@@ -54,7 +55,8 @@ def quiet() -> Iterator[None]:
 
 
 class Tiny:
-    """Makes tiny configurations and models of one architecture. `fields` is what a tiny configuration states.
+    """Makes tiny configurations and models of one architecture. `fields` is what a tiny configuration states; `equal` are those
+    of them that are the width of word embeddings, here that of hidden rows.
 
     Raises PluginError for an architecture whose models cannot be made from a few sizes.
     """
@@ -73,12 +75,13 @@ class Tiny:
             raise self._unusable(f"its configuration has no {', '.join(lacking)}")
         self.fields = self._sizes()
         self.inner: dict[str, int] = {}
+        self.equal: dict[str, int] = {}
         try:
             self.model()
         except Exception as error:
             raise self._unusable(f"a tiny one cannot be made: {type(error).__name__}: {error}") from error
-        self.inner = self._widths()
-        self.fields |= self.inner
+        self._find_widths()
+        self.fields |= self.inner | self.equal
         self.fields |= self._stated()
 
     def spelt(self, name: str) -> str:
@@ -117,20 +120,33 @@ class Tiny:
         for name, value in self.defaults.items():
             # Ids of special tokens lie inside the tiny vocabulary, or there are none.
             if name.endswith("_token_id") and isinstance(value, int) and value >= VOCABULARY:
-                found[name] = None
+                found[name] = None if self._is_taken(name, None) else VOCABULARY - 1
         return found
 
-    def _widths(self) -> dict[str, int]:
-        """Fields that widen some tensors and make no new ones: those of feed-forward layers."""
-        shapes, found = _shapes(self.model()), {}
+    def _is_taken(self, name: str, value: Any) -> bool:
+        try:
+            with quiet():
+                self.source.config_class(**{name: value})
+        except Exception:  # whatever transformers raises
+            return False
+        return True
+
+    def _find_widths(self) -> None:
+        """Fields that widen some tensors and make no new ones, those of feed-forward layers, and that widen word embeddings."""
+        shapes = _shapes(self.model())
         for name, value in self.defaults.items():
             if name in self.fields or not isinstance(value, int) or isinstance(value, bool) or value < 32:
                 continue
             with contextlib.suppress(Exception):
-                other = _shapes(self.model(self.config(**{name: INNER if value != INNER else 2 * INNER})))
-                if other != shapes and other.keys() == shapes.keys():
-                    found[name] = INNER
-        return found
+                size = INNER if value != INNER else 2 * INNER
+                model = self.model(self.config(**{name: size}))
+                other = _shapes(model)
+                if _embedded(model) == size:
+                    wider = self.config(**{self.spelt("hidden_size"): 2 * WIDTH}).to_dict()
+                    # Where transformers makes it the width of hidden rows, a configuration need not.
+                    self.equal |= {name: WIDTH} if wider[name] != 2 * WIDTH else {}
+                elif other != shapes and other.keys() == shapes.keys():
+                    self.inner[name] = INNER
 
     def _stated(self) -> dict[str, Any]:
         """What the file that the package is made from says otherwise than the defaults, sizes aside."""
@@ -153,7 +169,12 @@ def randomise(model: nn.Module) -> None:
             if tensor.ndim < 2 and name.rpartition(".")[2] in ("weight", "gamma"):
                 tensor.copy_(tensor.mean() - 0.6 + 1.2 * torch.rand(tensor.shape, generator=generator))
             else:
-                tensor.copy_(_SPREAD * torch.randn(tensor.shape, generator=generator))
+                tensor.copy_(SPREAD * torch.randn(tensor.shape, generator=generator))
+
+
+def _embedded(model: nn.Module) -> int:
+    """The width of word embeddings."""
+    return int(model.get_input_embeddings().embedding_dim)  # type: ignore[operator]
 
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:

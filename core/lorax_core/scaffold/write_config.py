@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
-from lorax_core.scaffold.blueprint import Blueprint
+from lorax_core.modeling.encoder import PostNormConfig
+from lorax_core.scaffold.blueprint import POST_NORM, Blueprint
 from lorax_core.scaffold.code import imported, literal, raised
 from lorax_core.scaffold.fields import Field
 from lorax_core.scaffold.windows import FULL, SLIDING, TYPES, Windows
@@ -19,7 +21,10 @@ _COMMON = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_head
 
 def config_text(plan: Blueprint) -> str:
     """`config.py`."""
-    body = "\n".join([*_head(plan), "", *_fields(plan), *_normalise(plan), *_validators(plan), *_properties(plan)])
+    fields = _encoder_fields(plan) if plan.post_norm else _fields(plan)
+    # A PostNormConfig has its own `max_tokens`.
+    properties = () if plan.post_norm else _properties(plan)
+    body = "\n".join([*_head(plan), "", *fields, *_normalise(plan), *_validators(plan), *properties])
     typing = [name for name in ("Any", "ClassVar", "Literal", "Self") if uses(body, name)]
     if uses(body, "LayerType"):
         typing = sorted({*typing, "Literal"})
@@ -34,8 +39,9 @@ def config_text(plan: Blueprint) -> str:
     if typing:
         lines.append(f"from typing import {', '.join(typing)}")
     pydantic = [name for name in ("Field", "PositiveInt", "model_validator") if uses(body, name)]
-    ours = [name for name in ("ModelConfig", "Rope", "read_rope") if uses(body, name)]
-    lines += ["", imported("pydantic", pydantic), "", imported("lorax_core.modeling", ours), ""]
+    ours = [name for name in ("ModelConfig", "PostNormConfig", "Rope", "read_rope") if uses(body, name)]
+    lines += ["", imported("pydantic", pydantic)] if pydantic else []
+    lines += ["", imported("lorax_core.modeling", ours), ""]
     if uses(body, "LayerType"):
         lines += [f"LayerType = Literal[{literal(FULL)}, {literal(SLIDING)}]", ""]
     return "\n".join([*lines, "", body, ""])
@@ -47,13 +53,20 @@ def uses(body: str, name: str) -> bool:
 
 
 def _head(plan: Blueprint) -> Iterator[str]:
-    yield f"class {plan.source.stem}Config(ModelConfig):"
+    yield f"class {plan.source.stem}Config({'PostNormConfig' if plan.post_norm else 'ModelConfig'}):"
     yield '    """The fields that inference needs; defaults are those of transformers."""'
-    names = (*_COMMON, "max_position_embeddings", "num_key_value_heads")
+    names = (*_COMMON, "max_position_embeddings", *(POST_NORM if plan.post_norm else ["num_key_value_heads"]))
     aliases = {plan.tiny.spelt(name): name for name in names if plan.tiny.spelt(name) != name}
     if aliases:
         yield ""
         yield f"    aliases: ClassVar[Mapping[str, str]] = {literal(aliases, 4, 46)}"
+    own = {one.name: common for common, (one, _) in _post_norm_fields(plan) if one.name not in (common, *aliases)}
+    if own:
+        yield from () if aliases else ("",)
+        yield f"    own_keys: ClassVar[Mapping[str, str]] = {literal(own, 4, 46)}"
+    if plan.facts.after_padding:
+        yield ""
+        yield "    positions_after_padding: ClassVar[bool] = True"
     if "head_dim" in plan.read:
         yield ""
         yield "    own_head_dim: ClassVar[bool] = True"
@@ -75,15 +88,53 @@ def _fields(plan: Blueprint) -> Iterator[str]:
         elif name in plan.read and name not in (*map(tiny.spelt, _COMMON), "tie_word_embeddings"):
             yield f"    {_read_field(plan, plan.read[name])}"
         elif name in plan.refused:
-            if name in plan.derived:
-                yield f"    {attribute(name)}: PositiveInt"
-                continue
-            value = literal(plan.refused[name].default)
-            # pydantic has no fields that begin with an underscore.
-            given = f'Field({value}, validation_alias="{name}")' if name != attribute(name) else value
-            yield f"    {attribute(name)}: {_kind(plan.refused[name])} = {given}"
+            yield f"    {_refused_field(plan, name)}"
     if plan.rotary is not None:
         yield "    rope: Rope"
+
+
+def _post_norm_fields(plan: Blueprint) -> list[tuple[str, tuple[Field, str]]]:
+    """The fields of `PostNormConfig` that some field decides, with that one."""
+    decided = [(common, plan.decides(fact)) for common, fact in POST_NORM.items() if plan.post_norm]
+    return [(common, one) for common, one in decided if one is not None]
+
+
+def _encoder_fields(plan: Blueprint) -> Iterator[str]:
+    """What differs from `PostNormConfig`, in the order of transformers' class."""
+    tiny, own = plan.tiny, {one.name: common for common, (one, _) in _post_norm_fields(plan)}
+    own |= {tiny.spelt("max_position_embeddings"): "max_position_embeddings", "pad_token_id": "pad_token_id"}
+    kinds = {"hidden_act": "str", "layer_norm_eps": "float", "pad_token_id": "int | None"}
+    for name in (*tiny.defaults, *(name for name in plan.fields if name not in tiny.defaults)):
+        if name in own:
+            inherited, default = PostNormConfig.model_fields[own[name]], tiny.defaults[name]
+            if inherited.is_required() or inherited.default != default:
+                yield f"    {own[name]}: {kinds.get(own[name], 'PositiveInt')} = {literal(default)}"
+        elif name in _refused(plan):
+            yield f"    {_refused_field(plan, name)}"
+    if plan.facts.types is None:
+        yield "    type_vocab_size: Literal[0] = 0"
+
+
+def _refused(plan: Blueprint) -> dict[str, Field]:
+    """Fields that a validator must refuse; those of `PostNormConfig` have their own."""
+    inherited = PostNormConfig.model_fields if plan.post_norm else {}
+    return {name: one for name, one in plan.refused.items() if name not in inherited}
+
+
+def _refused_field(plan: Blueprint, name: str) -> str:
+    if name in plan.derived:
+        return f"{attribute(name)}: PositiveInt"
+    value = literal(plan.refused[name].default)
+    # pydantic has no fields that begin with an underscore.
+    given = f'Field({value}, validation_alias="{name}")' if name != attribute(name) else value
+    return f"{attribute(name)}: {_kind(plan.refused[name])} = {given}"
+
+
+def _fixed(plan: Blueprint) -> dict[str, Any]:
+    """Fields of `PostNormConfig` that no field decides: transformers has them in its code."""
+    facts = {common: plan.facts.flat()[fact] for common, fact in POST_NORM.items() if plan.post_norm}
+    decided = dict(_post_norm_fields(plan))
+    return {common: value or 0 for common, value in facts.items() if common not in decided}
 
 
 def attribute(name: str) -> str:
@@ -125,14 +176,23 @@ def _window_field(windows: Windows, name: str) -> str:
 
 
 def _normalise(plan: Blueprint) -> Iterator[str]:
-    lines = [*_derivations(plan), *_window_derivations(plan)]
-    if not lines and plan.rotary is None:
+    lines, fixed = [*_derivations(plan), *_window_derivations(plan)], _fixed(plan)
+    if not lines and not fixed and plan.rotary is None:
         return
-    known = {"max_position_embeddings": plan.tiny.defaults.get(plan.tiny.spelt("max_position_embeddings"))}
+    known = (
+        {}
+        if plan.post_norm
+        else {"max_position_embeddings": plan.tiny.defaults.get(plan.tiny.spelt("max_position_embeddings"))}
+    )
     stated = {name: one.default for name, one in plan.read.items() if name in plan.derived and one.default is not None}
     yield ""
     yield "    @classmethod"
     yield "    def normalise(cls, raw: Mapping[str, Any]) -> Mapping[str, Any]:"
+    if fixed:
+        inside = ", ".join(f"{literal(name)}: {literal(value)}" for name, value in fixed.items())
+        yield '        """What transformers has in its code, whatever a file states."""'
+        yield f"        return {{**raw, {inside}}}"
+        return
     yield '        """Fill in what transformers derives where a file leaves it out."""'
     inside = ", ".join(f"{literal(name)}: {value}" for name, value in {**known, **stated}.items() if value is not None)
     yield f"        config = {{{inside}, **raw}}" if inside else "        config = dict(raw)"
@@ -210,7 +270,7 @@ def _window_derivations(plan: Blueprint) -> Iterator[str]:
 
 
 def _validators(plan: Blueprint) -> Iterator[str]:
-    refused = plan.refused
+    refused = _refused(plan)
     if refused:
         yield ""
         yield '    @model_validator(mode="after")'
@@ -221,6 +281,8 @@ def _validators(plan: Blueprint) -> Iterator[str]:
             if name in plan.derived:
                 sizes = {"num_attention_heads": "self.num_attention_heads", "hidden_size": "self.hidden_size"}
                 allowed = [plan.derived[name].format(**sizes)]
+            elif name in plan.tiny.equal:
+                allowed = ["self.hidden_size"]
             value = f"self.{attribute(name)}"
             test = f"{value} not in ({', '.join(allowed)})" if len(allowed) > 1 else _unlike(value, allowed[0])
             yield f"        if {test}:"

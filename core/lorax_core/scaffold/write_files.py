@@ -11,6 +11,7 @@ from lorax_core.plugins.spec import API_VERSION
 from lorax_core.scaffold.blueprint import Blueprint
 from lorax_core.scaffold.code import literal
 from lorax_core.scaffold.write_modeling import heads, summary
+from lorax_core.types import Task
 
 _PYPROJECT: Final = """\
 [build-system]
@@ -54,7 +55,7 @@ Then every checkpoint whose `config.json` says `model_type: {model_type}` is sup
 import lorax_core as lorax
 
 with lorax.load("path/to/checkpoint") as engine:
-    completion = engine.generate([2, 7, 12, 3], max_tokens=8)  # or a text, with a tokenizer
+    {engine}
 ```
 
 ## Without an engine
@@ -63,12 +64,11 @@ A class of `modeling.py` fixes the task:
 
 ```python
 import lorax_core as lorax
-from {package}.modeling import {stem}ForCausalLM
+from {package}.modeling import {stem}{usual}
 
-model = lorax.load_model("path/to/checkpoint", model_class={stem}ForCausalLM)
+model = lorax.load_model("path/to/checkpoint", model_class={stem}{usual})
 batch = lorax.make_batch(model, [[2, 7, 12, 3], [2, 5, 3]])
-(answer,) = model(batch).answers  # logits [tokens, vocabulary]
-assert list(answer.shape) == [7, model.config.vocab_size]
+(answer,) = model(batch).answers  # {answer}
 ```
 
 ## Tests
@@ -79,6 +79,20 @@ lorax plugins check {model_type}
 pytest
 ```
 """
+_USES: Final = {
+    False: {
+        "engine": "completion = engine.generate([2, 7, 12, 3], max_tokens=8)  # or a text, with a tokenizer",
+        "usual": "ForCausalLM",
+        "answer": "logits [tokens, vocabulary]\nassert list(answer.shape) == [7, model.config.vocab_size]",
+    },
+    True: {
+        "engine": "vectors = engine.embed([[2, 7, 12, 3], [2, 5, 3]])  # or texts, with a tokenizer",
+        "usual": "ForEmbeddings",
+        "answer": "the sum of the pooled rows [sequences, hidden]\nassert list(answer.shape) == [2, model.config.hidden_size]",
+    },
+}
+"""What the examples of a README do, for a decoder and for an encoder."""
+_SPOKEN: Final = {Task.GENERATE: "generation", Task.EMBED: "embeddings"}
 _CI: Final = """\
 name: ci
 on: [push, pull_request]
@@ -139,17 +153,19 @@ def small_files(plan: Blueprint, name: str, package: str) -> dict[str, str]:
     """The files around the modules, by their path in the package's folder."""
     stem, model_type = plan.source.stem, plan.source.model_type
     words = {"name": name, "package": package, "stem": stem, "model_type": model_type, "entry": _entry(model_type)}
-    tasks = [str(task).replace("-", " ") for task in plan.tasks]
+    tasks = [_SPOKEN.get(task, str(task).replace("-", " ")) for task in plan.tasks]
     told = f"{', '.join(tasks[:-1])} and {tasks[-1]}"
     refused = ""
-    if plan.refused:
-        fields = ", ".join(f"`{field}`" for field in plan.refused)
+    fields = ", ".join(f"`{field}`" for field in plan.refused if field not in plan.tiny.equal)
+    if fields:
         refused = (
             f"\n\nOf a `config.json`, only the default is supported of: {fields}. Any other value is refused by name."
         )
+    if plan.tiny.equal:
+        refused += f"\n\n{', '.join(f'`{field}`' for field in plan.tiny.equal)} must be `hidden_size`."
     return {
         "pyproject.toml": _PYPROJECT.format(**words, core=_requirement()),
-        "README.md": _README.format(**words, tasks=told, refused=refused),
+        "README.md": _README.format(**words, **_USES[plan.encodes], tasks=told, refused=refused),
         ".github/workflows/ci.yml": _CI,
         f"src/{package}/__init__.py": f'"""{stem} as a plugin of lorax-core. Importing it is light: `plugin` declares, '
         '`modeling` computes."""\n\n__version__ = "0.1.0"\n',
@@ -173,7 +189,7 @@ def plugin_text(plan: Blueprint, package: str) -> str:
     tasks = ", ".join(f"Task.{task.name}" for task in plan.tasks)
     own = heads(plan, package)
     named = {source.classes[task].__name__: task for task in plan.tasks}
-    rest = [kind.__name__ for kind in (*source.classes.values(), *source.others) if kind.__name__ not in named]
+    rest = [kind for kind in (*source.classes.values(), *source.others) if kind.__name__ not in named]
     lines = [
         '"""Declares ' + stem + ' to lorax-core. Never imports torch."""',
         "",
@@ -189,7 +205,7 @@ def plugin_text(plan: Blueprint, package: str) -> str:
         f'    """{stem}: {summary(plan)}."""',
         "    yield ArchitectureSpec(",
         f"        model_type={literal(source.model_type)},",
-        f"        summary={literal(f'{stem} decoders.')},",
+        f"        summary={literal(f'{stem} encoders.' if plan.encodes else f'{stem} decoders.')},",
         f"        api={API_VERSION},",
         f"        config={literal(f'{package}.config:{stem}Config')},",
         f"        backbone={literal(f'{package}.modeling:{stem}Backbone')},",
@@ -200,8 +216,9 @@ def plugin_text(plan: Blueprint, package: str) -> str:
         lines += ["        heads={", *inside, "        },"]
     lines.append("        hf_architectures={")
     lines += [f"            {literal(name)}: Task.{task.name}," for name, task in named.items()]
-    lines += [f"            {literal(name)}: Task.EMBED," for name in rest]
-    lines += ["        },", "        default_task=Task.GENERATE,", "        causal=True,"]
+    lines += [f"            {literal(kind.__name__)}: Task.EMBED," for kind in rest if kind not in plan.heads.mistaken]
+    usual = Task.EMBED if plan.encodes else Task.GENERATE
+    lines += ["        },", f"        default_task=Task.{usual.name},", f"        causal={not plan.encodes},"]
     if plan.features:
         lines.append(f"        features={literal(plan.features)},")
     lines += [f"        cases={literal(f'{package}.cases:{constant(plan)}')},", "    )", ""]

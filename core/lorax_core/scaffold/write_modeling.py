@@ -12,45 +12,56 @@ from lorax_core.scaffold.blueprint import Blueprint
 from lorax_core.scaffold.code import call, imported, literal
 from lorax_core.scaffold.write_config import uses
 from lorax_core.types import Task
+from lorax_core.weights.mapping import WeightMap, post_norm_map
 
 _BLOCKS: Final = (
-    "Decoder", "DecoderLayer", "GatedMLP", "LanguageModelHead", "LayerNorm", "MLP", "Model", "ModelConfig", "RMSNorm",
-    "RotaryAttention", "RotaryEmbedding", "SelfAttention", "Task", "TokenClassificationHead",
+    "Decoder", "DecoderLayer", "FirstTokenClassificationHead", "GatedMLP", "LanguageModelHead", "LayerNorm", "MLP",
+    "Model", "ModelConfig", "PostNormEncoder", "RMSNorm", "RotaryAttention", "RotaryEmbedding", "SelfAttention", "Task",
+    "TokenClassificationHead",
 )  # fmt: skip
 _SUMMARY: Final = {
     Task.GENERATE: ("ForCausalLM", "that generates"),
     Task.EMBED: ("ForEmbeddings", "for embeddings"),
+    Task.TOKEN_CLASSIFICATION: ("ForTokenClassification", "that labels tokens"),
+    Task.SEQUENCE_CLASSIFICATION: ("ForSequenceClassification", "that labels texts"),
 }
 
 
 def modeling_text(plan: Blueprint, package: str) -> str:
     """`modeling.py`."""
     stem = plan.source.stem
-    body = "\n\n\n".join(["\n".join(_backbone(plan)), *_heads(plan), *_models(plan)])
-    ours = [name for name in _BLOCKS if uses(body, name)]
-    head = [
+    backbone = _encoder(plan) if plan.post_norm else _backbone(plan)
+    body = "\n\n\n".join(["\n".join(backbone), *_heads(plan), *_models(plan)])
+    kind, other = ("encoder", "files, batching") if plan.encodes else ("decoder", "caches, files")
+    lines = [
         f'"""{stem}: {summary(plan)}.',
         "",
-        f"Decides what sets {stem} apart from core's decoder. Knows nothing of caches, files or adapters.",
+        f"Decides what sets {stem} apart from core's {kind}. Knows nothing of {other} or adapters.",
         '"""',
         "",
         "from __future__ import annotations",
         "",
-        "from functools import partial",
-        "",
-        imported("lorax_core.modeling", ours),
-        "from lorax_core.weights import WeightMap",
-        imported(f"{package}.config", [f"{stem}Config"]),
     ]
+    lines += ["from functools import partial", ""] if uses(body, "partial") else []
+    imports = [
+        imported("lorax_core.modeling", [name for name in _BLOCKS if uses(body, name)]),
+        imported("lorax_core.weights", [name for name in ("WeightMap", "post_norm_map") if uses(body, name)]),
+    ]
+    ours = [imported(f"{package}.config", [f"{stem}Config"])] if uses(body, f"{stem}Config") else []
     # Imports are sorted by module, and a package's name may come before core's.
-    imports = sorted(head[9:12], key=lambda line: line.split()[1])
-    if not package.startswith("lorax_"):
-        imports = [*head[9:11], "", head[11]]
-    return "\n".join([*head[:9], *imports, "", "", body, ""])
+    if package.startswith("lorax_") or not ours:
+        imports = sorted([*imports, *ours], key=lambda line: line.split()[1])
+    else:
+        imports = [*imports, "", *ours]
+    return "\n".join([*lines, *imports, "", "", body, ""])
 
 
 def summary(plan: Blueprint) -> str:
-    """What kind of decoder it is, in a phrase."""
+    """What kind of decoder or encoder it is, in a phrase."""
+    if plan.post_norm:
+        counted = "positions counted after the padding id" if plan.facts.after_padding else "learned positions"
+        types = "token types" if plan.facts.types else "no token types"
+        return f"an encoder with {counted}, {types} and norms after its residuals"
     layer, facts = plan.facts.layer, plan.facts
     traits = ["rotary positions" if layer.rotary else "learned positions"]
     traits += ["grouped queries"] if _kv_heads(plan) != "config.num_attention_heads" else []
@@ -60,7 +71,8 @@ def summary(plan: Blueprint) -> str:
     traits += ["a gated feed-forward block"] if layer.gate else []
     traits += ["capped logits"] if facts.logit_cap else []
     traits = traits[:4]  # a line of text
-    return "a decoder with " + (f"{', '.join(traits[:-1])} and {traits[-1]}" if len(traits) > 1 else traits[0])
+    kind = "an encoder" if plan.encodes else "a decoder"
+    return f"{kind} with " + (f"{', '.join(traits[:-1])} and {traits[-1]}" if len(traits) > 1 else traits[0])
 
 
 def _value(plan: Blueprint, fact: str) -> str:
@@ -121,6 +133,13 @@ def _backbone(plan: Blueprint) -> Iterator[str]:
     yield from _weight_map(plan)
 
 
+def _encoder(plan: Blueprint) -> Iterator[str]:
+    yield f"class {plan.source.stem}Backbone(PostNormEncoder):"
+    yield '    """A batch to hidden rows `[tokens, hidden]`."""'
+    yield ""
+    yield from _weight_map(plan)
+
+
 def _norms(plan: Blueprint) -> Iterator[str]:
     layer = plan.facts.layer
     kind = "RMSNorm" if layer.norm_kind == "rms" else "LayerNorm"
@@ -147,7 +166,7 @@ def _attention(plan: Blueprint) -> Iterator[str]:
     sizes += [_kv_heads(plan)] if _kv_heads(plan) != "config.num_attention_heads" or plan.decides("head_dim") else []
     sizes += [_head_dim(plan)] if plan.decides("head_dim") else []
     options = ["rotary=rotary"] if layer.rotary else []
-    options.append("causal=True")
+    options.append(f"causal={layer.causal}")
     bias, out = _value(plan, "qkv_bias"), _value(plan, "out_bias")
     options += [f"bias={bias}"] if bias != "True" else []
     options += [f"out_bias={out}"] if out != bias else []
@@ -197,7 +216,46 @@ def _embed_scale(plan: Blueprint) -> str | None:
 
 def _weight_map(plan: Blueprint) -> Iterator[str]:
     stem, layer = plan.source.stem, plan.facts.layer
-    names = dict(plan.names)
+    prefixes, renamed, fuse = _names(plan)
+    ignored = [*(["**.rotary_emb.inv_freq"] if layer.rotary else []), *_old_buffers(plan), *plan.heads.ignored]
+    # Where nothing is tied and nothing interleaved.
+    unused = "  # noqa: ARG004" if plan.encodes and layer.qkv != "interleaved" else ""
+    yield "    @staticmethod"
+    yield f"    def weight_map(config: ModelConfig) -> WeightMap:{unused}"
+    shown = f"with or without `{prefixes[0]}.`"
+    yield f'        """Names as {stem}Model and its task models save them, {shown}."""'
+    if plan.post_norm and _are_those_of_bert(plan, WeightMap(prefixes=prefixes, rename=renamed, fuse=fuse)):
+        known = post_norm_map(prefixes[0]).ignore
+        rest = [pattern for pattern in plan.heads.ignored if pattern not in known]
+        if rest:
+            yield "        # Heads that are not supported."
+        yield call("return post_norm_map", map(literal, [prefixes[0], *rest]), 8)
+        return
+    yield "        return WeightMap("
+    yield f"            prefixes={literal(prefixes)},"
+    if renamed:
+        yield f"            rename={literal(renamed, 12, 200)},"
+    if fuse:
+        yield f"            fuse={literal(fuse, 12, 200)},"
+    if layer.transposed:
+        yield '            transpose=("layers.*.self_attn.*.weight", "layers.*.mlp.*.weight"),'
+    if layer.qkv == "interleaved":
+        yield "            # Rows are stored (head, q|k|v, dim), and core's fused layer has (q|k|v, head, dim)."
+        yield '            interleave={"layers.*.self_attn.qkv_proj": (config.num_attention_heads, 3)},'
+    if not plan.encodes:
+        yield '            tie={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},'
+    if ignored:
+        old = ["frequencies that old checkpoints hold"] if layer.rotary else []
+        old += ["numbers that old checkpoints hold"] if plan.encodes and _old_buffers(plan) else []
+        why = ", and ".join([*old, *(["heads that are not supported"] if plan.heads.ignored else [])])
+        yield f"            # {why[0].upper()}{why[1:]}."
+        yield f"            ignore={literal(tuple(ignored), 12, 19)},"
+    yield "        )"
+
+
+def _names(plan: Blueprint) -> tuple[tuple[str, ...], dict[str, str], dict[str, tuple[str, ...]]]:
+    """What a weight map says of names: prefixes, spellings, and the members of fused layers."""
+    layer, names = plan.facts.layer, dict(plan.names)
     prefix = str(plan.source.classes[Task.EMBED].base_model_prefix)
     common = _shared({name for core, name in names.items() if core != "lm_head"})
     # Some classes have the base model under another name: Qwen3ForQuestionAnswering has it under `transformer`.
@@ -206,35 +264,27 @@ def _weight_map(plan: Blueprint) -> Iterator[str]:
     if common:
         prefixes = [*(f"{one}.{common}" for one in prefixes), common, *prefixes]
         names = {core: name.removeprefix(f"{common}.") for core, name in names.items()}
-    renamed = {f"{theirs}.**": f"{core}.**" for core, theirs in names.items() if core != theirs}
-    yield "    @staticmethod"
-    yield "    def weight_map(config: ModelConfig) -> WeightMap:"
-    shown = f"with or without `{prefixes[0]}.`"
-    yield f'        """Names as {stem}Model and its task models save them, {shown}."""'
-    yield "        return WeightMap("
-    yield f"            prefixes={literal(tuple(prefixes))},"
-    if renamed:
-        yield f"            rename={literal(renamed, 12, 200)},"
     fuse: dict[str, tuple[str, ...]] = {}
     if layer.qkv == "apart":
         fuse["layers.*.self_attn.qkv_proj"] = ("q_proj", "k_proj", "v_proj")
     if layer.gate and layer.gate_up == "apart":
         fuse["layers.*.mlp.gate_up_proj"] = ("gate_proj", "up_proj")
-    if fuse:
-        yield f"            fuse={literal(fuse, 12, 200)},"
-    if layer.transposed:
-        yield '            transpose=("layers.*.self_attn.*.weight", "layers.*.mlp.*.weight"),'
-    if layer.qkv == "interleaved":
-        yield "            # Rows are stored (head, q|k|v, dim), and core's fused layer has (q|k|v, head, dim)."
-        yield '            interleave={"layers.*.self_attn.qkv_proj": (config.num_attention_heads, 3)},'
-    yield '            tie={"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {},'
-    ignored = [*(["**.rotary_emb.inv_freq"] if layer.rotary else []), *plan.ignored]
-    if ignored:
-        why = "Frequencies that old checkpoints hold" if layer.rotary else ""
-        why += (", and h" if why else "H") + "eads that are not supported" if plan.ignored else ""
-        yield f"            # {why}."
-        yield f"            ignore={literal(tuple(ignored), 12, 19)},"
-    yield "        )"
+    renamed = {f"{theirs}.**": f"{core}.**" for core, theirs in names.items() if core != theirs}
+    return tuple(prefixes), renamed, fuse
+
+
+def _old_buffers(plan: Blueprint) -> list[str]:
+    """Counts that an encoder's model holds beside its tensors, and that it saved once."""
+    model = plan.tiny.model(kind=plan.source.classes[Task.EMBED])
+    return [name for name, one in model.named_buffers() if not one.is_floating_point()] if plan.encodes else []
+
+
+def _are_those_of_bert(plan: Blueprint, names: WeightMap) -> bool:
+    """Whether core's map for an encoder with BERT's names gives every tensor the place that `names` gives it."""
+    model, bert = plan.tiny.model(kind=plan.source.classes[Task.EMBED]), post_norm_map(names.prefixes[0])
+    return len(names.prefixes) == 1 and all(
+        names.resolve(name) == bert.resolve(name) for name, _ in model.named_parameters()
+    )
 
 
 def _shared(names: set[str]) -> str:
@@ -258,11 +308,23 @@ def _heads(plan: Blueprint) -> Iterator[str]:
                 f"        super().__init__(config, soft_cap={_value(plan, 'logit_cap')})",
             ]
         yield "\n".join(lines)
-    layer = plan.heads.get(Task.TOKEN_CLASSIFICATION, "classifier")
+    layer = plan.heads.layers.get(Task.TOKEN_CLASSIFICATION, "classifier")
     if layer != "classifier":
         yield (
             f"class {stem}TokenClassificationHead(TokenClassificationHead):\n"
             f'    """Labels of tokens; the layer is called `{layer}` in checkpoints."""\n\n    layer = {literal(layer)}'
+        )
+    pooled = plan.heads.pooled
+    if pooled is not None:
+        lines = [f"dense = {literal(pooled.dense)}", f"output = {literal(pooled.output)}"]
+        lines += [f"act = {literal(pooled.act)}"] if pooled.act != "tanh" else []
+        yield "\n".join(
+            [
+                f"class {stem}SequenceClassificationHead(FirstTokenClassificationHead):",
+                f'    """Labels of a text: a dense layer with {pooled.act}, then the layer that gives them."""',
+                "",
+                *(f"    {line}" for line in lines),
+            ]
         )
 
 
@@ -270,7 +332,12 @@ def heads(plan: Blueprint, package: str) -> dict[Task, str]:
     """The heads that a declaration names: those that differ from core's."""
     defined = "\n".join(_heads(plan))
     found = {}
-    for task, name in ((Task.GENERATE, "LanguageModelHead"), (Task.TOKEN_CLASSIFICATION, "TokenClassificationHead")):
+    kinds = {
+        Task.GENERATE: "LanguageModelHead",
+        Task.TOKEN_CLASSIFICATION: "TokenClassificationHead",
+        Task.SEQUENCE_CLASSIFICATION: "SequenceClassificationHead",
+    }
+    for task, name in kinds.items():
         if f"class {plan.source.stem}{name}" in defined:
             found[task] = f"{package}.modeling:{plan.source.stem}{name}"
     return found
@@ -279,5 +346,6 @@ def heads(plan: Blueprint, package: str) -> dict[Task, str]:
 def _models(plan: Blueprint) -> Iterator[str]:
     stem = plan.source.stem
     for task, (ending, what) in _SUMMARY.items():
-        if task in plan.tasks:
+        # A decoder is seldom loaded to classify without an engine.
+        if task in plan.tasks and (plan.encodes or task in (Task.GENERATE, Task.EMBED)):
             yield f'class {stem}{ending}(Model):\n    """{stem} {what}."""\n\n    task = Task.{task.name}'

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lorax_core.plugins.cases import ArchitectureCases
-
-HEAD_SIZES = (32, 64, 80, 96, 128)
-"""Powers of two and sizes between them: kernels have a path of their own for some, and pad others."""
+from lorax_core.plugins.cases import HEAD_SIZES, ArchitectureCases
 
 
 def with_head_sizes(cases: ArchitectureCases, aliases: Mapping[str, str]) -> ArchitectureCases:

@@ -141,6 +141,14 @@ def test_the_common_names_of_sizes_are_taken_too(tmp_path):
     assert_same(embed(tmp_path), means(model))
 
 
+def test_what_stands_in_the_code_of_transformers_is_read_of_no_file(tmp_path):
+    model = make(DistilBertModel, tmp_path)
+
+    change_config(tmp_path, layer_norm_eps=0.5, type_vocab_size=2, hidden_act="relu", intermediate_size=7)
+
+    assert_same(embed(tmp_path), means(model))
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [

@@ -1,6 +1,6 @@
-"""DistilBERT: BERT's encoder without token types.
+"""DistilBert: an encoder with learned positions, no token types and norms after its residuals.
 
-Decides what sets DistilBERT apart from core's encoder. Knows nothing of files, batching or adapters.
+Decides what sets DistilBert apart from core's encoder. Knows nothing of files, batching or adapters.
 """
 
 from __future__ import annotations
@@ -15,52 +15,53 @@ class DistilBertBackbone(PostNormEncoder):
     @staticmethod
     def weight_map(config: ModelConfig) -> WeightMap:  # noqa: ARG004
         """Names as DistilBertModel and its task models save them, with or without `distilbert.`."""
-        names = {
-            # Before "attention": the first pattern that matches wins.
-            "attention.out_lin": "self_attn.o_proj",
-            "attention": "self_attn",
-            "sa_layer_norm": "post_attention_layernorm",
-            "ffn.lin1": "mlp.up_proj",
-            "ffn.lin2": "mlp.down_proj",
-            "output_layer_norm": "post_mlp_layernorm",
-        }
         return WeightMap(
             prefixes=("distilbert",),
-            rename={f"transformer.layer.*.{stored}.**": f"layers.*.{name}.**" for stored, name in names.items()},
-            # Not post_norm_map: DistilBERT names its modules unlike BERT.
-            fuse={"layers.*.self_attn.qkv_proj": ("q_lin", "k_lin", "v_lin")},
-            # Heads that are not supported, and position numbers that old checkpoints hold.
+            rename={
+                "transformer.layer.*.sa_layer_norm.**": "layers.*.post_attention_layernorm.**",
+                "transformer.layer.*.output_layer_norm.**": "layers.*.post_mlp_layernorm.**",
+                "transformer.layer.*.attention.q_lin.**": "layers.*.self_attn.q_proj.**",
+                "transformer.layer.*.attention.k_lin.**": "layers.*.self_attn.k_proj.**",
+                "transformer.layer.*.attention.v_lin.**": "layers.*.self_attn.v_proj.**",
+                "transformer.layer.*.attention.out_lin.**": "layers.*.self_attn.o_proj.**",
+                "transformer.layer.*.ffn.lin2.**": "layers.*.mlp.down_proj.**",
+                "transformer.layer.*.ffn.lin1.**": "layers.*.mlp.up_proj.**",
+            },
+            fuse={
+                "layers.*.self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            },
+            # Numbers that old checkpoints hold, and heads that are not supported.
             ignore=(
                 "embeddings.position_ids",
-                "vocab_transform.**",
                 "vocab_layer_norm.**",
                 "vocab_projector.**",
+                "vocab_transform.**",
                 "qa_outputs.**",
             ),
         )
 
 
 class DistilBertSequenceClassificationHead(FirstTokenClassificationHead):
-    """Labels of a sequence: a dense layer with ReLU, then the classifier."""
+    """Labels of a text: a dense layer with relu, then the layer that gives them."""
 
     dense = "pre_classifier"
     output = "classifier"
     act = "relu"
 
 
-class DistilBert(Model):
-    """DistilBERT for embeddings."""
+class DistilBertForEmbeddings(Model):
+    """DistilBert for embeddings."""
 
     task = Task.EMBED
 
 
 class DistilBertForTokenClassification(Model):
-    """DistilBERT that labels tokens."""
+    """DistilBert that labels tokens."""
 
     task = Task.TOKEN_CLASSIFICATION
 
 
 class DistilBertForSequenceClassification(Model):
-    """DistilBERT that labels sequences."""
+    """DistilBert that labels texts."""
 
     task = Task.SEQUENCE_CLASSIFICATION

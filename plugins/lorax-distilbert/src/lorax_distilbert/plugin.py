@@ -1,4 +1,4 @@
-"""Declares DistilBERT to lorax-core. Never imports torch."""
+"""Declares DistilBert to lorax-core. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorax_core.plugins import ArchitectureSpec, Task, hookimpl
 
 @hookimpl
 def lorax_architectures() -> Iterable[ArchitectureSpec]:
-    """DistilBERT: half the layers of BERT and no token types, for embeddings and classification."""
+    """DistilBert: an encoder with learned positions, no token types and norms after its residuals."""
     yield ArchitectureSpec(
         model_type="distilbert",
         summary="DistilBERT encoders, for embeddings and classification.",
@@ -21,16 +21,17 @@ def lorax_architectures() -> Iterable[ArchitectureSpec]:
         config="lorax_distilbert.config:DistilBertConfig",
         backbone="lorax_distilbert.modeling:DistilBertBackbone",
         tasks=(Task.EMBED, Task.TOKEN_CLASSIFICATION, Task.SEQUENCE_CLASSIFICATION),
-        heads={Task.SEQUENCE_CLASSIFICATION: "lorax_distilbert.modeling:DistilBertSequenceClassificationHead"},
+        heads={
+            Task.SEQUENCE_CLASSIFICATION: "lorax_distilbert.modeling:DistilBertSequenceClassificationHead",
+        },
         hf_architectures={
             "DistilBertModel": Task.EMBED,
-            "DistilBertForMaskedLM": Task.EMBED,
-            "DistilBertForQuestionAnswering": Task.EMBED,
             "DistilBertForTokenClassification": Task.TOKEN_CLASSIFICATION,
             "DistilBertForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
+            "DistilBertForMaskedLM": Task.EMBED,
+            "DistilBertForQuestionAnswering": Task.EMBED,
         },
         default_task=Task.EMBED,
-        # No features: without token types, only a separator marks where a pair's second text begins.
         causal=False,
         cases="lorax_distilbert.cases:DISTILBERT",
     )

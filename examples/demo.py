@@ -1,4 +1,4 @@
-"""The main job in one process: what is installed, a search by meaning, and three answers from one batch.
+"""The main job: what is installed, a search by meaning, three answers from one batch, and all tasks of one server.
 
 Decides what is asked and what is shown: results on stdout, progress and errors on stderr. Knows nothing of how models run;
 the public names of lorax_core do the work. Nothing is kept between runs: every vector and every token is computed anew.
@@ -7,20 +7,25 @@ the public names of lorax_core do the work. Nothing is kept between runs: every 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from openai import OpenAI
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -49,6 +54,14 @@ PROMPT = "When an exception is raised"
 VOICES = {"base": None, "upper": "upper", "bullets": "bullets"}  # title: adapter
 OPTIONS = {"max_tokens": 80, "repetition_penalty": 1.15}  # greedy; without the penalty so small a model goes in circles
 
+SERVED = ("upper", "bullets", "topic", "similar", "relevant")
+QUERY = "How do I open and close a file?"
+DOCUMENTS = [
+    "A test case fails where an assertion is not true, and the runner goes on with the next test.",
+    "Returns the mean of the values, a number that is the sum of all values divided by how many there are.",
+    "The file is opened for reading, and closed again when the block ends, even where reading raised an error.",
+]
+
 Vectors = NDArray[np.float32]
 
 OUT = Console(highlight=False)
@@ -65,8 +78,8 @@ class Passage:
 
 
 def main() -> int:
-    """Runs the three parts; 1 when one of them failed for a known reason."""
-    parser = argparse.ArgumentParser(description="See real models answer: a semantic search, and three voices at once.")
+    """Runs the four parts; 1 when one of them failed for a known reason."""
+    parser = argparse.ArgumentParser(description="See real models answer: a search by meaning, three voices, a server.")
     parser.add_argument("--tokens", type=int, default=12_000, help="tokens to search (default: %(default)s)")
     arguments = parser.parse_args()
     started = time.perf_counter()
@@ -75,6 +88,7 @@ def main() -> int:
         list_models()
         search(arguments.tokens)
         generate()
+        serve()
     except lorax.LoraxError as error:
         ERR.print(Text.assemble(("error: ", "bold red"), str(error)))
         return 1
@@ -183,6 +197,62 @@ def panels(texts: list[str]) -> RenderableType:
         grid.add_column(ratio=1)
     grid.add_row(*(Panel(Text(text), title=title) for title, text in zip(VOICES, texts, strict=True)))
     return grid
+
+
+def serve() -> None:
+    """Starts `lorax serve`, and asks one base for every task through OpenAI's own client."""
+    heading("A server: one base, five adapters, every task, asked by the openai package")
+    with served() as address:
+        OUT.print(f"The server answers at {address}. To keep one:\n")
+        OUT.print(f"  lorax {' '.join(command(port=8000))}\n", soft_wrap=True)
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        for model in ("upper", "bullets"):
+            made = client.completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0)
+            OUT.print(f"{model:>9}  {PROMPT}{made.choices[0].text!r:.100}", markup=False)
+        vectors = client.embeddings.create(model="similar", input=DOCUMENTS).data
+        OUT.print(f"  similar  {len(vectors)} vectors of {len(vectors[0].embedding)} numbers")
+        # What OpenAI has no method for goes through the same client.
+        ask: Any = client.post(
+            "/rerank", body={"model": "relevant", "query": QUERY, "documents": DOCUMENTS}, cast_to=object
+        )
+        for found in ask["results"]:
+            OUT.print(f" relevant  {found['relevance_score']:.3f}  {DOCUMENTS[found['index']]:.80}...", markup=False)
+        root = client.with_options(base_url=address)
+        for text in DOCUMENTS:
+            label: Any = root.post(
+                "/classify", body={"inputs": text, "parameters": {"adapter_id": "topic"}}, cast_to=object
+            )
+            OUT.print(f"    topic  {label}", markup=False)
+
+
+def command(port: int) -> list[str]:
+    """The arguments of `lorax` for the server of this demo."""
+    adapters = [f"--adapter={name}={QWEN2 / 'adapters' / name}" for name in SERVED]
+    return ["serve", str(QWEN2 / "model"), *adapters, f"--port={port}"]
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """The address of a server in a process of its own, which ends with the block."""
+    program = [sys.executable, "-m", "lorax_core.cli.main", *command(port=0)]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=os.environ) as server:
+        try:
+            assert server.stderr is not None
+            lines = []
+            with ERR.status("starting lorax serve"):
+                for line in server.stderr:
+                    lines.append(line)
+                    if found := re.search(r"serving .* at (http://\S+);", line):
+                        break
+            if not found:
+                raise lorax.LoraxError(
+                    f"lorax serve did not start: {''.join(lines)}", hint="run the command that it shows"
+                )
+            # Its log goes on; somebody must read it, or the server waits for room.
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            yield found[1]
+        finally:
+            server.terminate()
 
 
 def heading(title: str) -> None:

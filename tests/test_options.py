@@ -25,6 +25,7 @@ EVERYTHING = {
     "adapter_sources": ("hub", "/srv/adapters"),
     "max_fetched_adapters": 3,
     "adapter_timeout": 9.5,
+    "max_adapter_bytes": 10**9,
     "pooling": "mean",
     "normalize": True,
     "embedding_dim": 256,

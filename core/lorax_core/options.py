@@ -44,6 +44,7 @@ _OTHER_NAMES: dict[str, str | None] = {
     "guided_regex": "regex",
     "guided_choice": "choice",
     "response_format": "json_schema",
+    "chat_template_kwargs": "template_options",
     "adapter_id": "adapter",
     "best_of": "n",
     "text": "input",
@@ -102,6 +103,7 @@ class EngineOptions(Checked):
     - `adapter_sources`: what a request may name as an adapter beside those loaded: "folder", "hub", "url", a folder
       ("/srv/adapters", with all below it) or the beginning of a URL ("s3://bucket/adapters/"). Of the adapters that requests
       brought, the `max_fetched_adapters` last used stay loaded. Any source is given up after `adapter_timeout` seconds.
+    - `max_adapter_bytes`: the largest adapter, on disk, that a request or a client of a server may bring; any size when None.
     - `pooling` ("cls", "mean", "last") and `normalize` override what the checkpoint's files say of embeddings.
     - `embedding_dim`: length of vectors, for checkpoints with folders `2_Dense_{length}` to choose from.
     - `kv_cache_tokens`, `_pages`, `_bytes` or `_fraction` (of the free memory): how much all running sequences share; by
@@ -129,6 +131,7 @@ class EngineOptions(Checked):
     adapter_sources: tuple[str, ...] = ("folder", "hub")
     max_fetched_adapters: int = Field(default=64, ge=1, lt=2**31)
     adapter_timeout: float = Field(default=600.0, gt=0, le=86_400)
+    max_adapter_bytes: int | None = Field(default=None, ge=1, lt=2**60)
     pooling: Literal["cls", "mean", "last"] | None = None
     normalize: bool | None = None
     embedding_dim: int | None = Field(default=None, ge=1, lt=2**31)

@@ -133,11 +133,15 @@ class Classification:
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A text as tokens: their ids, the tokenizer's own spelling of them, and their character ranges in the text."""
+    """A text as tokens: their ids, the tokenizer's own spelling of them, and their character ranges in the text.
+
+    `special` marks those that the tokenizer added.
+    """
 
     ids: list[int]
     tokens: list[str]
     offsets: list[tuple[int, int]]
+    special: list[bool]
 
 
 @dataclass(frozen=True, slots=True)

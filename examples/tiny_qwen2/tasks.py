@@ -1,7 +1,8 @@
 """Decides what the adapters that answer with a label or a vector learn from, and on what they are judged.
 
 `topic` reads a paragraph of the documentation and tells its area, which is that of the file it stands in.  `similar`
-reads the two halves of a paragraph and learns to find one by the other.  Knows nothing of models or of training.
+reads the two halves of a paragraph and learns to find one by the other.  `relevant` reads a question about an area and a
+paragraph, and tells by a number whether the paragraph is of that area.  Knows nothing of models or of training.
 """
 
 from __future__ import annotations
@@ -32,6 +33,30 @@ AREAS: dict[str, tuple[str, ...]] = {
     "tests": ("stdlib/unittest/", "stdlib/doctest"),
 }
 LABELS = dict(enumerate(AREAS))
+# What somebody asks who looks for something of an area; one of each is asked in tests alone.
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "numbers": (
+        "How do I round a decimal number?",
+        "Which functions draw random numbers?",
+        "What is the mean of the values?",
+        "How are integers and fractions added?",
+        "How precise is floating point arithmetic?",
+    ),
+    "files": (
+        "How do I read the lines of a file?",
+        "How can an archive be extracted?",
+        "How do I copy a directory?",
+        "Where does the path of a temporary file lie?",
+        "How do I open and close a file?",
+    ),
+    "tests": (
+        "How do I run the tests of a module?",
+        "How does a test case fail?",
+        "What does a mock object record?",
+        "How do I skip a test?",
+        "How do I write a test for a function?",
+    ),
+}
 PARAGRAPHS_HELD_OUT_PERCENT = 20
 MOST_TOKENS = 64
 SHORTEST_TOPIC_WORDS = 15  # "The default value is None" stands in any area
@@ -85,6 +110,31 @@ def labelled_batches(examples: Sequence[Labelled], tokenizer: Tokenizer, rows: i
         texts = [rng.choice(by_label[label]) for label in drawn]
         texts = [_from_some_sentence(text, rng) for text in texts]
         yield Batch(padded(texts, tokenizer)[0], torch.tensor(drawn))
+
+
+def question_batches(examples: Sequence[Labelled], tokenizer: Tokenizer, rows: int, seed: str) -> Iterator[Batch]:
+    """Endless batches of questions, each with a paragraph of every area in rows of their own, which stand together.
+
+    The labels `[rows]` are the areas of the questions.
+    """
+    rng = random.Random(seed)
+    by_label = [[example.text for example in examples if example.label == label] for label in LABELS]
+    while True:
+        areas = [rng.randrange(len(LABELS)) for _ in range(rows)]
+        texts = []
+        for area in areas:
+            question = rng.choice(QUESTIONS[LABELS[area]][:-1])
+            texts += [(question, _from_some_sentence(rng.choice(found), rng)) for found in by_label]
+        yield Batch(joined(texts, tokenizer), torch.tensor(areas))
+
+
+def joined(texts: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> torch.Tensor:
+    """Token ids `[texts, longest]` of two texts each, one after the other, cut at the most tokens each, padded on the right."""
+    rows = [[token for text in both for token in tokenizer.encode(text).ids[:MOST_TOKENS]] for both in texts]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return ids
 
 
 def pair_batches(found: Sequence[Pair], tokenizer: Tokenizer, rows: int, seed: str) -> Iterator[Batch]:

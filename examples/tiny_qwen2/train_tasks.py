@@ -1,7 +1,8 @@
-"""Trains the two adapters of the small Qwen2 that answer with something else than text, and measures them.
+"""Trains the three adapters of the small Qwen2 that answer with something else than text, and measures them.
 
-`topic` is a sequence classifier whose head travels with it, `similar` makes vectors.  This file decides their LoRA
-settings, losses and schedules; `tasks.py` decides what they read.  The base is the one in `model/`, left as it is.
+`topic` is a sequence classifier whose head travels with it, `similar` makes vectors, `relevant` is a reranker.  This file
+decides their LoRA settings, losses and schedules; `tasks.py` decides what they read.  The base is the one in `model/`, left
+as it is.
 
     python examples/tiny_qwen2/train_tasks.py --write-readme
 """
@@ -25,14 +26,17 @@ from tasks import (
     AREAS,
     CANDIDATES,
     LABELS,
+    QUESTIONS,
     Labelled,
     Pair,
     candidate_groups,
+    joined,
     labelled,
     labelled_batches,
     padded,
     pair_batches,
     pairs,
+    question_batches,
 )
 from tokenizers import Tokenizer
 from train import HERE, Schedule, adamw, save_adapter, train
@@ -46,7 +50,9 @@ GROUP_SEED = 0  # of the retrieval test, whatever the training's seed is
 
 TOPIC_SCHEDULE = Schedule(steps=160, rows=20, length=64, warmup=20)
 SIMILAR_SCHEDULE = Schedule(steps=400, rows=32, length=64, warmup=20)
+RELEVANT_SCHEDULE = Schedule(steps=400, rows=8, length=128, warmup=20)
 TOPIC_RATE = 2.5e-3
+RELEVANT_RATE = 2.5e-3
 SIMILAR_RATE = 3e-3
 TEMPERATURE = 0.05
 
@@ -54,6 +60,22 @@ TEMPERATURE = 0.05
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOPIC = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=EVERY, task_type="SEQ_CLS")
 SIMILAR = LoraConfig(r=4, lora_alpha=12, lora_dropout=0.1, target_modules=EVERY, task_type="FEATURE_EXTRACTION")
+RELEVANT = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=EVERY, task_type="SEQ_CLS")
+
+
+class Choice(torch.nn.Module):
+    """Scores the paragraph of the question's area above those of the others."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        scores = self.model(input_ids=input_ids).logits.view(-1, len(LABELS))  # [questions, areas]
+        # The second term keeps the scores where the sigmoid of a single one says something.
+        wanted = F.one_hot(labels, len(LABELS)).float()
+        loss = F.cross_entropy(scores, labels) + F.binary_cross_entropy_with_logits(scores, wanted)
+        return SimpleNamespace(loss=loss)
 
 
 class Contrast(torch.nn.Module):
@@ -102,6 +124,16 @@ def train_similar(model_folder: Path, found: Sequence[Pair], folder: Path, seed:
     save_adapter(adapted, folder)
 
 
+def train_relevant(model_folder: Path, examples: Sequence[Labelled], folder: Path, seed: int, console: Console) -> None:
+    """The reranker with its head of one label, trained and saved."""
+    torch.manual_seed(seed)
+    adapted = get_peft_model(Qwen2ForSequenceClassification.from_pretrained(model_folder, num_labels=1), RELEVANT)
+    batches = question_batches(examples, read_tokenizer(model_folder), RELEVANT_SCHEDULE.rows, f"relevant {seed}")
+    optimizer = adamw(trained(adapted), RELEVANT_RATE)
+    train(Choice(adapted), batches, RELEVANT_SCHEDULE, [optimizer], "relevant", console)
+    save_adapter(adapted, folder)
+
+
 def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -138,6 +170,17 @@ def measure_similar(model_folder: Path, folder: Path, found: Sequence[Pair]) -> 
     return {"queries": len(groups) * CANDIDATES, "candidates": CANDIDATES} | shares
 
 
+@torch.inference_mode()
+def measure_relevant(model_folder: Path, folder: Path, examples: Sequence[Labelled]) -> dict[str, Any]:
+    """How often a paragraph scores highest under the question of its own area, of questions that were never trained on."""
+    bare = Qwen2ForSequenceClassification.from_pretrained(model_folder, num_labels=1)
+    model, tokenizer = PeftModel.from_pretrained(bare, folder).eval(), read_tokenizer(model_folder)
+    asked = [(QUESTIONS[area][-1], example.text) for example in examples for area in AREAS]
+    scores = model(input_ids=joined(asked, tokenizer)).logits.view(len(examples), len(AREAS))
+    right = scores.argmax(-1) == torch.tensor([example.label for example in examples])
+    return {"held_out": len(examples), "relevant": round(right.float().mean().item(), 3)}
+
+
 def top_one(model: Any, pool: Pool, tokenizer: Tokenizer, groups: Sequence[Sequence[Pair]]) -> float:
     """The share of left halves whose own right half is the nearest of its group."""
     hits = 0
@@ -159,7 +202,7 @@ def write_readme(path: Path, metrics: Mapping[str, Any]) -> None:
 
 def table(metrics: Mapping[str, Any]) -> str:
     """The figures as the README shows them."""
-    topic, similar = metrics["topic"], metrics["similar"]
+    topic, similar, relevant = (metrics[name] for name in ("topic", "similar", "relevant"))
     areas = ", ".join(f"{name} {share:.1%}" for name, share in topic["by_area"].items())
     lines = [
         "| Measured | Value |",
@@ -168,6 +211,8 @@ def table(metrics: Mapping[str, Any]) -> str:
         f"| Always the most frequent area | {topic['most_frequent']:.1%} |",
         f"| `similar`: right half found first | {similar['similar']:.1%} of {similar['queries']},"
         f" among {similar['candidates']} each |",
+        f"| `relevant`: paragraphs that score highest under the question of their area | {relevant['relevant']:.1%}"
+        f" of {relevant['held_out']} |",
         f"| The base, last token; mean of the tokens | {similar['base_last']:.1%}; {similar['base_mean']:.1%} |",
     ]
     return "\n".join([*lines, ""])
@@ -178,19 +223,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE, help="where adapters/ and the metrics are written")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("topic", "similar", "relevant"), help="train this one alone")
     parser.add_argument("--measure-only", action="store_true", help="measure what --out holds, train nothing")
     parser.add_argument("--write-readme", action="store_true", help="put the measurements into the README")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.use_deterministic_algorithms(True)
     documents, model_folder, console = read_documents(), HERE / "model", Console(stderr=True)
-    topic, similar = (arguments.out / "adapters" / name for name in ("topic", "similar"))
-    if not arguments.measure_only:
+    topic, similar, relevant = (arguments.out / "adapters" / name for name in ("topic", "similar", "relevant"))
+    wanted = () if arguments.measure_only else (arguments.only,) if arguments.only else ("topic", "similar", "relevant")
+    if "topic" in wanted:
         train_topic(model_folder, labelled(documents, False), topic, arguments.seed, console)
+    if "similar" in wanted:
         train_similar(model_folder, pairs(documents, False), similar, arguments.seed, console)
+    if "relevant" in wanted:
+        train_relevant(model_folder, labelled(documents, False), relevant, arguments.seed, console)
     metrics = {
         "topic": measure_topic(model_folder, topic, labelled(documents, True)),
         "similar": measure_similar(model_folder, similar, pairs(documents, True)),
+        "relevant": measure_relevant(model_folder, relevant, labelled(documents, True)),
     }
     (arguments.out / METRICS).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     if arguments.write_readme:

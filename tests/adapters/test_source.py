@@ -125,6 +125,28 @@ def test_a_token_opens_a_private_adapter_and_its_lack_is_reported(hub, client, t
     assert "hf_wrong" not in wrong["message"]
 
 
+def test_an_adapter_that_is_too_large_is_refused_before_it_is_downloaded(hub, client, tmp_path):
+    hub.add("acme/lora", write(tmp_path / "repo", FILES))
+    size = sum(map(len, FILES.values()))
+
+    (large,) = client.run(FIND, ("acme/lora", {"max_bytes": size - 1}))
+    before = hub.downloaded()
+    (small,) = client.run(FIND, ("acme/lora", {"max_bytes": size}))
+
+    assert f"'acme/lora' has {size} bytes" in large["message"]
+    assert f"may have {size - 1}" in large["message"]
+    assert before == set()
+    assert held(small["folder"]) == FILES
+
+
+def test_a_folder_that_is_too_large_is_refused_by_its_own_files(tmp_path):
+    folder = write(tmp_path / "adapter", {**FILES, **BESIDE})
+    size = sum(map(len, FILES.values()))
+
+    assert f"has {size} bytes" in refused(folder, max_bytes=size - 1).message
+    assert find_adapter(folder, cache=tmp_path, max_bytes=size).folder == folder
+
+
 def test_offline_what_was_downloaded_is_the_answer_and_nobody_is_asked(hub, client, tmp_path):
     hub.add("acme/lora", write(tmp_path / "repo", FILES))
     first = client.find("acme/lora")

@@ -113,6 +113,18 @@ def test_a_url_of_a_folder_is_copied_without_what_an_adapter_does_not_need(tmp_p
     assert held(found.folder) == FILES
 
 
+@pytest.mark.parametrize("scheme", ["store", "mute"])
+def test_one_that_is_too_large_is_refused_before_anything_is_fetched(store, tmp_path, scheme):
+    put(store, {**FILES, **BESIDE})
+    size = sum(map(len, FILES.values()))
+
+    error = refused(f"{scheme}://lora", tmp_path, max_bytes=size - 1)
+
+    assert f"has {size} bytes" in error.message
+    assert Store.fetched == []
+    assert held(find_adapter(f"{scheme}://lora", cache=tmp_path, max_bytes=size).folder) == FILES
+
+
 def test_a_second_look_fetches_nothing_whether_or_not_a_slash_ends_the_url(store, tmp_path):
     put(store, FILES)
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from fastapi import FastAPI
+
     from lorax_core.serving.engine import Engine
 
 
@@ -25,13 +27,16 @@ def qwen2(repository: Path) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client() -> Callable[..., httpx.AsyncClient]:
-    """A client of an engine's application, without a socket between."""
+    """A client of an engine's application, without a socket between. Tests of one module share an application."""
+    made: dict[tuple[Engine, str], FastAPI] = {}
 
     def make(engine: Engine, **options: object) -> httpx.AsyncClient:
-        app = build_app(engine, ServerOptions(**options), model_name="base")
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        key = (engine, repr(sorted(options.items())))
+        if key not in made:  # making one takes longer than most answers
+            made[key] = build_app(engine, ServerOptions(**options), model_name="base")
+        transport = httpx.ASGITransport(app=made[key], raise_app_exceptions=False)
         return httpx.AsyncClient(transport=transport, base_url="http://server")
 
     return make

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 import pytest
+from asking import ask
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel
 
@@ -22,14 +22,6 @@ class Sorry(BaseModel):
     why: str
 
 
-def ask(client, method, path, **options):
-    async def inside():
-        async with client:
-            return await client.request(method, path, **options)
-
-    return asyncio.run(inside())
-
-
 def test_a_request_keeps_its_plain_id_and_gets_another_for_one_that_could_forge_a_log(qwen2, client):
     plain = ask(client(qwen2), "GET", "/health", headers={"X-Request-Id": "abc-1"})
     forged = ask(client(qwen2), "GET", "/health", headers={"X-Request-Id": "a b\tstatus=200"})
@@ -39,14 +31,21 @@ def test_a_request_keeps_its_plain_id_and_gets_another_for_one_that_could_forge_
 
 
 @pytest.mark.parametrize(
-    ("path", "shape"), [("/v1/nothing", "openai"), ("/tei/nothing", "lorax"), ("/nothing", "lorax")]
+    ("path", "found"), [("/v1/nothing", "not_found"), ("/tei/nothing", "NotFound"), ("/nothing", "not_found")]
 )
-def test_an_unknown_route_is_answered_in_the_shape_of_its_api(qwen2, client, path, shape):
+def test_an_unknown_route_is_answered_in_the_shape_of_its_api(qwen2, client, path, found):
     answer = ask(client(qwen2), "POST", path)
 
     body = answer.json()
     assert answer.status_code == 404
-    assert (body["error"]["code"] if shape == "openai" else body["error_type"]) == "not_found"
+    assert (body["error"]["code"] if path.startswith("/v1/") else body["error_type"]) == found
+
+
+def test_a_wrong_method_is_answered_with_those_that_a_route_takes(qwen2, client):
+    answer = ask(client(qwen2), "POST", "/v1/models")
+
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET"
 
 
 def test_keys_open_what_they_are_for():
@@ -111,9 +110,10 @@ def test_every_error_has_a_status_and_says_nothing_of_this_machine(tmp_path):
         "invalid", "too_long", "bad_adapter", "internal", "bad_adapter", "overloaded", "internal",
     ]  # fmt: skip
     for one in found:
-        for path in ("/v1/x", "/generate"):
+        kind = KINDS[one.kind]
+        for path, expected in (("/v1/x", kind.status), ("/generate", kind.lorax_status), ("/tei/x", kind.tei_status)):
             status, body = body_of(path, one)
-            assert status in (KINDS[one.kind].status, KINDS[one.kind].lorax_status)
+            assert status == expected
             assert str(tmp_path) not in str(body)
     assert found[5].headers == {"Retry-After": "3"}
 

@@ -56,6 +56,23 @@ def test_one_prompt_gives_one_completion(engine):
     assert completion.usage.total_tokens == len(ids_of("hello")) + 12
 
 
+def test_a_prompt_is_cut_to_its_last_tokens_where_a_request_asks_for_that(engine):
+    for prompt in ("hello", ids_of("hello"), CHAT):
+        cut = engine.generate(prompt, max_tokens=5, truncate_prompt_tokens=3, ignore_eos=True)
+        whole = engine.generate(prompt, max_tokens=5, truncate_prompt_tokens=99, ignore_eos=True)
+
+        ids = ids_of("user: hi\nassistant: ") if prompt is CHAT else ids_of("hello")
+        assert cut.token_ids == continued(ids[-3:], 5)
+        assert cut.usage.prompt_tokens == 3
+        assert whole.token_ids == continued(ids, 5)
+
+
+def test_tokens_that_stand_for_no_text_are_known(engine, encoder):
+    assert 256 in engine.special_ids
+    assert not engine.special_ids & set(range(256))
+    assert encoder.tokenize("ab").special == [True, False, False, True]
+
+
 def test_a_list_of_prompts_of_every_shape_gives_completions_in_order(engine):
     chat = [*ids_of("user: hi\nassistant: ")]
 

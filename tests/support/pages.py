@@ -48,7 +48,8 @@ A source is a folder, a hub id or a URL; only `*.json` and `*.safetensors` at it
 (`adapter="org/name"`): whatever has a slash and is no loaded name is loaded under that name first, once.
 What a request may name so is `load(..., adapter_sources=...)`: kinds ("folder", "hub", "url"), folders with all below them,
 and beginnings of URLs. By default folders and hub ids; with `[]` loaded names only. The `max_fetched_adapters` last used stay
-loaded, and no source is awaited longer than `adapter_timeout` seconds.
+loaded, and no source is awaited longer than `adapter_timeout` seconds. What is brought so, or by a client of a server, may have
+`max_adapter_bytes` on disk; what the operator loads in Python may have any size.
 
 ## Where they are kept
 

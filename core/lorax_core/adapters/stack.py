@@ -7,6 +7,7 @@ exactly the weighted sum of what they add. Magnitudes, replacements, token rows 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,6 +17,15 @@ from lorax_core.adapters.deltas import EmbeddingLowRank, LowRank, cast_to, summe
 from lorax_core.errors import AdapterError
 from lorax_core.types import Task
 from lorax_core.weights.loader import LoadedModel
+
+
+def check_weights(wanted: Mapping[str, float]) -> None:
+    """Raises AdapterError for what is no weighted sum of adapters by their names."""
+    if not wanted:
+        raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
+    for name, weight in wanted.items():
+        if not math.isfinite(weight):
+            raise AdapterError(f"{name!r} has weight {weight}, which is no finite number", hint="try 0.7")
 
 
 def stack_identity(weights: Mapping[str, float]) -> str:

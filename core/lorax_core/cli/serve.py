@@ -75,6 +75,9 @@ _MaxBatchRows = Annotated[int | None, typer.Option(metavar="N", help="The most s
 _MaxAdapters = Annotated[
     int | None, typer.Option(metavar="N", help="Adapters that are on the device at once; all by default.")
 ]
+_MaxAdapterBytes = Annotated[
+    int | None, typer.Option(metavar="N", help="The largest adapter, on disk, that clients may bring; any by default.")
+]
 _Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads that compute.")]
 
 
@@ -105,6 +108,7 @@ def serve(
     max_batch_tokens: _MaxBatchTokens = None,
     max_batch_rows: _MaxBatchRows = None,
     max_adapters: _MaxAdapters = None,
+    max_adapter_bytes: _MaxAdapterBytes = None,
     threads: _Threads = None,
 ) -> None:
     """Serve a model over HTTP: the APIs of OpenAI, LoRAX and TEI, and every task of one base at once.
@@ -121,7 +125,7 @@ def serve(
     loading = _given(
         adapters=adapters, adapter_sources=adapter_sources or [], dtype=dtype, device=device, quantize=quantize,
         revision=revision, pooling=pooling, kv_cache_tokens=kv_cache_tokens, max_batch_tokens=max_batch_tokens,
-        max_batch_rows=max_batch_rows, max_adapters=max_adapters, threads=threads,
+        max_batch_rows=max_batch_rows, max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes, threads=threads,
     )  # fmt: skip
     settings = Settings.from_env()
     keys = [*settings.api_keys, *(_keys(api_key_file) if api_key_file else [])]

@@ -19,15 +19,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 
 from lorax_core.errors import LoraxError
+from lorax_core.server.adapters import adapter_routes
 from lorax_core.server.document import correct_document
 from lorax_core.server.errors import Refused, failure
 from lorax_core.server.gateway import ClientGone, Gateway
 from lorax_core.server.health import health_routes
 from lorax_core.server.logs import log_failure
+from lorax_core.server.lorax.routes import lorax_routes
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
+from lorax_core.server.openai.routes import openai_routes
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.rerank import rerank_routes
 from lorax_core.server.schemas import invalid
+from lorax_core.server.tei.routes import tei_routes
 from lorax_core.server.tracing import Traces
 from lorax_core.serving.engine import Engine
 from lorax_core.version import __version__
@@ -75,7 +80,7 @@ def build_app(
         )
     _answer_errors(app, metrics)
     correct_document(app)
-    for routes in (health_routes,):
+    for routes in (health_routes, openai_routes, lorax_routes, tei_routes, rerank_routes, adapter_routes):
         app.include_router(routes(gateway))
     return app
 
@@ -107,7 +112,9 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
             refused = Refused("no_route", f"there is no route {request.url.path[:200]}", hint=_ROUTES)
         else:
             refused = Refused("invalid", str(error.detail), hint="send JSON, as GET /openapi.json describes it")
-        return answer(request, refused)
+        found = answer(request, refused)
+        found.headers.update(error.headers or {})  # of a wrong method, those that there are
+        return found
 
     app.add_exception_handler(LoraxError, deliberate)
     app.add_exception_handler(RequestValidationError, wrong)

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 
 from lorax_core.server.errors import Refused
 
-OPEN: Final = frozenset({"/health", "/ready"})
+OPEN: Final = frozenset({"/health", "/ready", "/tei/health"})
 """Routes that need no key: probes of an orchestrator have none."""
 ADMIN: Final = ("/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 """Routes below these need the admin key."""

@@ -17,29 +17,32 @@ from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestEr
 
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
-    """How one kind of error is called: by OpenAI's clients with their status, and by those of LoRAX and TEI with theirs."""
+    """How one kind of error is called: by OpenAI's clients with their status, by those of LoRAX and of TEI with theirs."""
 
     status: int
     openai: str
     code: str | None
     lorax_status: int
     lorax: str
+    tei_status: int
+    tei: str
 
 
+_INVALID: Final = "invalid_request_error"
 KINDS: Final[Mapping[str, ErrorKind]] = {
-    "invalid": ErrorKind(400, "invalid_request_error", None, 422, "validation"),
-    "too_long": ErrorKind(400, "invalid_request_error", "context_length_exceeded", 422, "validation"),
-    "unauthorized": ErrorKind(401, "authentication_error", "invalid_api_key", 401, "unauthorized"),
-    "no_route": ErrorKind(404, "invalid_request_error", "not_found", 404, "not_found"),
-    "no_model": ErrorKind(404, "invalid_request_error", "model_not_found", 404, "not_found"),
-    "bad_adapter": ErrorKind(400, "invalid_request_error", "bad_adapter", 422, "validation"),
-    "wrong_method": ErrorKind(405, "invalid_request_error", "method_not_allowed", 405, "method_not_allowed"),
-    "slow_body": ErrorKind(408, "invalid_request_error", "request_timeout", 408, "timeout"),
-    "too_large": ErrorKind(413, "invalid_request_error", "request_too_large", 413, "validation"),
-    "overloaded": ErrorKind(429, "rate_limit_error", "overloaded", 429, "overloaded"),
-    "internal": ErrorKind(500, "server_error", "internal_error", 500, "generation"),
-    "unavailable": ErrorKind(503, "server_error", "unavailable", 503, "unhealthy"),
-    "deadline": ErrorKind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation"),
+    "invalid": ErrorKind(400, _INVALID, None, 422, "validation", 422, "Validation"),
+    "too_long": ErrorKind(400, _INVALID, "context_length_exceeded", 422, "validation", 413, "Validation"),
+    "unauthorized": ErrorKind(401, "authentication_error", "invalid_api_key", 401, "unauthorized", 401, "Unauthorized"),
+    "no_route": ErrorKind(404, _INVALID, "not_found", 404, "not_found", 404, "NotFound"),
+    "no_model": ErrorKind(404, _INVALID, "model_not_found", 404, "not_found", 404, "NotFound"),
+    "bad_adapter": ErrorKind(400, _INVALID, "bad_adapter", 422, "validation", 422, "Validation"),
+    "wrong_method": ErrorKind(405, _INVALID, "method_not_allowed", 405, "method_not_allowed", 405, "MethodNotAllowed"),
+    "slow_body": ErrorKind(408, _INVALID, "request_timeout", 408, "timeout", 408, "Timeout"),
+    "too_large": ErrorKind(413, _INVALID, "request_too_large", 413, "validation", 413, "Validation"),
+    "overloaded": ErrorKind(429, "rate_limit_error", "overloaded", 429, "overloaded", 429, "Overloaded"),
+    "internal": ErrorKind(500, "server_error", "internal_error", 424, "generation", 424, "Backend"),
+    "unavailable": ErrorKind(503, "server_error", "unavailable", 503, "unhealthy", 503, "Unhealthy"),
+    "deadline": ErrorKind(504, "server_error", "deadline_exceeded", 504, "incomplete_generation", 504, "Backend"),
 }
 
 
@@ -117,6 +120,10 @@ def _here(folder: str) -> bool:
     return folder.startswith("~") or Path("/", folder.split("/")[1]).exists()
 
 
+_OPENAI: Final = ("/v1/", "/v2/", "/rerank")
+"""How paths of OpenAI's API begin, and of those whose clients know its errors."""
+
+
 # --- shapes: the body of each API, with its status ---
 
 
@@ -133,13 +140,24 @@ def openai_body(found: Failure) -> tuple[int, dict[str, Any]]:
 
 
 def lorax_body(found: Failure) -> tuple[int, dict[str, Any]]:
-    """`{"error", "error_type"}`, as LoRAX and TEI have it, and the hint beside them where there is one."""
+    """`{"error", "error_type"}`, as LoRAX has it, and the hint beside them where there is one."""
     kind = KINDS[found.kind]
+    return kind.lorax_status, _plain_body(found, kind.lorax)
+
+
+def tei_body(found: Failure) -> tuple[int, dict[str, Any]]:
+    """The same with TEI's names and statuses."""
+    kind = KINDS[found.kind]
+    return kind.tei_status, _plain_body(found, kind.tei)
+
+
+def _plain_body(found: Failure, error_type: str) -> dict[str, Any]:
     message = found.message if found.param is None else f"{found.param}: {found.message}"
-    body: dict[str, Any] = {"error": message, "error_type": kind.lorax}
-    return kind.lorax_status, body | ({} if found.hint is None else {"hint": found.hint})
+    return {"error": message, "error_type": error_type} | ({} if found.hint is None else {"hint": found.hint})
 
 
 def body_of(path: str, found: Failure) -> tuple[int, dict[str, Any]]:
     """Status and body for the API that a path belongs to."""
-    return openai_body(found) if path.startswith("/v1/") else lorax_body(found)
+    if path.startswith(_OPENAI):
+        return openai_body(found)
+    return tei_body(found) if path.startswith("/tei/") else lorax_body(found)

@@ -154,5 +154,7 @@ class _EngineNumbers(Collector):
             ("lorax_engine_prompt_tokens", "Tokens of inputs that were computed.", totals.prompt_tokens),
             ("lorax_engine_decode_tokens", "Newest tokens of answers that were computed.", totals.decode_tokens),
             ("lorax_engine_failed", "Answers that ended with an error.", totals.failed),
+            ("lorax_adapter_loads", "Adapters that were brought to the device.", self._engine.adapters.loads),
+            ("lorax_adapter_evictions", "Adapters that made room for others.", self._engine.adapters.evictions),
         ):
             yield CounterMetricFamily(name, what, value=count)

@@ -25,7 +25,6 @@ class ServerOptions(Checked):
     - `max_queue`: sequences that may wait beyond those that a step computes; more are refused with 429.
     - `max_body_bytes`, `max_batch`: the largest body, and the most inputs of one request.
     - `max_schema_chars`: characters of the largest JSON schema or regular expression of a request.
-    - `max_adapter_bytes`: the largest adapter that clients may bring, on disk; None sets no limit.
     - `request_timeout`: seconds that an answer may take, also what a client can ask for at most (`X-Request-Timeout`).
     - `body_timeout`: seconds that a client may take to send its headers, and as many for its body.
     - `drain_timeout`: seconds that running requests have to finish after SIGTERM.
@@ -42,7 +41,6 @@ class ServerOptions(Checked):
     max_body_bytes: int = Field(default=16 * 2**20, ge=1, lt=2**31)
     max_batch: int = Field(default=1_024, ge=1, lt=2**31)
     max_schema_chars: int = Field(default=64 * 1024, ge=1, lt=2**31)
-    max_adapter_bytes: int | None = Field(default=None, ge=1, lt=2**60)
     request_timeout: float = Field(default=600.0, gt=0, le=86_400)
     body_timeout: float = Field(default=30.0, gt=0, le=3_600)
     drain_timeout: float = Field(default=30.0, ge=0, le=3_600)

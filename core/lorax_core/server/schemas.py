@@ -5,15 +5,21 @@ Decides that a field which is not known is refused by name, as is one that is kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lorax_core.errors import nearest, shown
-from lorax_core.server.errors import Refused
+from lorax_core.server.errors import KINDS, ErrorKind, Refused
+from lorax_core.server.options import ServerOptions
+from lorax_core.untrusted import unusable
 
+# Where in a request a field is, and which of its kinds failed.
+_NO_FIELDS: Final = frozenset(("body", "query", "path", "header", "str", "int", "float", "bool", "dict", "list"))
 _SCHEMA: Final = "GET /openapi.json says what each field takes"
 
 
@@ -34,17 +40,91 @@ class Body(BaseModel):
                     meant = f"; did you mean {close!r}?" if close else ""
                     raise PydanticCustomError(
                         "unknown_parameter", "unknown parameter {name}{meant}",
-                        {"name": shown(name), "meant": meant, "param": name},
+                        {"name": shown(name), "meant": meant, "param": name.encode("utf-8", "backslashreplace").decode()},
                     )  # fmt: skip
         return value
+
+
+def unsupported(*harmless: Any, instead: str = "") -> Any:
+    """A field that has a meaning elsewhere and none here: it takes the values that change nothing, with which clients send it
+    anyway, and null. `instead` says what to do.
+    """
+    about = "Not supported" + (f"; {instead}" if instead else "")
+    return Field(default=None, description=f"{about}.", json_schema_extra={"enum": [None, *harmless]})
+
+
+class StrictBody(Body):
+    """Values of another kind are errors: "5" is no number. What is not supported is one by name."""
+
+    model_config = ConfigDict(strict=True)
+
+    @classmethod
+    def unsupported(cls) -> dict[str, list[Any]]:
+        """The fields that are, and the values that each may have."""
+        found = {name: _harmless(field) for name, field in cls.model_fields.items()}
+        return {name: values for name, values in found.items() if values is not None}
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        for name in self.model_fields_set:
+            value, values = getattr(self, name), _harmless(type(self).model_fields[name])
+            if values is not None and value not in values:
+                raise PydanticCustomError(
+                    "unknown_parameter", "{value} is not supported by this server",
+                    {"value": shown(value), "param": name},
+                )  # fmt: skip
+        return self
+
+
+def _harmless(field: FieldInfo) -> list[Any] | None:
+    """Values of a field that `unsupported` made; None for others."""
+    extra: Any = field.json_schema_extra
+    return extra.get("enum") if isinstance(extra, dict) else None
+
+
+class AnswerShape(BaseModel):
+    """Base of answers: nothing comes that is not described."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class ErrorDetail(AnswerShape):
+    """What is wrong: the `param` of the request, the error's `code`, and what to do next (`hint`)."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    hint: str | None = None
+
+
+class OpenAIError(AnswerShape):
+    """The answer to a request that failed, as OpenAI's clients read it."""
+
+    error: ErrorDetail
+
+
+def failures(shape: type[BaseModel], status: Callable[[ErrorKind], int]) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route whose errors have this shape, and these statuses."""
+    found: dict[int | str, list[str]] = {}
+    for name, kind in KINDS.items():
+        found.setdefault(status(kind), []).append(name.replace("_", " "))
+    described = {code: {"model": shape, "description": ", ".join(names)} for code, names in found.items()}
+    # Where none is 422, FastAPI would describe its own.
+    return described | (
+        {} if 422 in found else {"4XX": {"model": shape, "description": "any other error of a request"}}
+    )
 
 
 def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     """What FastAPI found wrong with a request, as one error that names the field, its value and what is valid."""
     # Of a field that may be several things, the alternative that fits best fails deepest.
     worst = max(errors, key=lambda one: (one["type"] == "unknown_parameter", len(one["loc"])))
-    steps = [step for step in worst["loc"] if step not in ("body", "query", "path", "header")]
-    param = ".".join(str(step) for step in steps if isinstance(step, int) or step.isidentifier()) or None
+    steps = [step for step in worst["loc"] if step not in _NO_FIELDS]
+    # Of a field that may be one of several models, pydantic has their names too; fields are written small.
+    param = (
+        ".".join(str(one) for one in steps if isinstance(one, int) or (one.isidentifier() and one.islower())) or None
+    )
     if worst["type"] == "json_invalid":
         said = str(worst.get("ctx", {}).get("error", "")) or "check its quotes and commas"
         return Refused("invalid", "the body is no JSON", hint=said)
@@ -57,12 +137,15 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     return Refused("invalid", message + found, hint=_SCHEMA, param=param)
 
 
-def honoured(body: Body, refused: Mapping[str, Sequence[Any]], why: str) -> None:
-    """Raises Refused for fields that have a meaning elsewhere and none here.
-
-    `refused` maps such a field to the values that change nothing, with which clients send it anyway.
-    """
-    for field, harmless in refused.items():
-        value = getattr(body, field)
-        if value is not None and value not in harmless:
-            raise Refused("invalid", f"{shown(value)} is not supported {why}", hint="leave it out", param=field)
+def check_size(constraint: Any, limits: ServerOptions, param: str) -> None:
+    """Raises Refused for a schema or expression that is larger than this server reads."""
+    if (problem := unusable(constraint)) is not None:
+        raise Refused("invalid", f"it {problem}", hint="give plain JSON", param=param)
+    size = len(constraint) if isinstance(constraint, str) else len(json.dumps(constraint))
+    if size > limits.max_schema_chars:
+        raise Refused(
+            "invalid",
+            f"it has {size:,} characters, and {limits.max_schema_chars:,} are read",
+            hint="make it simpler, or start the server with a larger --max-schema-chars",
+            param=param,
+        )

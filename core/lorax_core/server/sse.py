@@ -8,17 +8,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from typing import Any, Final
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from lorax_core.server.gateway import Events, until_gone
 
+# Once: `json.dumps` makes an encoder at each call that says how.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def encoded(value: Any) -> bytes:
+    """A value as JSON."""
+    return _ENCODER.encode(value).encode()
+
 
 def data(value: Any) -> bytes:
     """One event that holds a JSON value."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() + b"\n\n"
+    return b"data: " + encoded(value) + b"\n\n"
 
 
 class EventStream(Response):

@@ -238,6 +238,18 @@ class Engine:
         """The text of token ids, special tokens left out."""
         return self._preparer.detokenize(token_ids)
 
+    def token_bytes(self, token_ids: list[int], *, special: bool = True) -> list[bytes]:
+        """The bytes that each token stands for, which may be a part of a character; joined they are the text.
+
+        Special tokens have their names, or nothing without `special`.
+        """
+        return self._preparer.token_bytes(token_ids, special=special)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for no text, such as the one that ends a completion."""
+        return self._preparer.text.special_ids
+
     def count_tokens(self, prompt: TextPrompt | TextInput) -> int:
         """Tokens that a prompt or text comes to, special ones included; its limit is in `info()`."""
         # A request checks it: a pair of texts can only be embedded or classified.

@@ -22,7 +22,8 @@ class EngineInfo:
     each linear method computes, `linear_notes` say why others were passed over, and `lora_kernel` is the kernel of low-rank
     products with the reason for it; `elementwise` that of norms, gates and rotations. `graphs` says why decoding steps are not
     captured, None where they are. `weight_bytes` were read from files and made ready in `load_seconds`. `notes` say what was
-    chosen otherwise than the checkpoint states it.
+    chosen otherwise than the checkpoint states it. `labels` are those of its classification head, and `pooling` is how its
+    vectors are pooled where a request does not say it.
     """
 
     model_type: str
@@ -43,6 +44,8 @@ class EngineInfo:
     weight_bytes: int = 0
     load_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    pooling: str | None = None
     step_bytes: int | None = None
     totals: Totals = field(default_factory=Totals)
     last_step: StepStats | None = None

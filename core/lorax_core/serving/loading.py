@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -28,6 +29,7 @@ from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
 from lorax_core.linear_methods.select import LinearPolicy, fast_in_bfloat16
+from lorax_core.modeling.heads import CLASSIFICATION, EmbeddingHead
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
@@ -180,7 +182,9 @@ def _load_adapters(options: EngineOptions, base: LoadedModel, settings: Settings
         max_adapters=options.max_adapters,
         max_cpu_adapters=options.max_cpu_adapters,
         max_fetched=options.max_fetched_adapters,
-        sources=AdapterSources(settings.cache, options.adapter_sources, options.adapter_timeout),
+        sources=AdapterSources(
+            settings.cache, options.adapter_sources, options.adapter_timeout, options.max_adapter_bytes
+        ),
     )
     store.bound.kernel.verify = trusted.lora
     for name, source in options.adapters.items():
@@ -314,6 +318,8 @@ def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool
         linear_notes=model.linears.reasons,
         weight_bytes=base.checkpoint.nbytes,
         load_seconds=base.load_seconds,
+        labels=next((getattr(model.head(task), "labels", ()) for task in CLASSIFICATION if task in model.tasks), ()),
+        pooling=cast("EmbeddingHead", model.head(Task.EMBED)).pooling.value if Task.EMBED in model.tasks else None,
     )
 
 

@@ -43,6 +43,7 @@ from lorax_core.serving.requests import (
 )
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import Encoded, TextFront, cut
+from lorax_core.serving.tools import CLOSE
 from lorax_core.types import Classification, Completion, Embedding, Pooling, Relevance, Task, Tokenized, Usage
 
 Result = Completion | Embedding | Classification | Relevance
@@ -114,15 +115,23 @@ class Preparer:
         """A text as tokens."""
         # The task whose encoding knows where in the text each token lies, and adds no prompt of sentence files.
         encoded = self.text.encode(text, Task.TOKEN_CLASSIFICATION)
-        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets))
+        special = list(encoded.special or [False] * len(encoded.ids))
+        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets), special)
 
     def detokenize(self, token_ids: list[int]) -> str:
         """Token ids as text."""
+        return self.text.decode(self._known(token_ids))
+
+    def token_bytes(self, token_ids: list[int], *, special: bool) -> list[bytes]:
+        """The bytes of each token."""
+        return self.text.token_bytes(self._known(token_ids), special=special)
+
+    def _known(self, token_ids: list[int]) -> list[int]:
         checked = EmbedRequest(input=token_ids).input
         if not isinstance(checked, list):
             raise RequestError(f"token_ids: a list of numbers, not {shown(token_ids)}", hint="tokenize(text).ids")
         self._check_tokens("token_ids", checked)
-        return self.text.decode(token_ids)
+        return checked
 
     def prepare(self, request: Request) -> Prepared:
         """The sequence of a request, and how its answer becomes a result."""
@@ -139,7 +148,13 @@ class Preparer:
     def _generate(self, request: GenerateRequest) -> Prepared:
         # For its error: a model without this head refuses before the text is tokenized.
         self.model.head(Task.GENERATE)
-        encoded = self._checked(self.text.encode(request.prompt, Task.GENERATE))
+        encoded = self._checked(
+            self.text.encode(
+                request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options
+            )
+        )
+        if request.truncate_prompt_tokens is not None:
+            encoded = cut(encoded, request.truncate_prompt_tokens, "start")
         # All of max_tokens must fit: the completion would otherwise end before it, without an error.
         room = self.limits.tokens - len(encoded.ids)
         if room < 1 or (request.max_tokens or 1) > room:
@@ -152,7 +167,8 @@ class Preparer:
         self._check_tokens("stop_token_ids", request.stop_token_ids)
         # `ignore_eos` does not drop ids that the request names itself.
         ends = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self.eos_ids)
-        stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(request.stop))
+        strings = [*request.stop, *([CLOSE] if request.tools and not request.parallel_tool_calls else [])]
+        stop = StopRule(request.max_tokens or room, request.min_tokens, ends, tuple(strings))
         # Without a tokenizer a completion has no text in which a string could be found.
         if stop.strings and not self.text.has_tokenizer:
             raise RequestError(

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from lorax_core.errors import RequestError, shown
+from lorax_core.errors import RequestError, listed, shown
 from lorax_core.options import Checked
+from lorax_core.serving.tools import check_tools, names_of
 
 PROMPT_LENGTH: Final = 4 * 2**20
 """Characters of the longest prompt or conversation, about four times the tokens of the longest contexts."""
@@ -25,6 +26,7 @@ TOKEN_OPTIONS: Final = 4_096
 CHOICES: Final = 10_000
 CONSTRAINT_LENGTH: Final = 256 * 1024
 """Characters of a regular expression, or of all choices together."""
+TEMPLATE_OPTIONS: Final = 64
 NAME_LENGTH: Final = 4_096
 SUMMANDS: Final = 64
 """Adapters of one weighted sum."""
@@ -42,6 +44,7 @@ class GenerateRequest(Checked):
     """Continue a prompt: a string, token ids (taken as they are), or chat messages.
 
     - `max_tokens` None runs to the limit of model and cache; nothing ends the completion before `min_tokens`.
+    - `truncate_prompt_tokens` keeps so many of the prompt's last tokens, counting special ones, which stay.
     - `temperature` 0 is greedy; above, `top_k`, `top_p`, `min_p` and `typical_p` filter the candidates, in this order, and
       equal `seed`s give equal answers. `n` answers are sampled independently.
     - `repetition_penalty` divides the logits of all tokens before; `presence_penalty` and `frequency_penalty` lower those of
@@ -49,6 +52,9 @@ class GenerateRequest(Checked):
     - `stop` strings and `stop_token_ids` end the completion and are left out of it; so do end tokens, unless `ignore_eos`.
     - `logprobs` and `prompt_logprobs` ask for the model's own log-probabilities and so many of the likeliest tokens.
     - `json_schema`, `regex` or `choice` constrain the completion (the extra `lorax-core[structured]`).
+    - `tools`, in OpenAI's form, are shown to the model by the chat template, which also sees `template_options`, transformers'
+      `add_generation_prompt` and `continue_final_message` among them. With `tool_choice` "required", or a tool's name, the
+      completion is calls, else any text in which there may be some; `parallel_tool_calls` False ends it after the first.
     - `priority` moves a request forward in the queue.
     """
 
@@ -56,6 +62,7 @@ class GenerateRequest(Checked):
     adapter: AdapterChoice = None
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     # The ranges of presence and frequency penalty, logit_bias and n are OpenAI's.
     temperature: float = Field(default=0.0, ge=0.0, le=100.0)
     top_k: int | None = Field(default=None, ge=1, lt=2**31)
@@ -78,6 +85,10 @@ class GenerateRequest(Checked):
     json_schema: dict[str, Any] | str | None = None
     regex: str | None = Field(default=None, max_length=CONSTRAINT_LENGTH)
     choice: list[str] | None = Field(default=None, min_length=1, max_length=CHOICES)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    template_options: dict[str, Any] = Field(default_factory=dict, max_length=TEMPLATE_OPTIONS)
     priority: int = Field(default=0, ge=-100, le=100)
 
     @field_validator("stop", mode="before")
@@ -117,13 +128,42 @@ class GenerateRequest(Checked):
         _check_length(value)
         return value
 
+    @field_validator("tools")
+    @classmethod
+    def _plain_tools(cls, value: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        if value is not None:
+            _check_length(value)
+            check_tools(value)
+        return value
+
+    @field_validator("template_options")
+    @classmethod
+    def _plain_options(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_length(value)
+        if own := {"messages", "tools"} & value.keys():
+            raise ValueError(f"{min(own)!r} has an option of its own, and is none of the template's")
+        if value.get("continue_final_message") and value.get("add_generation_prompt"):
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if sum(one is not None for one in (self.json_schema, self.regex, self.choice)) > 1:
             raise ValueError("json_schema, regex and choice exclude each other")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        self._check_chat()
         return self
+
+    def _check_chat(self) -> None:
+        chat = isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], dict)
+        if (self.tools or self.template_options) and not chat:
+            raise ValueError("tools and template_options need a prompt of chat messages")
+        names = names_of(self.tools or [])
+        if self.tool_choice != "auto" and not (names if self.tool_choice == "required" else self.tool_choice in names):
+            raise ValueError(f"tool_choice is 'auto', 'required' or one of the tools, {listed(names)}")
+        if self.tools and (self.regex is not None or self.choice is not None):
+            raise ValueError("regex and choice leave no room for calls of tools; json_schema does")
 
 
 class EmbedRequest(Checked):
@@ -214,7 +254,7 @@ def _check_length(value: Any) -> None:
         elif isinstance(item, str):
             length += len(item)
         elif item is not None and not isinstance(item, (bool, int, float)):
-            raise ValueError(f"chat messages are made of text, numbers, lists and dicts, and not of {shown(item, 60)}")
+            raise ValueError(f"text, numbers, lists and dicts are what it is made of, and not {shown(item, 60)}")
         if length > PROMPT_LENGTH:
             raise ValueError(f"at most {PROMPT_LENGTH:,} characters")
 

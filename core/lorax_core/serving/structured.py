@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CapacityError, RequestError
 from lorax_core.serving.requests import GenerateRequest
+from lorax_core.serving.tools import constrain, grammar_of
 from lorax_core.untrusted import guarded, unusable
 
 if TYPE_CHECKING:
@@ -36,11 +37,15 @@ _SIMPLER: Final = "make the constraint simpler: fewer properties, alternatives o
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A tokenizer in the library's form, the rows of the model, and which ids are special, one bit each."""
+    """A tokenizer in the library's form, the rows of the model, and which ids are special to the library, one bit each.
+
+    `own` are those of them that are text to everybody else: "<tool_call>" of a tokenizer that has it, say.
+    """
 
     library: LLTokenizer
     vocab: int
     special: int
+    own: Mapping[str, int]
 
 
 class TokenGrammar:
@@ -116,17 +121,22 @@ class GrammarFactory:
 
         Raises RequestError when the extra is not installed, the tokenizer cannot be used, or the constraint is not valid.
         """
-        if request.json_schema is None and request.regex is None and request.choice is None:
+        constrained = request.json_schema is not None or request.regex is not None or request.choice is not None
+        calling = bool(request.tools) and (constrained or constrain(request.tools or [], request.tool_choice))
+        if not constrained and not calling:
             return None
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             raise RequestError(
-                "json_schema, regex and choice need llguidance, which is not installed",
+                "json_schema, regex, choice and calls of tools that must come need llguidance, which is not installed",
                 hint="pip install 'lorax-core[structured]'",
             ) from error
-        what = _grammar(request, LLMatcher)
         tokens = self._prepare()
+        what = _calls(request, tokens.own) if calling else _grammar(request, LLMatcher)
+        if calling:
+            # The marks of calls are meant, where other texts that are written like a token are not.
+            tokens = replace(tokens, special=tokens.special & ~sum(1 << at for at in tokens.own.values()))
         # Here, in the caller's thread: an invalid grammar would else fail in the step of all requests.
         with guarded(RequestError, "the constraint is not valid", hint=_CORRECT):
             limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, step_max_items=_STEP_ITEMS, verbose_errors=False)
@@ -165,8 +175,20 @@ class GrammarFactory:
                 ):
                     made = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
                     special = sum(1 << at for at in range(made.vocab_size) if made.is_special_token(at))
-                    self._prepared = _Tokens(made, self._vocab, special)
+                    added = getattr(self._tokenizer, "added_tokens_decoder", {})
+                    own = {one.content: at for at, one in added.items() if not one.special and special >> at & 1}
+                    self._prepared = _Tokens(made, self._vocab, special, own)
             return self._prepared
+
+
+def _calls(request: GenerateRequest, own: Mapping[str, int]) -> str:
+    """The grammar of a request whose tools constrain it."""
+    tools = request.tools or []
+    answer = None if request.json_schema is None else _checked_schema(request.json_schema)
+    schemas = [tool["function"].get("parameters") for tool in tools]
+    # All are built at once, so they are bounded together.
+    _checked_schema({"tools": schemas, "answer": json.loads(answer or "null")}, "the schema of all tools")
+    return grammar_of(tools, request.tool_choice, answer, parallel=request.parallel_tool_calls, own=own)
 
 
 def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
@@ -183,36 +205,36 @@ def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
     return str(matcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}"))
 
 
-def _checked_schema(given: dict[str, Any] | str) -> str:
-    """The text of a schema that is JSON, of bounded size; raises RequestError."""
+def _checked_schema(given: dict[str, Any] | str, what: str = "json_schema") -> str:
+    """The text of a schema that is JSON, of bounded size; raises RequestError, which calls it `what`."""
     with guarded(RequestError, "the constraint is no JSON schema", hint="give it as a dict, or as JSON text"):
         if isinstance(given, str) and len(given) > SCHEMA_LENGTH:
             raise RequestError(
-                f"json_schema has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read", hint=_SIMPLER
+                f"{what} has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read", hint=_SIMPLER
             )
         found = json.loads(given) if isinstance(given, str) else given
         problem = unusable(found)
         if problem is not None:
-            raise RequestError(f"json_schema {problem}", hint="give a schema of plain JSON")
+            raise RequestError(f"{what} {problem}", hint="give a schema of plain JSON")
         parts, wide = _parts(found)
         text = json.dumps(found, allow_nan=False)
     if not isinstance(found, dict):
-        raise RequestError(f"json_schema is {found!r:.60}, not an object", hint='a schema is {"type": ...}')
+        raise RequestError(f"{what} is {found!r:.60}, not an object", hint='a schema is {"type": ...}')
     if len(text) > SCHEMA_LENGTH or parts > SCHEMA_PARTS:
         raise RequestError(
-            f"json_schema has {len(text):,} characters, and {parts:,} keys and elements; at most {SCHEMA_LENGTH:,} and "
+            f"{what} has {len(text):,} characters, and {parts:,} keys and elements; at most {SCHEMA_LENGTH:,} and "
             f"{SCHEMA_PARTS:,} are read",
             hint=_SIMPLER,
         )
     joined = _joined(found)
     if joined > JOINED_PARTS and _has_text_rules(found):
         raise RequestError(
-            f"json_schema joins {joined:,} parts by allOf, and has patterns or formats; beside them at most {JOINED_PARTS}",
+            f"{what} joins {joined:,} parts by allOf, and has patterns or formats; beside them at most {JOINED_PARTS}",
             hint="write one pattern for what several say together",
         )
     if wide is not None:
         raise RequestError(
-            f"json_schema has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
+            f"{what} has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
         )
     return text
 

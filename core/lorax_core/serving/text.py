@@ -6,10 +6,13 @@ Knows nothing of models; a checkpoint without a tokenizer takes ids only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lorax_core.errors import RequestError, listed, nearest, shown
+from lorax_core.serving.chat import ChatWriter
+from lorax_core.serving.token_bytes import TokenBytes
 from lorax_core.serving.tokenizer import load_tokenizer
 from lorax_core.types import Task
 from lorax_core.untrusted import guarded
@@ -17,9 +20,6 @@ from lorax_core.weights.checkpoint import Checkpoint
 from lorax_core.weights.sentence import SentenceFiles
 
 _INT = frozenset((int,))
-
-if TYPE_CHECKING:
-    from lorax_core.serving.templates import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,9 @@ class TextFront:
         self._sentence = sentence
         # Computed at the first input; two threads that do it at once get the same number.
         self._prompt_rows: dict[str, int] = {}
-        self._template: ChatTemplate | None = None  # likewise
+        self._chat = ChatWriter(tokenizer)
+        self._bytes = TokenBytes(tokenizer)
+        self._special_ids: frozenset[int] | None = None
 
     @property
     def tokenizer(self) -> Any | None:
@@ -84,10 +86,26 @@ class TextFront:
             text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of tokens that stand for no text; none without a tokenizer."""
+        if self._special_ids is None:
+            added = getattr(self._tokenizer, "added_tokens_decoder", {})
+            # Those without a role are left out of texts too.
+            others = (token for token, about in added.items() if about.special)
+            self._special_ids = frozenset((*getattr(self._tokenizer, "all_special_ids", ()), *others))
+        return self._special_ids
+
     def tokens(self, ids: list[int]) -> list[str]:
         """The tokenizer's own spelling of ids; empty without a tokenizer."""
         found: list[str] = self._tokenizer.convert_ids_to_tokens(ids) if self._tokenizer is not None else []
         return found
+
+    def token_bytes(self, ids: list[int], *, special: bool) -> list[bytes]:
+        """The bytes that each token stands for; special ones have their names, or nothing without `special`."""
+        self._require("text")
+        with guarded(RequestError, f"the tokenizer cannot read the ids {shown(ids, 60)}", "give ids of this tokenizer"):
+            return self._bytes.of(ids, special=special)
 
     def prompt_named(self, name: str) -> str:
         """The checkpoint's prompt of this name; raises RequestError with those that there are."""
@@ -100,17 +118,26 @@ class TextFront:
             )
         return prompts[name]
 
-    def encode(self, prompt: Any, task: Task, before: str | None = None) -> Encoded:
+    def encode(
+        self,
+        prompt: Any,
+        task: Task,
+        before: str | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> Encoded:
         """Ids of a prompt of any shape; raises RequestError when it needs a tokenizer or template that is not there.
 
-        `before` goes before a text to embed, instead of what the sentence files put there.
+        `before` goes before a text to embed, instead of what the sentence files put there; `tools` and `template_options` are
+        for the template of chat messages.
         """
         if isinstance(prompt, list) and (
             _INT.issuperset(map(type, prompt)) or all(isinstance(one, int) for one in prompt)
         ):
             return Encoded(list(prompt))
         if isinstance(prompt, list):
-            return Encoded(self._chat(prompt))
+            return Encoded(self._conversation(prompt, tools, template_options or {}))
         # Sentence files speak of embeddings alone: no prompt and no lower case for the other tasks.
         if task is not Task.EMBED:
             return self._text(prompt, offsets=task is Task.TOKEN_CLASSIFICATION)
@@ -171,19 +198,12 @@ class TextFront:
             second=tuple(text == 1 for text in made.sequence_ids()) if parted else (),
         )
 
-    def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _conversation(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, options: Mapping[str, Any]
+    ) -> list[int]:
         tokenizer = self._require("chat messages")
-        if not getattr(tokenizer, "chat_template", None):
-            raise RequestError("this checkpoint has no chat template", hint="give the prompt as one string")
-        with guarded(
-            RequestError, f"the chat template refused {shown(messages, 120)}", hint="give the prompt as one string"
-        ):
-            if self._template is None:
-                # Late: most checkpoints have no template, and jinja is no small import.
-                from lorax_core.serving.templates import ChatTemplate
-
-                self._template = ChatTemplate(tokenizer.get_chat_template())
-            text = self._template.render(messages, tokenizer.special_tokens_map)
+        text = self._chat.text(messages, tools, options)
+        with guarded(RequestError, f"the tokenizer cannot read {shown(text, 60)}", "give other messages"):
             # The template writes the special tokens itself.
             made = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return list(made["input_ids"])

@@ -102,6 +102,18 @@ def refuse_pickles(kind: Kind, source: str, names: Iterable[str]) -> None:
         )
 
 
+def hub_sizes(kind: Kind, source: str, revision: str | None, token: str | None) -> list[int]:
+    """Bytes of each file that `find_files` would download from the hub; none where the hub does not tell them."""
+    from huggingface_hub import HfApi, RepoFile
+
+    try:
+        entries = list(HfApi().list_repo_tree(source, revision=revision, token=token))
+    except Exception:  # each as in `_download`, which tells why; what was downloaded before needs no hub
+        return []
+    files = [entry for entry in entries if isinstance(entry, RepoFile)]
+    return [file.size for file in files if any(fnmatch(file.path, pattern) for pattern in kind.wanted)]
+
+
 def _download(kind: Kind, source: str, revision: str | None, token: str | None) -> tuple[Path, str]:
     # Late: loading from a folder needs no HTTP client.
     from huggingface_hub import snapshot_download

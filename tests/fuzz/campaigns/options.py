@@ -31,6 +31,7 @@ VALUES: dict[str, list[Any]] = {
     "adapter_sources": [[], (), ("folder",), ["folder", "hub", "url"], ["nope"], "folder", [5], ["/"], [""],
         ["\ud800"], None],
     "max_fetched_adapters": COUNTS, "adapter_timeout": [1, 0.5, 600.0, 0, -1, 10**9, math.nan, math.inf, "5", None],
+    "max_adapter_bytes": [*COUNTS, 10**9],
 }  # fmt: skip
 PLACES: list[Any] = ["", " ", "/nowhere", "nowhere", "a/b", "a/b/c", "~nouser/x", "a\0b", "x" * 5000, "\ud800",
     "/dev/zero", "/etc/passwd", ".", "..", "/", "http://127.0.0.1:9/x", "s3://x/y", 5, None, [], b"x",

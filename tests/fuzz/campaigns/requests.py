@@ -16,7 +16,8 @@ from fuzz.mutations import odd_value
 VOCAB, EOS = 320, 256
 # Values that are right, and by themselves or with others may still be refused.
 RIGHT: dict[str, list[Any]] = {
-    "max_tokens": [1, 2, 4, 6], "min_tokens": [0, 1, 3], "top_k": [None, 1, 5, 10**6], "top_p": [0.1, 0.9, 1.0],
+    "max_tokens": [1, 2, 4, 6], "min_tokens": [0, 1, 3],
+    "truncate_prompt_tokens": [None, 1, 2, 99], "top_k": [None, 1, 5, 10**6], "top_p": [0.1, 0.9, 1.0],
         "min_p": [0.0, 0.3, 1.0],
     "typical_p": [0.2, 1.0], "repetition_penalty": [0.5, 1.0, 1.3, 5.0], "presence_penalty": [-2.0, 0.5, 2.0],
         "frequency_penalty": [-1.0, 0.5, 2.0],
@@ -93,6 +94,7 @@ def greedy(house: House, fields: dict[str, Any], ours: list[int]) -> tuple[list[
     model, tokenizer = adapted(house, fields.get("adapter")), house.tokenizers["qwen2"]
     prompt, out, logprobs = fields["prompt"], [], []
     prompt = tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt)
+    prompt = prompt[-(fields.get("truncate_prompt_tokens") or len(prompt)) :]
     ends = {*fields.get("stop_token_ids", []), *([] if fields.get("ignore_eos") else [EOS])}
     stops = fields.get("stop", [])
     stops = [stops] if isinstance(stops, str) else stops

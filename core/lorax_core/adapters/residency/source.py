@@ -20,7 +20,7 @@ from typing import Any
 
 from lorax_core.errors import AdapterError, nearest
 from lorax_core.untrusted import read_json
-from lorax_core.weights.hub import Kind, find_files, refuse_pickles
+from lorax_core.weights.hub import Kind, find_files, hub_sizes, is_hub_id, refuse_pickles
 
 # Filesystems that read through another: what they are given would reach what a plain URL may not.
 _WRAPPERS = frozenset(
@@ -73,7 +73,12 @@ class _File:
 
 
 def find_adapter(
-    source: str | Path, *, revision: str | None = None, token: str | None = None, cache: Path
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache: Path,
+    max_bytes: int | None = None,
 ) -> FoundAdapter:
     """The files of an adapter, fetched when they are elsewhere.
 
@@ -83,25 +88,33 @@ def find_adapter(
     - A URL `scheme://...` is listed each time, and fetched when what is listed is not in `cache`. Calls at
       the same time, from any process, do not disturb each other.
 
-    Raises AdapterError, naming the source, when it is none of these or cannot be read, and when its weights are pickles.
+    Raises AdapterError, naming the source, when it is none of these or cannot be read, when its weights are pickles, and when
+    its files have more than `max_bytes` together.
     """
     with _masked_errors(source):
-        return _find(source, revision, token, cache)
+        found = _find(source, revision, token, cache, max_bytes)
+        files = [file for pattern in _ADAPTER.wanted for file in found.folder.glob(pattern) if file.name != _DIGESTS]
+        _refuse_large(found.origin, (file.stat().st_size for file in files), max_bytes)
+        return found
 
 
-def _find(source: str | Path, revision: str | None, token: str | None, cache: Path) -> FoundAdapter:
+def _find(
+    source: str | Path, revision: str | None, token: str | None, cache: Path, max_bytes: int | None
+) -> FoundAdapter:
     scheme = url_scheme(source) if isinstance(source, str) else None
     if scheme is not None:
         url = str(source)
         _refuse_schemes(url, scheme)
         _refuse_options(url, revision, token)
-        return _from_url(url, scheme, cache / "adapters")
+        return _from_url(url, scheme, cache / "adapters", max_bytes)
     collapsed = _COLLAPSED.fullmatch(str(source))
     if isinstance(source, Path) and collapsed is not None and not source.exists():
         raise AdapterError(
             f"there is no adapter folder {str(source)!r}; a path cannot be a URL",
             hint=f"give URLs as text: '{collapsed['scheme']}://{collapsed['rest']}'",
         )
+    if max_bytes is not None and isinstance(source, str) and is_hub_id(source) and not Path(source).is_dir():
+        _refuse_large(source, hub_sizes(_ADAPTER, source, revision, token), max_bytes)
     folder, commit = find_files(_ADAPTER, source, revision, token)
     return FoundAdapter(folder, str(source), commit)
 
@@ -166,9 +179,19 @@ def _refuse_options(url: str, revision: str | None, token: str | None) -> None:
         )
 
 
-def _from_url(url: str, scheme: str, root: Path) -> FoundAdapter:
+def _refuse_large(source: str, sizes: Iterable[int], max_bytes: int | None) -> None:
+    total = sum(sizes) if max_bytes is not None else 0
+    if max_bytes is not None and total > max_bytes:
+        raise AdapterError(
+            f"the adapter {source!r:.200} has {total:,} bytes; one that is brought to this engine may have {max_bytes:,}",
+            hint="the operator may load it by name, or load the engine with a larger max_adapter_bytes",
+        )
+
+
+def _from_url(url: str, scheme: str, root: Path, max_bytes: int | None) -> FoundAdapter:
     files, path = _filesystem(url, scheme)
     remote = _listing(files, path, url)
+    _refuse_large(masked(url), (file.size or 0 for file in remote), max_bytes)  # before anything is downloaded
     # Listing alone decides: with tags that mark versions, nothing is downloaded twice.
     version = _digest([url.rstrip("/"), *((file.name, file.size, file.tag) for file in remote)])
     sure = all(file.tag is not None and file.size is not None for file in remote)

@@ -23,11 +23,19 @@ class AdapterSources:
     """Where an engine finds adapters: `cache` keeps what URLs give, `seconds` is how long any source is awaited.
 
     `allowed` is what requests may name: a kind ("folder", "hub", "url"), a folder ("/srv/adapters": what lies below it), or the
-    beginning of a URL ("s3://bucket/adapters/"). Without entries they name loaded adapters only.
+    beginning of a URL ("s3://bucket/adapters/"). Without entries they name loaded adapters only. What is brought by somebody
+    else than the operator may have `max_bytes`.
     """
 
-    def __init__(self, cache: Path, allowed: Iterable[str] = ("folder", "hub"), seconds: float = 600.0) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        allowed: Iterable[str] = ("folder", "hub"),
+        seconds: float = 600.0,
+        max_bytes: int | None = None,
+    ) -> None:
         self.seconds = seconds
+        self._max_bytes = max_bytes
         self._cache = cache
         self._entries = tuple(allowed)
         self._kinds = {entry for entry in self._entries if entry in SOURCE_KINDS}
@@ -36,11 +44,17 @@ class AdapterSources:
         self._urls = tuple(f"{entry.rstrip('/')}/" for entry in roots if url_scheme(entry) is not None)
         self._folders = [Path(entry).expanduser().resolve() for entry in roots if url_scheme(entry) is None]
 
-    def find(self, source: str | Path, revision: str | None = None, token: str | None = None) -> FoundAdapter:
-        """The files of a source; raises AdapterError as `find_adapter` does, and when it is not there in time."""
+    def find(
+        self, source: str | Path, revision: str | None = None, token: str | None = None, *, bounded: bool = False
+    ) -> FoundAdapter:
+        """The files of a source; raises AdapterError as `find_adapter` does, and when it is not there in time.
+
+        `bounded`: also when they are larger than `max_bytes`.
+        """
+        limit = self._max_bytes if bounded else None
         return within(
             self.seconds,
-            lambda: find_adapter(source, revision=revision, token=token, cache=self._cache),
+            lambda: find_adapter(source, revision=revision, token=token, cache=self._cache, max_bytes=limit),
             lambda: self.late(str(source)),
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -27,7 +26,7 @@ from lorax_core.adapters.residency.names import Named, NameTable
 from lorax_core.adapters.residency.slots import AdapterSlots
 from lorax_core.adapters.residency.source import FoundAdapter, masked
 from lorax_core.adapters.residency.sources import AdapterSources
-from lorax_core.adapters.stack import StackedAdapter, stack_identity
+from lorax_core.adapters.stack import StackedAdapter, check_weights, stack_identity
 from lorax_core.errors import LOAD_AGAIN, AdapterError, LoraxError, listed
 from lorax_core.settings import Settings
 from lorax_core.untrusted import guarded
@@ -80,6 +79,8 @@ class AdapterStore:
         self._fetcher = Fetcher(self._fetch, self._sources)
         self._binder: ThreadPoolExecutor | None = None
         self._closed = False
+        self.loads = self.evictions = 0
+        """How often an adapter was brought to the device, and how often one made room there for another."""
 
     def load(
         self,
@@ -92,25 +93,26 @@ class AdapterStore:
         problem_type: str | None = None,
         id2label: Mapping[int, str] | None = None,
         pin: bool = False,
+        bounded: bool = False,
     ) -> AdapterInfo:
         """Find, read and check the adapter in `source` and call it `name`, in place of what had that name.
 
         - `source`: a folder, a hub id (with `revision` and `token`), or the URL of a folder (`s3://bucket/key`).
         - `task`, `problem_type`, `id2label` state of its head what its files do not. `pin`: once on the device it stays there.
+        - `bounded`: it may be no larger than what requests bring (`max_adapter_bytes`).
 
         Raises AdapterError, with the engine unharmed, when the files are bad or do not fit the base.
         """
         if not isinstance(name, str) or not name.strip():
-            raise AdapterError(
-                f"an adapter's name must be a non-empty string, not {name!r:.200}", hint="load('name', source)"
-            )
+            wrong = f"an adapter's name must be a non-empty string, not {name!r:.200}"
+            raise AdapterError(wrong, hint="load('name', source)")
         for option, value, kind in (("revision", revision, str), ("token", token, str), ("pin", pin, bool)):
             if value is not None and not isinstance(value, kind):
                 raise AdapterError(f"{option} is a {kind.__name__}, not a {type(value).__name__}", hint="leave it out")
         # The last net: what a library raises over bad files is one error here too.
         with guarded(AdapterError, f"{name!r:.200} was not loaded", _AGAIN):
             request = HeadRequest.of(task, problem_type, id2label)
-            return self._load(name, self._sources.find(source, revision, token), request, pin=pin)
+            return self._load(name, self._sources.find(source, revision, token, bounded=bounded), request, pin=pin)
 
     def _load(
         self, name: str, found: FoundAdapter, request: HeadRequest, *, pin: bool = False, fetched: bool = False
@@ -155,11 +157,7 @@ class AdapterStore:
         with self._lock:
             if isinstance(wanted, str):
                 return self._names.find(wanted).handle
-            if not wanted:
-                raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
-            for name, weight in wanted.items():
-                if not math.isfinite(weight):
-                    raise AdapterError(f"{name!r} has weight {weight}, which is no finite number", hint="try 0.7")
+            check_weights(wanted)
             members = [(self._names.find(name).handle, float(weight)) for name, weight in wanted.items()]
             if len(members) == 1 and members[0][1] == 1.0:
                 return members[0][0]
@@ -300,6 +298,7 @@ class AdapterStore:
         if grant is None:
             return
         if grant.evicted is not None:
+            self.evictions += 1
             self.bound.handle(UnbindAdapter(grant.evicted))
         if handle.identity in self.bound:  # it was retired while sequences still waited for it
             self._slots.arrived(handle.identity)
@@ -321,6 +320,7 @@ class AdapterStore:
             error.__cause__ = failure
         with self._lock:
             if error is None:
+                self.loads += 1
                 self._slots.arrived(handle.identity)
                 for one in (handle, *(member for member, _ in handle.members)):
                     self._keep_copies(one)
@@ -381,7 +381,7 @@ class AdapterStore:
     def _fetch(self, source: str) -> None:
         try:  # an error says nothing of files beside the one that a request names
             with guarded(AdapterError, f"{masked(source)!r:.200} was not loaded", _AGAIN):
-                self._load(source, self._sources.find(source), HeadRequest(), fetched=True)
+                self._load(source, self._sources.find(source, bounded=True), HeadRequest(), fetched=True)
         except AdapterError as error:
             raise AdapterError(error.message, hint="engine.adapters.load(name, source) says more") from error
 

@@ -1,0 +1,1 @@
+"""OpenAI's API, with the parameters that vLLM adds to it."""

@@ -1,0 +1,49 @@
+"""Texts as tokens, for the APIs that show them.
+
+Decides where tokenizing happens, and which tokens are left out. Knows nothing of any API's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from lorax_core.server.gateway import Gateway
+from lorax_core.serving.engine import Engine
+from lorax_core.types import Tokenized
+
+_INLINE_CHARACTERS: Final = 2_000
+"""More than these are tokenized in a thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextToken:
+    """A token: the tokenizer's own spelling of it, and the characters of the text that it covers."""
+
+    id: int
+    token: str
+    special: bool
+    start: int
+    stop: int
+
+
+async def tokenized(gateway: Gateway, texts: Sequence[str], *, special: bool) -> list[list[TextToken]]:
+    """The tokens of each text, with those that the tokenizer adds where `special`."""
+    if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+        return _all(gateway.engine, texts, special)
+    return await gateway.in_thread(_all, gateway.engine, texts, special)
+
+
+def _all(engine: Engine, texts: Sequence[str], special: bool) -> list[list[TextToken]]:
+    return [_tokens(engine.tokenize(text), special) for text in texts]
+
+
+def _tokens(found: Tokenized, special: bool) -> list[TextToken]:
+    # Without offsets where the tokenizer has none.
+    offsets = found.offsets or [(0, 0)] * len(found.ids)
+    return [
+        TextToken(id, token, added, *offset)
+        for id, token, added, offset in zip(found.ids, found.tokens, found.special, offsets, strict=True)
+        if special or not added
+    ]

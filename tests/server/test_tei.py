@@ -1,0 +1,193 @@
+"""TEI's routes over an embedder, a classifier and a reranker: what the engine says, in TEI's shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import transformers as hf
+from asking import ask
+from builders import BERT, make_bert, make_letter_tokenizer, make_sentence_files
+from oracles import make_model, saved
+
+import lorax_core
+from lorax_core.server.tei.shapes import Prediction, Rank, TeiFailure, TeiInfo, TeiToken
+
+TEXTS = ["a text", "another, longer one"]
+LONG = "long " * 40
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory):
+    folder = make_bert(tmp_path_factory.mktemp("embedder"), seed=2)
+    make_sentence_files(folder, sentence={"prompts": {"query": "ask: "}})
+    with lorax_core.load(folder) as engine:
+        yield engine
+
+
+def make_scorer(folder, labels):
+    names = {at: f"label-{at}" for at in range(labels)}
+    make_letter_tokenizer().save_pretrained(folder)
+    saved(make_model(hf.BertForSequenceClassification, BERT, seed=3, num_labels=labels, id2label=names), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    with lorax_core.load(make_scorer(tmp_path_factory.mktemp("classifier"), 3)) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    with lorax_core.load(make_scorer(tmp_path_factory.mktemp("reranker"), 1)) as engine:
+        yield engine
+
+
+def post(client, engine, path, **body):
+    return ask(client(engine, max_batch=4), "POST", f"/tei{path}", json=body)
+
+
+def good(answer):
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def failed(answer, status, kind):
+    found = TeiFailure.model_validate(answer.json())
+    assert (answer.status_code, found.error_type) == (status, kind), answer.text
+    return found.error
+
+
+def test_vectors_are_those_of_the_engine_and_come_as_a_list(embedder, client):
+    expected = [embedder.embed(text, normalize=True) for text in TEXTS]
+
+    answer = post(client, embedder, "/embed", inputs=TEXTS)
+    one = post(client, embedder, "/embed", inputs=TEXTS[0])
+    ids = post(client, embedder, "/embed", inputs=[embedder.tokenize(text).ids for text in TEXTS])
+    alone = post(client, embedder, "/embed", inputs=embedder.tokenize(TEXTS[0]).ids)
+
+    np.testing.assert_allclose(good(answer), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(good(one), expected[:1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(good(ids), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(good(alone), expected[:1], rtol=1e-5, atol=1e-6)
+    assert answer.headers["x-compute-tokens"] == str(sum(len(embedder.tokenize(text).ids) for text in TEXTS))
+    assert answer.headers["x-compute-characters"] == str(sum(map(len, TEXTS)))
+
+
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"normalize": False}, {"normalize": False}),
+        ({"dimensions": 8}, {"dimensions": 8, "normalize": True}),
+        ({"prompt_name": "query"}, {"prompt_name": "query", "normalize": True}),
+    ],
+)
+def test_each_option_of_a_vector_is_honoured(embedder, client, asked, options):
+    found = good(post(client, embedder, "/embed", inputs=TEXTS[0], **asked))
+
+    np.testing.assert_allclose(found[0], embedder.embed(TEXTS[0], **options), rtol=1e-5, atol=1e-6)
+    assert found != good(post(client, embedder, "/embed", inputs=TEXTS[0]))
+
+
+@pytest.mark.parametrize(("direction", "side"), [("left", "start"), ("Right", "end")])
+def test_a_text_that_is_too_long_is_cut_at_the_side_that_was_named(embedder, client, direction, side):
+    text = f"begin {LONG} end"
+
+    found = good(post(client, embedder, "/embed", inputs=text, truncate=True, truncation_direction=direction))
+
+    np.testing.assert_allclose(found[0], embedder.embed(text, truncate=side, normalize=True), rtol=1e-5, atol=1e-6)
+    assert "too long" in failed(post(client, embedder, "/embed", inputs=text), 413, "Validation")
+
+
+def test_every_token_has_a_vector(embedder, client):
+    found = good(post(client, embedder, "/embed_all", inputs=TEXTS))
+
+    for text, rows in zip(TEXTS, found, strict=True):
+        expected = embedder.embed(text, pooling="none", normalize=False)
+        assert np.shape(rows) == (len(embedder.tokenize(text).ids), 64)
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_labels_come_by_falling_score_for_texts_and_pairs(classifier, client, raw):
+    pair = ("one", "two")
+    expected = classifier.classify(["a", pair], raw_scores=raw)
+
+    batch = good(post(client, classifier, "/predict", inputs=[["a"], list(pair)], raw_scores=raw))
+    text = good(post(client, classifier, "/predict", inputs="a", raw_scores=raw))
+    single = good(post(client, classifier, "/predict", inputs=["a"], raw_scores=raw))
+    paired = good(post(client, classifier, "/predict", inputs=list(pair), raw_scores=raw))
+
+    assert (text, single, paired) == (batch[0], batch[0], batch[1])
+    for found, answer in zip(batch, expected, strict=True):
+        assert [Prediction.model_validate(one).label for one in found] == answer.labels
+        np.testing.assert_allclose([one["score"] for one in found], answer.scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_texts_are_ranked_as_the_engine_ranks_them(reranker, client, raw):
+    expected = reranker.rerank("who", TEXTS, normalize=not raw)
+
+    found = good(post(client, reranker, "/rerank", query="who", texts=TEXTS, raw_scores=raw))
+    with_text = good(post(client, reranker, "/rerank", query="who", texts=TEXTS, raw_scores=raw, return_text=True))
+
+    assert [Rank.model_validate(one).index for one in found] == [one.index for one in expected]
+    np.testing.assert_allclose([one["score"] for one in found], [one.score for one in expected], rtol=1e-5)
+    assert all("text" not in one for one in found)
+    assert [one["text"] for one in with_text] == [TEXTS[one.index] for one in expected]
+
+
+def test_tokens_are_told_with_their_part_of_the_text(embedder, client):
+    found = good(post(client, embedder, "/tokenize", inputs=["a Bc"]))[0]
+    plain = good(post(client, embedder, "/tokenize", inputs="a Bc", add_special_tokens=False))[0]
+
+    assert [(TeiToken.model_validate(one).text, one["special"]) for one in found] == [
+        ("[CLS]", True), ("a", False), ("B", False), ("c", False), ("[SEP]", True),
+    ]  # fmt: skip
+    many = good(post(client, embedder, "/tokenize", inputs=["a Bc", LONG * 20]))
+
+    assert plain == found[1:-1]
+    assert (many[0], len(many[1])) == (found, len(embedder.tokenize(LONG * 20).ids))
+    assert (found[0]["start"], found[3]["start"], found[3]["stop"]) == (None, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("embedder", "embedding"), ("classifier", "classifier"), ("reranker", "reranker")]
+)
+def test_info_says_what_kind_of_model_it_is(request, client, engine, kind):
+    engine = request.getfixturevalue(engine)
+
+    found = ask(client(engine), "GET", "/tei/info").json()
+
+    TeiInfo.model_validate(found)
+    assert list(found["model_type"]) == [kind]
+    assert found["max_input_length"] == engine.info().max_text_tokens
+    if kind == "embedding":
+        assert found["model_type"][kind] == {"pooling": "mean"}
+    else:
+        assert found["model_type"][kind]["id2label"]["0"] == "label-0"
+
+
+def test_health_needs_no_key_and_has_no_body(embedder, client):
+    answer = ask(client(embedder, api_keys=["the-secret-key"]), "GET", "/tei/health")
+
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "named"),
+    [
+        ("/embed", {"inputs": TEXTS[0], "dimensions": 99_999}, 422, "dimensions"),
+        ("/embed", {"inputs": TEXTS[0], "prompt_name": "nobody"}, 422, "nobody"),
+        ("/embed", {"inputs": TEXTS[0], "normalise": True}, 422, "normalize"),
+        ("/embed", {"inputs": []}, 422, "inputs"),
+        ("/embed", {"inputs": ["a"] * 5}, 413, "inputs"),
+        ("/embed", {"inputs": [99_999]}, 422, "99999"),
+        ("/predict", {"inputs": ["a", "b", "c"]}, 422, "inputs"),
+        ("/predict", {"inputs": "a"}, 422, "classification"),
+        ("/rerank", {"query": "a", "texts": ["b"]}, 422, "reranking"),
+        ("/tokenize", {"inputs": "a", "prompt_name": "query"}, 422, "prompt_name"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_the_shape_of_tei(embedder, client, path, body, status, named):
+    assert named in failed(post(client, embedder, path, **body), status, "Validation")

@@ -10,9 +10,10 @@ letters are others, so that the prefix cache has neither.
 Clients are a process of their own on a core of its own, the last one; server and `Engine.run` have all others, and both the
 same. So their CPU is nobody's loss. On a machine with one core they share it, and the figures say so.
 
-Told are requests that were lost, pages that are left, requests a second both ways, and how long the first token and each
-further one of streams took. `--peers vllm` adds vLLM's server, from the environment that `benchmarks/peers/run.py --setup vllm`
-makes, and ours beside it, both with generating requests of the base alone.
+Told are requests that were lost, pages that are left, requests a second both ways, the seconds of CPU that they cost both
+ways (which other processes on the machine change less), and how long the first token and each further one of streams took.
+`--peers vllm` adds vLLM's server, from the environment that `benchmarks/peers/run.py --setup vllm` makes, and ours beside it,
+both with generating requests of the base alone.
 """
 
 from __future__ import annotations
@@ -48,15 +49,17 @@ talk = Console(stderr=True)
 
 
 def make_checkpoint(folder: Path, **sizes: int) -> Path:
-    """A GPT-2 of random weights with a tokenizer of bytes."""
+    """A GPT-2 of random weights. Its tokenizer reads bytes; every token that it may answer with is text."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     ends = {"bos_token_id": 256, "eos_token_id": 256}
-    GPT2LMHeadModel(GPT2Config(**{**ends, **sizes})).save_pretrained(folder)
+    config = GPT2Config(**{**ends, **sizes})
+    GPT2LMHeadModel(config).save_pretrained(folder)
     vocab = {sign: at for at, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<|end|>": 256}
+    vocab |= {f"w{at}": at for at in range(257, config.vocab_size)}
     made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>").save_pretrained(folder)
@@ -192,22 +195,25 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 def measure(engine: Any, given: argparse.Namespace, client_cores: list[int]) -> dict[str, Any]:
     """Rounds of HTTP and of `Engine.run` in turns."""
-    ratios, http, run, first, gaps = [], [], [], [], []
+    ratios, by_cpu, http, run, first, gaps = [], [], [], [], [], []
     lost: dict[str, int] = {}
     left = 0
     with served(engine) as address:
         ask(address, 8, 2, Mix(-1), client_cores)  # to warm up
         for at in range(given.rounds):
             seconds = given.seconds / given.rounds
+            cpu = time.process_time()
             found = ask(address, given.clients, seconds, Mix(2 * at), client_cores)
+            cpu = time.process_time() - cpu
             for what, count in found["lost"].items():
                 lost[what] = lost.get(what, 0) + count
             numbers, left = found["answered"], max(left, pages(engine))
             other = Mix(2 * at + 1)
             requests = [one for number in numbers for one in other.run(number % 4_000)]
-            started = time.perf_counter()
+            started, cpu_of_run = time.perf_counter(), time.process_time()
             engine.run(requests)
-            took = time.perf_counter() - started
+            took, cpu_of_run = time.perf_counter() - started, time.process_time() - cpu_of_run
+            by_cpu.append(cpu_of_run / cpu)
             http.append(len(numbers) / found["seconds"])
             run.append(len(numbers) / took)
             ratios.append(took / found["seconds"])
@@ -226,6 +232,7 @@ def measure(engine: Any, given: argparse.Namespace, client_cores: list[int]) -> 
         "run_requests_per_second": statistics.median(run),
         "http_of_run": statistics.median(ratios),
         "http_of_run_rounds": ratios,
+        "http_of_run_by_cpu": statistics.median(by_cpu),
         "first_token_ms": percentiles(first),
         "further_token_ms": percentiles(gaps),
     }

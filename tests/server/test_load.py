@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,11 @@ import httpx
 import pytest
 from loopback import LIMIT, Loopback, held, http, left, until
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import Request
 
 import lorax_core
+from lorax_core.server.app import build_app
+from lorax_core.server.logs import log
 from lorax_core.server.run import _HEADER_BYTES, _Impatient
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
@@ -323,9 +327,12 @@ def test_what_fails_unforeseen_is_logged_and_not_told(engine, server, caplog, tm
     def broken():
         raise OSError(f"no such file: {tmp_path}")
 
-    server.app.get("/broken")(broken)
+    server.app.get("/v1/broken")(broken)
+    # By itself: a test that sets logs up as a server does ends their way to the root.
+    log.addHandler(caplog.handler)
 
-    answer = httpx.get(f"{server.url}/broken", headers={"X-Request-Id": "find-me"})
+    answer = httpx.get(f"{server.url}/v1/broken", headers={"X-Request-Id": "find-me"})
+    log.removeHandler(caplog.handler)
 
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "find-me"
@@ -397,3 +404,17 @@ def test_bodies_that_are_no_request_are_refused_in_words(engine, server, body):
     assert answer.status_code == 422
     assert answer.json()["error_type"] == "validation"
     assert server.ask({"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_stream_that_nobody_sends_is_cancelled(engine):
+    async def inside():
+        gateway = build_app(engine).state.gateway
+        request = Request({"type": "http", "headers": []})
+        with held(engine):
+            events = await gateway.events(request, [lorax_core.GenerateRequest(**LONG)])
+            admitted = gateway._in_flight
+            del events
+        return admitted, gateway._in_flight
+
+    assert asyncio.run(inside()) == (1, 0)
+    assert left(engine) == (0, 0)

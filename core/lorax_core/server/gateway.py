@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import functools
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -257,8 +258,9 @@ class Events:
         self._gateway, self._requests, self._call, self._ticket = gateway, requests, call, ticket
         self._stream = Stream(call)
         self._expired = False
-        # Not a timeout around the loop below: it would cancel the task while that waits for its client.
-        self._timer = asyncio.get_running_loop().call_at(self.deadline, self._expire)
+        # Not a timeout around the loop below: it would cancel the task while that waits for its client. Weak: what nobody
+        # holds is cancelled at once.
+        self._timer = asyncio.get_running_loop().call_at(self.deadline, _expire, weakref.ref(self))
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         try:
@@ -290,9 +292,16 @@ class Events:
         self._stream.close()
         self._ticket.close()
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Cancel what has not finished, because the time is over."""
         self._expired = True
         self._call.cancel()
+
+
+def _expire(events: weakref.ref[Events]) -> None:
+    found = events()
+    if found is not None:
+        found.expire()
 
 
 async def until_gone(receive: Callable[[], Awaitable[Any]]) -> None:

@@ -12,6 +12,7 @@ from loopback import LIMIT, Loopback, held, http, left, until
 from prometheus_client.parser import text_string_to_metric_families
 
 import lorax_core
+from lorax_core.server.errors import KINDS
 from lorax_core.server.run import _HEADER_BYTES, _Impatient
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
@@ -327,7 +328,7 @@ def test_what_fails_unforeseen_is_logged_and_not_told(engine, server, caplog, tm
 
     answer = httpx.get(f"{server.url}/broken", headers={"X-Request-Id": "find-me"})
 
-    assert answer.status_code == 500
+    assert answer.status_code == KINDS["internal"].lorax_status
     assert answer.headers["x-request-id"] == "find-me"
     assert str(tmp_path) not in answer.text
     assert "Traceback" not in answer.text

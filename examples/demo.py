@@ -219,10 +219,8 @@ def serve() -> None:
             OUT.print(f" relevant  {found['relevance_score']:.3f}  {DOCUMENTS[found['index']]:.80}...", markup=False)
         root = client.with_options(base_url=address)
         for text in DOCUMENTS:
-            label: Any = root.post(
-                "/classify", body={"inputs": text, "parameters": {"adapter_id": "topic"}}, cast_to=object
-            )
-            OUT.print(f"    topic  {label}", markup=False)
+            [best, *_] = root.post("/tei/predict", body={"model": "topic", "inputs": text}, cast_to=list[Any])
+            OUT.print(f"    topic  {best['label']:<8} {best['score']:.3f}  {text:.64}...", markup=False)
 
 
 def command(port: int) -> list[str]:

@@ -16,7 +16,7 @@ from lorax_core.kernels.elementwise import READABLE
 from lorax_core.kernels.native.attention import PagedAttention
 from lorax_core.kernels.native.elementwise import NativeElementwise
 from lorax_core.serving import loading
-from lorax_core.serving.loading import choose_dtype, find_device
+from lorax_core.serving.machine import choose_dtype, find_device
 from lorax_core.serving.trial.run import Trials
 from lorax_core.serving.trial.standard import model_trials
 from lorax_core.serving.trial.trusted import ModelTrials, Trusted, sixteen_bit

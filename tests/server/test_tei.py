@@ -191,3 +191,22 @@ def test_health_needs_no_key_and_has_no_body(embedder, client):
 )
 def test_what_cannot_be_is_refused_in_the_shape_of_tei(embedder, client, path, body, status, named):
     assert named in failed(post(client, embedder, path, **body), status, "Validation")
+
+
+def test_a_model_names_the_adapter_that_answers(repository, client):
+    folder, text = repository / "examples/tiny_qwen2", "Read the next line of the file and close it."
+    query, texts = "How do I read a file?", ["x", text]
+    adapters = {name: folder / "adapters" / name for name in ("topic", "similar", "relevant")}
+    with lorax_core.load(folder / "model", adapters=adapters, kv_cache_tokens=1_024) as engine:
+        labels = good(post(client, engine, "/predict", model="topic", inputs=text))
+        ranks = good(post(client, engine, "/rerank", model="base:relevant", query=query, texts=texts))
+        [vector] = good(post(client, engine, "/embed", model="similar", inputs=text))
+        unknown = post(client, engine, "/predict", model="topics", inputs=text)
+        classified = engine.classify(text, adapter="topic")
+        ranked = engine.rerank(query, texts, adapter="relevant")
+        embedded = engine.embed(text, adapter="similar", normalize=True)
+
+    assert [one["label"] for one in labels] == classified.labels
+    assert [(one["index"], one["score"]) for one in ranks] == [(one.index, pytest.approx(one.score)) for one in ranked]
+    assert np.allclose(vector, embedded, atol=1e-6)
+    assert "did you mean 'topic'" in unknown.json()["hint"]

@@ -7,8 +7,6 @@ large the cache. The parts themselves know nothing of each other's files.
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -30,7 +28,7 @@ from lorax_core.errors import CheckpointError, RequestError, shown
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
-from lorax_core.linear_methods.select import LinearPolicy, fast_in_bfloat16
+from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.heads import CLASSIFICATION, EmbeddingHead
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
@@ -38,8 +36,10 @@ from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.adapter_text import AdapterTexts, with_merged
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.info import EngineInfo
+from lorax_core.serving.limits import Limits
+from lorax_core.serving.machine import choose_dtype, find_device, set_threads
 from lorax_core.serving.pairs import PairReader
-from lorax_core.serving.prepare import Limits, Preparer
+from lorax_core.serving.prepare import Preparer
 from lorax_core.serving.structured import GrammarFactory
 from lorax_core.serving.text import TextFront, load_text_front
 from lorax_core.serving.trial.trusted import Trusted, may_be_captured, sixteen_bit
@@ -51,14 +51,8 @@ from lorax_core.weights.loader import LoadedModel, load_model, stored_dtype
 from lorax_core.weights.sentence import read_reranker_files
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _END_TOKENS = 1_000
 _KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn}
-
-# torch has one pool of threads for the process, so two engines cannot have different numbers.
-_threads_lock = threading.Lock()
-_threads: int | None = None
-_THREADS_A_CORE = 8  # far beyond what is of use
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
     """
     # First, as loading computes too: it converts and packs weights.
-    _set_threads(options.threads)
+    set_threads(options.threads)
     host = checked_host(host)
     settings = Settings.from_env()
     sources = AdapterSources(
@@ -116,43 +110,6 @@ def checked_host(host: PluginHost | None) -> PluginHost:
     if host is not None and not isinstance(host, PluginHost):
         raise RequestError(f"host: a PluginHost, not {shown(host)}", hint="leave it out to use the installed plugins")
     return host if host is not None else PluginHost.discover()
-
-
-def find_device(device: str) -> str:
-    """The device that a word means; raises RequestError for one that is none, or that torch does not see."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
-    if kind not in ("cpu", "cuda"):
-        raise RequestError(f"device {device!r} is not supported", hint="use 'cpu', 'cuda' or 'auto'")
-    if torch.device(device).index not in (None, 0):
-        raise RequestError(
-            f"device {device!r}: an engine uses the first GPU that is visible",
-            hint=f"set CUDA_VISIBLE_DEVICES={torch.device(device).index} and use device='cuda'",
-        )
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use device='cpu'")
-    return device
-
-
-def choose_dtype(name: str, files: Checkpoint, device: str, half: torch.dtype | None) -> torch.dtype:
-    """What a checkpoint is computed in on a device, by the word of `EngineOptions.dtype`.
-
-    `half` is the dtype of 16 bit that a GPU computes in, see `sixteen_bit`.
-    """
-    if name != "auto":
-        return _DTYPES[name]
-    stored = stored_dtype(files)
-    if half is not None:
-        # Kernels for GPUs compute in 16 bit; a GPU without bfloat16 would emulate it.
-        return half if stored is torch.float32 or half is torch.float16 else stored
-    # A CPU without instructions for 16 bit converts on the way, which is slower than float32 throughout.
-    if stored is torch.float32 or torch.device(device).type != "cpu":
-        return stored
-    return stored if stored is torch.bfloat16 and fast_in_bfloat16(device) else torch.float32
 
 
 def _load_base(options: EngineOptions, host: PluginHost, sources: AdapterSources) -> LoadedModel:
@@ -340,29 +297,6 @@ def _info(base: LoadedModel, chosen: Selection, preparer: Preparer, pool: KVPool
         labels=next((getattr(model.head(task), "labels", ()) for task in CLASSIFICATION if task in model.tasks), ()),
         pooling=cast("EmbeddingHead", model.head(Task.EMBED)).pooling.value if Task.EMBED in model.tasks else None,
     )
-
-
-def _set_threads(threads: int | None) -> None:
-    global _threads
-    if threads is None:
-        return
-    cores = os.cpu_count() or 1
-    # The system refuses to start a million threads by ending the process.
-    if threads > cores * _THREADS_A_CORE:
-        raise RequestError(
-            f"threads={threads} was asked for, but this machine has {cores} cores: {cores * _THREADS_A_CORE} are the most",
-            hint=f"load with threads={cores}, or leave threads out",
-        )
-    with _threads_lock:
-        # Refused and not changed: the engine that runs would silently become slower, or disturb others.
-        if _threads is not None and _threads != threads:
-            raise RequestError(
-                f"threads={threads} was asked for, but this process computes with {_threads}: the number is one for the "
-                "process",
-                hint=f"leave threads out, or load with threads={_threads}",
-            )
-        torch.set_num_threads(threads)
-        _threads = threads
 
 
 def _eos_ids(files: Checkpoint, text: TextFront, vocab: int) -> frozenset[int]:

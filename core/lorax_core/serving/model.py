@@ -24,7 +24,8 @@ from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.embedding import set_up_embedding
-from lorax_core.serving.loading import checked_host, choose_dtype, find_device
+from lorax_core.serving.loading import checked_host
+from lorax_core.serving.machine import choose_dtype, find_device
 from lorax_core.serving.trial.trusted import sixteen_bit
 from lorax_core.types import Task
 from lorax_core.weights.checkpoint import Checkpoint

@@ -31,6 +31,7 @@ from lorax_core.modeling.heads import (
 from lorax_core.modeling.model import Model
 from lorax_core.serving.embedding import shaped
 from lorax_core.serving.labels import relevance, sequence_labels, token_labels
+from lorax_core.serving.limits import Limits
 from lorax_core.serving.pairs import PairReader, Shorten
 from lorax_core.serving.requests import (
     AdapterChoice,
@@ -48,23 +49,6 @@ from lorax_core.types import Classification, Completion, Embedding, Pooling, Rel
 
 Result = Completion | Embedding | Classification | Relevance
 Values = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one sequence may measure in tokens: by the model's positions, and by its cache (None without one)."""
-
-    model_tokens: int
-    cache_tokens: int | None
-
-    @property
-    def tokens(self) -> int:
-        return self.model_tokens if self.cache_tokens is None else min(self.model_tokens, self.cache_tokens)
-
-    def describe(self) -> str:
-        """The limits as a sentence for errors."""
-        cache = "" if self.cache_tokens is None else f", the KV cache {self.cache_tokens}"
-        return f"the model holds {self.model_tokens}{cache}"
 
 
 def _no_values(values: Values) -> Result:
@@ -162,7 +146,7 @@ class Preparer:
             asked = f" and {request.max_tokens} more asked for" if request.max_tokens else ""
             raise CapacityError(
                 f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.describe()}",
-                hint=self._capacity_hint(len(encoded.ids) + (request.max_tokens or 1)),
+                hint=self.limits.hint(len(encoded.ids) + (request.max_tokens or 1)),
             )
         self._check_tokens("logit_bias", request.logit_bias)
         self._check_tokens("stop_token_ids", request.stop_token_ids)
@@ -387,13 +371,6 @@ class Preparer:
             )
         self._check_tokens("the prompt", encoded.ids)
         return encoded
-
-    def _capacity_hint(self, needed: int) -> str:
-        cache = self.limits.cache_tokens
-        # Only where the cache is what limits: no cache helps beyond the model's positions.
-        if cache is not None and cache < needed <= self.limits.model_tokens:
-            return f"load(..., kv_cache_tokens={needed}) makes room, where memory allows"
-        return "shorten the prompt, or ask for fewer tokens"
 
 
 def _drafts(adapter: AdapterHandle | None) -> bool:

@@ -1,6 +1,6 @@
 """The routes of text-embeddings-inference.
 
-Decides which there are, and how their bodies become requests to the base. Knows nothing of heads or pooling.
+Decides which there are, and how their bodies become requests. Knows nothing of heads or pooling.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ async def _embed(gateway: Gateway, http: Request, body: EmbedBody | EmbedAllBody
     start = time.monotonic()
     inputs = _several(body.inputs)
     gateway.check_batch(len(inputs), param="inputs")
+    options["adapter"] = gateway.names.adapter(body.model)
     results = await gateway.answer(http, [EmbedRequest(input=one, truncate=body.cut, **options) for one in inputs])
     vectors = [cast("Embedding", one).vector for one in results]
     # Numbers are long as text: many of them are written beside the event loop.
@@ -94,8 +95,9 @@ def _scoring(routes: APIRouter, gateway: Gateway) -> None:
         start = time.monotonic()
         inputs, single = _predicted(body.inputs)
         gateway.check_batch(len(inputs), param="inputs")
+        adapter = gateway.names.adapter(body.model)
         requests: list[EngineRequest] = [
-            ClassifyRequest(input=one, truncate=body.cut, raw_scores=body.raw_scores) for one in inputs
+            ClassifyRequest(input=one, adapter=adapter, truncate=body.cut, raw_scores=body.raw_scores) for one in inputs
         ]
         results = await gateway.answer(http, requests)
         found = [_predictions(cast("Classification", one)) for one in results]
@@ -106,8 +108,9 @@ def _scoring(routes: APIRouter, gateway: Gateway) -> None:
         """The texts by how well they answer the query, the best first."""
         start = time.monotonic()
         gateway.check_batch(len(body.texts), param="texts")
+        adapter, normalize = gateway.names.adapter(body.model), not body.raw_scores
         requests: list[EngineRequest] = [
-            RerankRequest(query=body.query, document=text, truncate=body.cut, normalize=not body.raw_scores)
+            RerankRequest(query=body.query, document=text, adapter=adapter, truncate=body.cut, normalize=normalize)
             for text in body.texts
         ]
         results = await gateway.answer(http, requests)

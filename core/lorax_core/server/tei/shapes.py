@@ -11,6 +11,7 @@ from fastapi import Response
 from pydantic import ConfigDict, Field
 
 from lorax_core.server.schemas import AnswerShape, StrictBody, failures, unsupported
+from lorax_core.serving.requests import NAME_LENGTH
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Inputs = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
@@ -22,8 +23,13 @@ Direction = Literal["left", "right", "Left", "Right"]
 
 
 class Truncating(StrictBody):
-    """What happens to a text that is too long."""
+    """Which model answers, and what happens to a text that is too long."""
 
+    model: str | None = Field(
+        default=None,
+        max_length=NAME_LENGTH,
+        description="The base, an adapter, or base:adapter; TEI, which serves one model, has no such field.",
+    )
     truncate: bool | None = Field(default=None, description="Cut it; False refuses it.")
     truncation_direction: Direction = Field(default="right", description="The end that loses tokens.")
 

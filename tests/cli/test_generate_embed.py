@@ -114,7 +114,7 @@ def test_sampling_options_reach_the_engine(main, engine):
     [
         ([GIVEN["upper"], "--use", "uper"], 1, "did you mean 'upper'?"),
         (["--use", "sql"], 1, "--adapter sql=FOLDER"),
-        (["--adapter", "upper"], 2, "'upper' is not NAME=FOLDER"),
+        (["--adapter", "upper"], 2, "'upper' is not NAME=SOURCE"),
         ([GIVEN["upper"], GIVEN["upper"]], 2, "two adapters are called 'upper'"),
         (["--adapter", "sql=no-such-folder"], 1, "no-such-folder"),
         (["--max-tokens", "600"], 1, "the model holds 512"),

@@ -36,7 +36,7 @@ def named_sources(given: Iterable[str]) -> dict[str, str]:
     for one in given:
         name, equals, source = one.partition("=")
         if not (name and equals and source):
-            raise typer.BadParameter(f"{one!r} is not NAME=FOLDER", param_hint="--adapter")
+            raise typer.BadParameter(f"{one!r} is not NAME=SOURCE", param_hint="--adapter")
         if name in sources:
             raise typer.BadParameter(f"two adapters are called {name!r}", param_hint="--adapter")
         sources[name] = source

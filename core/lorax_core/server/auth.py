@@ -45,7 +45,8 @@ class ApiKeys:
             what = "the admin key" if admin else "an API key"
             raise Refused(
                 "unauthorized",
-                f"this route needs {what}" + ("" if authorization else ", and no Authorization header came"),
+                f"this route needs {what}, and "
+                + ("another key came" if authorization else "no Authorization header came"),
                 hint="send the header 'Authorization: Bearer KEY'",
             )
 

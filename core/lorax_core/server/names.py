@@ -44,7 +44,9 @@ class ModelNames:
                 raise Refused(
                     "no_model",
                     f"there is no model or adapter {name!r:.200}; there are {listed(known)}",
-                    hint=f"did you mean {close!r}?" if close else "GET /v1/models lists them",
+                    hint=f"did you mean {close!r}?"
+                    if close
+                    else "GET /v1/models lists them; --adapter-sources allows others",
                     param=param,
                 ) from error
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike, fspath
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
@@ -70,11 +70,13 @@ class Checked(BaseModel):
     # strict: "5" for a number or True for a number is a mistake. Inputs are hidden, so that a traceback through pydantic's
     # own error does not show a token either.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+    home: ClassVar[str] = "lorax_core"
+    """The module that users import it from."""
 
     def __init__(self, **values: Any) -> None:
         # Whatever else goes wrong with a value, such as a path that cannot say where it leads.
         name = type(self).__name__
-        hint = f"help(lorax_core.{name}) says what each option takes"
+        hint = f"help({type(self).home}.{name}) says what each option takes"
         with guarded(RequestError, f"{name} cannot be made of these options", hint):
             for option, value in values.items():
                 problem = unusable([option, value])
@@ -240,7 +242,7 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
             inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
             found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{found_value}" if option else message)
             hint = hint or _nearest_value(problem) or _EXAMPLES.get(option)
-    hint = hint or f"help(lorax_core.{kind.__name__}) says what each option takes"
+    hint = hint or f"help({getattr(kind, 'home', 'lorax_core')}.{kind.__name__}) says what each option takes"
     return RequestError("; ".join(line for _, line in found.values()), hint=hint)
 
 

@@ -171,6 +171,32 @@ def test_a_server_that_drains_says_so_and_takes_nothing_new(engine, server):
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_runs_when_there_is_no_more_time_to_drain_ends_with_an_error(engine, stream):
+    with Loopback(engine, drain_timeout=0.05) as server, ThreadPoolExecutor(1) as pool:
+
+        async def drain():
+            server.gateway.drain()
+
+        server.app.post("/drain")(drain)
+        with held(engine):
+            asked = pool.submit(server.ask, LONG, stream=stream)
+            until(lambda: server.gateway._in_flight == 1)
+            httpx.post(f"{server.url}/drain")
+            answer = asked.result(LIMIT)
+
+    assert answer.status_code == (200 if stream else 503)
+    assert answer.text.strip().endswith('{"error":"unavailable"}') if stream else "shut down" in answer.text
+    assert left(engine) == (0, 0)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_for_the_head_alone(server, path):
+    answer = httpx.head(f"{server.url}{path}")
+
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 def test_a_closed_engine_is_no_fault_of_the_request(repository):
     engine = lorax_core.load(repository / "examples/tiny_qwen2/model", kv_cache_tokens=1_024)
     with engine, Loopback(engine) as server, ThreadPoolExecutor(1) as pool:

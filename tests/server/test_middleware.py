@@ -155,3 +155,9 @@ def test_a_key_that_no_client_can_send_is_refused_unseen(key):
         ServerOptions(api_keys=[key])
 
     assert key not in str(caught.value)
+
+
+def test_a_hint_that_is_nothing_but_a_folder_of_this_machine_is_left_out(tmp_path):
+    found = failure(AdapterError("no folder '/nope'", hint=f"did you mean '{tmp_path.parts[0]}{tmp_path.parts[1]}'?"))
+
+    assert found.hint is None

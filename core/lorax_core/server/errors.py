@@ -103,11 +103,15 @@ def failure(error: BaseException) -> Failure:
 
 
 def _of(kind: str, error: LoraxError, param: str | None = None, retry_after: int | None = None) -> Failure:
-    hint = None if error.hint is None else without_paths(error.hint)
+    hint = None if error.hint is None else without_paths(_NEAREST.sub("", error.hint)) or None
     return Failure(kind, without_paths(error.message), hint, param, retry_after)
 
 
 _PATH: Final = re.compile(r"(?<![\w.:/~-])(~?/[^\s'\"`,;:()<>|*?]+/)(?=[^/\s'\"`,;:()<>|*?])")
+
+
+_NEAREST: Final = re.compile(r"^did you mean '[~/].*'\?$", re.S)
+"""A hint that is nothing but a folder of this machine."""
 
 
 def without_paths(text: str) -> str:

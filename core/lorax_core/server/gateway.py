@@ -59,6 +59,8 @@ class Gateway:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorax-http")
         self._jobs = ThreadPoolExecutor(_THREADS, thread_name_prefix="lorax-jobs")
         self._ended: deque[tuple[float, int]] = deque(maxlen=32)
+        self._calls: weakref.WeakSet[Call] = weakref.WeakSet()
+        self._cut = False  # what ran was ended, as there was no more time for it
 
     async def answer(self, http: HttpRequest, requests: Sequence[Request]) -> list[Result]:
         """Results in the order of the requests. The call is cancelled when the client hangs up, or when it takes too long.
@@ -106,6 +108,16 @@ class Gateway:
                 hint="send them in several requests",
                 param=param,
             )
+
+    def drain(self) -> None:
+        """Take nothing new, and end what still runs after `drain_timeout`: its clients get an error and no broken answer."""
+        self.draining = True
+        asyncio.get_running_loop().call_later(self.options.drain_timeout, self._end)
+
+    def _end(self) -> None:
+        self._cut = True
+        for call in list(self._calls):
+            call.cancel()
 
     def close(self) -> None:
         """Let the threads go. The engine stays."""
@@ -156,6 +168,11 @@ class Gateway:
         return int(min(max(self._in_flight / 2 / max(rate, 0.01), 1), 60))
 
     async def _submit(self, http: HttpRequest, requests: Sequence[Request], ticket: Ticket) -> Call:
+        call = await self._submitted(http, requests, ticket)
+        self._calls.add(call)
+        return call
+
+    async def _submitted(self, http: HttpRequest, requests: Sequence[Request], ticket: Ticket) -> Call:
         if sum(map(_size, requests)) <= _INLINE_CHARACTERS:
             return self.engine.submit(requests)
         submitted = self._pool.submit(self.engine.submit, requests)
@@ -185,6 +202,8 @@ class Gateway:
 
     def _explained(self, error: LoraxError) -> LoraxError:
         """An error of the engine as clients should take it: one that has closed may be another server's to answer for."""
+        if self._cut and not isinstance(error, Refused):
+            return Refused("unavailable", "the server shut down before the answer was whole", hint="ask another one")
         return _closed() if self.engine.closed and not isinstance(error, Refused) else error
 
     def _account(self, ticket: Ticket, call: Call, answered: Sequence[tuple[Request, Result]]) -> None:

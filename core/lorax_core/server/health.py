@@ -16,12 +16,14 @@ def health_routes(gateway: Gateway) -> APIRouter:
     """The routes of one server."""
     routes = APIRouter(tags=["health"])
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> JSONResponse:
         """200 while the engine lives; 503 once it broke, when only a restart helps."""
         alive = not gateway.engine.closed
         return JSONResponse({"status": "ok" if alive else "closed"}, 200 if alive else 503)
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
     async def ready() -> JSONResponse:
         """200 while requests are taken; 503 while the server drains."""

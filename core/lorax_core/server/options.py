@@ -5,7 +5,7 @@ Decides which options exist and which values they take. Knows nothing of HTTP li
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
@@ -31,6 +31,8 @@ class ServerOptions(Checked):
     - `cors_origins`: web pages of these origins may ask ("*" for any); none by default.
     - `log_format`: "text", or "json" with one object a line.
     """
+
+    home: ClassVar[str] = "lorax_core.server.options"
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, lt=2**16)

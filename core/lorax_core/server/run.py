@@ -107,7 +107,7 @@ def make_server(app: FastAPI, options: ServerOptions) -> uvicorn.Server:
             server_header=False,
             backlog=_BACKLOG,
             timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=math.ceil(options.drain_timeout),
+            timeout_graceful_shutdown=math.ceil(options.drain_timeout) + 1,  # first the gateway ends what runs
         ),
     )
 
@@ -126,6 +126,8 @@ class _Draining(uvicorn.Server):
             signal.raise_signal(sig)
         # Not uvicorn's own, which raises the signal again once all is done: the process could not end with 0.
         self._gateway.draining = self.should_exit = True
+        with contextlib.suppress(RuntimeError):  # before the event loop runs there is nothing to end
+            asyncio.get_running_loop().call_soon_threadsafe(self._gateway.drain)
 
 
 class _Impatient(HttpToolsProtocol):

@@ -70,10 +70,15 @@ class StrictBody(Body):
             value, values = getattr(self, name), _harmless(type(self).model_fields[name])
             if values is not None and value not in values:
                 raise PydanticCustomError(
-                    "unknown_parameter", "{value} is not supported by this server",
-                    {"value": shown(value), "param": name},
+                    "unknown_parameter", "{param}: {value} is not supported by this server; {instead}",
+                    {"value": shown(value), "param": name, "instead": _instead(type(self).model_fields[name])},
                 )  # fmt: skip
         return self
+
+
+def _instead(field: FieldInfo) -> str:
+    """What to do about a field that `unsupported` made."""
+    return (field.description or "").partition("; ")[2].rstrip(".") or "leave it out"
 
 
 def _harmless(field: FieldInfo) -> list[Any] | None:

@@ -8,9 +8,18 @@ import json
 
 import httpx
 import pytest
+from asking import ask
+from pydantic import ValidationError
 
+from lorax_core.errors import RequestError
 from lorax_core.server.app import build_app
+from lorax_core.server.names import ModelNames
+from lorax_core.server.openai.chat import ChatBody
+from lorax_core.server.openai.completions import CompletionBody
+from lorax_core.server.openai.embeddings import EmbeddingsBody
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.rerank import RerankBody
+from lorax_core.server.tei.shapes import PredictBody
 
 LONE = "\ud800"  # half of a character, which JSON can spell and UTF-8 cannot
 BODIES = {
@@ -68,3 +77,52 @@ def test_what_is_no_text_or_no_body_is_refused(answers, path):
     for body, answer in answers(path, no_text + no_body):
         assert 400 <= answer.status_code < 424, (body, answer.text)
         assert "error" in answer.json()
+
+
+@pytest.mark.parametrize(
+    ("model", "body"),
+    [
+        (RerankBody, {"query": "a", "documents": [0] * 200_000}),
+        (EmbeddingsBody, {"input": [None] * 200_000}),
+        (ChatBody, {"messages": [{"role": "user", "content": [{}] * 200_000}]}),
+        (PredictBody, {"inputs": [[]] * 200_000}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {str(at): "x" for at in range(200_000)}}),
+    ],
+    ids=lambda one: getattr(one, "__name__", ""),
+)
+def test_a_list_of_wrong_elements_is_given_up_at_the_first(model, body):
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+
+    assert caught.value.error_count() < 50
+
+
+def test_a_text_that_is_too_long_is_not_tokenized(qwen2, client):
+    for path in ("/tokenize", "/tei/tokenize"):
+        answer = ask(client(qwen2), "POST", path, json={"inputs": "a" * 300_000})
+
+        assert answer.status_code == 413
+
+
+def test_an_adapter_must_not_be_called_like_the_base(qwen2, repository):
+    upper = repository / "examples/tiny_qwen2/adapters/upper"
+    for name in ("base", "__base_model__"):
+        qwen2.adapters.load(name, upper)
+        try:
+            with pytest.raises(RequestError, match="means the base"):
+                build_app(qwen2, model_name="base")
+        finally:
+            qwen2.adapters.unload(name)
+
+
+def test_a_name_that_begins_like_the_base_is_an_adapter_first(qwen2, repository):
+    upper = repository / "examples/tiny_qwen2/adapters/upper"
+    names = ModelNames("base", qwen2.adapters)
+    for name in ("base:upper", "upper"):
+        qwen2.adapters.load(name, upper)
+    try:
+        assert [names.adapter(one) for one in ("base", "base:upper", "upper")] == [None, "base:upper", "upper"]
+        qwen2.adapters.unload("base:upper")
+        assert names.adapter("base:upper") == "upper"
+    finally:
+        qwen2.adapters.unload("upper")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,9 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
 import lorax_core
+from lorax_core.errors import RequestError
 from lorax_core.server.app import build_app
 from lorax_core.server.logs import log
-from lorax_core.server.run import _HEADER_BYTES, _Impatient
+from lorax_core.server.options import ServerOptions
+from lorax_core.server.run import _HEADER_BYTES, _Impatient, listen
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
 
@@ -188,6 +191,49 @@ def test_what_runs_when_there_is_no_more_time_to_drain_ends_with_an_error(engine
     assert answer.status_code == (200 if stream else 503)
     assert answer.text.strip().endswith('{"error":"unavailable"}') if stream else "shut down" in answer.text
     assert left(engine) == (0, 0)
+
+
+def test_sequences_and_not_requests_fill_the_queue(engine, server):
+    with held(engine), ThreadPoolExecutor(1) as pool:
+        admitted = pool.submit(server.ask, {"prompt": "a", "max_tokens": 2, "n": 3})
+        until(lambda: server.gateway._in_flight == 3)
+        refused = server.ask({"prompt": "a", "max_tokens": 2, "n": 2})
+
+    assert refused.status_code == 429
+    assert admitted.result(LIMIT).status_code == 200
+
+
+def test_a_client_cannot_ask_for_more_time_than_the_server_gives(engine):
+    with Loopback(engine, request_timeout=0.05) as server, held(engine):
+        answer = server.ask({"prompt": "a"}, headers={"X-Request-Timeout": "3600"})
+
+    assert answer.status_code == 504
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_is_noticed_behind_a_second_request(engine, server, stream):
+    with held(engine):
+        sock = server.connect(http("/ask", {"options": LONG, "stream": stream}) + http("/health"))
+        until(lambda: server.gateway._in_flight == 1)
+        sock.close()
+        until(lambda: server.gateway._in_flight == 0)
+
+    assert left(engine) == (0, 0)
+
+
+def test_requests_that_come_before_the_one_ahead_is_answered_are_answered_in_order(server):
+    with server.connect(http("/health") + http("/nowhere") + http("/ready", None, "Connection: close")) as sock:
+        answers = read_all(sock)
+
+    assert re.findall(rb"HTTP/1.1 (\d{3})", answers) == [b"200", b"404", b"200"]
+
+
+def test_a_port_has_one_server(engine, server):
+    with pytest.raises(RequestError, match="cannot listen"):
+        listen(ServerOptions(port=server.port))
+    first = listen(ServerOptions(port=0))
+    with first, pytest.raises(RequestError, match="cannot listen"):
+        listen(ServerOptions(port=first.getsockname()[1]))
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready"])

@@ -55,6 +55,8 @@ def test_every_option_is_honoured(engine, client):
     plain = ranked(rerank(client, engine))
 
     assert ranked(rerank(client, engine, top_n=1)).results == plain.results[:1]
+    worst_first = [DOCUMENTS[one.index] for one in reversed(plain.results)]
+    assert ranked(rerank(client, engine, top_n=1, documents=worst_first)).results[0].index == len(DOCUMENTS) - 1
     texts = ranked(rerank(client, engine, return_documents=True, documents=[{"text": one} for one in DOCUMENTS]))
     assert [one.document.text for one in texts.results] == [DOCUMENTS[one.index] for one in plain.results]
     raw = ranked(rerank(client, engine, use_activation=False))

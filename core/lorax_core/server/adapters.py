@@ -156,7 +156,7 @@ async def _load(gateway: Gateway, name: str, source: str, **options: Any) -> Ada
 
 def _check_name(gateway: Gateway, name: str, param: str) -> None:
     """The base keeps its name: requests that name it would get the adapter."""
-    if name == gateway.names.base or not name.strip():
+    if not gateway.names.free(name):
         raise Refused("invalid", f"{name!r:.200} cannot name an adapter", hint="give it another name", param=param)
 
 

@@ -66,7 +66,13 @@ def build_app(
     # FastAPI's own traces would be spans of parts, and could hold what clients sent.
     silent: Any = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     app = FastAPI(
-        title="lorax", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan, telemetry=silent
+        title="lorax",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        telemetry=silent,
     )
     app.state.gateway = gateway
     app.add_middleware(EveryRequest, options=options, metrics=metrics, traces=traces)

@@ -6,10 +6,14 @@ Decides what the `model` of a request means: the base, an adapter, or `base:adap
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from lorax_core.adapters.residency.store import AdapterStore
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.errors import AdapterError, RequestError, listed, nearest
 from lorax_core.server.errors import Refused
+
+BASE: Final = "__base_model__"
+"""What LoRAX's clients call the base."""
 
 
 class ModelNames:
@@ -18,6 +22,16 @@ class ModelNames:
     def __init__(self, base: str, adapters: AdapterStore) -> None:
         self.base = base
         self._adapters = adapters
+        for name in adapters:
+            if not self.free(name):
+                raise RequestError(
+                    f"an adapter is called {name!r:.200}, which means the base",
+                    hint="give it another name, or the base another one with --model-name",
+                )
+
+    def free(self, name: str) -> bool:
+        """Whether an adapter may have this name: it does not mean the base."""
+        return bool(name.strip()) and name not in (self.base, BASE)
 
     def adapter(self, model: str | None, *, param: str = "model") -> str | None:
         """The adapter that `model` means, None for the base; raises Refused (404) with the nearest name.

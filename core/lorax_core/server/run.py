@@ -29,6 +29,8 @@ from lorax_core.serving.engine import Engine
 _BACKLOG: Final = 2_048
 _HEADER_BYTES: Final = 64 * 1024
 """Bytes that a request line and its headers may have."""
+_PIPELINED: Final = 16
+"""Requests that a connection may send before the first of them is answered."""
 _KEEP_ALIVE: Final = 75
 """Seconds that a connection may be idle between two requests, more than the 60 of most proxies."""
 
@@ -45,6 +47,8 @@ def listen(options: ServerOptions) -> socket.socket:
         # Its connections have it too: a client whose machine is gone says nothing, and its answer would be computed.
         found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         found.bind((options.host, options.port))
+        # Now: until one of them listens, two servers may bind one port. Who connects meanwhile waits until all is loaded.
+        found.listen(_BACKLOG)
     except (OSError, UnicodeError) as error:
         found.close()
         raise RequestError(
@@ -144,18 +148,34 @@ class _Impatient(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = self.loop.call_later(self.patience, self._late)
         self._watch: asyncio.TimerHandle | None = None
         self._unread = 0  # bytes of answers that the client had not taken when they were last counted
+        self._asked: list[Any] = []  # requests that are not answered
 
     def connection_lost(self, exc: Exception | None) -> None:
         """A client went away."""
         self._heard()
         self._unwatch()
         super().connection_lost(exc)
+        # uvicorn tells the last one alone.
+        for cycle in self._asked:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+
+    def on_headers_complete(self) -> None:
+        """One more request, perhaps before the one ahead of it is answered."""
+        super().on_headers_complete()
+        self._asked = [cycle for cycle in (*self._asked, self.cycle) if not cycle.response_complete]
 
     # --- what the client says ---
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
         super().data_received(data)
+        if len(self._asked) > _PIPELINED:
+            self.transport.close()
+        elif len(self._asked) > 1 and len(self.cycle.body) < _HEADER_BYTES:
+            # uvicorn stops reading where requests wait for the one ahead, and would not see that the client hangs up.
+            self.flow.resume_reading()
         if not self._waits:
             self._heard()
             return

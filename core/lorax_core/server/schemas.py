@@ -9,9 +9,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError
 
 from lorax_core.errors import nearest, shown
 from lorax_core.server.errors import KINDS, ErrorKind, Refused
@@ -20,7 +20,20 @@ from lorax_core.untrusted import unusable
 
 # Where in a request a field is, and which of its kinds failed.
 _NO_FIELDS: Final = frozenset(("body", "query", "path", "header", "str", "int", "float", "bool", "dict", "list"))
+_ENTRIES: Final = 10_000
+"""Entries of the largest table in a body, such as `logit_bias`."""
 _SCHEMA: Final = "GET /openapi.json says what each field takes"
+
+
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for part in schema.values():
+            _fail_fast(part)
+    elif isinstance(schema, (list, tuple)):
+        for part in schema:
+            _fail_fast(part)
 
 
 class Body(BaseModel):
@@ -28,11 +41,19 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True, allow_inf_nan=False)
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Lists are given up at their first wrong element: an error for each of millions takes all memory."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _known_fields(cls, value: Any) -> Any:
         # Before pydantic's own error for these, which does not know what was meant.
         if isinstance(value, dict):
+            _check_sizes(value)
             fields = [field.alias or name for name, field in cls.model_fields.items()]
             for name in value:
                 if name not in fields and name not in cls.model_fields:
@@ -43,6 +64,15 @@ class Body(BaseModel):
                         {"name": shown(name), "meant": meant, "param": name.encode("utf-8", "backslashreplace").decode()},
                     )  # fmt: skip
         return value
+
+
+def _check_sizes(body: Mapping[str, Any]) -> None:
+    """Raises for a table of too many entries, of which each may be wrong."""
+    for name, value in body.items():
+        if isinstance(value, dict) and len(value) > _ENTRIES:
+            raise PydanticCustomError(
+                "too_many", "{name} has more than {most} entries", {"name": shown(name), "most": _ENTRIES}
+            )
 
 
 def unsupported(*harmless: Any, instead: str = "") -> Any:

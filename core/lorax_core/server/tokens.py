@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from lorax_core.server.errors import Refused
 from lorax_core.server.gateway import Gateway
 from lorax_core.serving.engine import Engine
 from lorax_core.types import Tokenized
 
 _INLINE_CHARACTERS: Final = 2_000
 """More than these are tokenized in a thread."""
+_MOST_CHARACTERS: Final = 256 * 1024
+"""More than these take seconds and an answer of many megabytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,15 @@ class TextToken:
 
 async def tokenized(gateway: Gateway, texts: Sequence[str], *, special: bool) -> list[list[TextToken]]:
     """The tokens of each text, with those that the tokenizer adds where `special`."""
-    if sum(map(len, texts)) <= _INLINE_CHARACTERS:
+    characters = sum(map(len, texts))
+    if characters > _MOST_CHARACTERS:
+        raise Refused(
+            "too_large",
+            f"{characters:,} characters; one request may have {_MOST_CHARACTERS:,} tokenized",
+            hint="send them in several requests",
+            param="inputs",
+        )
+    if characters <= _INLINE_CHARACTERS:
         return _all(gateway.engine, texts, special)
     return await gateway.in_thread(_all, gateway.engine, texts, special)
 

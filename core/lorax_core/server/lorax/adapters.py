@@ -15,11 +15,12 @@ from pydantic import Field, model_validator
 from lorax_core.adapters.residency.source import url_scheme
 from lorax_core.server.errors import Refused
 from lorax_core.server.gateway import Gateway
+from lorax_core.server.names import BASE
 from lorax_core.server.schemas import StrictBody
 from lorax_core.serving.requests import NAME_LENGTH, SUMMANDS, AdapterChoice
 from lorax_core.weights.hub import is_hub_id
 
-_BASE: Final = ("", "__base_model__")
+_BASE: Final = ("", BASE)
 """What LoRAX's clients call no adapter."""
 _LINEAR: Final = (None, "linear")
 _Id = Annotated[str, Field(max_length=NAME_LENGTH)]

@@ -245,6 +245,17 @@ def test_a_name_that_no_package_can_have_is_refused(name):
         check_name(name)
 
 
+@pytest.mark.parametrize("name", ["json", "torch", "lorax-core", "lorax_core", "yaml", "n" * 101])
+def test_a_name_that_is_taken_or_too_long_is_refused(name):
+    with pytest.raises(PluginError):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["lorax-bert", "lorax-nobody-has-this"])
+def test_the_name_of_a_plugin_may_be_written_anew(name):
+    assert check_name(name) == name.replace("-", "_")
+
+
 def run(*arguments):
     return CliRunner().invoke(app, ["plugins", "new", *map(str, arguments)])
 

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import keyword
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 from typing import Final
 
-from lorax_core.errors import PluginError, shown
+from lorax_core.errors import PluginError, listed, shown
 from lorax_core.scaffold.blueprint import Blueprint, understand
 from lorax_core.scaffold.errors import NotUnderstood
 from lorax_core.scaffold.source import read_source
 from lorax_core.scaffold.write_config import config_text
 from lorax_core.scaffold.write_files import small_files
 from lorax_core.scaffold.write_modeling import modeling_text
+from lorax_core.settings import canonical
 
 _NAME: Final = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
+_NAME_LENGTH: Final = 100
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,26 @@ def check_name(name: str) -> str:
         raise PluginError(
             f"{shown(name)} is no name for a package", hint="use small letters, digits and '-', as in lorax-gemma2"
         )
+    if len(name) > _NAME_LENGTH:
+        raise PluginError(f"a name of {len(name)} characters", hint=f"use at most {_NAME_LENGTH}")
+    taken = _taken(canonical(name), module)
+    if taken is not None:
+        raise PluginError(f"{name!r} cannot name a package: {taken}", hint="use a name of your own, as in lorax-gemma2")
     return module
+
+
+def _taken(name: str, module: str) -> str | None:
+    """Whose a name is already, when it is not that of an installed plugin, which may be written anew."""
+    if module in sys.stdlib_module_names:
+        return f"{module} is a module of Python"
+    owners = {canonical(one) for one in packages_distributions().get(module, ())}
+    if owners - {name}:
+        return f"the module {module} is that of {listed(sorted(owners))}"
+    try:
+        points = distribution(name).entry_points.select(group="lorax.plugins")
+    except PackageNotFoundError:
+        return None
+    return None if points and module != "lorax_core" else "it is that of an installed package"
 
 
 def _files(plan: Blueprint, name: str, module: str) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import lorax_core
-from lorax_core.cli.options import named_sources
+from lorax_core.cli.options import MergeAdapter, named_sources
 from lorax_core.cli.render import data_only_stdout, print_message
 from lorax_core.errors import RequestError
 from lorax_core.settings import Settings
@@ -86,6 +86,7 @@ def serve(
     path: _Path,
     adapter: _Adapter = None,
     adapter_sources: _AdapterSources = None,
+    merge_adapter: MergeAdapter = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     model_name: _ModelName = None,
@@ -123,7 +124,8 @@ def serve(
         cors_origins=cors_origin, log_format=log_format,
     )  # fmt: skip
     loading = _given(
-        adapters=adapters, adapter_sources=adapter_sources or [], dtype=dtype, device=device, quantize=quantize,
+        adapters=adapters, adapter_sources=adapter_sources or [], merge_adapter=merge_adapter,
+        dtype=dtype, device=device, quantize=quantize,
         revision=revision, pooling=pooling, kv_cache_tokens=kv_cache_tokens, max_batch_tokens=max_batch_tokens,
         max_batch_rows=max_batch_rows, max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes, threads=threads,
     )  # fmt: skip

@@ -1,0 +1,103 @@
+"""`lorax serve`: every flag reaches the engine or the server, and what is wrong is known before anything is loaded."""
+
+from __future__ import annotations
+
+import socket
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from lorax_core.cli import serve
+from lorax_core.cli.main import app
+from lorax_core.server.options import ServerOptions
+from lorax_core.server.run import address, listen
+
+KEYS = "# who\nfirst-key-1\n\nsecond-key-2\n"
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """What the server is given by a command, which ends at once."""
+    seen = SimpleNamespace()
+
+    def note(engine, options, bound, *, model_name):
+        seen.engine, seen.server, seen.name = engine.options, options, model_name
+        seen.adapters, seen.notes = list(engine.adapters), engine.info().notes
+
+    module = SimpleNamespace(ServerOptions=ServerOptions, listen=listen, address=address, serve=note)
+    monkeypatch.setattr(serve, "_server", lambda: module)
+    return seen
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["serve", *map(str, arguments)])
+
+
+def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
+    example = repository / "examples/tiny_qwen2"
+    keys, admin = tmp_path / "keys", tmp_path / "admin"
+    keys.write_text(KEYS)
+    admin.write_text("admin-key-3\n")
+    for_server = {
+        "host": "127.0.0.1", "port": 0, "model_name": "small", "max_queue": 3, "max_body_bytes": 4_000, "max_batch": 5,
+        "request_timeout": 6.0, "body_timeout": 7.0, "drain_timeout": 8.0, "log_format": "json",
+    }  # fmt: skip
+    for_engine = {
+        "dtype": "float32", "device": "cpu", "quantize": "int8", "pooling": "mean", "kv_cache_tokens": 512,
+        "max_batch_tokens": 64, "max_batch_rows": 9, "max_adapters": 2, "max_adapter_bytes": 10_000,
+        "merge_adapter": str(example / "adapters/bullets"),
+    }  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (for_server | for_engine).items()]
+
+    done = run(
+        example / "model", *flags, "--adapter", f"up={example / 'adapters/upper'}", "--adapter-sources", "hub",
+        "--cors-origin", "https://page", "--api-key-file", keys, "--admin-key-file", admin,
+    )  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    assert {name: getattr(served.server, name) for name in for_server} == for_server
+    assert {name: getattr(served.engine, name) for name in for_engine} == for_engine
+    assert [key.get_secret_value() for key in served.server.api_keys] == ["first-key-1", "second-key-2"]
+    assert served.server.admin_key.get_secret_value() == "admin-key-3"
+    assert served.server.cors_origins == ("https://page",)
+    assert (served.engine.adapter_sources, served.adapters, served.name) == (("hub",), ["up"], "small")
+    assert "http://127.0.0.1:" in done.stderr
+
+
+def test_keys_may_be_in_the_environment_and_requests_name_loaded_adapters_alone(served, repository, monkeypatch):
+    monkeypatch.setenv("LORAX_API_KEYS", "first-key-1, second-key-2")
+    monkeypatch.setenv("LORAX_ADMIN_KEY", "admin-key-3")
+
+    run(repository / "examples/tiny_qwen2/model", "--port=0", "--kv-cache-tokens=256")
+
+    assert [key.get_secret_value() for key in served.server.api_keys] == ["first-key-1", "second-key-2"]
+    assert served.server.admin_key.get_secret_value() == "admin-key-3"
+    assert served.engine.adapter_sources == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--api-key-file", "/nowhere"], "cannot be read"),
+        (["--api-key-file", "/dev/null"], "has no key"),
+        (["--port", "99999"], "port"),
+        (["--log-format", "xml"], "log_format"),
+        (["--adapter", "nameless"], "NAME=SOURCE"),
+    ],
+)
+def test_what_is_wrong_is_known_before_anything_is_loaded(served, flags, told):
+    done = run("/no/checkpoint", *flags)
+
+    assert done.exit_code in (1, 2)
+    assert told in done.output
+    assert "checkpoint" not in done.output.replace("/no/checkpoint", "")
+
+
+def test_a_port_that_is_taken_is_known_before_anything_is_loaded(served):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        done = run("/no/checkpoint", "--port", other.getsockname()[1])
+
+    assert done.exit_code == 1
+    assert "cannot listen on 127.0.0.1 port" in done.output
+    assert "--port 0 takes a free one" in done.output

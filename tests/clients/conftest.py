@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from listening import listening
+from loopback import listening
 
 import lorax_core
 

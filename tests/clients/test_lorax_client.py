@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers as hf
 from builders import BERT, make_letter_tokenizer
-from listening import listening
+from loopback import listening
 from lorax_cases import HONOURED, LONG, TESTED_ALONE
 from oracles import make_model, saved
 

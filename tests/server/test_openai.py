@@ -12,7 +12,7 @@ import pydantic
 import pytest
 from builders import make_byte_tokenizer, make_qwen2
 from chats import CLOCK, TOOL_TEMPLATE, WEATHER
-from listening import listening
+from loopback import listening
 
 import lorax_core
 

@@ -84,7 +84,6 @@ class Loopback:
     def __init__(self, engine: Any, **options: Any) -> None:
         chosen = ServerOptions(**{"port": 0, "drain_timeout": 0, **options})
         bound = listen(chosen)
-        bound.listen(512)
         self.url, self.port = address(bound), bound.getsockname()[1]
         self.app = build_app(engine, chosen, model_name="base")
         self.gateway: Gateway = self.app.state.gateway
@@ -126,6 +125,13 @@ class Loopback:
         """The value of a metric, all of its labels together."""
         lines = self.gateway.metrics.render().decode().splitlines()
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].partition(" ")[0] == name)
+
+
+@contextmanager
+def listening(engine: Any, **options: Any) -> Iterator[str]:
+    """The address of a server of this engine, which ends with the block."""
+    with Loopback(engine, **{"drain_timeout": 1, **options}) as server:
+        yield server.url
 
 
 def http(path: str, body: Any = None, *headers: str) -> bytes:
@@ -231,7 +237,6 @@ def _serve(checkpoint: str, given: dict[str, Any]) -> None:
 
     options = ServerOptions(port=0, **given["options"])
     bound = listen(options)
-    bound.listen(512)
     set_up_logs(options.log_format)
     # Few rows: torch and oneDNN keep something for every shape that they have seen.
     sizes = {"kv_cache_tokens": 4_096, "max_batch_rows": 8}

@@ -36,7 +36,7 @@ from lorax_core.types import Event
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_INLINE_CHARACTERS: Final = 2_000
+INLINE_CHARACTERS: Final = 2_000
 """A shorter text is tokenized in the event loop, where that takes less time than handing it to a thread."""
 _THREADS: Final = 8
 _TIMEOUT_HEADER: Final = "x-request-timeout"
@@ -173,7 +173,7 @@ class Gateway:
         return call
 
     async def _submitted(self, http: HttpRequest, requests: Sequence[Request], ticket: Ticket) -> Call:
-        if sum(map(_size, requests)) <= _INLINE_CHARACTERS:
+        if sum(map(_size, requests)) <= INLINE_CHARACTERS:
             return self.engine.submit(requests)
         submitted = self._pool.submit(self.engine.submit, requests)
         try:
@@ -359,7 +359,7 @@ def _size(request: Request) -> int:
     if isinstance(request, GenerateRequest):
         constrained = request.json_schema is not None or request.regex is not None or request.choice is not None
         if constrained or not isinstance(request.prompt, str):
-            return _INLINE_CHARACTERS + 1
+            return INLINE_CHARACTERS + 1
         return len(request.prompt) + 50
     texts = [value for value in vars(request).values() if isinstance(value, (str, tuple, list))]
     return 50 + sum(len(text) if isinstance(text, str) else sum(map(len, map(str, text))) for text in texts)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from lorax_core.server.errors import Refused
-from lorax_core.server.gateway import Gateway
+from lorax_core.server.gateway import INLINE_CHARACTERS, Gateway
 from lorax_core.serving.engine import Engine
 from lorax_core.types import Tokenized
 
-_INLINE_CHARACTERS: Final = 2_000
-"""More than these are tokenized in a thread."""
 _MOST_CHARACTERS: Final = 256 * 1024
 """More than these take seconds and an answer of many megabytes."""
 
@@ -41,7 +39,7 @@ async def tokenized(gateway: Gateway, texts: Sequence[str], *, special: bool) ->
             hint="send them in several requests",
             param="inputs",
         )
-    if characters <= _INLINE_CHARACTERS:
+    if characters <= INLINE_CHARACTERS:
         return _all(gateway.engine, texts, special)
     return await gateway.in_thread(_all, gateway.engine, texts, special)
 

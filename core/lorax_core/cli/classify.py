@@ -15,7 +15,8 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import Texts, answers, as_text, print_truncated
-from lorax_core.cli.options import MergeAdapter, Truncate, chosen_adapter, named_sources
+from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.options import Truncate, UseAdapter
 from lorax_core.cli.render import Table, data_only_stdout, print_message, show_line
 from lorax_core.types import Classification
 
@@ -33,18 +34,13 @@ class HeadTask(StrEnum):
 
 
 @app.command()
+@loads_model
 def classify(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, or an id on the hub.")],
+    path: ModelPath,
     texts: Annotated[
         list[str], typer.Argument(metavar="TEXT", help="What to classify; a single - reads lines of stdin.")
     ],
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Load an adapter; may be given several times.")
-    ] = None,
-    use: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The adapter that answers. One given alone is used.")
-    ] = None,
-    merge_adapter: MergeAdapter = None,
+    use: UseAdapter = None,
     label: Annotated[
         list[str] | None,
         typer.Option(metavar="ID=NAME", help="Name a label of that adapter's head; once for each label."),
@@ -56,13 +52,15 @@ def classify(
         Truncate, typer.Option(help="A text that is too long: refuse it, or cut its start or its end.")
     ] = Truncate.ERROR,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each text.")] = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Classify texts, or the tokens of texts; a line of stdin is a text, an empty one too.
 
     A head that an adapter brings comes before that of the checkpoint.
     """
-    adapters = named_sources(adapter or [])
-    chosen = chosen_adapter(adapters, use)
+    adapters = loading.options_of(path)["adapters"]
+    chosen = loading.chosen_adapter(path, use)
     about = _head_options(chosen, label, task)
     cut: Any = truncate.value  # a Literal there
     given = Texts(texts)
@@ -70,14 +68,9 @@ def classify(
     def request(text: str) -> lorax_core.ClassifyRequest:
         return lorax_core.ClassifyRequest(input=text, adapter=chosen, truncate=cut)
 
-    with data_only_stdout():
-        # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
-        engine = lorax_core.load(
-            path,
-            adapters={name: at for name, at in adapters.items() if not about or name != chosen},
-            merge_adapter=merge_adapter,
-        )
-    with engine:
+    # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
+    first_loaded = {name: at for name, at in adapters.items() if not about or name != chosen}
+    with loading.engine(path, adapters=first_loaded) as engine:
         if about:
             _load_head(engine, cast("str", chosen), adapters, about)
         columns: list[str] = []

@@ -13,8 +13,9 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import Texts, answers, print_truncated
-from lorax_core.cli.options import MergeAdapter, Truncate
-from lorax_core.cli.render import Table, data_only_stdout, show_line
+from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.options import Truncate, UseAdapter
+from lorax_core.cli.render import Table, show_line
 from lorax_core.types import Embedding, Pooling
 
 app = typer.Typer(add_completion=False)
@@ -23,10 +24,11 @@ _SHOWN = 4  # numbers of a vector in the table
 
 
 @app.command()
+@loads_model
 def embed(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, or an id on the hub.")],
+    path: ModelPath,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="What to embed; a single - reads lines of stdin.")],
-    merge_adapter: MergeAdapter = None,
+    use: UseAdapter = None,
     truncate: Annotated[
         Truncate, typer.Option(help="A text that is too long: refuse it, or cut its start or its end.")
     ] = Truncate.ERROR,
@@ -38,21 +40,24 @@ def embed(
     ] = None,
     dimensions: Annotated[int | None, typer.Option(help="Keep the first so many numbers of each vector.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each text.")] = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Embed texts; a line of stdin is a text, an empty one too.
 
     Without --json only the first numbers of each vector are shown.
     """
-    chosen: Any = truncate.value  # a Literal there
+    cut: Any = truncate.value  # a Literal there
     given = Texts(texts)
+    adapter = loading.chosen_adapter(path, use)
 
     def request(text: str) -> lorax_core.EmbedRequest:
-        return lorax_core.EmbedRequest(input=text, truncate=chosen, prompt_name=prompt_name, dimensions=dimensions)
+        return lorax_core.EmbedRequest(
+            input=text, adapter=adapter, truncate=cut, prompt_name=prompt_name, dimensions=dimensions
+        )
 
     table = Table(("index", "tokens", "dim", "first values"))
-    with data_only_stdout():
-        engine = lorax_core.load(path, pooling=pooling, merge_adapter=merge_adapter)
-    with engine:
+    with loading.engine(path, pooling=pooling) as engine:
         for first, found in answers(engine, given, request):
             if json:
                 _show_lines(found, first)

@@ -13,8 +13,9 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import as_text
-from lorax_core.cli.options import MergeAdapter, chosen_adapter, named_sources, read_text
-from lorax_core.cli.render import data_only_stdout, print_message, show_json
+from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.options import UseAdapter, read_text
+from lorax_core.cli.render import print_message, show_json
 
 if TYPE_CHECKING:
     from lorax_core.serving.stream import Stream
@@ -27,19 +28,11 @@ DEFAULT_TOKENS = 128
 
 
 @app.command()
+@loads_model
 def generate(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, or an id on the hub.")],
+    path: ModelPath,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue; - reads it from stdin.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Load an adapter; may be given several times.")
-    ] = None,
-    use: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The adapter that answers, or a weighted sum: a=0.7,b=0.3. One given alone is used."
-        ),
-    ] = None,
-    merge_adapter: MergeAdapter = None,
+    use: UseAdapter = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="The longest answer, in tokens; by default 128, or what the model has room for.")
     ] = None,
@@ -51,21 +44,19 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, once the answer is complete.")] = False,
+    *,
+    loading: Loading,
 ) -> None:
     """Continue a prompt; the text streams to stdout."""
-    adapters = named_sources(adapter or [])
     request = lorax_core.GenerateRequest(
         prompt=read_text(prompt),
-        adapter=chosen_adapter(adapters, use),
+        adapter=loading.chosen_adapter(path, use),
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
         stop=[as_text(text, "--stop") for text in stop or []],
     )
-    # Only loading: the answer itself belongs on stdout.
-    with data_only_stdout():
-        engine = lorax_core.load(path, adapters=adapters, merge_adapter=merge_adapter)
-    with engine:
+    with loading.engine(path) as engine:
         if max_tokens is None:  # a default must not refuse what was asked for: it only shortens
             room = engine.info().max_tokens - engine.count_tokens(request.prompt, adapter=request.adapter)
             request = request.model_copy(update={"max_tokens": max(min(DEFAULT_TOKENS, room), 1)})

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
 
 import lorax_core
+from lorax_core.cli.config import find_config, flag_defaults, read_config
 from lorax_core.cli.streams import OutputError, standard_streams
 from lorax_core.errors import LoraxError
 
@@ -67,7 +69,6 @@ class Subcommands(TyperGroup):
 app = typer.Typer(
     cls=Subcommands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     epilog="\n\n".join(["Exit codes:", *(f"{code}: {meaning}." for code, meaning in EXIT_CODES.items())]),
 )
@@ -81,12 +82,29 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def lorax(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 - its callback reads it
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", "--verbose", help="Show the traceback of an error.")] = False,
+    debug: Annotated[  # noqa: ARG001 - `Subcommands.invoke` reads it
+        bool, typer.Option("--debug", "--verbose", help="Show the traceback of an error.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Models and options by name; by default lorax.toml in this folder."),
+    ] = None,
 ) -> None:
     """One runtime for a zoo of pip-installed architectures."""
+    name = context.invoked_subcommand
+    file = find_config(config)
+    context.obj = read_config(file, SUBCOMMANDS)
+    if file is not None and name is not None and isinstance(context.command, Subcommands):
+        command = context.command.get_command(context, name)
+        context.default_map = {name: flag_defaults(context.obj, command, name)}
+        if config is None:  # it was found, not named
+            from lorax_core.cli.render import print_message
+
+            print_message(f"options from {file}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
-"""What commands that load a checkpoint have in common: adapters by name, a prompt, and texts that are too long.
+"""What commands that ask a model have in common: adapters by name, a prompt, and texts that are too long.
 
-Decides how `--adapter`, `--merge-adapter`, `--use`, `--truncate` and `-` are read. Knows nothing of models or of what adapters
+Decides how `--adapter`, `--use`, `--truncate` and `-` are read. Knows nothing of models or of what adapters
 hold.
 """
 
@@ -16,9 +16,13 @@ from lorax_core.cli.batches import as_text
 from lorax_core.cli.streams import read_prompt
 from lorax_core.errors import AdapterError, listed, nearest
 
-MergeAdapter = Annotated[
+UseAdapter = Annotated[
     str | None,
-    typer.Option("--merge-adapter", metavar="SOURCE", help="Merge an adapter into the weights while they are loaded."),
+    typer.Option(
+        "--use",
+        metavar="NAME",
+        help="The adapter that answers, or a weighted sum: a=0.7,b=0.3. One that --adapter loads alone is used.",
+    ),
 ]
 
 

@@ -13,8 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-import lorax_core
-from lorax_core.cli.options import MergeAdapter, named_sources
+from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.render import data_only_stdout, print_message
 from lorax_core.errors import RequestError
 from lorax_core.settings import Settings
@@ -23,10 +22,6 @@ app = typer.Typer(add_completion=False)
 
 
 # The flags, each with its help.
-_Path = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, or an id on the hub.")]
-_Adapter = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=SOURCE", help="An adapter: a folder, hub id or URL. Repeatable.")
-]
 _AdapterSources = Annotated[
     list[str] | None,
     typer.Option(
@@ -64,10 +59,6 @@ _CorsOrigin = Annotated[
     list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask. Repeatable.")
 ]
 _LogFormat = Annotated[str, typer.Option(metavar="text|json", help="How requests are logged, on stderr.")]
-_Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-_Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-_Quantize = Annotated[str | None, typer.Option(metavar="int8|int4", help="Round the weights when loading.")]
-_Revision = Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")]
 _Pooling = Annotated[str | None, typer.Option(help="How rows become one vector: cls, mean or last.")]
 _KvCacheTokens = Annotated[int | None, typer.Option(metavar="N", help="Tokens that all running sequences share.")]
 _MaxBatchTokens = Annotated[int | None, typer.Option(metavar="N", help="The most tokens of one step.")]
@@ -78,15 +69,13 @@ _MaxAdapters = Annotated[
 _MaxAdapterBytes = Annotated[
     int | None, typer.Option(metavar="N", help="The largest adapter, on disk, that clients may bring; any by default.")
 ]
-_Threads = Annotated[int | None, typer.Option(metavar="N", help="Threads that compute.")]
 
 
 @app.command()
+@loads_model
 def serve(
-    path: _Path,
-    adapter: _Adapter = None,
+    path: ModelPath,
     adapter_sources: _AdapterSources = None,
-    merge_adapter: MergeAdapter = None,
     host: _Host = "127.0.0.1",
     port: _Port = 8000,
     model_name: _ModelName = None,
@@ -100,42 +89,39 @@ def serve(
     drain_timeout: _DrainTimeout = None,
     cors_origin: _CorsOrigin = None,
     log_format: _LogFormat = "text",
-    dtype: _Dtype = "auto",
-    device: _Device = "auto",
-    quantize: _Quantize = None,
-    revision: _Revision = None,
     pooling: _Pooling = None,
     kv_cache_tokens: _KvCacheTokens = None,
     max_batch_tokens: _MaxBatchTokens = None,
     max_batch_rows: _MaxBatchRows = None,
     max_adapters: _MaxAdapters = None,
     max_adapter_bytes: _MaxAdapterBytes = None,
-    threads: _Threads = None,
+    *,
+    loading: Loading,
 ) -> None:
     """Serve a model over HTTP: the APIs of OpenAI, LoRAX and TEI, and every task of one base at once.
 
     SIGTERM and Ctrl-C finish what runs, then end. Logs are on stderr.
     """
     server = _server()
-    adapters = named_sources(adapter or [])
     options = _given(
         host=host, port=port, model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes,
         max_batch=max_batch, request_timeout=request_timeout, body_timeout=body_timeout, drain_timeout=drain_timeout,
         cors_origins=cors_origin, log_format=log_format,
     )  # fmt: skip
-    loading = _given(
-        adapters=adapters, adapter_sources=adapter_sources or [], merge_adapter=merge_adapter,
-        dtype=dtype, device=device, quantize=quantize,
-        revision=revision, pooling=pooling, kv_cache_tokens=kv_cache_tokens, max_batch_tokens=max_batch_tokens,
-        max_batch_rows=max_batch_rows, max_adapters=max_adapters, max_adapter_bytes=max_adapter_bytes, threads=threads,
-    )  # fmt: skip
+    # Unlike an engine in Python, a server lets requests name nothing that was not loaded, unless somebody says so.
+    sources = adapter_sources or loading.options_of(path).get("adapter_sources", [])
+    for_engine = {
+        "adapter_sources": sources, "pooling": pooling, "kv_cache_tokens": kv_cache_tokens,
+        "max_batch_tokens": max_batch_tokens, "max_batch_rows": max_batch_rows, "max_adapters": max_adapters,
+        "max_adapter_bytes": max_adapter_bytes,
+    }  # fmt: skip
     settings = Settings.from_env()
     keys = [*settings.api_keys, *(_keys(api_key_file) if api_key_file else [])]
     admin = next(iter(_keys(admin_key_file)), None) if admin_key_file else settings.admin_key
     chosen = server.ServerOptions(**options, api_keys=keys, admin_key=admin)
     with contextlib.closing(server.listen(chosen)) as bound, data_only_stdout():
         print_message(f"loading {path}")
-        with lorax_core.load(path, **loading) as engine:
+        with loading.engine(path, **for_engine) as engine:
             engine.warmup()
             name = chosen.model_name or path
             print_message(f"serving {name!r} at {server.address(bound)}; Ctrl-C stops")

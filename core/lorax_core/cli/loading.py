@@ -1,0 +1,105 @@
+"""What all commands that load a model have in common: the flags of loading, and the way from PATH to an engine.
+
+Decides which of the engine's options every command has, and that a flag comes before what `lorax.toml` says of a model. Knows
+nothing of models: loading is that of the Python interface, imported when an engine is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+import lorax_core
+from lorax_core.cli.config import Config
+from lorax_core.cli.options import chosen_adapter, named_sources
+from lorax_core.cli.render import data_only_stdout
+from lorax_core.errors import listed
+
+if TYPE_CHECKING:
+    from lorax_core.serving.engine import Engine
+
+_PANEL: Final = "Loading"
+
+ModelPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml.")
+]
+
+
+def _flag(kind: Any, *names: str, help: str, metavar: str | None = None) -> Any:
+    return Annotated[kind | None, typer.Option(*names, metavar=metavar, help=help, rich_help_panel=_PANEL)]
+
+
+# By the names of `EngineOptions`, but for adapters, which are given one by one. A flag that was left out leaves the option to
+# lorax.toml, and else to the defaults of the Python interface.
+_FLAGS: Final[Mapping[str, Any]] = {
+    "adapter": _flag(list[str], metavar="NAME=SOURCE", help="Load an adapter: a folder, hub id or URL. Repeatable."),
+    "merge_adapter": _flag(str, metavar="SOURCE", help="Merge an adapter into the weights while they are loaded."),
+    "revision": _flag(str, metavar="REV", help="Branch, tag or commit of a hub id."),
+    "token": _flag(str, help="Of the hub. HF_TOKEN says the same, and stays out of the list of processes."),
+    "dtype": _flag(str, help="auto, float32, bfloat16 or float16."),
+    "device": _flag(str, help="auto, cpu or cuda."),
+    "quantize": _flag(str, metavar="int8|int4", help="Round the weights of linear layers when they are loaded."),
+    "threads": _flag(int, metavar="N", help="Threads that compute."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """What a command line says of loading. `options` are those of `lorax_core.load`, without what was left out."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=Config)
+
+    def options_of(self, path: str) -> dict[str, Any]:
+        """All that `lorax_core.load` takes: what lorax.toml says of a model of that name, and above it the flags."""
+        named = dict(self.config.models.get(path, {}))
+        adapters = {**named.pop("adapters", {}), **self.options.get("adapters", {})}
+        return {"checkpoint": named.pop("path", path), **named, **self.options, "adapters": adapters}
+
+    def chosen_adapter(self, path: str, use: str | None) -> str | dict[str, float] | None:
+        """The adapter that answers: see `lorax_core.cli.options.chosen_adapter`."""
+        given = self.options.get("adapters", {})
+        # Those of lorax.toml are there to be chosen, and do not answer unless they are.
+        return chosen_adapter(self.options_of(path)["adapters"] if use is not None else given, use)
+
+    @contextlib.contextmanager
+    def engine(self, path: str, **more: Any) -> Iterator[Engine]:
+        """The engine for PATH, closed at the end; `more` are further options, of which None leaves one out."""
+        options = self.options_of(path) | {name: value for name, value in more.items() if value is not None}
+        # Only loading: what is done with the engine belongs on stdout.
+        with data_only_stdout():
+            engine = lorax_core.load(**options)
+        with engine:
+            yield engine
+
+
+def loads_model(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags of loading. What they say is passed as its keyword `loading`, a `Loading`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter for name, parameter in signature.parameters.items() if name != "loading"]
+    if clash := {parameter.name for parameter in own} & _FLAGS.keys():
+        raise TypeError(f"{command.__name__} has {listed(sorted(clash))} already")
+    flags = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in _FLAGS.items()
+    ]
+
+    @functools.wraps(command)
+    def loading_command(context: typer.Context, **given: Any) -> None:
+        options = {name: given.pop(name) for name in _FLAGS}
+        options["adapters"] = named_sources(options.pop("adapter") or [])
+        said = {name: value for name, value in options.items() if value is not None}
+        command(**given, loading=Loading(said, context.find_object(Config) or Config()))
+
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    parameters = [context, *own, *flags]
+    loading_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    loading_command.__annotations__ = {one.name: one.annotation for one in parameters}
+    del loading_command.__wrapped__  # whose signature typer would read instead
+    return loading_command

@@ -1,0 +1,108 @@
+"""`lorax.toml`: models by name, options by subcommand, and what is wrong with a file is said before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+UPPER = "examples/tiny_qwen2/adapters/upper"
+
+
+@pytest.fixture
+def toml(tmp_path, monkeypatch):
+    """Writes the `lorax.toml` of an empty folder, and goes there."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="lorax.toml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def test_a_model_has_a_name_its_adapters_and_its_options(main, toml, repository):
+    toml(f"""
+        [models.small]
+        path = "{repository}/examples/tiny_qwen2/model"
+        adapters = {{upper = "{repository}/{UPPER}"}}
+        kv-cache-tokens = 64
+
+        [generate]
+        max-tokens = 4
+        json = true
+    """)
+
+    _, out, err = main("generate", "small", "The list", "--use", "upper", "--max-tokens", "3")
+
+    found = json.loads(out)
+    assert (found["adapter"], found["usage"]["completion_tokens"]) == ("upper", 3)
+    assert found["text"].upper() == found["text"]
+    assert "options from lorax.toml" in err
+
+
+def test_adapters_of_a_named_model_answer_only_when_they_are_chosen(main, toml, repository):
+    toml(f"""
+        [models.small]
+        path = "{repository}/examples/tiny_qwen2/model"
+        adapters = {{upper = "{repository}/{UPPER}"}}
+    """)
+
+    _, out, _ = main("generate", "small", "The list", "--max-tokens", "2", "--json")
+
+    assert json.loads(out)["adapter"] is None
+
+
+def test_sources_are_read_from_where_the_file_lies(main, toml, repository, tmp_path, monkeypatch):
+    (tmp_path / "models").symlink_to(repository / "examples/tiny_qwen2")
+    file = toml('[models.small]\npath = "models/model"', "mine.toml")
+    monkeypatch.chdir("/")
+
+    code, out, err = main("--config", str(file), "generate", "small", "The list", "--max-tokens", "2")
+
+    assert (code, bool(out)) == (0, True)
+    assert "options from" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[genrate]\nseed = 1", "did you mean 'generate'?"),
+        ("[generate]\nmax-token = 1", "did you mean 'max-tokens'?"),
+        ("[adapters.merge]\nstrtegy = 'svd'", "did you mean 'strategy'?"),
+        ("adapters = 3", "'adapters' is a table of options"),
+        ("[models.small]\ndtype = 'float32'", "[models.small] has no path"),
+        ("[models.small]\npath = 'a'\nadapters = ['b']", "names and sources"),
+        ("[models.small]\npath = 'a'\ndtyp = 'float32'", "did you mean 'dtype'?"),
+        ("[generate", "cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_an_error_with_the_next_step(main, toml, text, complaint):
+    toml(text)
+    command = ["adapters", "merge", "a", "--out", "b"] if "adapters.merge" in text else ["generate", "small", "text"]
+
+    code, out, err = main(*command)
+
+    assert (code, out) == (1, "")
+    assert complaint in err
+
+
+def test_a_value_of_another_type_is_a_wrong_command_line(main, toml):
+    toml("[generate]\nmax-tokens = 'many'")
+
+    code, _, err = main("generate", "small", "text")
+
+    assert code == 2
+    assert "Invalid value for '--max-tokens'" in err
+
+
+def test_a_file_of_the_user_counts_where_there_is_none_here(main, toml, tmp_path, monkeypatch):
+    settings = tmp_path / "settings/lorax"
+    settings.mkdir(parents=True)
+    (settings / "lorax.toml").write_text("[models]\nlist = 3")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(settings.parent))
+
+    code, _, err = main("models", "list")
+
+    assert code == 1
+    assert str(settings) in err

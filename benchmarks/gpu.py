@@ -199,8 +199,8 @@ def ours(
         told(found)
 
     names = [f"a{number}" for number in range(max(load.adapters, default=0) if "adapters" in parts else 0)]
-    options = {"dtype": load.dtype, "device": load.device, "attention": load.attention}
-    batch = {"max_batch_rows": max(*load.batches, load.adapted_rows), "max_batch_tokens": 8192}
+    options: dict[str, Any] = {"dtype": load.dtype, "device": load.device, "attention": load.attention}
+    batch: dict[str, Any] = {"max_batch_rows": max(*load.batches, load.adapted_rows), "max_batch_tokens": 8192}
     with lorax.load(folder / "model", host=host, kv_cache_tokens=cache_tokens(load), **options, **batch) as engine:
         engine.warmup()
         know("load", {"bytes_per_second": engine.info().load_bytes_per_second, "seconds": engine.info().load_seconds})
@@ -280,7 +280,7 @@ def encoder(root: Path, load: Load, host: PluginHost | None) -> Figures:
     source = random.Random(2)
     lengths = sorted(source.randint(max(load.text_tokens // 8, 1), load.text_tokens) for _ in range(load.texts))
     texts = [make_prompts(1, length, config.vocab_size, source)[0] for length in lengths]
-    options = {"dtype": load.dtype, "device": load.device, "attention": load.attention}
+    options: dict[str, Any] = {"dtype": load.dtype, "device": load.device, "attention": load.attention}
     with lorax.load(root / "encoder", host=host, max_batch_tokens=16_384, **options) as engine:
         mine = seconds(lambda: engine.embed(texts), load)
 

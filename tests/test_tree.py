@@ -25,7 +25,7 @@ FACE = "lorax_core/__init__"
 # packages of one line do not know each other. A new package needs its place here, and in docs/architecture.md.
 RANKS = [
     ["errors", "version"],  # floor 0: vocabulary
-    ["types", "untrusted", "patterns", "output"],
+    ["types", "untrusted", "progress", "patterns", "output"],
     ["settings"],
     ["options"],
     ["plugins"],  # floor 1: declaration and discovery

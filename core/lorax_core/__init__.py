@@ -19,6 +19,7 @@ _HOMES = {
     "PluginError": "errors",
     "RequestError": "errors",
     "StepError": "errors",
+    "Progress": "progress",
     "Classification": "types",
     "Completion": "types",
     "Entity": "types",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from lorax_core.plugins.host import PluginHost as PluginHost
     from lorax_core.plugins.spec import ArchitectureSpec as ArchitectureSpec
     from lorax_core.plugins.spec import BackendSpec as BackendSpec
+    from lorax_core.progress import Progress as Progress
     from lorax_core.serving.engine import Engine as Engine
     from lorax_core.serving.engine import load as load
     from lorax_core.serving.model import load_model as load_model

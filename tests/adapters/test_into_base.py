@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import lorax_core as lorax
 from lorax_core.adapters.merging.into_base import merge_into_base
 from lorax_core.errors import AdapterError, CheckpointError, PluginError
+from lorax_core.progress import Progress
 
 # transformers calls the module by another name than the file does.
 ARCHS = [replace(arch, head="lm_head") if arch.head else arch for arch in ARCHS]
@@ -451,7 +452,7 @@ def test_the_base_and_folders_that_hold_files_are_left_alone(plain, tmp_path, ho
 def test_what_somebody_else_writes_meanwhile_is_left_alone(plain, tmp_path, host):
     folder, _ = make_adapter(plain[0], tmp_path / "lora")
 
-    def write(done, total):
+    def write(progress):
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out/mine.txt").write_text("mine")
 
@@ -474,13 +475,13 @@ def test_bases_that_cannot_be_read_or_served_are_refused(plain, tmp_path, host):
         merge_into_base(tmp_path / "strange", folder, tmp_path / "out", host)
 
 
-def test_progress_is_told_shard_by_shard(plain, tmp_path, host):
+def test_progress_is_reported_shard_by_shard(plain, tmp_path, host):
     folder, _ = make_adapter(plain[0], tmp_path / "lora")
     heard = []
 
-    merge_into_base(plain[1], folder, tmp_path / "out", host, progress=lambda *at: heard.append(at))
+    merge_into_base(plain[1], folder, tmp_path / "out", host, progress=heard.append)
 
-    assert heard == [(0, 1), (1, 1)]
+    assert heard == [Progress("writing files", 0, 1), Progress("writing files", 1, 1)]
 
 
 def test_the_public_face_takes_the_installed_plugins(plain, tmp_path):

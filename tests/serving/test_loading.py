@@ -282,3 +282,30 @@ def test_more_end_tokens_than_a_text_could_have_are_refused(tmp_path):
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {[1] * 1_001}}}')
 
     assert "names 1,001 end tokens; at most 1,000 are read" in refusal(folder, kv_cache_tokens=64).message
+
+
+def test_loading_reports_how_far_it_is(qwen2, tmp_path):
+    adapter = make_lora(make_qwen2_model(), tmp_path / "adapter")
+    heard = []
+
+    with lorax.load(qwen2, adapters={"one": adapter, "two": adapter}, progress=heard.append) as engine:
+        weights = [one for one in heard if one.stage == "reading weights"]
+        adapters = [(one.done, one.total) for one in heard if one.stage == "loading adapters"]
+
+        # The files hold headers beside the numbers.
+        assert 0 < weights[-1].total < engine.info().weight_bytes < weights[-1].total + 10_000
+    done = [one.done for one in weights]
+    assert (done[0], done[-1], {one.unit for one in weights}) == (0, weights[-1].total, {"B"})
+    assert done == sorted(done)
+    assert adapters == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_a_callback_for_progress_that_fails_is_no_fault_of_the_checkpoint(qwen2):
+    def fail(progress):
+        raise KeyError(progress.stage)
+
+    error = refusal(qwen2, progress=fail)
+
+    assert isinstance(error, lorax.RequestError)
+    assert "the callback for progress raised KeyError" in error.message
+    assert isinstance(error.__cause__, KeyError)

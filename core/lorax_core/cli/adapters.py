@@ -6,16 +6,15 @@ those of `lorax_core.adapters`, imported when a command runs.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout, print_error, print_message, show_json, show_table
 from lorax_core.errors import AdapterError
 
@@ -117,7 +116,7 @@ def merge(
         return
     from lorax_core.adapters.merging.merge import merge_adapters
 
-    with _progress("combining modules") as progress:
+    with shown_progress() as progress:
         merged = merge_adapters(folders, out, **settings, overwrite=overwrite, progress=progress)
     about |= {"modules": merged.modules, "ranks": list(merged.ranks), "notes": list(merged.notes)}
     _show_merged(about, json)
@@ -161,12 +160,12 @@ def _merge_into_base(
     files, notes = [read_peft(path) for path in adapters], list[str]()
     # One adapter as it is may hold what has no sum.
     if len(files) > 1 or options.weights != (1.0,) or options.strategy not in ("linear", "cat"):
-        with _progress("combining modules") as progress:
-            together, notes = combine(files, options, progress=progress)
+        with shown_progress() as progress:
+            together, notes = combine(files, options, report=progress)
     else:
         together = files[0]
     host = _discover()
-    with _progress("writing files") as progress:
+    with shown_progress() as progress:
         done = merge_into_base(find_checkpoint(base), together, out, host, overwrite=overwrite, progress=progress)
     return {"changed": list(done.changed), "notes": [*notes, *done.notes]}
 
@@ -182,19 +181,6 @@ def _show_merged(about: dict[str, Any], json: bool) -> None:
     show_table(("", ""), [(name, _listed(value)) for name, value in rows.items()])
     for note in about["notes"]:
         print_message(note, label="note", style="yellow")
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """On a terminal, how far it is; in a pipe nothing."""
-    # A log would get a line for each step.
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(what) as status:
-        yield lambda done, total: status.update(f"{what}: {done} of {total}")
 
 
 def _cache() -> Path:

@@ -18,6 +18,7 @@ import typer
 import lorax_core
 from lorax_core.cli.config import Config
 from lorax_core.cli.options import chosen_adapter, named_sources
+from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout
 from lorax_core.errors import listed
 
@@ -73,8 +74,8 @@ class Loading:
         """The engine for PATH, closed at the end; `more` are further options, of which None leaves one out."""
         options = self.options_of(path) | {name: value for name, value in more.items() if value is not None}
         # Only loading: what is done with the engine belongs on stdout.
-        with data_only_stdout():
-            engine = lorax_core.load(**options)
+        with data_only_stdout(), shown_progress() as progress:
+            engine = lorax_core.load(**options, progress=progress)
         with engine:
             yield engine
 

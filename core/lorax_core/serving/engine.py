@@ -23,6 +23,7 @@ from lorax_core.kernels.workers import end_workers
 from lorax_core.kvcache.sizing import peak_memory
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
+from lorax_core.progress import Report, reporting
 from lorax_core.serving.call import Call
 from lorax_core.serving.info import EngineInfo
 from lorax_core.serving.loading import EngineParts, assemble_engine
@@ -68,8 +69,12 @@ class Engine:
         """What it was loaded with."""
 
     @classmethod
-    def from_options(cls, options: EngineOptions, host: PluginHost | None = None) -> Engine:
+    def from_options(
+        cls, options: EngineOptions, host: PluginHost | None = None, *, progress: Report | None = None
+    ) -> Engine:
         """An engine with these options; `host` are the plugins to use, instead of those installed.
+
+        `progress` is called with a `Progress` again and again while it is loaded.
 
         Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
         """
@@ -78,7 +83,7 @@ class Engine:
                 f"options: an EngineOptions, not {shown(options)}",
                 hint="lorax_core.load(checkpoint, **options) makes them",
             )
-        return cls(assemble_engine(options, host))
+        return cls(assemble_engine(options, host, reporting(progress)))
 
     @property
     def adapters(self) -> AdapterStore:
@@ -298,13 +303,16 @@ class Engine:
         self.close()
 
 
-def load(checkpoint: str | Path, *, host: PluginHost | None = None, **options: Any) -> Engine:
+def load(
+    checkpoint: str | Path, *, host: PluginHost | None = None, progress: Report | None = None, **options: Any
+) -> Engine:
     """Load a checkpoint (a folder or a hub id) and its adapters, ready to answer.
 
-    The options are those of `EngineOptions`; `host` are the plugins to use, instead of those installed.
+    The options are those of `EngineOptions`; `host` are the plugins to use, instead of those installed. `progress` is called
+    with a `Progress` again and again while it loads.
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
     """
-    return Engine.from_options(EngineOptions(**{"checkpoint": checkpoint, **options}), host)
+    return Engine.from_options(EngineOptions(**{"checkpoint": checkpoint, **options}), host, progress=progress)
 
 
 def _check_requests(requests: Any) -> None:

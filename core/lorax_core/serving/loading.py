@@ -25,6 +25,7 @@ from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import CheckpointError, RequestError, shown
+from lorax_core.kernels.native.build import compile_ahead
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
@@ -33,6 +34,7 @@ from lorax_core.modeling.heads import CLASSIFICATION, EmbeddingHead
 from lorax_core.modeling.model import Model
 from lorax_core.options import EngineOptions
 from lorax_core.plugins.host import PluginHost
+from lorax_core.progress import Progress, Report, silent
 from lorax_core.serving.adapter_text import AdapterTexts, with_merged
 from lorax_core.serving.embedding import set_up_embedding
 from lorax_core.serving.info import EngineInfo
@@ -66,7 +68,7 @@ class EngineParts:
     options: EngineOptions
 
 
-def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> EngineParts:
+def assemble_engine(options: EngineOptions, host: PluginHost | None = None, report: Report = silent) -> EngineParts:
     """Load the checkpoint and the adapters, choose a backend, make the cache, and start the engine's thread.
 
     Raises CheckpointError, PluginError, AdapterError, CapacityError or RequestError, with what to do next.
@@ -78,13 +80,14 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None) -> E
     sources = AdapterSources(
         settings.cache, options.adapter_sources, options.adapter_timeout, options.max_adapter_bytes
     )
-    base = _load_base(options, host, sources)
-    trusted = Trusted(base.model, settings)
+    base = _load_base(options, host, sources, report)
+    trusted = Trusted(base.model, settings, report)
     elementwise, why = trusted.elementwise()
     base.model.use_elementwise(elementwise)
     sentence = set_up_embedding(base, options.pooling, options.normalize, options.embedding_dim)
     text = with_merged(load_text_front(base.checkpoint, sentence), base.checkpoint)
-    store = _load_adapters(options, base, settings, trusted, sources, AdapterTexts(text))
+    store = _adapters(options, base, settings, trusted, sources, AdapterTexts(text))
+    _load_adapters(options, store, report)
     chosen = _attention(options, base.model, host, trusted)
     # Before the cache, which leaves no memory for trials where it takes what there is.
     eager = _why_eager(options, base.model, chosen, trusted)
@@ -112,7 +115,7 @@ def checked_host(host: PluginHost | None) -> PluginHost:
     return host if host is not None else PluginHost.discover()
 
 
-def _load_base(options: EngineOptions, host: PluginHost, sources: AdapterSources) -> LoadedModel:
+def _load_base(options: EngineOptions, host: PluginHost, sources: AdapterSources, report: Report) -> LoadedModel:
     device = find_device(options.device)
     token = options.token.get_secret_value() if options.token is not None else None
     if options.quantize is not None and torch.device(device).type != "cpu":
@@ -120,12 +123,14 @@ def _load_base(options: EngineOptions, host: PluginHost, sources: AdapterSources
             f"quantize={options.quantize!r} was asked for on {device!r}, but weights are quantized on a CPU alone",
             hint="leave quantize out, or use device='cpu'",
         )
+    if torch.device(device).type == "cpu":
+        compile_ahead(Settings.from_env(), report)
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
     if options.merge_adapter is not None:
         files = MergedCheckpoint(files, sources.find(options.merge_adapter).folder, host)
     dtype = choose_dtype(options.dtype, files, device, sixteen_bit(device))
     policy = LinearPolicy(options.linear_methods, options.quantize)
-    base = load_model(files, host, dtype=dtype, device=device, linear_policy=policy)
+    base = load_model(files, host, dtype=dtype, device=device, linear_policy=policy, report=report)
     if isinstance(files, MergedCheckpoint):
         files.release()
     return base
@@ -145,7 +150,7 @@ def _notes(options: EngineOptions, base: LoadedModel) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _load_adapters(
+def _adapters(
     options: EngineOptions,
     base: LoadedModel,
     settings: Settings,
@@ -163,9 +168,16 @@ def _load_adapters(
     )
     store.bound.kernel.verify = trusted.lora
     store.texts = texts.read
-    for name, source in options.adapters.items():
-        store.load(name, source)
     return store
+
+
+def _load_adapters(options: EngineOptions, store: AdapterStore, report: Report) -> None:
+    count = len(options.adapters)
+    for done, (name, source) in enumerate(options.adapters.items()):
+        report(Progress("loading adapters", done, count))
+        store.load(name, source)
+    if count:
+        report(Progress("loading adapters", count, count))
 
 
 def _attention(options: EngineOptions, model: Model, host: PluginHost, trusted: Trusted) -> Selection:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        bits = re.search("[0-9]+", self.dtype)  # of F8_E4M3 the first; BOOL is a byte
+        return math.prod(self.shape) * int(bits[0] if bits else 8) // 8
 
 
 class Checkpoint:

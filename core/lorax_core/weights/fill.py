@@ -18,6 +18,7 @@ from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.linear import LinearPreparer
 from lorax_core.modeling.model import Model
+from lorax_core.progress import Progress, Report, silent
 from lorax_core.weights.account import Account, Placement
 from lorax_core.weights.bounds import as_config_error, refuse_large_buffers
 from lorax_core.weights.checkpoint import Checkpoint, is_finite
@@ -31,7 +32,9 @@ Pieces = Sequence[tuple[str, Target]]
 Reader = Callable[[str], Tensor]
 
 
-def fill(model: Model, checkpoint: Checkpoint, placement: Placement, policy: LinearPolicy | None) -> None:
+def fill(
+    model: Model, checkpoint: Checkpoint, placement: Placement, policy: LinearPolicy | None, report: Report = silent
+) -> None:
     """Give the model its numbers and, with a policy, prepare its linear layers; what is not finite comes into the account.
 
     Where the account has problems before, or from then on, numbers are only looked at.
@@ -52,7 +55,11 @@ def fill(model: Model, checkpoint: Checkpoint, placement: Placement, policy: Lin
     preparer = LinearPreparer(model, policy) if policy is not None else None
     parameters = model.named_tensors()
     memory = _Memory(model, sum(parameters[name].numel() for name in pieces))
+    sizes = {name: sum(checkpoint.tensors[piece].nbytes for piece, _ in many) for name, many in pieces.items()}
+    done, total = 0, sum(sizes.values())
     for name in _ordered(pieces, parameters, preparer):
+        report(Progress("reading weights", done, total, "B"))
+        done += sizes[name]
         if account.problems:
             _look(read, pieces[name], model.dtype, account)
             continue
@@ -75,6 +82,7 @@ def fill(model: Model, checkpoint: Checkpoint, placement: Placement, policy: Lin
             made = nn.Parameter(weight, requires_grad=False)
             for module, attribute in holders[name]:
                 setattr(module, attribute, made)
+    report(Progress("reading weights", done, total, "B"))
     if preparer is not None:
         model.linears = preparer.report
 

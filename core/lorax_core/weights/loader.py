@@ -24,6 +24,7 @@ from lorax_core.plugins.host import PluginHost
 from lorax_core.plugins.record import PluginRecord
 from lorax_core.plugins.resolve import load_class
 from lorax_core.plugins.spec import ArchitectureSpec
+from lorax_core.progress import Report, silent
 from lorax_core.types import Task
 from lorax_core.untrusted import guarded
 from lorax_core.weights.account import Account, place_tensors
@@ -80,6 +81,7 @@ def load_model(
     device: str = "cpu",
     model_class: type[Model] = Model,
     linear_policy: LinearPolicy | None = None,
+    report: Report = silent,
 ) -> LoadedModel:
     """Build the architecture that `config.json` names and fill it. `dtype` None keeps the checkpoint's own.
 
@@ -88,7 +90,7 @@ def load_model(
     Raises PluginError when nothing serves the `model_type`, CheckpointError when a tensor is missing, unused or misshapen.
     """
     started = time.perf_counter()
-    built, account = assemble(checkpoint, host, dtype, device, model_class, linear_policy or LinearPolicy())
+    built, account = assemble(checkpoint, host, dtype, device, model_class, linear_policy or LinearPolicy(), report)
     if account.problems:
         raise CheckpointError(
             f"{checkpoint.path} does not fit {built.spec.model_type!r}: {account.summary}",
@@ -107,6 +109,7 @@ def assemble(
     device: str,
     model_class: type[Model] = Model,
     linear_policy: LinearPolicy | None = None,
+    report: Report = silent,
 ) -> tuple[LoadedModel, Account]:
     """A filled model, with the account of its checkpoint; with problems in the account, it is not to be computed with.
 
@@ -117,7 +120,7 @@ def assemble(
     with _loading(checkpoint, owner):
         built, spare = _built(checkpoint, spec, owner, dtype, device, model_class)
         placement = place_tensors(built.model, checkpoint.tensors, built.weight_map, spare)
-        fill(built.model, checkpoint, placement, linear_policy)
+        fill(built.model, checkpoint, placement, linear_policy, report)
     return built, placement.account
 
 

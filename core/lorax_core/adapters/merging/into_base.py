@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lorax_core.adapters.formats.peft import PeftFiles
 from lorax_core.adapters.formats.text_files import text_files
-from lorax_core.adapters.merging.merge import Progress
 from lorax_core.adapters.merging.plan import MergePlan, read_mergeable
 from lorax_core.errors import AdapterError, listed
 from lorax_core.output import check_free, new_folder, refuse_inputs_inside
 from lorax_core.plugins.host import PluginHost
+from lorax_core.progress import Progress, Report, reporting
 from lorax_core.untrusted import guarded
 from lorax_core.weights.checkpoint import Checkpoint, opened
 
@@ -49,7 +49,7 @@ def merge_into_base(
     host: PluginHost | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> MergedBase:
     """Write the checkpoint `base` with an adapter in its weights: the same files, names and dtypes, computed in float32.
 
@@ -76,7 +76,7 @@ def merge_into_base(
     plan = MergePlan.of(checkpoint, files, host or PluginHost.discover(), rounded=True)
     writer = _Writer(plan, list(plan.notes))
     with new_folder(final, AdapterError, overwrite=overwrite) as folder:
-        writer.write(folder, progress)
+        writer.write(folder, reporting(progress))
     return MergedBase(final, tuple(sorted(plan.changes)), tuple(writer.notes))
 
 
@@ -91,15 +91,13 @@ class _Writer:
     def checkpoint(self) -> Checkpoint:
         return self.plan.checkpoint
 
-    def write(self, folder: Path, progress: Progress | None) -> None:
+    def write(self, folder: Path, report: Report) -> None:
         """Everything into an empty folder."""
         sizes: dict[str, tuple[int, int]] = {}
         for done, file in enumerate(self.checkpoint.files):
-            if progress is not None:
-                progress(done, len(self.checkpoint.files))
+            report(Progress("writing files", done, len(self.checkpoint.files)))
             sizes |= self._write_shard(file, folder / file.relative_to(self.checkpoint.path))
-        if progress is not None:
-            progress(len(self.checkpoint.files), len(self.checkpoint.files))
+        report(Progress("writing files", len(self.checkpoint.files), len(self.checkpoint.files)))
         self._write_index(folder, sizes)
         self._copy_others(folder)
         # Last, over the copy of the base's config.json.

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,8 @@ from lorax_core.adapters.merging.combining import (
 )
 from lorax_core.errors import AdapterError
 from lorax_core.output import check_free, new_folder, refuse_inputs_inside
+from lorax_core.progress import Progress, Report, reporting, silent
 from lorax_core.untrusted import guarded
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
 
 # Roles that a sum of low-rank updates has no place for, and how they are called.
 _NO_SUM = {"magnitude": "a DoRA magnitude", "b_bias": "a bias of lora_B (lora_bias)", "tokens": "trained token rows"}
@@ -64,7 +62,7 @@ def merge_adapters(
     rank: int | None = None,
     majority_sign_method: SignMethod = "total",
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> MergedAdapter:
     """Combine adapter folders into a new one, an ordinary PEFT adapter; the arithmetic is that of `add_weighted_adapter`.
 
@@ -85,7 +83,7 @@ def merge_adapters(
         raise AdapterError(f"one adapter was given, {str(adapters)!r:.80}", hint="give a list of folders")
     options = merge_options(adapters, strategy, weights, density, seed, rank, majority_sign_method)
     refuse_inputs_inside(Path(out), adapters, AdapterError)
-    files, notes = combine([read_peft(path) for path in adapters], options, progress=progress)
+    files, notes = combine([read_peft(path) for path in adapters], options, report=reporting(progress))
     with new_folder(out, AdapterError, overwrite=overwrite) as folder:
         save_file(_named(files), folder / _TENSORS, metadata={"format": "pt"})
         written = files.settings.model_dump(exclude={"path"}, exclude_unset=True)
@@ -115,7 +113,7 @@ def merge_options(
 
 
 def combine(
-    adapters: Sequence[PeftFiles], options: MergeOptions, *, mask: Mask | None = None, progress: Progress | None = None
+    adapters: Sequence[PeftFiles], options: MergeOptions, *, mask: Mask | None = None, report: Report = silent
 ) -> tuple[PeftFiles, list[str]]:
     """One adapter in memory, in float32 and with scale 1, and notes; raises AdapterError as `merge_adapters` says.
 
@@ -131,14 +129,14 @@ def combine(
     modules: dict[str, ModuleTensors] = {}
     ranks: dict[str, int] = {}
     for done, (module, found) in enumerate(members.items()):
-        if progress is not None:
-            progress(done, len(members))
+        report(Progress("combining modules", done, len(members)))
         a, b = combined([one.update for one in found], options, rank, mask)
         weight, ranks[module] = _shared_base(module, found), len(a)
         if found[0].embedding:
             modules[module] = ModuleTensors(embedding_a=a, embedding_b=b, weight=weight)
         else:
             modules[module] = ModuleTensors(a=a, b=b, weight=weight)
+    report(Progress("combining modules", len(members), len(members)))
     config, notes = _settings(adapters, ranks)
     if len(adapters) > 1 and not set.intersection(*(set(files.modules) for files in adapters)):
         notes.append("no module is in all of the adapters: were they trained on one base?")

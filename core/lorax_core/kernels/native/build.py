@@ -6,16 +6,20 @@ What is loaded is a private copy of the bytes that were checked, so nothing can 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorax_core.kernels.native.compiler import Compiler, find_compiler
 from lorax_core.kernels.native.trust import file_problem, folder_problem
+from lorax_core.progress import Progress, Report
 from lorax_core.settings import Settings
 
 # Sums may be reordered freely, which is what lets them be vectorised; NaN stays NaN.
@@ -23,6 +27,8 @@ FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
+ALWAYS = tuple(sorted(set(Path(__file__).parent.glob("*.cpp")) - {Path(__file__).with_name("quantized.cpp")}))
+"""The sources that any model on a CPU may use."""
 _HASH_BYTES = hashlib.sha256().digest_size
 _MOST_BYTES = 64 * 2**20  # of a library; ours has some 20,000
 
@@ -49,8 +55,45 @@ def load_native(source: Path, settings: Settings) -> Native:
         return Native(None, "there is no memory left for it")
 
 
-def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
-    """The library and what it holds, compiled unless the cache has it; raises RuntimeError or OSError when there is none."""
+def compile_ahead(settings: Settings, report: Report, sources: Iterable[Path] = ALWAYS) -> None:
+    """Compiles what the cache lacks, several at a time, which takes seconds each. What fails is left to `load_native`."""
+    if not settings.native:
+        return
+    try:
+        where = _library_folder(settings.cache.expanduser() / "native")
+        missing = [source for source in sources if not where.library(source).exists()]
+    except (OSError, RuntimeError, ValueError):
+        return
+    if not missing:
+        return
+    stage = "compiling native code, once"
+    report(Progress(stage, 0, len(missing)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        started = [pool.submit(_compile, where.compiler, source.resolve(), where.library(source)) for source in missing]
+        for done, one in enumerate(as_completed(started), 1):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                one.result()
+            report(Progress(stage, done, len(missing)))
+
+
+@dataclass(frozen=True, slots=True)
+class _LibraryFolder:
+    """Where libraries are kept, and the compiler that makes them."""
+
+    folder: Path
+    user: int
+    compiler: Compiler
+    version: bytes
+
+    def library(self, source: Path) -> Path:
+        # A library is made for the processor that made it, and a home may be shared by several.
+        headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+        key = (source.read_bytes(), *headers, " ".join(FLAGS).encode(), self.version, processor())
+        return self.folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
+
+
+def _library_folder(folder: Path) -> _LibraryFolder:
+    """Raises RuntimeError or OSError when nothing can be compiled or kept there."""
     if not hasattr(os, "memfd_create"):
         raise RuntimeError("native code is loaded on Linux alone")
     make_private(folder)
@@ -59,15 +102,17 @@ def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
     # Before anything is read from there or written to it.
     _refuse(folder_problem(folder, user))
     compiler = find_compiler(user)
-    # A library is made for the processor that made it, and a home may be shared by several.
-    version = compiler.run("--version", folder=Path("/"))
-    headers = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
-    key = (source.read_bytes(), *headers, " ".join(FLAGS).encode(), version, processor())
-    library = folder / f"{source.stem}-{hashlib.sha256(b'|'.join(key)).hexdigest()[:16]}.so"
-    code = _read(library, user)
+    return _LibraryFolder(folder, user, compiler, compiler.run("--version", folder=Path("/")))
+
+
+def _built(source: Path, folder: Path) -> tuple[Path, bytes]:
+    """The library and what it holds, compiled unless the cache has it; raises RuntimeError or OSError when there is none."""
+    where = _library_folder(folder)
+    library = where.library(source)
+    code = _read(library, where.user)
     if code is None:
-        _compile(compiler, source.resolve(), library)
-        code = _read(library, user)
+        _compile(where.compiler, source.resolve(), library)
+        code = _read(library, where.user)
     if code is None:
         raise RuntimeError(f"{library} was cut short as soon as it was written: is the disk full?")
     return library, code

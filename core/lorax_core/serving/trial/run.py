@@ -27,6 +27,7 @@ import torch
 from lorax_core.kernels import native
 from lorax_core.kernels.native.build import make_private, processor
 from lorax_core.kernels.native.trust import file_problem, folder_problem
+from lorax_core.progress import Progress, Report, silent
 from lorax_core.serving.trial.child import run_trial
 from lorax_core.serving.trial.spec import TRIAL, Trial
 from lorax_core.settings import Settings
@@ -74,10 +75,17 @@ def machine() -> dict[str, str]:
 class Trials:
     """Runs trials and keeps their verdicts in `settings.cache`; `facts` are what verdicts depend on, see `machine`."""
 
-    def __init__(self, settings: Settings, facts: Mapping[str, str] | None = None, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        facts: Mapping[str, str] | None = None,
+        seconds: float = SECONDS,
+        report: Report = silent,
+    ) -> None:
         self._cache = settings.cache
         self._facts = dict(facts) if facts is not None else None
         self._seconds = seconds
+        self._report, self._tried = report, 0
 
     def problem(self, trial: Trial) -> str | None:
         """Why the kernels of a trial are not to be used; None when they may be."""
@@ -88,9 +96,15 @@ class Trials:
         """The same, tried in this process: for kernels that core compiles itself, which fail by their numbers alone."""
         verdict = self._kept(trial)
         if verdict is None:
+            self._report_one()
             verdict = Verdict(trial, run_trial(trial))
             self._keep(verdict)
         return verdict.problem
+
+    def _report_one(self) -> None:
+        # How many there will be depends on what they find.
+        self._report(Progress("trying kernels", self._tried))
+        self._tried += 1
 
     def verdicts(
         self, trials: Sequence[Trial], *, again: bool = False, seen: Callable[[Verdict], None] | None = None
@@ -101,6 +115,7 @@ class Trials:
             verdict = None if again else self._kept(trial)
             if verdict is None:
                 _log.warning("trying %s (%s); kernels may be compiled for minutes, once", trial.subject, trial)
+                self._report_one()
                 verdict = Verdict(trial, self._run(trial))
                 self._keep(verdict)
             found.append(verdict)

@@ -21,6 +21,7 @@ from lorax_core.modeling.model import Model
 from lorax_core.modeling.norm import Norm
 from lorax_core.modeling.rotary import RotaryEmbedding
 from lorax_core.plugins.spec import BackendSpec
+from lorax_core.progress import Report, silent
 from lorax_core.serving.trial.run import Trials
 from lorax_core.serving.trial.spec import (
     AttentionTrial,
@@ -75,10 +76,10 @@ class ModelTrials:
 class Trusted:
     """The verdicts on kernels for one model. `settings.trials` says on which types of devices kernels are tried."""
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings, report: Report = silent) -> None:
         self._model = model
         self._orders = ModelTrials(model)
-        self._trials = Trials(settings)
+        self._trials = Trials(settings, report=report)
         self._tries = model.device.type in settings.trials
         self._any = bool(settings.trials)
 

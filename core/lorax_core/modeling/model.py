@@ -19,6 +19,7 @@ from lorax_core.modeling.attention import Attention
 from lorax_core.modeling.batch import Batch, HeadRows, StepOutput
 from lorax_core.modeling.config import ModelConfig
 from lorax_core.modeling.heads import Head
+from lorax_core.modeling.linear import Linear
 from lorax_core.modeling.site import Site
 from lorax_core.types import Task
 
@@ -111,6 +112,12 @@ class Model(nn.Module):
     def max_tokens(self) -> int:
         """The longest sequence, prompt and answer together, in tokens."""
         return self.config.max_tokens
+
+    @property
+    def linear_bytes(self) -> int:
+        """Bytes of the prepared weights of linear layers, which every step reads; the table of an embedding is none."""
+        kernels = [site.kernel for site in self.sites.values() if isinstance(site, Linear) and site.is_prepared]
+        return sum({id(kernel): kernel.nbytes for kernel in kernels}.values())
 
     def head(self, task: Task) -> Head:
         """The head that answers `task`.

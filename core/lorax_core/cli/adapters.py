@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorax_core.cli.progress import shown_progress
+from lorax_core.cli.remote import ask, keys_in
 from lorax_core.cli.render import data_only_stdout, print_error, print_message, show_json, show_table
 from lorax_core.errors import AdapterError
 
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from lorax_core.adapters.formats.peft import PeftFiles
     from lorax_core.plugins.host import PluginHost
 
-app = typer.Typer(help="Adapters: look into them, combine them, merge them into their base.", no_args_is_help=True)
+app = typer.Typer(
+    help="Adapters: list a server's, look into them, combine them, merge them into their base.", no_args_is_help=True
+)
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _FORMS = "a folder, a hub id or the URL of a folder"
@@ -39,6 +42,28 @@ _FEATURES = {
     "tokens": "trained tokens",
     "bias": "biases",
 }
+
+
+@app.command("list")
+def list_adapters(
+    url: Annotated[str, typer.Option(metavar="URL", help="Of a server that `lorax serve` started.")],
+    admin_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The server's admin key; or set LORAX_ADMIN_KEY.")
+    ] = None,
+    json: _Json = False,
+) -> None:
+    """List the adapters that a running server has loaded."""
+    from lorax_core.settings import Settings
+
+    key = keys_in(admin_key_file)[0] if admin_key_file is not None else Settings.from_env().admin_key
+    found = ask(url, "/v1/adapters", key).get("adapters", [])
+    if json:
+        show_json({"url": url, "adapters": found})
+    elif found:
+        columns = ("name", "source", "kind", "task", "ranks", "nbytes", "where")
+        show_table(columns, [[_listed(one.get(name) or "-") for name in columns] for one in found])
+    else:
+        print_message(f"no adapter is loaded at {url}")
 
 
 @app.command("inspect")

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.remote import keys_in
 from lorax_core.cli.render import data_only_stdout, print_message
 from lorax_core.errors import RequestError
 from lorax_core.settings import Settings
@@ -116,8 +117,8 @@ def serve(
         "max_adapter_bytes": max_adapter_bytes,
     }  # fmt: skip
     settings = Settings.from_env()
-    keys = [*settings.api_keys, *(_keys(api_key_file) if api_key_file else [])]
-    admin = next(iter(_keys(admin_key_file)), None) if admin_key_file else settings.admin_key
+    keys = [*settings.api_keys, *(keys_in(api_key_file) if api_key_file else [])]
+    admin = next(iter(keys_in(admin_key_file)), None) if admin_key_file else settings.admin_key
     chosen = server.ServerOptions(**options, api_keys=keys, admin_key=admin)
     with contextlib.closing(server.listen(chosen)) as bound, data_only_stdout():
         print_message(f"loading {path}")
@@ -143,18 +144,3 @@ def _server() -> Any:
         raise RequestError(
             f"lorax serve needs {error.name}, which is not installed", hint="pip install 'lorax-core[server]'"
         ) from error
-
-
-def _keys(file: Path) -> list[str]:
-    """The keys in a file, one a line; lines that start with # are comments."""
-    try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    except (OSError, UnicodeError) as error:
-        # Not what the file holds.
-        raise RequestError(
-            f"the keys in {file} cannot be read: {type(error).__name__}", hint="give a text file with one key a line"
-        ) from error
-    keys = [line for line in lines if line and not line.startswith("#")]
-    if not keys:
-        raise RequestError(f"{file} has no key", hint="write one a line, of 8 characters at least")
-    return keys

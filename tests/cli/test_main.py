@@ -109,3 +109,16 @@ def test_what_a_plugin_prints_does_not_spoil_the_data(lorax, strangers):
 
     assert json.loads(done.stdout)["problems"][0]["cause"].startswith("RuntimeError: no luck")
     assert "hello from chatty" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("lorax ge", "generate"), ("lorax adapters me", "merge"), ("lorax generate x y --max-t", "--max-tokens")],
+)
+def test_a_shell_completes_commands_and_options(lorax, words, found):
+    count = str(len(words.split()) - 1)
+
+    done = lorax(_LORAX_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
+
+    assert done.stdout.split() == [found]
+    assert done.stderr == ""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lorax_core.kernels.native import build, compiler
-from lorax_core.kernels.native.build import compile_ahead, load_native
+from lorax_core.kernels.native.build import compile_ahead, load_native, sources_of
 from lorax_core.kernels.native.trust import file_problem, folder_problem
 from lorax_core.settings import Settings
 
@@ -357,7 +357,7 @@ def test_messages_of_a_compiler_need_not_be_utf_8(source, tmp_path, monkeypatch)
 ELSEWHERE = """
 import resource, sys
 from pathlib import Path
-from lorax_core.kernels.native.build import compile_ahead, load_native
+from lorax_core.kernels.native.build import compile_ahead, load_native, sources_of
 from lorax_core.settings import Settings
 source, cache, most = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
@@ -398,7 +398,7 @@ def test_what_the_cache_lacks_is_compiled_ahead_and_then_loaded_as_it_is(source,
     broken.write_text("no C++")
     settings, heard = Settings(cache=tmp_path / "cache"), []
 
-    compile_ahead(settings, heard.append, [source, other, broken])
+    compile_ahead(settings, [source, other, broken], heard.append)
 
     kept = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache/native").glob("*.so")}
     assert [(one.done, one.total) for one in heard] == [(done, 3) for done in range(4)]
@@ -411,8 +411,14 @@ def test_nothing_is_reported_where_all_is_compiled_or_nothing_may_be(source, tmp
     settings, heard = Settings(cache=tmp_path / "cache"), []
     made(source, settings.cache)
 
-    compile_ahead(settings, heard.append, [source])
-    compile_ahead(Settings(cache=tmp_path / "other", native=False), heard.append, [source])
+    compile_ahead(settings, [source], heard.append)
+    compile_ahead(Settings(cache=tmp_path / "other", native=False), [source], heard.append)
 
     assert heard == []
     assert not (tmp_path / "other").exists()
+
+
+def test_sources_of_core_are_there():
+    names = ("attention", "elementwise", "low_rank", "quantized", "sampling", "skinny")
+
+    assert [source.name for source in sources_of(*names) if source.is_file()] == [f"{name}.cpp" for name in names]

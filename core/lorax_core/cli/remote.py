@@ -53,7 +53,9 @@ def ask(url: str, path: str, key: str | None) -> dict[str, Any]:
         with request.build_opener(Stays).open(asked, timeout=SECONDS) as answer:
             found = json.loads(answer.read(_MOST_BYTES))
     except HTTPError as error:
-        raise _refused(url, error.code, error.read(_MOST_BYTES)) from error
+        with error:  # it is the answer, and holds the connection
+            body = error.read(_MOST_BYTES)
+        raise _refused(url, error.code, body) from error
     # ValueError: an address that is none, or no JSON.
     except (URLError, OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", error)

@@ -25,7 +25,7 @@ from lorax_core.engine.runner import Runner
 from lorax_core.engine.scheduler import Scheduler
 from lorax_core.engine.worker import EngineWorker
 from lorax_core.errors import CheckpointError, RequestError, shown
-from lorax_core.kernels.native.build import compile_ahead
+from lorax_core.kernels.native.build import compile_ahead, sources_of
 from lorax_core.kvcache.allocator import PageAllocator
 from lorax_core.kvcache.pool import KVPool
 from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
@@ -81,6 +81,10 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None, repo
         settings.cache, options.adapter_sources, options.adapter_timeout, options.max_adapter_bytes
     )
     base = _load_base(options, host, sources, report)
+    if base.model.needs_kv_cache and base.model.device.type == "cpu":
+        # What the rest of an engine uses; adapters may also come later, and then their product is compiled when it is needed.
+        adapted = ["low_rank"] if options.adapters else []
+        compile_ahead(settings, sources_of("attention", "sampling", *adapted), report)
     trusted = Trusted(base.model, settings, report)
     elementwise, why = trusted.elementwise()
     base.model.use_elementwise(elementwise)
@@ -124,7 +128,8 @@ def _load_base(options: EngineOptions, host: PluginHost, sources: AdapterSources
             hint="leave quantize out, or use device='cpu'",
         )
     if torch.device(device).type == "cpu":
-        compile_ahead(Settings.from_env(), report)
+        quantized = ["quantized"] if options.quantize is not None else []
+        compile_ahead(Settings.from_env(), sources_of("skinny", "elementwise", *quantized), report)
     files = Checkpoint(find_checkpoint(options.checkpoint, revision=options.revision, token=token))
     if options.merge_adapter is not None:
         files = MergedCheckpoint(files, sources.find(options.merge_adapter).folder, host)

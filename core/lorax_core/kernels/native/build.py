@@ -27,8 +27,6 @@ FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
-ALWAYS = tuple(sorted(set(Path(__file__).parent.glob("*.cpp")) - {Path(__file__).with_name("quantized.cpp")}))
-"""The sources that any model on a CPU may use."""
 _HASH_BYTES = hashlib.sha256().digest_size
 _MOST_BYTES = 64 * 2**20  # of a library; ours has some 20,000
 
@@ -55,7 +53,12 @@ def load_native(source: Path, settings: Settings) -> Native:
         return Native(None, "there is no memory left for it")
 
 
-def compile_ahead(settings: Settings, report: Report, sources: Iterable[Path] = ALWAYS) -> None:
+def sources_of(*names: str) -> list[Path]:
+    """Core's own sources by their names."""
+    return [Path(__file__).with_name(f"{name}.cpp") for name in names]
+
+
+def compile_ahead(settings: Settings, sources: Iterable[Path], report: Report) -> None:
     """Compiles what the cache lacks, several at a time, which takes seconds each. What fails is left to `load_native`."""
     if not settings.native:
         return

@@ -31,6 +31,8 @@ base or the generating checkpoint, and `engine.classify(text, adapter=name)` ans
 - `id2label` names the labels; without it they are `LABEL_0`, `LABEL_1` and so on, never the base's names.
 - `problem_type="multi_label_classification"` makes the scores of a text independent; one label alone is a raw number.
 - An adapter without a head uses the base's, where the base has one. `engine.embed` ignores heads.
+- How rows become a vector is not read from an adapter's files: it is the base's way, or what `load` or a request says
+  (`pooling`, `normalize`).
 - BERT's sequence head reads the pooler, which is the base's unless the adapter brings one.
 
 ## Tokenizers and chat templates
@@ -90,7 +92,8 @@ many drafts were right. Heads have an output layer of their own, or use the base
 ## Merging
 
 `lorax adapters merge A B --out DIR` combines LoRA adapters into an ordinary PEFT adapter;
-`lorax_core.merge_adapters` is the same in Python. The numbers are those of PEFT's `add_weighted_adapter`:
+`lorax_core.merge_adapters` is the same in Python. The numbers are those of PEFT's `add_weighted_adapter`.
+`--strategy` (`strategy=`) says how, `linear` where it is left out:
 
 - `cat` is exact and its ranks add up; `svd` is the best approximation of the exact sum by `--rank` ranks; both take any
   ranks;
@@ -111,8 +114,8 @@ and `config.json` names its class and labels. `lorax adapters inspect A --base C
 `load(CHECKPOINT, merge_adapter=A)` does the same while the base is loaded, and writes nothing: each tensor is merged as it is
 read, the sum is made in float32 and rounded once to the dtype that is computed with, and `quantize=` comes after it. A is a
 source like any other. Requests pay nothing for a merged adapter; their own adapters come on top of it. `engine.info().notes`
-says what was merged and what changed: a head and its task, a tie that was parted, a larger vocabulary. `lorax generate`,
-`embed` and `classify` have `--merge-adapter`. What `adapters merge --base` refuses is refused, and Medusa's heads.
+says what was merged and what changed: a head and its task, a tie that was parted, a larger vocabulary. Commands that
+load a model have `--merge-adapter`. What `adapters merge --base` refuses is refused, and Medusa's heads.
 
 An adapter that was trained with more tokens than its base has (`resize_token_embeddings`) has rows for them in its files: saved
 embeddings and an output head, or `trainable_token_indices`. Both ways of merging make the vocabulary larger. Unmerged such an

@@ -31,7 +31,7 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-server test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-server test-examples test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint format wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheel
 
 test-server: $(VENV)/.test ## Run servers under load and attack, and schemathesis over their routes (about a minute and a half)
 	@$(RUN) -m pytest tests/server/load $(ARGS)
+
+test-examples: $(VENV)/.test ## Run the scripts in examples/, which train and serve (about a minute)
+	@$(RUN) -m pytest tests/examples $(ARGS)
 
 test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 300 MB to download, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/gpu $(ARGS)

@@ -99,10 +99,10 @@ def collected(folder: Path, *arguments: str) -> list[str]:
 def test_ci_runs_the_tests_that_need_more_packages_after_the_others():
     commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
-    more = ["server", "scaffold", "zoo", "clients", "gpu", "triton", "cross"]
-    assert commands[-9:] == ["make lint", "make test", *(f"make test-{name}" for name in more)]
+    more = ["server", "examples", "scaffold", "zoo", "clients", "gpu", "triton", "cross"]
+    assert commands[-10:] == ["make lint", "make test", *(f"make test-{name}" for name in more)]
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for name in ("clients", "gpu", "cross"):
+    for name in ("examples", "clients", "gpu", "cross"):
         assert f"tests/{name} $(ARGS)" in makefile.partition(f"\ntest-{name}:")[2].partition("\n\n")[0]
 
 

@@ -232,7 +232,7 @@ def command(port: int) -> list[str]:
 @contextmanager
 def served() -> Iterator[str]:
     """The address of a server in a process of its own, which ends with the block."""
-    program = [sys.executable, "-m", "lorax_core.cli.main", *command(port=0)]
+    program = [sys.executable, "-m", "lorax_core", *command(port=0)]
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, env=os.environ) as server:
         try:
             assert server.stderr is not None

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 BASE = Path(__file__).resolve().parent / "tiny_qwen2/model"
 MODULES = ["asyncio", "inspect", "logging", "os", "shutil", "statistics", "tarfile", "unittest"]
 PROMPTS = ["Return the", "If the file does not exist", "This method is called when"]
-LORAX = [sys.executable, "-m", "lorax_core.cli.main"]  # the command `lorax`, also where it is not on the PATH
+LORAX = [sys.executable, "-m", "lorax_core"]  # the command `lorax`, also where it is not on the PATH
 
 
 def train(folder: str, texts: list[str]) -> None:

@@ -38,7 +38,8 @@ RANKS = [
     ["serving"],  # floor 4
     [FACE],  # the lazy public names, for those above
     ["server", "ray", "scaffold"],  # floor 5
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
     ["testing"],  # may import all; nothing imports it but the command that runs it
 ]
 RANK = {package: rank for rank, packages in enumerate(RANKS) for package in packages}

@@ -122,3 +122,9 @@ def test_a_shell_completes_commands_and_options(lorax, words, found):
 
     assert done.stdout.split() == [found]
     assert done.stderr == ""
+
+
+def test_the_package_is_the_command_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "lorax_core", "--version"], capture_output=True, text=True, check=True)
+
+    assert done.stdout == f"lorax {lorax_core.__version__}\n"

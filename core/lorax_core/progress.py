@@ -13,7 +13,8 @@ from lorax_core.errors import RequestError
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`done` of `total` in a stage of long work, such as "reading weights". `unit` is "B" for bytes, and empty for a count.
+    """`done` of `total` in a stage of long work, such as "reading weights". `unit` is "B" for bytes, what is
+    counted where its rate says something ("texts"), and else empty.
 
     `total` is None where it is not known before. A stage ends when `done` is `total`, or when another one begins.
     """

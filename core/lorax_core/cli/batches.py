@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import typer
 
@@ -120,7 +120,14 @@ def _one_by_one(engine: Engine, texts: Texts, requests: list[Request], first: in
         yield index, found
 
 
-def print_truncated(answers: Iterable[Embedding | Classification], texts: Texts, first: int) -> None:
+class NamedTexts(Protocol):
+    """Texts that messages name."""
+
+    def name(self, index: int) -> str:
+        """What messages call a text."""
+
+
+def print_truncated(answers: Iterable[Embedding | Classification], texts: NamedTexts, first: int) -> None:
     """On stderr, each text that was cut."""
     for index, answer in enumerate(answers, first):
         if answer.truncated:

@@ -58,7 +58,9 @@ class _Stages:
 
 def _amount(progress: Progress, rate: float) -> str:
     if progress.unit != "B":
-        return f"{progress.done:,} of {progress.total:,}" if progress.total is not None else f"{progress.done:,}"
+        count = f"{progress.done:,} of {progress.total:,}" if progress.total is not None else f"{progress.done:,}"
+        per_second = f", {rate:,.{0 if rate >= 10 else 1}f} a second" if rate and progress.unit else ""
+        return f"{count} {progress.unit}{per_second}".rstrip()
     size, unit = (1e9, "GB") if max(progress.done, progress.total or 0) >= 1e9 else (1e6, "MB")
     shown = " / ".join(f"{one / size:.2f}" for one in (progress.done, progress.total) if one is not None)
     return f"{shown} {unit}, {rate / size:.2f} {unit}/s" if rate else f"{shown} {unit}"

@@ -44,7 +44,12 @@ def show_json(data: dict[str, Any]) -> None:
 
 def show_line(data: dict[str, Any]) -> None:
     """One JSON object on a line of stdout, with its schema version first."""
-    print(json.dumps({"schema": SCHEMA, **data}))
+    print(json_line(data))
+
+
+def json_line(data: dict[str, Any]) -> str:
+    """One JSON object without line breaks, with its schema version first."""
+    return json.dumps({"schema": SCHEMA, **data})
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

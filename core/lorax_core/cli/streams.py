@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 MAX_TEXT: Final = 16 * 2**20
 """The longest line or prompt that is read from stdin, in bytes: far more than any model takes."""
 
+MARK: Final = b"\xef\xbb\xbf"
+"""A byte order mark in UTF-8, which some editors on Windows put first."""
+
 _CHUNK: Final = 64 * 2**10  # what a pipe holds
-_MARK: Final = b"\xef\xbb\xbf"  # which some editors on Windows put first
 
 
 class OutputError(LoraxError):
@@ -116,7 +118,7 @@ def read_prompt() -> str:
         if len(data) > MAX_TEXT:
             raise _too_long("stdin")
     # One line break only, which echo adds; further ones are part of the prompt.
-    return _decoded(bytes(data.removeprefix(_MARK)), 1).removesuffix("\n").removesuffix("\r")
+    return decoded(bytes(data.removeprefix(MARK)), 1).removesuffix("\n").removesuffix("\r")
 
 
 def read_lines() -> Iterator[list[str]]:
@@ -155,10 +157,10 @@ def _texts(lines: list[bytes], number: int) -> Iterator[list[str]]:
 
 
 def _line(data: bytes, number: int) -> str:
-    return _decoded(data.removeprefix(_MARK) if number == 1 else data, number).removesuffix("\r")
+    return decoded(data.removeprefix(MARK) if number == 1 else data, number).removesuffix("\r")
 
 
-def _decoded(data: bytes, number: int) -> str:
+def decoded(data: bytes, number: int, name: str = "stdin") -> str:
     """Text, whose first line has a number; raises RequestError naming the line and byte that are none."""
     try:
         return data.decode()
@@ -166,7 +168,7 @@ def _decoded(data: bytes, number: int) -> str:
         before = data[: error.start]
         line, at = number + before.count(b"\n"), len(before) - before.rfind(b"\n")
         raise RequestError(
-            f"stdin is not UTF-8: byte {at} of line {line} is 0x{data[error.start]:02x}",
+            f"{name} is not UTF-8: byte {at} of line {line} is 0x{data[error.start]:02x}",
             hint="convert it, for instance from Latin-1: iconv -f latin1 -t utf-8",
         ) from error
 

@@ -196,10 +196,10 @@ def _show_file(asked: _EmbedJob, given: RecordFile, *, json: bool) -> None:
 
 def _write_file(asked: _EmbedJob, given: RecordFile, out: Path, *, overwrite: bool, restart: bool) -> None:
     refuse_same(given, out)
-    job = job_of(
-        asked.loading, asked.path, given, **{**asked.options, "pooling": asked.pooling or asked.options["pooling"]}
-    )
-    part = PartFile(out, {**job, "form": out.suffix}, overwrite=overwrite, restart=restart)
+    options = {name: value for name, value in asked.options.items() if name not in ("adapter", "pooling")}
+    options |= {"use": asked.options["adapter"], "pooling": asked.pooling or asked.options["pooling"]}
+    job = job_of(asked.loading, asked.path, given, **options)
+    part = PartFile(out, {**job, "form of --out": out.suffix}, overwrite=overwrite, restart=restart)
     cut: list[str] = []
 
     def encode(records: list[TextRecord], found: list[Embedding]) -> bytes:

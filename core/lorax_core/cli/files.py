@@ -79,7 +79,7 @@ def job_of(loading: Loading, path: str, given: RecordFile, **options: Any) -> di
         "model": files_mark(found),
         "adapters": {name: mark(source) for name, source in loaded["adapters"].items()},
         "merged adapter": mark(merged) if merged is not None else None,
-        "form of lines": given.json_field or "text" if given.is_json else None,
+        "form of --file": given.json_field or "text" if given.is_json else None,
         **{f"--{name.replace('_', '-')}": value for name, value in {**rest, **options}.items()},
     }
 

@@ -97,9 +97,10 @@ class RecordFile:
         """Raises RequestError when there is nothing that can be read."""
         if self.from_stdin:
             check_stdin()
-            return
-        with self._opened():
-            pass
+        # A pipe may be opened once.
+        elif not self.file.exists() or self.file.is_dir() or self._is_regular():
+            with self._opened():
+                pass
 
     def count(self) -> int | None:
         """How many records it has; None where it can be read only once."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,6 +236,48 @@ def test_what_was_interrupted_is_continued_to_the_same_bytes(tmp_path, head, bre
     assert out.read_bytes() == whole.read_bytes()
     assert [text for call in again.calls for text in call] == list("abcdefgh")[3 * (breaks_at - 1) :]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.txt", "out", "whole"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lorax_core.cli import files, records, resuming
+
+class Engine:
+    calls = 0
+
+    def submit(self, texts):
+        self.calls += 1
+        return Call(texts, killed=self.calls == 3)
+
+class Call:
+    def __init__(self, texts, killed):
+        self.texts, self.killed = texts, killed
+
+    def wait(self):
+        if self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.texts
+
+given = records.RecordFile(Path(sys.argv[1]), bounds=records.Bounds(records=3))
+resuming.SAVE_EVERY = float(sys.argv[3])
+encode = lambda records, answers: "".join(f"{one.line}{one.text.upper()}." for one in records).encode()
+part = resuming.PartFile(Path(sys.argv[2]), {})
+files.write_answers(Engine(), given, lambda record: record.text, part, resuming.NoHead(), encode)
+"""
+
+
+@pytest.mark.parametrize(("save_every", "left"), [("0", "gh"), ("1000", "abcdefgh")])
+def test_what_a_killed_process_had_saved_is_continued(tmp_path, save_every, left):
+    given, out = given_lines(tmp_path, "abcdefgh"), tmp_path / "out"
+
+    done = subprocess.run([sys.executable, "-c", KILLED, given.file, out, save_every], check=False, timeout=60)
+    again = Engine()
+    write_answers(again, given, text_of, PartFile(out, {}), NoHead(), encoded)
+
+    assert done.returncode == -signal.SIGKILL
+    assert [text for call in again.calls for text in call] == list(left)
+    assert out.read_bytes() == b"1A.2B.3C.4D.5E.6F.7G.8H."
 
 
 def interrupted(folder, job=None):

@@ -88,7 +88,7 @@ def test_other_options_or_another_model_do_not_continue_it(main, model, texts, t
 
     assert "v.npy.part was begun with another --truncate, --prompt\n" in by_options
     assert "v.npy.part was begun with another model\n" in by_model
-    assert (code, "warning: 1 texts were cut: 'line 1301 of" in anew) == (0, True)
+    assert (code, "warning: too long and cut: line 1301 of " in anew) == (0, True)
     assert np.load(tmp_path / "v.npy").shape == (1301, 64)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -154,6 +157,34 @@ def test_a_file_that_is_not_there_is_told_by_its_name(tmp_path):
     for file in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(RequestError, match=f"{file.name} cannot be read"):
             RecordFile(file).check()
+
+
+def test_stdin_is_read_like_a_file_and_continued_when_it_comes_again(monkeypatch):
+    def given():
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\nc\nd\n")))
+        found = RecordFile(Path("-"), bounds=FEW)
+        found.check()
+        return found
+
+    first = next(given().windows())
+
+    assert given().count() is None
+    assert [record.text for record in records_of(given(), first.end)] == ["d"]
+
+
+def test_a_pipe_with_a_name_is_opened_once(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    given = RecordFile(pipe, bounds=FEW)
+    writer = threading.Thread(target=pipe.write_bytes, args=[b"a\nb\n"])
+    writer.start()
+
+    given.check()
+    counted = given.count()
+    found = records_of(given)
+    writer.join()
+
+    assert (counted, [record.text for record in found]) == (None, ["a", "b"])
 
 
 def test_a_reading_goes_on_behind_any_window(tmp_path):

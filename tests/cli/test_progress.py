@@ -43,6 +43,18 @@ def test_bytes_are_shown_with_their_rate(monkeypatch):
     assert "2.00 / 2.00 GB" in shown.getvalue()
 
 
+def test_what_has_a_unit_is_shown_with_its_rate(monkeypatch):
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+
+    with shown_progress() as report:
+        for done in (512, 1024, 20_000):
+            report(Progress("writing vectors.npy", done, 20_000, "lines"))
+
+    assert "20,000 of 20,000 lines, " in shown.getvalue()
+    assert " a second" in shown.getvalue()
+
+
 def test_a_pipe_shows_nothing(capsys):
     with shown_progress() as report:
         work(report)

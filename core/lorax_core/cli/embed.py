@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 _SHOWN: Final = 4  # numbers of a vector in the table
+_CUT: Final = 3  # of the lines that were cut, those that are named
 _COLUMNS: Final = ("index", "tokens", "dim", "first values")
 _FEW: Final = 32
 """Texts of a matrix of similarities, which people look at."""
@@ -200,21 +201,27 @@ def _write_file(asked: _EmbedJob, given: RecordFile, out: Path, *, overwrite: bo
     options |= {"use": asked.options["adapter"], "pooling": asked.pooling or asked.options["pooling"]}
     job = job_of(asked.loading, asked.path, given, **options)
     part = PartFile(out, {**job, "form of --out": out.suffix}, overwrite=overwrite, restart=restart)
-    cut: list[str] = []
+    cut: list[str] = []  # no more than are shown
+    cut_count = 0
 
     def encode(records: list[TextRecord], found: list[Embedding]) -> bytes:
-        cut.extend(given.name(one.line - 1) for one, answer in zip(records, found, strict=True) if answer.truncated)
+        nonlocal cut_count
+        lines = [record.line for record, answer in zip(records, found, strict=True) if answer.truncated]
+        cut_count += len(lines)
+        cut.extend(map(str, lines[: _CUT - len(cut)]))
         if out.suffix != _LINES:
             return rows(answer.vector for answer in found)
-        lines = (json_line(_about(one, record.line - 1, record.id)) for one, record in zip(found, records, strict=True))
-        return "".join(f"{line}\n" for line in lines).encode()
+        texts = (json_line(_about(one, record.line - 1, record.id)) for one, record in zip(found, records, strict=True))
+        return "".join(f"{text}\n" for text in texts).encode()
 
     with asked.engine() as engine:
         head = _HEADS.get(out.suffix)
         dim = engine.embed([], dimensions=asked.options["dimensions"]).shape[1]
         write_answers(engine, given, asked.of_record, part, head(dim) if head is not None else NoHead(), encode)
     if cut:
-        print_message(f"{len(cut):,} texts were cut: {listed(cut, limit=3)}", label="warning", style="yellow")
+        more = f" and {cut_count - len(cut):,} more" if cut_count > len(cut) else ""
+        message = f"too long and cut: line {', '.join(cut)}{more} of {given.title}"
+        print_message(message, label="warning", style="yellow")
 
 
 def _show(found: list[Embedding], first: int, records: list[TextRecord], table: Table | None) -> None:

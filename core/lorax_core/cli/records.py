@@ -61,9 +61,9 @@ class Window:
 class Bounds:
     """How much a window holds: so many records, and no further one once these bytes are reached."""
 
-    # Several steps of the engine, so that the last one, which is not full, costs little.
+    # Several steps of the engine, so that the last one, which is not full, costs little; and of a large model not an hour.
     records: int = 512
-    bytes: int = 4 * 2**20
+    bytes: int = 128 * 2**10
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,6 +164,7 @@ def test_similarity_is_for_few_texts(main, model):
         (["--file=texts.txt", "--out=v.npy", "--json"], "--out v.jsonl writes JSON"),
         (["--file=texts.txt", "--similarity"], "it compares the vectors of texts that are given one by one"),
         (["text", "--pooling=none"], "--json shows them"),
+        (["--file=texts.txt", "--restart"], "it is about the file that --out names"),
     ],
 )
 def test_options_that_say_nothing_together_are_a_wrong_command_line(main, arguments, told):

@@ -104,6 +104,10 @@ def embed(
     """
     by_token = pooling is PoolingChoice.NONE
     _check_command(texts, file, field, out, similarity=similarity, by_token=by_token, json=json)
+    if out is None and (overwrite or restart):
+        raise typer.BadParameter(
+            "it is about the file that --out names", param_hint="--restart" if restart else "--overwrite"
+        )
     options: dict[str, Any] = {"truncate": truncate.value, "pooling": "none" if by_token else None}
     options |= {"normalize": normalize, "dimensions": dimensions, "prompt_name": prompt_name}
     options |= {"prompt": as_text(prompt, "--prompt") if prompt is not None else None}

@@ -139,7 +139,8 @@ def write_answers(
                     report(Progress(stage, part.position.records, total, "lines"))
     except BaseException:
         if part.position.records:
-            print_message(f"{part.position.records:,} lines are done; the same command line goes on from there")
+            how = "the same command line without --restart" if part.restart else "the same command line"
+            print_message(f"{part.position.records:,} lines are done; {how} goes on from there")
         raise
     done, seconds = part.position.records - start.records, time.monotonic() - began
     print_message(f"{done:,} lines in {seconds:.1f} s, {done / max(seconds, 1e-9):,.1f} a second: {part.out}")

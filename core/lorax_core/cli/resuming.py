@@ -54,7 +54,7 @@ class PartFile:
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool = False, restart: bool = False) -> None:
         """Raises RequestError when `out` may not be written, or was begun with another job."""
-        self.out = out
+        self.out, self.restart = out, restart
         self._job = json.loads(json.dumps(job, default=str))
         self._overwrite = overwrite
         self._part = out.with_name(out.name + ".part")

@@ -60,3 +60,13 @@ def test_a_pipe_shows_nothing(capsys):
         work(report)
 
     assert capsys.readouterr() == ("", "")
+
+
+def test_data_stays_on_stdout_while_a_bar_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+
+    with shown_progress() as report:
+        work(report)
+        print("data")
+
+    assert capsys.readouterr().out == "data\n"

@@ -34,7 +34,7 @@ def _bars(console: object) -> Bars:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"))
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True)  # type: ignore[arg-type]
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, redirect_stdout=False)  # type: ignore[arg-type]
 
 
 class _Stages:

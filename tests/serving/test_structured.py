@@ -247,3 +247,25 @@ def test_an_expression_is_followed_or_refused_in_little_time(engine, regex):
     found = within(LIMIT, tried)
 
     assert "constraint" in found or 1 <= len(found) <= 30
+
+
+def test_blanks_between_the_parts_of_json_are_bounded(engine):
+    eager = dict.fromkeys(map(ord, " \n\t"), 50.0)
+
+    completion = engine.generate("abc", json_schema=SCHEMA, max_tokens=400, logit_bias=eager)
+
+    assert completion.finish_reason == "stop"
+    assert set(json.loads(completion.text)) == {"name", "age"}
+    assert not re.search(r"\s{18}", completion.text)
+
+
+@pytest.mark.parametrize("style", [{}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 4}])
+def test_json_may_be_written_in_the_usual_ways(engine, style):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": SCHEMA}}, "required": ["a"]}
+    grammar = engine._preparer.grammars.grammar(lorax.GenerateRequest(prompt="a", json_schema=schema))
+
+    for token in json.dumps({"a": [{"name": "b", "age": 5}]}, **style).encode():
+        assert grammar.allowed()[token // 8] >> token % 8 & 1
+        grammar.advance(token)
+
+    assert grammar.complete

@@ -126,6 +126,16 @@ def test_calls_that_must_come_follow_their_schemas_however_random_the_model(engi
     assert seen == names
 
 
+def test_blanks_in_calls_are_bounded(engine):
+    completion = engine.generate(
+        CHAT, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, max_tokens=400,
+        logit_bias=dict.fromkeys(map(ord, " \n\t"), 50.0),
+    )  # fmt: skip
+
+    _, ((name, arguments),) = read(completion.text)
+    assert (name, set(arguments)) == ("get_weather", {"place", "days"})
+
+
 def test_an_answer_with_a_schema_or_calls_may_come(engine):
     schema = {
         "type": "object",

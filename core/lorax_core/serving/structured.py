@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CapacityError, RequestError
 from lorax_core.serving.requests import GenerateRequest
-from lorax_core.serving.tools import constrain, grammar_of
+from lorax_core.serving.tools import SPACED, constrain, grammar_of
 from lorax_core.untrusted import guarded, unusable
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def _checked_schema(given: dict[str, Any] | str, what: str = "json_schema") -> s
         raise RequestError(
             f"{what} has the number {wide:.6g}, which does not fit in 64 bits", hint=f"numbers reach {2**63 - 1}"
         )
-    return text
+    return json.dumps({**found, **SPACED})
 
 
 def _dicts(schema: Any) -> Iterator[dict[str, Any]]:

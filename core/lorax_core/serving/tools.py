@@ -16,6 +16,9 @@ from typing import Any, Final
 TOOLS: Final = 128
 OPEN: Final = "<tool_call>"
 CLOSE: Final = "</tool_call>"
+SPACED: Final = {"x-guidance": {"whitespace_pattern": r"[ ]|\n {0,16}"}}
+"""Of a schema: between two tokens of JSON is a blank, or a new line and its indentation. Unbounded, a model may write blanks
+until it has no tokens left, which is as valid."""
 CHOICES: Final = ("none", "auto", "required")
 """What may be chosen instead of a tool, so no tool is called so."""
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -86,7 +89,7 @@ def _call_rules(tools: Sequence[dict[str, Any]], choice: str, answer: str | None
         function = tool["function"]
         # What is not strict is up to the model where the model itself chose to call.
         bound = choice != "auto" or answer is not None or function.get("strict")
-        schema = {"type": "object", **((function.get("parameters") or {}) if bound else {})}
+        schema = {"type": "object", **((function.get("parameters") or {}) if bound else {}), **SPACED}
         opening = json.dumps(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
         rules.append(f'call_{at}: {opening} arguments_{at} "}}"\narguments_{at}: %json {json.dumps(schema)}')
     named = [at for at, name in enumerate(names_of(tools)) if choice in ("auto", "required", name)]

@@ -129,6 +129,22 @@ def test_an_end_token_that_an_adapter_s_tokenizer_names_ends_its_answers(engine,
     assert len(engine.generate("a", **forced).token_ids) == 4
 
 
+def test_a_constrained_answer_is_written_with_the_tokens_of_the_adapter_s_tokenizer(engine, base, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([AddedToken("cat hat", normalized=False)])
+    tokenizer.add_special_tokens({"eos_token": "<turn>"})
+    engine.adapters.load("own", make_adapter(tmp_path / "own", tokenizer))
+    (both,) = tokenizer("cat hat")["input_ids"]
+    wanted = {"regex": "(cat hat){2}a?", "max_tokens": 30, "logit_bias": {both: 100.0, tokenizer.eos_token_id: 50.0}}
+
+    own, plain = engine.generate("a", adapter="own", **wanted), engine.generate("a", **wanted)
+
+    assert own.token_ids == [both, both, tokenizer.eos_token_id]
+    assert own.text == "cat hatcat hat"
+    assert plain.text.removesuffix("a") == own.text
+    assert set(plain.token_ids).isdisjoint((both, tokenizer.eos_token_id))
+
+
 def lowering(base, folder):
     """The tokenizer of a base, which reads capitals as small letters now, beside an adapter."""
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -262,7 +262,9 @@ def test_blanks_between_the_parts_of_json_are_bounded(engine):
 @pytest.mark.parametrize("style", [{}, {"separators": (",", ":")}, {"indent": 2}, {"indent": 4}])
 def test_json_may_be_written_in_the_usual_ways(engine, style):
     schema = {"type": "object", "properties": {"a": {"type": "array", "items": SCHEMA}}, "required": ["a"]}
-    grammar = engine._preparer.grammars.grammar(lorax.GenerateRequest(prompt="a", json_schema=schema))
+    request = lorax.GenerateRequest(prompt="a", json_schema=schema)
+    preparer = engine._preparer
+    grammar = preparer.grammars.grammar(request, preparer.text.tokenizer, preparer.eos_ids)
 
     for token in json.dumps({"a": [{"name": "b", "age": 5}]}, **style).encode():
         assert grammar.allowed()[token // 8] >> token % 8 & 1

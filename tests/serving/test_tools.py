@@ -19,6 +19,7 @@ from lorax_core.serving.tools import CallReader, ToolCall
 from lorax_core.types import Task
 
 CHAT = [{"role": "user", "content": "hello"}]
+END = frozenset({256})
 CALL = '<tool_call>\n{"name": "clock", "arguments": {"a": "</tool_call>"}}\n</tool_call>'
 
 
@@ -161,7 +162,10 @@ def test_calls_of_strict_tools_follow_their_schema_within_free_text(engine):
     messages = [*CHAT, {"role": "assistant", "content": "I look.\n<tool_call"}]
     options = {"tools": [strict], "template_options": {"continue_final_message": True}}
 
-    grammar = engine._preparer.grammars.grammar(lorax.GenerateRequest(prompt=messages, **options))
+    preparer = engine._preparer
+    grammar = preparer.grammars.grammar(
+        lorax.GenerateRequest(prompt=messages, **options), preparer.text.tokenizer, preparer.eos_ids
+    )
     for token in b"anything <tool_call>":
         assert grammar.allowed()[token // 8] >> token % 8 & 1
         grammar.advance(token)
@@ -202,10 +206,10 @@ STRICT = {"type": "function", "function": {**CLOCK["function"], "strict": True}}
 def test_marks_that_are_tokens_are_written_as_such(options, written, marks):
     tokenizer = make_byte_tokenizer(TOOL_TEMPLATE)
     tokenizer.add_tokens([AddedToken(mark, special=False) for mark in marks])
-    factory = GrammarFactory(tokenizer, len(tokenizer), frozenset({256}))
+    factory = GrammarFactory(len(tokenizer))
     request = lorax.GenerateRequest(prompt=CHAT, **options)
 
-    grammar = factory.grammar(request)
+    grammar = factory.grammar(request, tokenizer, END)
 
     for text in written:
         for token in [tokenizer.convert_tokens_to_ids(text)] if text in marks else text.encode():
@@ -214,7 +218,7 @@ def test_marks_that_are_tokens_are_written_as_such(options, written, marks):
     if "tool_choice" not in options or options["tool_choice"] != "required":
         return
     with pytest.raises(CapacityError):
-        factory.grammar(request).advance(ord("x"))
+        factory.grammar(request, tokenizer, END).advance(ord("x"))
 
 
 def test_text_is_split_into_text_and_calls():

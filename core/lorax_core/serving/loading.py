@@ -230,7 +230,7 @@ def _preparer(
     limits = Limits(model.max_tokens, (pool.pages - 1) * pool.page_size if pool is not None else None)
     generating = Task.GENERATE in model.tasks
     eos_ids = _eos_ids(base.checkpoint, text, model.config.vocab_size) if generating else frozenset()
-    grammars = GrammarFactory(text.tokenizer, model.config.vocab_size, eos_ids)
+    grammars = GrammarFactory(model.config.vocab_size)
     pairs = PairReader(text, read_reranker_files(base.checkpoint))
     default_task = base.default_task
     return Preparer(model, text, pairs, store, limits, eos_ids, options.seed, default_task, grammars, options.speculate)

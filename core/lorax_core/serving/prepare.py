@@ -160,7 +160,7 @@ class Preparer:
                 f"stop strings {list(stop.strings)!r} need a tokenizer, which this checkpoint lacks",
                 hint="give stop_token_ids, or add tokenizer.json to the checkpoint",
             )
-        grammar = self.grammars.grammar(request)
+        grammar = self.grammars.grammar(request, text.tokenizer, self._eos(text))
         first = Sequence(
             task=Task.GENERATE,
             prompt=encoded.ids,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -107,17 +108,17 @@ class TokenGrammar:
 
 
 class GrammarFactory:
-    """Grammars over one tokenizer. Safe to call from any thread."""
+    """Grammars over the tokenizers of one model, whose rows are `vocab`. Safe to call from any thread."""
 
-    def __init__(self, tokenizer: Any | None, vocab: int, eos_ids: frozenset[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, vocab: int) -> None:
         self._vocab = vocab
-        self._eos_ids = sorted(eos_ids)
-        self._prepared: _Tokens | None = None
+        self._prepared: weakref.WeakKeyDictionary[Any, _Tokens] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def grammar(self, request: GenerateRequest) -> TokenGrammar | None:
+    def grammar(self, request: GenerateRequest, tokenizer: Any | None, eos_ids: frozenset[int]) -> TokenGrammar | None:
         """The grammar that a request asks for, None when it asks for none.
+
+        `tokenizer` is the one that writes the request's text, and `eos_ids` are what ends it.
 
         Raises RequestError when the extra is not installed, the tokenizer cannot be used, or the constraint is not valid.
         """
@@ -132,7 +133,7 @@ class GrammarFactory:
                 "json_schema, regex, choice and calls of tools that must come need llguidance, which is not installed",
                 hint="pip install 'lorax-core[structured]'",
             ) from error
-        tokens = self._prepare()
+        tokens = self._prepare(tokenizer, eos_ids)
         what = _calls(request, tokens.own) if calling else _grammar(request, LLMatcher)
         if calling:
             # The marks of calls are meant, where other texts that are written like a token are not.
@@ -150,35 +151,39 @@ class GrammarFactory:
         except CapacityError as error:  # no first token: a schema that refers to itself, say
             raise RequestError(f"the constraint allows no text: {error.message}", hint=_SIMPLER) from error
 
-    def _prepare(self) -> _Tokens:
-        """The tokenizer in the library's form, made once because that takes a moment."""
+    def _prepare(self, tokenizer: Any | None, eos_ids: frozenset[int]) -> _Tokens:
+        """A tokenizer in the library's form, made once because that takes a moment."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise RequestError(
+                "structured output needs a checkpoint with a fast tokenizer (tokenizer.json)",
+                hint="make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+            )
+        if not eos_ids:
+            raise RequestError(
+                "structured output needs an end token, which this checkpoint does not name",
+                hint="set eos_token_id in generation_config.json",
+            )
         # Otherwise two first requests would both convert the vocabulary.
         with self._lock:
-            if self._prepared is None:
-                backend = getattr(self._tokenizer, "backend_tokenizer", None)
-                if backend is None:
-                    raise RequestError(
-                        "structured output needs a checkpoint with a fast tokenizer (tokenizer.json)",
-                        hint="make one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
-                    )
-                if not self._eos_ids:
-                    raise RequestError(
-                        "structured output needs an end token, which this checkpoint does not name",
-                        hint="set eos_token_id in generation_config.json",
-                    )
-                from llguidance import LLTokenizer
+            found = self._prepared.get(tokenizer)
+            if found is None:
+                found = self._prepared[tokenizer] = self._converted(tokenizer, backend, eos_ids)
+        return found
 
-                with guarded(
-                    RequestError,
-                    "structured output cannot use this checkpoint's tokenizer",
-                    "leave json_schema, regex and choice out",
-                ):
-                    made = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_ids)
-                    special = sum(1 << at for at in range(made.vocab_size) if made.is_special_token(at))
-                    added = getattr(self._tokenizer, "added_tokens_decoder", {})
-                    own = {one.content: at for at, one in added.items() if not one.special and special >> at & 1}
-                    self._prepared = _Tokens(made, self._vocab, special, own)
-            return self._prepared
+    def _converted(self, tokenizer: Any, backend: Any, eos_ids: frozenset[int]) -> _Tokens:
+        from llguidance import LLTokenizer
+
+        with guarded(
+            RequestError,
+            "structured output cannot use this checkpoint's tokenizer",
+            "leave json_schema, regex and choice out",
+        ):
+            made = LLTokenizer(backend.to_str(), n_vocab=self._vocab, eos_token=sorted(eos_ids))
+            special = sum(1 << at for at in range(made.vocab_size) if made.is_special_token(at))
+            added = getattr(tokenizer, "added_tokens_decoder", {})
+            own = {one.content: at for at, one in added.items() if not one.special and special >> at & 1}
+            return _Tokens(made, self._vocab, special, own)
 
 
 def _calls(request: GenerateRequest, own: Mapping[str, int]) -> str:

@@ -168,6 +168,7 @@ NO_SCHEMA = {
     "a negative number that is too large": {"type": "integer", "minimum": -(2**70)},
     "many keys": {"enum": [{"a": at} for at in range(6_000)]},
     "itself": {"$ref": "#"},
+    "a definition of itself": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
     "itself twice": {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]},
     "in a circle": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
     "a large number": {"type": "integer", "minimum": 2**70},
@@ -199,6 +200,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_before_anything_runs(engine
         within(LIMIT, lambda: engine.submit([lorax.GenerateRequest(prompt="abc", json_schema=NO_SCHEMA[case])]))
 
     assert "constraint" in caught.value.message or "json_schema" in caught.value.message
+    assert "IndexError" not in caught.value.message
     assert caught.value.hint
 
 

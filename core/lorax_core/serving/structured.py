@@ -95,9 +95,12 @@ class TokenGrammar:
         if plain == bits:
             return mask
         if not plain:
-            plain = (
-                1 << self._tokens.library.greedy_tokenize(self._matcher.compute_ff_bytes().decode(errors="ignore"))[0]
-            )
+            text = self._matcher.compute_ff_bytes().decode(errors="ignore")
+            spelt = self._tokens.library.greedy_tokenize(text)
+            if not spelt:
+                self._check()
+                raise CapacityError("the constraint cannot be followed: no token may come next", hint=_SIMPLER)
+            plain = 1 << spelt[0]
         return plain.to_bytes(len(mask), "little")
 
     def _check(self) -> None:

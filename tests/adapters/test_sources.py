@@ -35,6 +35,12 @@ def roots(tmp_path):
     """Two folders of adapters, one of which is allowed, and a link out of that one."""
     for name in ("allowed/a", "allowed-too/b", "other/c"):
         (tmp_path / name).mkdir(parents=True)
+    for name in ("allowed", "allowed/a", "allowed-too/b", "other/c"):
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "allowed/medusa").mkdir()
+    (tmp_path / "allowed/medusa/config.json").write_text('{"medusa_num_heads": 1}')
+    (tmp_path / "allowed/model").mkdir()
+    (tmp_path / "allowed/model/config.json").write_text("{}")
     (tmp_path / "allowed/link").symlink_to(tmp_path / "other/c")
     return tmp_path
 
@@ -45,7 +51,7 @@ ALLOWED = {
     "any url": (["url"], "s3://any/where"),
     "a folder below a root": (["{root}/allowed"], "{root}/allowed/a"),
     "the root itself": (["{root}/allowed"], "{root}/allowed"),
-    "what is not there yet below a root": (["{root}/allowed"], "{root}/allowed/new"),
+    "heads of Medusa": (["folder"], "{root}/allowed/medusa"),
     "a url below a root": (["s3://bucket/team"], "s3://bucket/team/lora"),
 }
 REFUSED = {
@@ -55,6 +61,13 @@ REFUSED = {
     "a url where folders are": (["folder"], "file://{root}/other/c"),
     "a folder beside a root": (["{root}/allowed"], "{root}/allowed-too/b"),
     "a way out of a root": (["{root}/allowed"], "{root}/allowed/../other/c"),
+    "a way out of a root and back": (["{root}/allowed"], "{root}/other/../allowed/a"),
+    "a way from somewhere else": (["folder"], "{root}/other/../allowed/a"),
+    "what is not there": (["folder"], "{root}/allowed/new"),
+    "a file": (["folder"], "{root}/allowed/adapter_config.json"),
+    "a folder without an adapter": (["folder"], "{root}/allowed-too"),
+    "a folder of a model": (["folder"], "{root}/allowed/model"),
+    "a home that nobody has where folders are": (["folder"], "~nobody-of-this-name/x"),
     "a link out of a root": (["{root}/allowed"], "{root}/allowed/link"),
     "a url beside a root": (["s3://bucket/team"], "s3://bucket/team-of-another/lora"),
     "a url out of a root": (["file://{root}/allowed/"], "file://{root}/allowed/../other/c"),
@@ -73,7 +86,9 @@ def test_what_the_list_names_is_allowed(roots, entries, source):
 def test_what_the_list_does_not_name_is_refused(roots, entries, source):
     sources = AdapterSources(roots, [entry.format(root=roots) for entry in entries])
 
-    refused(lambda: sources.check(source.format(root=roots)))
+    error = refused(lambda: sources.check(source.format(root=roots)))
+
+    assert "requests may not name" in error.message or "\0" in source
 
 
 def test_a_folder_with_the_spelling_of_a_hub_id_is_a_folder(roots, monkeypatch):

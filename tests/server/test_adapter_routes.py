@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
@@ -111,6 +112,34 @@ def test_an_error_names_no_folder_of_this_machine(engine, client, tmp_path):
 
     assert answer.status_code == 400
     assert str(tmp_path) not in answer.text
+
+
+def test_clients_cannot_tell_what_is_on_the_disk_from_what_is_not(engine, client, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    names = [
+        "file",
+        "folder",
+        "link",
+        "nothing",
+        "file/x",
+        "folder/../file",
+        "nothing/../file",
+        "../../../../../usr/bin",
+    ]
+    sources = [*(f"{tmp_path}/{name}" for name in names), "/usr/bin", "/no-such/folder", "~root/x", "~no-such-user/x"]
+
+    answers = {
+        re.sub(r"'[./~][^']*'", "", ask(client(engine), "POST", "/generate", json=body(source)).text)
+        for source in sources
+    }
+
+    assert len(answers) == 1, answers
+
+
+def body(source):
+    return {"inputs": PROMPT, "parameters": {"adapter_id": source}}
 
 
 def test_what_clients_bring_is_bounded_in_size_and_what_the_operator_loads_is_not(engine, client, folder, tmp_path):

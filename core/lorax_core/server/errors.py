@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestError, StepError
@@ -114,14 +113,18 @@ _NEAREST: Final = re.compile(r"^did you mean '[~/].*'\?$", re.S)
 """A hint that is nothing but a folder of this machine."""
 
 
+_ROUTES: Final = frozenset({"v1", "v2", "tei"})
+"""How routes of several parts begin."""
+
+
 def without_paths(text: str) -> str:
     """`text` with folders of this machine cut off from what lies in them: where they are is nobody's business outside."""
     return _PATH.sub(lambda found: ".../" if _here(found[1]) else found[1], text)
 
 
 def _here(folder: str) -> bool:
-    """Whether a path starts in a folder of this machine, and is no route such as /v1/models."""
-    return folder.startswith("~") or Path("/", folder.split("/")[1]).exists()
+    """Whether a path is no route such as /v1/models. What there is on the disk must not decide it: clients would learn that."""
+    return folder.startswith("~") or folder.split("/")[1] not in _ROUTES
 
 
 _OPENAI: Final = ("/v1/", "/v2/", "/rerank")

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from lorax_core.adapters.formats.medusa import is_medusa
+from lorax_core.adapters.formats.settings import FILE
 from lorax_core.adapters.residency.fetching import WAITING, within
 from lorax_core.adapters.residency.source import FoundAdapter, find_adapter, masked, url_scheme
 from lorax_core.errors import AdapterError, listed
@@ -59,14 +61,20 @@ class AdapterSources:
         )
 
     def check(self, source: str) -> None:
-        """Raises AdapterError for a source that requests may not name."""
+        """Raises AdapterError for a source that requests may not name.
+
+        A folder without an adapter is refused as one outside of what is allowed: who asks must not learn what else there is.
+        """
         with guarded(AdapterError, f"{masked(source)!r:.200} is no source of an adapter", _FORMS):
             allowed = self._allows(source)
         if not allowed:
+            folders = ", of folders those with an adapter_config.json"
             raise AdapterError(
                 f"requests may not name {masked(source)!r:.200} as an adapter; they may name "
-                f"{listed(self._entries) if self._entries else 'loaded adapters only'}",
-                hint="load it with engine.adapters.load(name, source), or allow it with load(..., adapter_sources=[...])",
+                f"{listed(self._entries) if self._entries else 'loaded adapters only'}"
+                f"{folders if self._folders or 'folder' in self._kinds else ''}",
+                hint="engine.adapters.load(name, source) loads it or says what is wrong with a folder; "
+                "load(..., adapter_sources=[...]) allows others",
             )
 
     def late(self, source: str) -> AdapterError:
@@ -88,8 +96,22 @@ class AdapterSources:
             # Some filesystems resolve "..", which would lead out of the root.
             inside = source.startswith(self._urls) and ".." not in source.split("/")
             return "url" in self._kinds or inside
-        path = Path(source).expanduser()
+        try:
+            path = Path(source).expanduser()
+        except RuntimeError:  # which users there are is nobody's business either
+            return False
         if is_hub_id(source) and not path.is_dir():
             return "hub" in self._kinds
+        # Whether "a/../b" is there says whether "a" is.
+        if ".." in path.parts:
+            return False
         # Links are followed first: one below a root may lead anywhere.
-        return "folder" in self._kinds or any(path.resolve().is_relative_to(root) for root in self._folders)
+        inside = "folder" in self._kinds or any(path.resolve().is_relative_to(root) for root in self._folders)
+        return inside and _has_adapter(path)
+
+
+def _has_adapter(folder: Path) -> bool:
+    try:
+        return (folder / FILE).is_file() or is_medusa(folder)
+    except (AdapterError, OSError, ValueError):
+        return False

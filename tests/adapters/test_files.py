@@ -492,7 +492,7 @@ def test_numbers_that_the_bases_dtype_cannot_hold_are_refused(qwen2, tmp_path, d
     assert caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["", "  ", None, 7])
+@pytest.mark.parametrize("name", ["", "  ", None, 7, "a\0", "a\nb", "a\rb", "\x1b[2J", "a\u202eb", "a\u2028b"])
 def test_a_name_that_is_none_is_refused(engine, sound, name):
     with pytest.raises(AdapterError, match="non-empty string"):
         engine.adapters.load(name, sound)

@@ -113,6 +113,14 @@ def test_an_engine_takes_from_requests_what_its_options_allow(qwen2, tmp_path):
         lorax.EngineOptions(checkpoint="x", adapter_sources=["fodler"])
 
 
+def test_a_source_that_cannot_be_shown_is_no_name(qwen2, tmp_path):
+    folder = str(make_lora(make_qwen2_model(), tmp_path / "a\nb", target_modules=["q_proj"]))
+    with lorax.load(qwen2) as engine:
+        error = refused(lambda: engine.generate([1], adapter=folder, max_tokens=1))
+
+    assert "printable" in error.message
+
+
 def test_an_error_about_a_folder_of_a_request_lists_nothing_of_it(qwen2, tmp_path):
     (tmp_path / "private").mkdir()
     (tmp_path / "private/secret.txt").touch()

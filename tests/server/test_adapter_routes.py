@@ -93,6 +93,7 @@ def test_only_the_admin_key_opens_these_routes(engine, client, route):
     [
         ({"name": "base", "source": "x"}, "name"),
         ({"name": " ", "source": "x"}, "name"),
+        ({"name": "a\r\nb", "source": "x"}, "name"),
         ({"name": "u"}, "source"),
         ({"name": "u", "source": "x", "id2label": {"a": "b"}}, "id2label"),
         ({"name": "u", "source": "x", "task": "translate"}, "task"),

@@ -30,8 +30,8 @@ class ModelNames:
                 )
 
     def free(self, name: str) -> bool:
-        """Whether an adapter may have this name: it does not mean the base."""
-        return bool(name.strip()) and name not in (self.base, BASE)
+        """Whether an adapter may have this name: it can be shown, and does not mean the base."""
+        return bool(name.strip()) and name.isprintable() and name not in (self.base, BASE)
 
     def adapter(self, model: str | None, *, param: str = "model") -> str | None:
         """The adapter that `model` means, None for the base; raises Refused (404) with the nearest name.

@@ -14,6 +14,15 @@ from lorax_core.adapters.residency.source import FoundAdapter
 from lorax_core.errors import AdapterError, listed, nearest
 
 
+def check_name(name: object) -> None:
+    """Raises AdapterError for what cannot name an adapter: names go into logs, headers and terminals."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise AdapterError(
+            f"an adapter's name must be a non-empty string of printable characters, not {name!r:.200}",
+            hint="load('name', source)",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Named:
     """The adapter of a name. `fetched`: a request named its source, and nobody loaded it."""

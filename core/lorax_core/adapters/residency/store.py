@@ -22,7 +22,7 @@ from lorax_core.adapters.formats.head import HeadRequest
 from lorax_core.adapters.formats.medusa import read_adapter
 from lorax_core.adapters.residency.fetching import Fetcher
 from lorax_core.adapters.residency.handle import AdapterHandle, AdapterInfo
-from lorax_core.adapters.residency.names import Named, NameTable
+from lorax_core.adapters.residency.names import Named, NameTable, check_name
 from lorax_core.adapters.residency.slots import AdapterSlots
 from lorax_core.adapters.residency.source import FoundAdapter, masked
 from lorax_core.adapters.residency.sources import AdapterSources
@@ -104,9 +104,7 @@ class AdapterStore:
 
         Raises AdapterError, with the engine unharmed, when the files are bad or do not fit the base.
         """
-        if not isinstance(name, str) or not name.strip():
-            wrong = f"an adapter's name must be a non-empty string, not {name!r:.200}"
-            raise AdapterError(wrong, hint="load('name', source)")
+        check_name(name)
         for option, value, kind in (("revision", revision, str), ("token", token, str), ("pin", pin, bool)):
             if value is not None and not isinstance(value, kind):
                 raise AdapterError(f"{option} is a {kind.__name__}, not a {type(value).__name__}", hint="leave it out")
@@ -182,6 +180,7 @@ class AdapterStore:
                 if "/" not in name and "\\" not in name:
                     self._names.find(name)
         for name in absent:
+            check_name(name)
             self._sources.check(name)
         return absent
 

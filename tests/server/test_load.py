@@ -153,7 +153,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(engine, server):
     assert server.metric("lorax_refusals_total") == 1
 
 
-@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9"])
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e9", "1_0", "+1", ""])
 def test_a_deadline_that_is_no_number_of_seconds_is_refused(engine, server, given):
     answer = server.ask({"prompt": "a"}, headers={"X-Request-Timeout": given})
 

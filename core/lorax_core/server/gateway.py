@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import time
 import weakref
 from collections import deque
@@ -40,6 +41,7 @@ INLINE_CHARACTERS: Final = 2_000
 """A shorter text is tokenized in the event loop, where that takes less time than handing it to a thread."""
 _THREADS: Final = 8
 _TIMEOUT_HEADER: Final = "x-request-timeout"
+_SECONDS: Final = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")  # Python also reads 1_0 and other digits
 
 
 class ClientGone(Exception):
@@ -145,10 +147,7 @@ class Gateway:
         given = http.headers.get(_TIMEOUT_HEADER)
         seconds = self.options.request_timeout
         if given is not None:
-            try:
-                asked = float(given)
-            except ValueError:
-                asked = -1.0
+            asked = float(given) if _SECONDS.fullmatch(given) else -1.0
             if not 0 < asked <= 86_400:
                 raise Refused(
                     "invalid",

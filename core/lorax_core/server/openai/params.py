@@ -26,7 +26,7 @@ from lorax_core.serving.requests import (
 
 MODEL: Final = "The base, an adapter, or base:adapter; left out, the base."
 _Bias = Annotated[float, Field(ge=-100, le=100)]
-_TokenId = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+_TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 _Stop = Annotated[str, Field(min_length=1, max_length=STOP_LENGTH)]
 _Schema = dict[str, Any] | str
 _NOTHING: Final = "Accepted, and changes nothing."

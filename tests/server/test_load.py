@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import threading
@@ -194,7 +195,7 @@ def test_what_runs_when_there_is_no_more_time_to_drain_ends_with_an_error(engine
 
 
 def test_sequences_and_not_requests_fill_the_queue(engine, server):
-    with held(engine), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, held(engine):
         admitted = pool.submit(server.ask, {"prompt": "a", "max_tokens": 2, "n": 3})
         until(lambda: server.gateway._in_flight == 3)
         refused = server.ask({"prompt": "a", "max_tokens": 2, "n": 2})
@@ -282,6 +283,36 @@ def test_half_a_second_request_is_not_waited_for(engine):
 
     assert first.startswith(b"HTTP/1.1 200")
     assert b"HTTP/1.1" not in rest
+
+
+@pytest.mark.parametrize(
+    "padding", [b"X-More: a\r\n" * 40_000, b"X-More: " + b"a" * 500_000 + b"\r\n"], ids=["many", "long"]
+)
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        lambda padding: b"GET /health HTTP/1.1\r\n" + padding + b"\r\n",
+        lambda padding: b"POST /ask HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + padding + b"\r\n",
+        lambda padding: http("/health") + b"GET /health HTTP/1.1\r\n" + padding,
+    ],
+    ids=["headers", "trailers", "second request"],
+)
+def test_headers_that_are_too_long_are_refused(engine, server, request_of, padding):
+    with server.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(request_of(padding))
+        with contextlib.suppress(ConnectionError):
+            answer = sock.recv(65_536)
+            answer += sock.recv(65_536)
+
+    assert b"HTTP/1.1 431" in answer
+
+
+def test_headers_up_to_the_limit_are_read(engine, server):
+    with server.connect(b"GET /health HTTP/1.1\r\nConnection: close\r\nX-More: " + b"a" * 60_000 + b"\r\n\r\n") as sock:
+        answer = read_all(sock)
+
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_headers_without_end_are_not_read(engine, server):

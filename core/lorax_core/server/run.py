@@ -28,7 +28,7 @@ from lorax_core.serving.engine import Engine
 
 _BACKLOG: Final = 2_048
 _HEADER_BYTES: Final = 64 * 1024
-"""Bytes that a request line and its headers may have."""
+"""Bytes that a request line and its headers may have, with the trailers of its body."""
 _PIPELINED: Final = 16
 """Requests that a connection may send before the first of them is answered."""
 _KEEP_ALIVE: Final = 75
@@ -134,12 +134,18 @@ class _Draining(uvicorn.Server):
             asyncio.get_running_loop().call_soon_threadsafe(self._gateway.drain)
 
 
+class _LongHeadersError(Exception):
+    """More headers than a request may have."""
+
+
 class _Impatient(HttpToolsProtocol):
-    """Closes connections whose request line and headers do not arrive in time, or do not end, and those of clients that read
-    nothing of their answer.
+    """Closes connections whose request line and headers do not arrive in time, or are too long, and those of clients that
+    read nothing of their answer.
     """
 
     patience: float
+    _pending = 0  # bytes since the parser last gave something
+    _head = 0  # bytes of the request line, headers and trailers so far
 
     def connection_made(self, transport: Any) -> None:
         """A client connected."""
@@ -170,7 +176,11 @@ class _Impatient(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
+        self._pending += len(data)
         super().data_received(data)
+        if self._pending > _HEADER_BYTES:  # of one header, or of none
+            self._head = self._pending
+            self.send_400_response("")
         if len(self._asked) > _PIPELINED:
             self.transport.close()
         elif len(self._asked) > 1 and len(self.cycle.body) < _HEADER_BYTES:
@@ -182,10 +192,44 @@ class _Impatient(HttpToolsProtocol):
         # Of a body that was refused the rest is read and dropped: a client that still sends would not find its answer.
         if not self._drops:
             self._unheard += len(data)
-        if self._unheard > _HEADER_BYTES:
-            self.transport.close()
-        elif self._timer is None:  # of a second request on this connection
+        if self._timer is None and not self.transport.is_closing():  # of a second request on this connection
             self._timer = self.loop.call_later(self.patience, self._late)
+
+    def on_message_begin(self) -> None:
+        """One more request."""
+        super().on_message_begin()
+        self._head = 0
+
+    def on_url(self, url: bytes) -> None:
+        """Its path, or a part of it."""
+        super().on_url(url)
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or after the body a trailer."""
+        super().on_header(name, value)
+        self._count(len(name) + len(value) + 4)
+
+    def on_body(self, body: bytes) -> None:
+        """A part of its body, which the application bounds."""
+        self._pending = 0
+        super().on_body(body)
+
+    def _count(self, size: int) -> None:
+        self._pending = 0
+        self._head += size
+        if self._head > _HEADER_BYTES:
+            raise _LongHeadersError
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, or has too long headers."""
+        if self._head <= _HEADER_BYTES:
+            super().send_400_response(msg)
+        elif not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            )
+            self.transport.close()
 
     @property
     def _waits(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import re
 import threading
@@ -285,27 +284,21 @@ def test_half_a_second_request_is_not_waited_for(engine):
     assert b"HTTP/1.1" not in rest
 
 
-@pytest.mark.parametrize(
-    "padding", [b"X-More: a\r\n" * 40_000, b"X-More: " + b"a" * 500_000 + b"\r\n"], ids=["many", "long"]
-)
-@pytest.mark.parametrize(
-    "request_of",
-    [
-        lambda padding: b"GET /health HTTP/1.1\r\n" + padding + b"\r\n",
-        lambda padding: b"POST /ask HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + padding + b"\r\n",
-        lambda padding: http("/health") + b"GET /health HTTP/1.1\r\n" + padding,
-    ],
-    ids=["headers", "trailers", "second request"],
-)
-def test_headers_that_are_too_long_are_refused(engine, server, request_of, padding):
-    with server.connect() as sock:
-        with contextlib.suppress(ConnectionError):
-            sock.sendall(request_of(padding))
-        with contextlib.suppress(ConnectionError):
-            answer = sock.recv(65_536)
-            answer += sock.recv(65_536)
+# Just above the limit: of what comes after the refusal, the system would make an end of the connection and drop the answer.
+TOO_LONG = {
+    "many": b"X-More: a\r\n" * (_HEADER_BYTES // 11 + 2) + b"\r\n",
+    "one": b"X-More: " + b"a" * _HEADER_BYTES + b"\r\n\r\n",
+}
+CHUNKED = b"POST /ask HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
 
-    assert b"HTTP/1.1 431" in answer
+
+@pytest.mark.parametrize("headers", TOO_LONG.values(), ids=TOO_LONG)
+@pytest.mark.parametrize("before", [b"GET /health HTTP/1.1\r\n", CHUNKED], ids=["headers", "trailers"])
+def test_headers_that_are_too_long_are_refused(engine, server, before, headers):
+    with server.connect(before + headers) as sock:
+        answer = read_all(sock)
+
+    assert answer.startswith(b"HTTP/1.1 431")
 
 
 def test_headers_up_to_the_limit_are_read(engine, server):

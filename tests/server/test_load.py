@@ -101,6 +101,40 @@ def test_a_client_that_hangs_up_while_its_prompt_is_read_is_forgotten(engine, se
     assert engine.info().totals.prompt_tokens == before
 
 
+class SlowToSubmit:
+    """An engine that takes requests only once `released` is set."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def submit(self, requests):
+        self.entered.set()
+        self.released.wait(LIMIT)
+        return self._engine.submit(requests)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_while_its_request_is_submitted_is_forgotten(engine, stream):
+    slow = SlowToSubmit(engine)
+    before = engine.info().totals.prompt_tokens
+    with Loopback(slow) as server, held(engine):
+        pool = server.gateway._pool
+        with server.connect(http("/ask", {"options": {**LONG, "prompt": "a " * 1_500}, "stream": stream})):
+            assert slow.entered.wait(LIMIT)
+        until(lambda: server.gateway._in_flight == 0)
+        slow.released.set()
+        together = threading.Barrier(pool._max_workers)  # all of its threads have ended what they did
+        for one in [pool.submit(together.wait, LIMIT) for _ in range(pool._max_workers)]:
+            one.result(LIMIT)
+
+    assert left(engine) == (0, 0)
+    assert engine.info().totals.prompt_tokens == before
+
+
 def test_a_client_that_hangs_up_in_its_stream_frees_its_pages_within_a_step(engine, server):
     sock = server.connect(http("/ask", {"options": LONG, "stream": True}))
     found = b""

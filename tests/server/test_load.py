@@ -23,6 +23,9 @@ from lorax_core.server.run import _HEADER_BYTES, _Impatient, listen
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
 
+# More than is tokenized in the event loop.
+MUCH = {"options": {**LONG, "prompt": "word " * 60, "max_tokens": 100}, "count": 8}
+
 
 @pytest.fixture(scope="module")
 def engine(repository):
@@ -87,11 +90,10 @@ def test_a_client_that_hangs_up_while_it_waits_is_taken_out(engine, server, stre
 def test_a_client_that_hangs_up_while_its_prompt_is_read_is_forgotten(engine, server, stream):
     gateway, release = server.gateway, threading.Event()
     workers = [gateway._pool.submit(release.wait, LIMIT) for _ in range(gateway._pool._max_workers)]
-    options = {**LONG, "prompt": "word " * 300, "max_tokens": 100}
     before = engine.info().totals.prompt_tokens
 
-    with server.connect(http("/ask", {"options": options | {"prompt": "a " * 2_000}, "stream": stream})):
-        until(lambda: gateway._in_flight == 1)
+    with server.connect(http("/ask", {**MUCH, "stream": stream})):
+        until(lambda: gateway._in_flight == 8)
     until(lambda: gateway._in_flight == 0)
     release.set()
 
@@ -123,7 +125,7 @@ def test_a_client_that_hangs_up_while_its_request_is_submitted_is_forgotten(engi
     before = engine.info().totals.prompt_tokens
     with Loopback(slow) as server, held(engine):
         pool = server.gateway._pool
-        with server.connect(http("/ask", {"options": {**LONG, "prompt": "a " * 1_500}, "stream": stream})):
+        with server.connect(http("/ask", {**MUCH, "stream": stream})):
             assert slow.entered.wait(LIMIT)
         until(lambda: server.gateway._in_flight == 0)
         slow.released.set()
@@ -495,6 +497,7 @@ def test_metrics_are_those_of_prometheus_and_add_up(engine, server):
     assert of("lorax_http_requests_total", route="/ask", status="422") == 1
     assert of("lorax_http_request_seconds_count", route="/ask") == 5
     assert of("lorax_time_to_first_token_seconds_count") == 3
+    assert of("lorax_queue_seconds_count") == 4
     assert of("lorax_refusals_total", kind="invalid") == 1
     assert of("lorax_in_flight") == of("lorax_running") == of("lorax_kv_cache_pages_used") == 0
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
 from asking import ask
 from fastapi.responses import PlainTextResponse
+from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel
 
 from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestError, StepError
 from lorax_core.server.app import build_app
 from lorax_core.server.auth import ApiKeys
 from lorax_core.server.errors import KINDS, Refused, body_of, failure, without_paths
+from lorax_core.server.metrics import ADAPTER_LABELS, Metrics
+from lorax_core.server.middleware import EveryRequest
 from lorax_core.server.options import ServerOptions
 
 
@@ -28,6 +32,34 @@ def test_a_request_keeps_its_plain_id_and_gets_another_for_one_that_could_forge_
 
     assert plain.headers["x-request-id"] == "abc-1"
     assert len(forged.headers["x-request-id"]) == 32
+
+
+async def body_of_drops(**options):
+    """What a body ends with that comes in small pieces, and never ends."""
+
+    async def receive():
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    async def app(scope, receive, send):
+        for _ in range(200_000):
+            await receive()
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    every = EveryRequest(
+        app, options=ServerOptions(**options), metrics=Metrics(None)
+    )  # of no engine: nothing reads them
+    await every(scope, receive, send)
+    return [message["status"] for message in sent if "status" in message]
+
+
+def test_a_body_that_comes_in_drops_has_no_more_time_than_another():
+    assert asyncio.run(body_of_drops(body_timeout=0.01)) == [408]
 
 
 @pytest.mark.parametrize(
@@ -161,3 +193,29 @@ def test_a_hint_that_is_nothing_but_a_folder_of_this_machine_is_left_out(tmp_pat
     found = failure(AdapterError("no folder '/nope'", hint=f"did you mean '{tmp_path.parts[0]}{tmp_path.parts[1]}'?"))
 
     assert found.hint is None
+
+
+def sample(metrics, name, **labels):
+    families = text_string_to_metric_families(metrics.render().decode())
+    samples = [one for family in families for one in family.samples if one.name == name]
+    return sum(one.value for one in samples if labels.items() <= one.labels.items()), len(samples)
+
+
+def test_metrics_count_the_tokens_of_all_answers_to_a_prompt(qwen2):
+    metrics = Metrics(qwen2)
+
+    metrics.result("generate", None, qwen2.generate("a", max_tokens=3, n=2, ignore_eos=True))
+
+    assert sample(metrics, "lorax_tokens_total", kind="completion")[0] == 6
+    assert sample(metrics, "lorax_answers_total")[0] == 1
+
+
+def test_labels_of_metrics_are_bounded_however_many_adapters_there_are(qwen2):
+    metrics = Metrics(qwen2)
+    result = qwen2.generate("a", max_tokens=1)
+
+    for at in range(ADAPTER_LABELS + 50):
+        metrics.result("generate", f"adapter{at}", result)
+
+    assert sample(metrics, "lorax_answers_total", adapter="(others)") == (50, ADAPTER_LABELS + 1)
+    assert len(metrics._labels) == ADAPTER_LABELS

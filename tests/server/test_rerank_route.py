@@ -10,8 +10,9 @@ from builders import BERT, make_letter_tokenizer, make_lora
 from oracles import make_model, saved
 
 import lorax_core
-from lorax_core.server.rerank import Reranked
+from lorax_core.server.rerank import Reranked, best_first
 from lorax_core.server.schemas import OpenAIError
+from lorax_core.types import Relevance, Usage
 
 QUERY = "who ate it"
 DOCUMENTS = ["the dog", "a cat that sat on the mat", "x"]
@@ -49,6 +50,12 @@ def test_documents_come_the_best_first(engine, client, path):
     )
     assert found.model == "base"
     assert found.usage.total_tokens == sum(len(engine.tokenize((QUERY, one)).ids) for one in DOCUMENTS)
+
+
+def test_documents_of_one_score_keep_their_order():
+    results = [Relevance(score, Usage(1)) for score in (0.5, 0.7, 0.5, 0.7)]
+
+    assert best_first(results) == [(1, 0.7), (3, 0.7), (0, 0.5), (2, 0.5)]
 
 
 def test_every_option_is_honoured(engine, client):

@@ -1,4 +1,4 @@
-"""`benchmarks/serving.py` on a small model: a crowd of clients over all tasks and eight adapters, for twenty seconds."""
+"""`benchmarks/serving.py` on a small model: a crowd of clients over all tasks and eight adapters, for five seconds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def serving():
 def test_a_crowd_over_all_tasks_loses_no_request_and_leaves_no_page(serving, tmp_path):
     checkpoint = serving.make_checkpoint(tmp_path / "model", **SMALL)
     adapters = serving.make_adapters(checkpoint, tmp_path)
-    given = argparse.Namespace(clients=56, seconds=20.0, rounds=1)
+    given = argparse.Namespace(clients=56, seconds=5.0, rounds=1)
 
     with lorax_core.load(checkpoint, adapters=adapters, kv_cache_tokens=8_192, max_batch_rows=48) as engine:
         found = serving.measure(engine, given, [])
@@ -35,5 +35,5 @@ def test_a_crowd_over_all_tasks_loses_no_request_and_leaves_no_page(serving, tmp
 
     assert found["lost"] == {}
     assert (found["pages_left"], alive) == (0, 0)
-    assert found["answered"] > 500
+    assert found["answered"] > 100
     assert found["first_token_ms"]["p50"] > 0

@@ -44,7 +44,7 @@ demo: $(VENV)/.demo ## See real models answer: embeddings, generation, two adapt
 test: $(VENV)/.test ## Run the whole suite (some of it: make test ARGS="-k wheels")
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --ignore-glob='$(KITS)' $(ARGS)
 
-test-server: $(VENV)/.test ## Run servers under load and attack, and schemathesis over their routes (about three quarters of a minute)
+test-server: $(VENV)/.test ## Run servers under load and attack, and schemathesis over their routes (about a minute)
 	@$(RUN) -m pytest tests/server/load -n 2 --dist loadfile $(ARGS)
 
 test-examples: $(VENV)/.test ## Run the scripts in examples/, which train and serve (about a minute)

@@ -164,4 +164,4 @@ def body_of(path: str, found: Failure) -> tuple[int, dict[str, Any]]:
     """Status and body for the API that a path belongs to."""
     if path.startswith(_OPENAI):
         return openai_body(found)
-    return tei_body(found) if path.startswith("/tei/") else lorax_body(found)
+    return tei_body(found) if path == "/tei" or path.startswith("/tei/") else lorax_body(found)

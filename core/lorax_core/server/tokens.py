@@ -44,6 +44,23 @@ async def tokenized(gateway: Gateway, texts: Sequence[str], *, special: bool) ->
     return await gateway.in_thread(_all, gateway.engine, texts, special)
 
 
+async def detokenized(gateway: Gateway, rows: Sequence[list[int]]) -> list[str]:
+    """The text of each list of token ids, special ones left out."""
+    count = sum(map(len, rows))
+    if count > _MOST_CHARACTERS:
+        raise Refused(
+            "too_large",
+            f"{count:,} token ids; one request may have {_MOST_CHARACTERS:,}",
+            hint="send them in several requests",
+            param="ids",
+        )
+    return await gateway.in_thread(_texts, gateway.engine, rows)
+
+
+def _texts(engine: Engine, rows: Sequence[list[int]]) -> list[str]:
+    return [engine.detokenize(ids) for ids in rows]
+
+
 def _all(engine: Engine, texts: Sequence[str], special: bool) -> list[list[TextToken]]:
     return [_tokens(engine.tokenize(text), special) for text in texts]
 

@@ -94,7 +94,7 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, AdapterError):
         return _of("bad_adapter", error)
     if isinstance(error, RequestError):
-        return _of("invalid", error)
+        return _of("invalid", error, error.option)
     if isinstance(error, LoraxError):
         return _of("internal", error)
     if isinstance(error, UnicodeEncodeError):  # no text of ours has such a part, but JSON can spell it
@@ -103,8 +103,10 @@ def failure(error: BaseException) -> Failure:
 
 
 def _of(kind: str, error: LoraxError, param: str | None = None, retry_after: int | None = None) -> Failure:
-    hint = None if error.hint is None else without_paths(_NEAREST.sub("", error.hint)) or None
-    return Failure(kind, without_paths(error.message), hint, param, retry_after)
+    hint = None if error.http_hint is None else without_paths(_NEAREST.sub("", error.http_hint)) or None
+    # Errors of the Python interface begin with the option, where they name one.
+    message = error.message if param is None else error.message.removeprefix(f"{param}: ")
+    return Failure(kind, without_paths(message), hint, param, retry_after)
 
 
 _PATH: Final = re.compile(r"(?<![\w.:/~-])(~?/[^\s'\"`,;:()<>|*?]+/)(?=[^/\s'\"`,;:()<>|*?])")

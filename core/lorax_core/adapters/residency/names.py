@@ -59,6 +59,7 @@ class NameTable:
             raise AdapterError(
                 f"no adapter is called {name!r:.200}; loaded are {listed(self)}",
                 hint=f"did you mean {close!r}?" if close else "load it with engine.adapters.load(name, folder)",
+                http_hint=f"did you mean {close!r}?" if close else "GET /v1/models lists the names",
             )
         if found.fetched:
             self._named[name] = self._named.pop(name)

@@ -67,6 +67,7 @@ class AdapterSources:
                 f"requests may not name {masked(source)!r:.200} as an adapter; they may name "
                 f"{listed(self._entries) if self._entries else 'loaded adapters only'}",
                 hint="load it with engine.adapters.load(name, source), or allow it with load(..., adapter_sources=[...])",
+                http_hint="POST /v1/adapters loads it, and the server's --adapter-sources allows it",
             )
 
     def late(self, source: str) -> AdapterError:
@@ -74,6 +75,15 @@ class AdapterSources:
         return AdapterError(
             f"{masked(source)!r:.200} was not loaded within {self.seconds:g} seconds",
             hint="load it ahead with engine.adapters.load(name, source), or load(..., adapter_timeout=SECONDS)",
+            http_hint="try again later; the server may load it ahead with --adapter NAME=SOURCE",
+        )
+
+    def unfit(self, error: AdapterError) -> AdapterError:
+        """The error of a source that a request named and that is no adapter for this base, without a hint about files."""
+        return AdapterError(
+            error.message,
+            hint="engine.adapters.load(name, source) says more",
+            http_hint="POST /v1/adapters, which needs the admin key, says more",
         )
 
     def full(self, source: str) -> AdapterError:

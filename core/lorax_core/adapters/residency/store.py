@@ -106,7 +106,7 @@ class AdapterStore:
         """
         if not isinstance(name, str) or not name.strip():
             wrong = f"an adapter's name must be a non-empty string, not {name!r:.200}"
-            raise AdapterError(wrong, hint="load('name', source)")
+            raise AdapterError(wrong, hint="load('name', source)", http_hint="give it a name")
         for option, value, kind in (("revision", revision, str), ("token", token, str), ("pin", pin, bool)):
             if value is not None and not isinstance(value, kind):
                 raise AdapterError(f"{option} is a {kind.__name__}, not a {type(value).__name__}", hint="leave it out")
@@ -125,7 +125,7 @@ class AdapterStore:
             if pin and not self._slots.pin(handle.identity):
                 raise AdapterError(
                     f"{name!r} cannot be pinned: of {self._slots.capacity} slots on the device one must be left for others",
-                    hint="load the engine with a larger max_adapters, or pin fewer",
+                    hint="load the engine with a larger max_adapters (--max-adapters), or pin fewer",
                 )
             handle.names += 1
             offered = self._slots.offer(handle.identity, handle)
@@ -383,7 +383,7 @@ class AdapterStore:
             with guarded(AdapterError, f"{masked(source)!r:.200} was not loaded", _AGAIN):
                 self._load(source, self._sources.find(source, bounded=True), HeadRequest(), fetched=True)
         except AdapterError as error:
-            raise AdapterError(error.message, hint="engine.adapters.load(name, source) says more") from error
+            raise self._sources.unfit(error) from error
 
 
 def _drop(store: weakref.ref[AdapterStore], identity: str) -> None:

@@ -49,9 +49,9 @@ class ClientGone(Exception):
 class Gateway:
     """One engine, as the routes of one server use it. Its methods belong to the server's event loop."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics, model_name: str) -> None:
+    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics, names: ModelNames) -> None:
         self.engine, self.options, self.metrics = engine, options, metrics
-        self.names = ModelNames(model_name, engine.adapters)
+        self.names = names
         self.draining = False
         self._in_flight = 0
         self._rows = engine.options.max_batch_rows

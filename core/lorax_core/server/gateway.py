@@ -67,6 +67,10 @@ class Gateway:
 
         Raises LoraxError (Refused, StepError and all others) and ClientGone.
         """
+        return (await self.timed(http, requests))[0]
+
+    async def timed(self, http: HttpRequest, requests: Sequence[Request]) -> tuple[list[Result], float]:
+        """The same, and the seconds that passed before their first step."""
         with self._admit(http, requests) as ticket:
             call: Call | None = None
             try:
@@ -80,7 +84,7 @@ class Gateway:
             for result in results:
                 ticket.observe(call, result)
             self._account(ticket, call, list(zip(requests, results, strict=True)))
-            return results
+            return results, 0.0 if call.started is None else call.started - ticket.start
 
     async def events(self, http: HttpRequest, requests: Sequence[GenerateRequest]) -> Events:
         """The answers as they come. What is wrong with the requests is raised now, before anything was sent."""

@@ -97,12 +97,14 @@ async def _embed(gateway: Gateway, http: Request, body: EmbedBody | EmbedAllBody
     inputs = _several(body.inputs)
     gateway.check_batch(len(inputs), param="inputs")
     options["adapter"] = gateway.names.adapter(body.model)
-    results = await gateway.answer(http, [EmbedRequest(input=one, truncate=body.cut, **options) for one in inputs])
+    results, queued = await gateway.timed(
+        http, [EmbedRequest(input=one, truncate=body.cut, **options) for one in inputs]
+    )
     vectors = [cast("Embedding", one).vector for one in results]
     # Numbers are long as text: many of them are written beside the event loop.
     return Response(
         await gateway.in_thread(_written, vectors),
-        headers=_headers(start, inputs, results),
+        headers=_headers(start, queued, inputs, results),
         media_type="application/json",
     )
 
@@ -126,7 +128,7 @@ def _comparing(routes: APIRouter, gateway: Gateway) -> None:
         texts = [body.inputs.source_sentence, *body.inputs.sentences]
         gateway.check_batch(len(body.inputs.sentences), param="inputs.sentences")
         adapter = gateway.names.adapter(body.model)
-        results = await gateway.answer(
+        results, queued = await gateway.timed(
             http,
             [
                 EmbedRequest(
@@ -136,7 +138,7 @@ def _comparing(routes: APIRouter, gateway: Gateway) -> None:
             ],
         )
         first, *others = (cast("Embedding", one).vector for one in results)
-        return JSONResponse([float(one @ first) for one in others], headers=_headers(start, texts, results))
+        return JSONResponse([float(one @ first) for one in others], headers=_headers(start, queued, texts, results))
 
 
 def _scoring(routes: APIRouter, gateway: Gateway, kind: str | None) -> None:
@@ -150,9 +152,9 @@ def _scoring(routes: APIRouter, gateway: Gateway, kind: str | None) -> None:
         requests: list[EngineRequest] = [
             ClassifyRequest(input=one, adapter=adapter, truncate=body.cut, raw_scores=body.raw_scores) for one in inputs
         ]
-        results = await gateway.answer(http, requests)
+        results, queued = await gateway.timed(http, requests)
         found = [_predictions(cast("Classification", one)) for one in results]
-        return JSONResponse(found[0] if single else found, headers=_headers(start, inputs, results))
+        return JSONResponse(found[0] if single else found, headers=_headers(start, queued, inputs, results))
 
     @_post(routes, "/rerank", list[Rank], bare=kind == "reranker")
     async def rerank(http: Request, body: RankBody) -> Response:
@@ -164,12 +166,12 @@ def _scoring(routes: APIRouter, gateway: Gateway, kind: str | None) -> None:
             RerankRequest(query=body.query, document=text, adapter=adapter, truncate=body.cut, normalize=normalize)
             for text in body.texts
         ]
-        results = await gateway.answer(http, requests)
+        results, queued = await gateway.timed(http, requests)
         ranks: list[dict[str, Any]] = [
             {"index": at, "score": score} | ({"text": body.texts[at]} if body.return_text else {})
             for at, score in best_first(results)
         ]
-        return JSONResponse(ranks, headers=_headers(start, [body.query, *body.texts], results))
+        return JSONResponse(ranks, headers=_headers(start, queued, [body.query, *body.texts], results))
 
 
 def _predicted(inputs: PredictInputs) -> tuple[list[Any], bool]:
@@ -194,16 +196,22 @@ def _predictions(found: Classification) -> list[dict[str, Any]]:
     return [{"score": score, "label": label} for label, score in zip(found.labels, found.scores, strict=True)]
 
 
-def _headers(start: float, inputs: Sequence[Any], results: Sequence[Result]) -> dict[str, str]:
+def _headers(start: float, queued: float, inputs: Sequence[Any], results: Sequence[Result]) -> dict[str, str]:
     """What TEI says of an answer beside it: its cost, and the milliseconds that it took."""
-    took = str(int((time.monotonic() - start) * 1000))
+    took = time.monotonic() - start
     texts = [part for one in inputs for part in (one if isinstance(one, tuple) else (one,)) if isinstance(part, str)]
     return {
-        "x-compute-time": took,
-        "x-total-time": took,
+        "x-compute-time": _milliseconds(took),
+        "x-total-time": _milliseconds(took),
+        "x-queue-time": _milliseconds(queued),
+        "x-inference-time": _milliseconds(took - queued),
         "x-compute-characters": str(sum(map(len, texts))),
         "x-compute-tokens": str(sum(one.usage.prompt_tokens for one in results)),
     }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(max(seconds, 0.0) * 1000))
 
 
 def _about(routes: APIRouter, gateway: Gateway) -> None:

@@ -100,16 +100,17 @@ class Preparer:
         text = self._text(self._adapter(adapter))
         return len(text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
-    def tokenize(self, text: Any) -> Tokenized:
-        """A text as tokens."""
+    def tokenize(self, text: Any, adapter: AdapterChoice) -> Tokenized:
+        """A text as tokens, as an adapter reads it."""
+        front = self._text(self._adapter(adapter))
         # The task whose encoding knows where in the text each token lies, and adds no prompt of sentence files.
-        encoded = self.text.encode(text, Task.TOKEN_CLASSIFICATION)
+        encoded = front.encode(text, Task.TOKEN_CLASSIFICATION)
         special = list(encoded.special or [False] * len(encoded.ids))
-        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets), special)
+        return Tokenized(encoded.ids, front.tokens(encoded.ids), list(encoded.offsets), special)
 
-    def detokenize(self, token_ids: list[int]) -> str:
-        """Token ids as text."""
-        return self.text.decode(self._known(token_ids))
+    def detokenize(self, token_ids: list[int], adapter: AdapterChoice) -> str:
+        """Token ids as text, as an adapter writes it."""
+        return self._text(self._adapter(adapter)).decode(self._known(token_ids))
 
     def token_bytes(self, token_ids: list[int], *, special: bool) -> list[bytes]:
         """The bytes of each token."""

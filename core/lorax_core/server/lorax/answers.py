@@ -229,7 +229,7 @@ def _prefill(engine: Engine, asked: Asked, completion: Completion) -> list[dict[
     scores = completion.prompt_logprobs
     if scores is None:
         return []
-    whole = engine.tokenize(asked.prompt)
+    whole = engine.tokenize(asked.prompt, adapter=asked.requests[0].adapter)
     # Of a prompt that was cut, the tokens after its special ones went.
     at = 0 if whole.special[0] else len(whole.ids) - completion.usage.prompt_tokens
     ids = [whole.ids[at], *(one.token_id for one in scores[1:] if one is not None)]

@@ -59,9 +59,10 @@ class TextsBody(StrictBody):
 
 
 class TokenizeBody(StrictBody):
-    """A text."""
+    """A text, and the adapter whose tokenizer reads it where it has one."""
 
     inputs: str
+    parameters: AdapterParameters | None = None
     add_special_tokens: bool | None = Field(default=None, description="Those that the tokenizer adds; True by default.")
 
 
@@ -184,7 +185,9 @@ def _about(routes: APIRouter, gateway: Gateway) -> None:
     @routes.post("/tokenize", **answers(list[LoraxToken]))
     async def tokenize(body: TokenizeBody) -> Response:
         """A text as tokens."""
-        (found,) = await tokenized(gateway, [body.inputs], special=body.add_special_tokens is not False)
+        adapter = choose_adapter(gateway, body.parameters or AdapterParameters())
+        special = body.add_special_tokens is not False
+        (found,) = await tokenized(gateway, [body.inputs], special=special, adapter=adapter)
         return JSONResponse([{"id": one.id, "text": one.token, "start": one.start, "stop": one.stop} for one in found])
 
 

@@ -234,7 +234,8 @@ def _tokens(routes: APIRouter, gateway: Gateway) -> None:
         """Each text as tokens."""
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         gateway.check_batch(len(texts), param="inputs")
-        found = await tokenized(gateway, texts, special=body.add_special_tokens)
+        adapter = gateway.names.adapter(body.model)
+        found = await tokenized(gateway, texts, special=body.add_special_tokens, adapter=adapter)
         return JSONResponse([_token_list(text, tokens) for text, tokens in zip(texts, found, strict=True)])
 
     @routes.post("/decode", **answers(list[str]))
@@ -242,7 +243,7 @@ def _tokens(routes: APIRouter, gateway: Gateway) -> None:
         """The text of each list of token ids."""
         rows = cast("list[list[int]]", _several(body.ids))
         gateway.check_batch(len(rows), param="ids")
-        return JSONResponse(await detokenized(gateway, rows))
+        return JSONResponse(await detokenized(gateway, rows, gateway.names.adapter(body.model)))
 
 
 def _token_list(text: str, tokens: Sequence[TextToken]) -> list[dict[str, Any]]:

@@ -133,6 +133,7 @@ class RankBody(Truncating):
 class TokenizeTexts(StrictBody):
     """Texts."""
 
+    model: _Model = None
     inputs: str | Annotated[list[str], Field(min_length=1)]
     add_special_tokens: bool = True
     prompt_name: Any = unsupported(instead="put the prompt before the text")
@@ -141,6 +142,7 @@ class TokenizeTexts(StrictBody):
 class DecodeBody(StrictBody):
     """Token ids."""
 
+    model: _Model = None
     ids: Rows
     skip_special_tokens: Any = unsupported(True, instead="/tei/tokenize shows special tokens")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lorax_core.adapters.residency.handle import AdapterHandle
+from lorax_core.adapters.residency.handle import AdapterHandle, labels_of
 from lorax_core.adapters.residency.store import AdapterStore
 from lorax_core.errors import RequestError, listed, shown
 from lorax_core.modeling.heads import CLASSIFICATION, Head
@@ -56,12 +56,12 @@ class HeadChooser:
         whose = "the adapter's" if head is not None else "the checkpoint's"
         if head is None and (task in self._model.tasks or task in self._model.lacking):
             head = self._model.head(task)
-        if head is not None and head.task is task and len(_labels(head)) == 1:
+        if head is not None and head.task is task and len(labels_of(head)) == 1:
             return head
         if head is None:
             found = f"this checkpoint has heads for {listed(one.value for one in self._model.tasks)}"
         else:
-            found = f"{whose} is for {head.task.value!r} and has {len(_labels(head))}: {listed(_labels(head))}"
+            found = f"{whose} is for {head.task.value!r} and has {len(labels_of(head))}: {listed(labels_of(head))}"
         names = self._with_head((task,), labels=1)
         raise RequestError(
             f"reranking needs a head for {task.value!r} with one label; {found}",
@@ -84,13 +84,11 @@ class HeadChooser:
 
     def _with_head(self, tasks: Collection[Task], labels: int | None = None) -> list[str]:
         """The names of loaded adapters that bring a head for one of the tasks, with so many labels."""
-        heads = {one.name: self._adapters.get(one.name).head for one in self._adapters.list()}
-        found = {name: head for name, head in heads.items() if head is not None and head.task in tasks}
-        return [name for name, head in found.items() if labels in (None, len(_labels(head)))]
-
-
-def _labels(head: Head) -> tuple[str, ...]:
-    return getattr(head, "labels", ())
+        return [
+            one.name
+            for one in self._adapters.list()
+            if one.labels and one.task in {task.value for task in tasks} and labels in (None, len(one.labels))
+        ]
 
 
 def _ask(names: Collection[str]) -> str | None:

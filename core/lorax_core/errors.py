@@ -19,14 +19,15 @@ class LoraxError(Exception):
     """Base of every deliberate error.
 
     `message` says what failed and quotes the offending value; `hint` says what to do next (a command, a nearest valid
-    value) and may be None. `str()` gives both.
+    value) and may be None. `str()` gives both. `http_hint` is what a client of a server can do, where `hint` is about Python.
     """
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, http_hint: str | None = None) -> None:
         super().__init__(message)
         # Apart, for servers and commands that show the hint in a place of its own.
         self.message = message
         self.hint = hint
+        self.http_hint = hint if http_hint is None else http_hint
 
     def __str__(self) -> str:
         # The hint on a line of its own: logs and tracebacks show str(), and none of it may be lost.
@@ -46,7 +47,24 @@ class AdapterError(LoraxError):
 
 
 class RequestError(LoraxError):
-    """A request asks for something that no engine, or not this engine, can answer."""
+    """A request asks for something that no engine, or not this engine, can answer.
+
+    `option` is the option of the request that is wrong, where it is one.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, http_hint: str | None = None, option: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, http_hint=http_hint)
+        self.option = option
+
+
+class WrongOption(ValueError):
+    """What a validator of several options together raises, to say which of them is to be changed."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
 
 
 class CapacityError(LoraxError):
@@ -59,8 +77,10 @@ class StepError(LoraxError):
     `results` has one entry for each request of the call, in order: its result, or the error that ended it.
     """
 
-    def __init__(self, message: str, *, results: list[Any], hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+    def __init__(
+        self, message: str, *, results: list[Any], hint: str | None = None, http_hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, http_hint=http_hint)
         self.results = results
 
 

@@ -224,7 +224,7 @@ class EngineOptions(Checked):
 def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
     """What pydantic found wrong with the values of a model of ours, as an error with the nearest valid option."""
     found: dict[str, tuple[int, str]] = {}  # by option: how deep the problem lies, and what it is
-    hint = None
+    hint = named = None
     for problem in error.errors(include_url=False):
         option = str(problem["loc"][0]) if problem["loc"] else ""
         depth = len(problem["loc"])
@@ -242,8 +242,11 @@ def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:
             inside = [step for step in problem["loc"][1:2] if isinstance(step, str) and kind is EngineOptions]
             found[option] = (depth, f"{'.'.join([option, *inside])}: {message}{found_value}" if option else message)
             hint = hint or _nearest_value(problem) or _EXAMPLES.get(option)
-    hint = hint or f"help({getattr(kind, 'home', 'lorax_core')}.{kind.__name__}) says what each option takes"
-    return RequestError("; ".join(line for _, line in found.values()), hint=hint)
+        named = named or option or getattr(problem.get("ctx", {}).get("error"), "option", None)
+    told = f"help({getattr(kind, 'home', 'lorax_core')}.{kind.__name__}) says what each option takes"
+    http_hint = hint or "GET /openapi.json says what each field takes"
+    said = "; ".join(line for _, line in found.values())
+    return RequestError(said, hint=hint or told, http_hint=http_hint, option=named)
 
 
 def _nearest_value(problem: Any) -> str | None:

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from lorax_core.cli import serve
 from lorax_core.cli.main import app
+from lorax_core.options import EngineOptions
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.run import address, listen
+from lorax_core.server.run import address, base_name, listen
 
 KEYS = "# who\nfirst-key-1\n\nsecond-key-2\n"
 
@@ -24,8 +25,9 @@ def served(monkeypatch):
     def note(engine, options, bound, *, model_name):
         seen.engine, seen.server, seen.name = engine.options, options, model_name
         seen.adapters, seen.notes = list(engine.adapters), engine.info().notes
+        seen.labels = [engine.classify("a", adapter=name).labels for name in seen.adapters if name == "topic"]
 
-    module = SimpleNamespace(ServerOptions=ServerOptions, listen=listen, address=address, serve=note)
+    module = SimpleNamespace(base_name=base_name, listen=listen, address=address, serve=note)
     monkeypatch.setattr(serve, "_server", lambda: module)
     return seen
 
@@ -41,6 +43,7 @@ def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
     admin.write_text("admin-key-3\n")
     for_server = {
         "host": "127.0.0.1", "port": 0, "model_name": "small", "max_queue": 3, "max_body_bytes": 4_000, "max_batch": 5,
+        "max_schema_chars": 2_000,
         "request_timeout": 6.0, "body_timeout": 7.0, "drain_timeout": 8.0, "log_format": "json",
     }  # fmt: skip
     for_engine = {
@@ -65,6 +68,40 @@ def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
     assert "http://127.0.0.1:" in done.stderr
 
 
+def test_labels_of_adapters_have_names(served, repository):
+    example = repository / "examples/tiny_qwen2"
+    adapters = [f"--adapter={name}={example / 'adapters' / name}" for name in ("topic", "upper")]
+    names = ["a", "b:c", "d=e"]
+
+    done = run(example / "model", "--port=0", "--kv-cache-tokens=256", *adapters,
+               *[f"--label=topic:{at}={name}" for at, name in enumerate(names)])  # fmt: skip
+
+    assert done.exit_code == 0, done.output
+    assert sorted(served.labels[0]) == names
+    assert served.adapters == ["topic", "upper"]
+    assert (served.name, "serving 'model'" in done.stderr) == (None, True)
+
+
+def test_a_model_of_the_configuration_is_called_as_it_is_there(served, repository, tmp_path):
+    file = tmp_path / "lorax.toml"
+    file.write_text(f'[models.small]\npath = "{repository / "examples/tiny_qwen2/model"}"\nkv_cache_tokens = 256\n')
+
+    done = CliRunner().invoke(app, ["--config", str(file), "serve", "small", "--port=0"])
+
+    assert done.exit_code == 0, done.output
+    assert served.name == "small"
+
+
+def test_help_shows_the_defaults_of_the_limits(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    said = run("--help").output
+
+    for name in ("max_queue", "max_body_bytes", "max_batch", "max_schema_chars", "port", "host", "log_format"):
+        assert f"({ServerOptions.model_fields[name].default})" in said, name
+    assert "(600)" in said
+    assert f"({EngineOptions.model_fields['max_batch_tokens'].default})" in said
+
+
 def test_keys_may_be_in_the_environment_and_requests_name_loaded_adapters_alone(served, repository, monkeypatch):
     monkeypatch.setenv("LORAX_API_KEYS", "first-key-1, second-key-2")
     monkeypatch.setenv("LORAX_ADMIN_KEY", "admin-key-3")
@@ -84,6 +121,10 @@ def test_keys_may_be_in_the_environment_and_requests_name_loaded_adapters_alone(
         (["--port", "99999"], "port"),
         (["--log-format", "xml"], "log_format"),
         (["--adapter", "nameless"], "NAME=SOURCE"),
+        (["--label", "0=no"], "is not ADAPTER:ID=NAME"),
+        (["--label", "topic:0=no"], "no adapter is called 'topic'"),
+        (["--adapter", "a=/no", "--label", "a:x=no"], "'x=no' is not ADAPTER:ID=NAME"),
+        (["--adapter", "a=/no", "--label", "a:0=no", "--label", "a:0=yes"], "has two names"),
     ],
 )
 def test_what_is_wrong_is_known_before_anything_is_loaded(served, flags, told):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -53,6 +54,23 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait(engine, server):
     assert refused.json()["error_type"] == "overloaded"
     assert [one.status_code for one in answers] == [200] * 4
     assert left(engine) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "parameters"), [("/generate", {"parameters": {"max_new_tokens": 2}}), ("/embed", {}), ("/tei/embed", {})]
+)
+def test_what_a_request_waited_is_told_apart_from_what_it_was_computed(engine, server, path, parameters):
+    with ThreadPoolExecutor(1) as pool:
+        with held(engine):
+            asked = pool.submit(httpx.post, f"{server.url}{path}", json={"inputs": "a", **parameters}, timeout=LIMIT)
+            until(lambda: server.gateway._in_flight == 1)
+            begun = time.monotonic()
+            until(lambda: time.monotonic() > begun + 0.02)
+        headers = asked.result(LIMIT).headers
+
+    times = {name: int(headers.get(f"x-{name}-time", "0")) for name in ("total", "validation", "queue", "inference")}
+    assert times["queue"] >= 20
+    assert abs(times["total"] - times["validation"] - times["queue"] - times["inference"]) <= 3
 
 
 def test_a_request_larger_than_the_queue_is_let_in_alone(engine, server):

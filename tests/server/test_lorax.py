@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import transformers as hf
 from asking import ask
-from builders import BERT, make_letter_tokenizer, make_qwen2, make_qwen2_model
+from builders import BERT, make_letter_tokenizer, make_lora, make_qwen2, make_qwen2_model
 from lorax_cases import HONOURED, LONG, TESTED_ALONE
 from oracles import make_model, saved
+from transformers import AutoTokenizer
 
 import lorax_core
 from lorax_core.server.lorax.answers import events as streamed_events
@@ -75,6 +76,37 @@ def refused(client, engine, param, path="/generate", **parameters):
     assert body["error_type"] == "validation"
     assert body["error"].startswith(f"parameters.{param}:"), body
     return body
+
+
+def test_an_adapter_s_own_tokenizer_reads_and_shows_what_is_asked_of_it(tmp_path, client):
+    base, own = (
+        make_qwen2(tmp_path / "base"),
+        make_lora(make_qwen2_model(), tmp_path / "own", 1, target_modules=["q_proj"]),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens("<hat>")
+    tokenizer.save_pretrained(own)
+    text, ids = "a <hat> a", tokenizer("a <hat> a")["input_ids"]
+    with lorax_core.load(base, adapters={"own": own}, kv_cache_tokens=256) as engine:
+
+        def post(path, **body):
+            answer = ask(client(engine), "POST", path, json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        lorax = post("/tokenize", inputs=text, parameters={"adapter_id": "own"})
+        [tei] = post("/tei/tokenize", inputs=text, model="own")
+        decoded = post("/tei/decode", ids=ids, model="own")
+        prefill = {"adapter_id": "own", "decoder_input_details": True, "max_new_tokens": 1}
+        details = post("/generate", inputs=text, parameters=prefill)["details"]
+        echo = {"echo": True, "logprobs": 0, "max_tokens": 1}
+        [echoed] = post("/v1/completions", prompt=text, model="own", **echo)["choices"]
+        plain = post("/tokenize", inputs=text)
+
+    assert [[one["id"] for one in found] for found in (lorax, tei, details["prefill"])] == [ids] * 3
+    assert decoded == [tokenizer.decode(ids)]
+    assert len(echoed["logprobs"]["tokens"]) == len(ids) + 1
+    assert len(plain) > len(ids)
 
 
 def test_the_root_gives_a_list_and_generate_the_answer_alone(engine, client):

@@ -17,6 +17,7 @@ from lorax_core.server.auth import ApiKeys
 from lorax_core.server.errors import KINDS, Refused, body_of, failure, without_paths
 from lorax_core.server.metrics import ADAPTER_LABELS, Metrics
 from lorax_core.server.middleware import EveryRequest
+from lorax_core.server.names import base_name
 from lorax_core.server.options import ServerOptions
 
 
@@ -219,3 +220,46 @@ def test_labels_of_metrics_are_bounded_however_many_adapters_there_are(qwen2):
 
     assert sample(metrics, "lorax_answers_total", adapter="(others)") == (50, ADAPTER_LABELS + 1)
     assert len(metrics._labels) == ADAPTER_LABELS
+
+
+def test_the_document_says_which_keys_open_a_route(qwen2, client):
+    admin, either = [{"adminKey": []}], [{"apiKey": []}, {"adminKey": []}]
+
+    free = ask(client(qwen2), "GET", "/openapi.json").json()
+    locked = ask(
+        client(qwen2, api_keys=["the-secret-key"]),
+        "GET",
+        "/openapi.json",
+        headers={"Authorization": "Bearer the-secret-key"},
+    ).json()
+
+    assert {name: one["scheme"] for name, one in free["components"]["securitySchemes"].items()} == {
+        "apiKey": "bearer", "adminKey": "bearer",
+    }  # fmt: skip
+    for path, with_keys, without in [
+        ("/v1/models", either, [{}, *either]), ("/metrics", either, [{}, *either]), ("/tei/health", [], []),
+        ("/v1/adapters", admin, admin), ("/v1/adapters/{name}", admin, admin), ("/v1/load_lora_adapter", admin, admin),
+    ]:  # fmt: skip
+        assert next(iter(locked["paths"][path].values()))["security"] == with_keys, path
+        assert next(iter(free["paths"][path].values()))["security"] == without, path
+
+
+def test_the_document_has_a_route_in_the_log(qwen2, client, caplog):
+    with caplog.at_level(logging.INFO):
+        ask(client(qwen2), "GET", "/openapi.json")
+
+    assert [one.fields["route"] for one in caplog.records if hasattr(one, "fields")] == ["/openapi.json"]
+
+
+def test_a_base_that_nobody_named_is_called_as_its_folder_and_its_path_means_it_too(qwen2):
+    gateway = build_app(qwen2).state.gateway
+    path = qwen2.options.checkpoint
+
+    assert gateway.names.all() == ["model"]
+    assert [gateway.names.adapter(name) for name in ("model", path, None)] == [None] * 3
+    with pytest.raises(Refused, match="'nobody'") as caught:
+        gateway.names.adapter(f"{path}:nobody")
+    assert path not in str(caught.value)
+    assert not gateway.names.free(path)
+    assert base_name("org/name") == "org/name"
+    gateway.close()

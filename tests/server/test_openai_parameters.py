@@ -58,7 +58,7 @@ ELSEWHERE = {
 @pytest.fixture(scope="module")
 def engine(repository):
     folder = repository / "examples/tiny_qwen2"
-    adapters = {"org/topic": str(folder / "adapters/topic"), "plain": str(folder / "adapters/topic")}
+    adapters = {"org/upper": str(folder / "adapters/upper"), "plain": str(folder / "adapters/upper")}
     with lorax_core.load(folder / "model", kv_cache_tokens=4_096, adapters=adapters, adapter_sources=[]) as engine:
         yield engine
 
@@ -151,13 +151,23 @@ def test_what_is_not_honoured_is_refused_by_name_unless_it_changes_nothing(ask, 
         ("/v1/chat/completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ("/v1/chat/completions", {"guided_regex": "a" * 70_000}, "guided_regex"),
         ("/v1/chat/completions", {"stop": ["a" * 4_000, "b" * 4_000]}, "stop"),
-        ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, None),
+        ("/v1/chat/completions", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ("/v1/chat/completions", {"stop": ["a"] * 129}, "stop"),
+        ("/v1/chat/completions", {"min_tokens": 3, "max_tokens": 2}, "min_tokens"),
+        ("/v1/chat/completions", {"logit_bias": {"99999": 1}}, "logit_bias"),
+        ("/v1/chat/completions", {"stop_token_ids": [99_999]}, "stop_token_ids"),
+        *[("/v1/chat/completions", {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": choice,
+                                    "response_format": {"type": "json_object"}}, "tool_choice")
+          for choice in ("required", {"type": "function", "function": {"name": "f"}})],
         ("/v1/completions", {"best_of": 2}, "best_of"),
         ("/v1/completions", {"logit_bias": {"\u0665": 1}}, "logit_bias"),
         ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"echo": True, "stream": True, "logprobs": 1}, "logprobs"),
         ("/v1/embeddings", {"input": []}, "input"),
+        ("/v1/embeddings", {"input": ["a", 1]}, "input.1"),
+        ("/v1/embeddings", {"input": "a", "dimensions": 9_999}, "dimensions"),
+        ("/v1/embeddings", {"input": "a", "prompt_name": "query"}, "prompt_name"),
         ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
         ("/v1/embeddings", {"input": "a", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
         ("/v1/embeddings", {"input": ["a"] * 1_025}, "input"),
@@ -202,6 +212,20 @@ def test_no_body_is_an_error_of_the_server(app, body):
     shapes.OpenAIError.model_validate(answer.json())
 
 
+@pytest.mark.parametrize(
+    ("path", "changes", "said"),
+    [
+        ("/v1/embeddings", {"input": []}, "at least 1 item"),
+        ("/v1/embeddings", {"input": [-1]}, "greater than or equal to 0"),
+        ("/v1/completions", {"stop": ["a"] * 129}, "at most 128 items"),
+    ],
+)
+def test_of_a_field_that_may_be_several_things_the_error_is_about_the_one_that_was_meant(ask, path, changes, said):
+    _, body = ask(path, {**BODIES.get(path, (None, {}))[1], **changes})
+
+    assert said in body["error"]["message"]
+
+
 def test_tools_are_refused_where_the_template_does_not_know_them(ask):
     tool = {"type": "function", "function": {"name": "f"}}
 
@@ -231,9 +255,9 @@ def test_the_last_message_is_continued(engine, ask):
     assert found["choices"][0]["message"]["content"] == expected
 
 
-@pytest.mark.parametrize("model", ["org/topic", "base:org/topic", "plain"])
+@pytest.mark.parametrize("model", ["org/upper", "base:org/upper", "plain"])
 def test_a_model_may_be_an_adapter(engine, ask, model):
-    expected = engine.generate("The", adapter="org/topic", max_tokens=6).text
+    expected = engine.generate("The", adapter="org/upper", max_tokens=6).text
 
     _, body = ask("/v1/completions", {"prompt": "The", "model": model, "max_tokens": 6, "temperature": 0})
     status, card = ask(f"/v1/models/{model}")
@@ -247,7 +271,7 @@ def test_a_model_may_be_an_adapter(engine, ask, model):
 def test_all_models_are_listed(ask):
     _, body = ask("/v1/models")
 
-    assert [one.id for one in shapes.ModelList.model_validate(body).data] == ["base", "org/topic", "plain"]
+    assert [one.id for one in shapes.ModelList.model_validate(body).data] == ["base", "org/upper", "plain"]
 
 
 def test_an_echo_has_log_probabilities_of_the_prompt_where_its_tokens_begin(engine, ask):

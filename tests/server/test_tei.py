@@ -7,6 +7,8 @@ import pytest
 import transformers as hf
 from asking import ask
 from builders import BERT, make_bert, make_letter_tokenizer, make_sentence_files
+from huggingface_hub import InferenceClient
+from loopback import listening
 from oracles import make_model, saved
 
 import lorax_core
@@ -187,10 +189,75 @@ def test_health_needs_no_key_and_has_no_body(embedder, client):
         ("/predict", {"inputs": "a"}, 422, "classification"),
         ("/rerank", {"query": "a", "texts": ["b"]}, 422, "reranking"),
         ("/tokenize", {"inputs": "a", "prompt_name": "query"}, 422, "prompt_name"),
+        ("/predict", {"inputs": "a", "parameters": {"top_k": 2}}, 422, "parameters.top_k"),
+        ("/decode", {"ids": [5], "skip_special_tokens": False}, 422, "skip_special_tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_in_the_shape_of_tei(embedder, client, path, body, status, named):
     assert named in failed(post(client, embedder, path, **body), status, "Validation")
+
+
+def test_the_route_without_a_name_does_what_the_base_was_trained_for(embedder, classifier, reranker, client):
+    ranked = {"query": "who", "texts": TEXTS}
+
+    for engine, path, body in (
+        (embedder, "/embed", {"inputs": TEXTS}),
+        (classifier, "/predict", {"inputs": "a"}),
+        (reranker, "/rerank", ranked),
+    ):
+        named = good(post(client, engine, path, **body))
+        assert good(post(client, engine, "", **body)) == named
+        assert good(post(client, engine, "/", **body)) == named
+    assert "query" in failed(post(client, embedder, "", **ranked), 422, "Validation")
+    paths = ask(client(reranker), "GET", "/openapi.json").json()["paths"]
+    assert "/rerank" in paths["/tei"]["post"]["description"]
+    assert paths["/tei"]["post"]["requestBody"] == paths["/tei/rerank"]["post"]["requestBody"]
+
+
+def test_sentences_are_compared_by_the_cosine_of_their_vectors(embedder, client):
+    asked = {"source_sentence": "who", "sentences": TEXTS}
+    first, *others = embedder.embed(["who", *TEXTS], normalize=True)
+
+    found = good(post(client, embedder, "/similarity", inputs=asked))
+    prompted = good(post(client, embedder, "/similarity", inputs=asked, parameters={"prompt_name": "query"}))
+
+    np.testing.assert_allclose(found, [one @ first for one in others], rtol=1e-5)
+    assert prompted != found
+    wrong = {"source_sentence": "who", "sentences": []}
+    assert "sentences" in failed(post(client, embedder, "/similarity", inputs=wrong), 422, "Validation")
+
+
+def test_token_ids_become_text_again(embedder, client):
+    rows = [embedder.tokenize(text).ids for text in TEXTS]
+
+    assert good(post(client, embedder, "/decode", ids=rows)) == [embedder.detokenize(one) for one in rows]
+    assert good(post(client, embedder, "/decode", ids=rows[0])) == [embedder.detokenize(rows[0])]
+    assert "99999" in failed(post(client, embedder, "/decode", ids=[99_999]), 422, "Validation")
+    assert "ids" in failed(post(client, embedder, "/decode", ids=[[5]] * 5), 413, "Validation")
+
+
+def test_sparse_vectors_are_refused_by_name(embedder, client):
+    assert "sparse" in failed(post(client, embedder, "/embed_sparse", inputs="a"), 404, "NotFound")
+
+
+def test_the_client_of_huggingface_hub_needs_the_address_alone(embedder, classifier, monkeypatch):
+    monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+    with listening(embedder) as url:
+        client = InferenceClient(f"{url}/tei", timeout=30)
+        vectors = client.feature_extraction(TEXTS, normalize=True, truncate=True, truncation_direction="left")
+        prompted = client.feature_extraction(TEXTS[0], prompt_name="query", dimensions=8)
+        scores = InferenceClient(f"{url}/tei/similarity", timeout=30).sentence_similarity("who", TEXTS)
+    with listening(classifier) as url:
+        label = InferenceClient(f"{url}/tei/", timeout=30).text_classification("a")
+
+    first, *others = embedder.embed(["who", *TEXTS], normalize=True)
+    np.testing.assert_allclose(vectors, others, rtol=1e-5, atol=1e-6)
+    expected = embedder.embed(TEXTS[0], prompt_name="query", dimensions=8, normalize=True)
+    np.testing.assert_allclose(prompted[0], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores, [one @ first for one in others], rtol=1e-5)
+    assert (
+        label.label == classifier.classify("a").labels[0]
+    )  # of a single text TEI gives a list, and the client its first
 
 
 def test_a_model_names_the_adapter_that_answers(repository, client):

@@ -109,6 +109,8 @@ def test_a_tokenizer_with_more_tokens_reads_and_writes_its_rows(engine, base, tm
     assert prompt_ids(engine, "a <hat> a", "own") == tokenizer("a <hat> a")["input_ids"][1:]
     assert hat not in prompt_ids(engine, "a <hat> a", None)
     assert [engine.count_tokens("a <hat> a", adapter=name) for name in ("own", None)] == [4, 8]
+    assert [len(engine.tokenize("a <hat> a", adapter=name).ids) for name in ("own", None)] == [4, 8]
+    assert [engine.detokenize([hat], adapter=name) for name in ("own", None)] == ["<hat>", ""]
     forced = {"max_tokens": 3, "logit_bias": {hat: 100.0}}
     own, other = engine.generate("a", adapter="own", **forced), engine.generate("a", **forced)
     assert own.token_ids == other.token_ids == [hat] * 3

@@ -54,7 +54,8 @@ def _routes(document: dict[str, Any]) -> Iterable[tuple[str, str]]:
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             said = operation.get("description") or operation.get("summary") or ""
-            yield f"`{method.upper()} {path}`", _first(said)
+            key = " Needs the admin key." if operation["security"] == [{"adminKey": []}] else ""
+            yield f"`{method.upper()} {path}`", _first(said) + key
 
 
 def _first(text: str) -> str:
@@ -64,12 +65,14 @@ def _first(text: str) -> str:
 
 
 def _flags() -> Iterable[tuple[str, str, str]]:
-    defaults = {one: field.default for one, field in lorax_core.server.options.ServerOptions.model_fields.items()}
+    kinds = (lorax_core.options.EngineOptions, lorax_core.server.options.ServerOptions)
+    defaults = {one: field.default for kind in kinds for one, field in kind.model_fields.items()}
     for one in typer.main.get_command(command).params:
         if one.param_type_name != "option" or one.name == "help":
             continue
         default = one.default if one.default not in (None, (), []) else defaults.get(one.name)
-        shown = "" if default in (None, (), []) else f"`{default}`"
+        # A list: of a server it is empty by default, whatever it is of an engine.
+        shown = "" if default is None or isinstance(default, tuple | list) else f"`{default}`"
         # A name in brackets, such as SECONDS, is upper case and not a choice.
         metavar = f" {one.metavar}" if one.metavar else ""
         yield f"`{one.opts[0]}{metavar}`", shown, Text.from_markup(one.help or "").plain

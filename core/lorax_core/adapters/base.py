@@ -130,7 +130,11 @@ def fits_dtype(what: str) -> Iterator[None]:
     try:
         yield
     except OverflowError as error:
-        raise AdapterError(f"{what}: {error}", hint="load the base in float32: load(..., dtype='float32')") from error
+        raise AdapterError(
+            f"{what}: {error}",
+            hint="load the base in float32: load(..., dtype='float32')",
+            http_hint="start the server with --dtype float32",
+        ) from error
 
 
 def known(what: str, word: str, words: Iterable[str]) -> str:

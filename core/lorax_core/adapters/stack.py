@@ -22,7 +22,7 @@ from lorax_core.weights.loader import LoadedModel
 def check_weights(wanted: Mapping[str, float]) -> None:
     """Raises AdapterError for what is no weighted sum of adapters by their names."""
     if not wanted:
-        raise AdapterError("a weighted sum of adapters needs at least one", hint="adapter={'a': 0.7, 'b': 0.3}")
+        raise AdapterError("a weighted sum of adapters needs at least one", hint="such as {'a': 0.7, 'b': 0.3}")
     for name, weight in wanted.items():
         if not math.isfinite(weight):
             raise AdapterError(f"{name!r} has weight {weight}, which is no finite number", hint="try 0.7")
@@ -67,7 +67,7 @@ class StackedAdapter(Adapter):
             if bound.not_a_sum is not None:
                 raise AdapterError(
                     f"the adapter {identity[:12]} cannot be part of a weighted sum: it has {bound.not_a_sum}",
-                    hint="name it alone: adapter=NAME",
+                    hint="name it alone",
                 )
             for path, deltas in bound.deltas.items():
                 found.setdefault(path, []).extend((delta, weight) for delta in deltas)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 import lorax_core
-from lorax_core.cli.batches import Texts, answers, as_text, print_truncated
+from lorax_core.cli.batches import Texts, answers, print_truncated
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
-from lorax_core.cli.options import Truncate, UseAdapter
+from lorax_core.cli.options import Truncate, UseAdapter, numbered_labels
 from lorax_core.cli.render import Table, data_only_stdout, print_message, show_line
 from lorax_core.types import Classification
 
@@ -94,14 +94,7 @@ def _head_options(
     chosen: str | dict[str, float] | None, labels: list[str] | None, task: HeadTask | None
 ) -> dict[str, Any]:
     """What is said of the head of the adapter that answers; it is a wrong command line when there is no such adapter."""
-    named: dict[int, str] = {}
-    for one in labels or []:
-        index, equals, name = one.partition("=")
-        if not (index.isdecimal() and equals and name):
-            raise typer.BadParameter(f"{one!r} is not ID=NAME", param_hint="--label")
-        if int(index) in named:
-            raise typer.BadParameter(f"label {int(index)} has two names", param_hint="--label")
-        named[int(index)] = as_text(name, "--label")
+    named = numbered_labels(labels or [])
     said = {"id2label": named or None, "task": str(task) if task is not None else None}
     about = {name: value for name, value in said.items() if value is not None}
     # A weighted sum has no head of its own, and the base's is not to be renamed.

@@ -47,6 +47,19 @@ def named_sources(given: Iterable[str]) -> dict[str, str]:
     return sources
 
 
+def numbered_labels(given: Iterable[str], form: str = "ID=NAME") -> dict[int, str]:
+    """Labels by number, each given as `ID=NAME`; `form` is how the command line has it."""
+    named: dict[int, str] = {}
+    for one in given:
+        index, equals, name = one.partition("=")
+        if not (index.isascii() and index.isdecimal() and equals and name):
+            raise typer.BadParameter(f"{one!r} is not {form}", param_hint="--label")
+        if int(index) in named:
+            raise typer.BadParameter(f"label {int(index)} has two names", param_hint="--label")
+        named[int(index)] = as_text(name, "--label")
+    return named
+
+
 def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str, float] | None:
     """The adapter that answers: the one asked for, or a weighted sum, or the only one there is; None for the base."""
     if use is None and len(adapters) > 1:

@@ -8,67 +8,97 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.options import numbered_labels
 from lorax_core.cli.remote import keys_in
 from lorax_core.cli.render import data_only_stdout, print_message
-from lorax_core.errors import RequestError
+from lorax_core.errors import RequestError, listed
+from lorax_core.options import EngineOptions
+from lorax_core.server.options import ServerOptions
 from lorax_core.settings import Settings
 
 app = typer.Typer(add_completion=False)
 
 
-# The flags, each with its help.
+_DEFAULTS: Final = {
+    name: field.default for kind in (EngineOptions, ServerOptions) for name, field in kind.model_fields.items()
+}
+
+
+def _flag(*names: str, help: str, metavar: str | None = None, option: str | None = None) -> Any:
+    """A flag with its help, and the default of the option of that name."""
+    default = _DEFAULTS.get(option or "")
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return typer.Option(*names, metavar=metavar, help=help, show_default=shown if default is not None else False)
+
+
 _AdapterSources = Annotated[
     list[str] | None,
-    typer.Option(
+    _flag(
         "--adapter-sources",
         metavar="KIND|FOLDER|URL",
         help="What requests may name unloaded: hub, folder, url, a folder, a URL's start. Repeatable.",
     ),
 ]
-_Host = Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 is all of this machine.")]
-_Port = Annotated[int, typer.Option(help="The port; 0 takes a free one.")]
-_ModelName = Annotated[str | None, typer.Option(metavar="NAME", help="What clients call the base, instead of PATH.")]
+_Label = Annotated[
+    list[str] | None,
+    _flag(
+        metavar="ADAPTER:ID=NAME",
+        help="Name a label of an adapter's head; once for each label.",
+    ),
+]
+_Host = Annotated[str | None, _flag(help="The address to listen on; 0.0.0.0 is all of this machine.", option="host")]
+_Port = Annotated[int | None, _flag(help="The port; 0 takes a free one.", option="port")]
+_ModelName = Annotated[str | None, _flag(metavar="NAME", help="What clients call the base, instead of PATH.")]
 _ApiKeyFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="API keys, one a line; or set LORAX_API_KEYS, separated by commas.")
+    Path | None, _flag(metavar="FILE", help="API keys, one a line; or set LORAX_API_KEYS, separated by commas.")
 ]
 _AdminKeyFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The key that may load adapters; or set LORAX_ADMIN_KEY.")
+    Path | None, _flag(metavar="FILE", help="The key that may load adapters; or set LORAX_ADMIN_KEY.")
 ]
 _MaxQueue = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="Sequences that may wait; more are refused with 429."),
+    int | None, _flag(metavar="N", help="Sequences that may wait; more are refused with 429.", option="max_queue")
 ]
-_MaxBodyBytes = Annotated[int | None, typer.Option(metavar="N", help="The largest body.")]
-_MaxBatch = Annotated[int | None, typer.Option(metavar="N", help="The most inputs of one request.")]
+_MaxBodyBytes = Annotated[int | None, _flag(metavar="N", help="The largest body.", option="max_body_bytes")]
+_MaxBatch = Annotated[int | None, _flag(metavar="N", help="The most inputs of one request.", option="max_batch")]
+_MaxSchemaChars = Annotated[
+    int | None,
+    _flag(metavar="N", help="Characters of the largest JSON schema or regular expression.", option="max_schema_chars"),
+]
 _RequestTimeout = Annotated[
-    float | None,
-    typer.Option(metavar="SECONDS", help="The longest that an answer may take."),
+    float | None, _flag(metavar="SECONDS", help="The longest that an answer may take.", option="request_timeout")
 ]
 _BodyTimeout = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="The longest that headers may take to arrive, and a body.")
+    float | None,
+    _flag(metavar="SECONDS", help="The longest that headers may take to arrive, and a body.", option="body_timeout"),
 ]
 _DrainTimeout = Annotated[
-    float | None, typer.Option(metavar="SECONDS", help="What running requests have to finish after SIGTERM.")
+    float | None,
+    _flag(metavar="SECONDS", help="What running requests have to finish after SIGTERM.", option="drain_timeout"),
 ]
-_CorsOrigin = Annotated[
-    list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages of this origin may ask. Repeatable.")
+_CorsOrigin = Annotated[list[str] | None, _flag(metavar="ORIGIN", help="Web pages of this origin may ask. Repeatable.")]
+_LogFormat = Annotated[
+    str | None, _flag(metavar="text|json", help="How requests are logged, on stderr.", option="log_format")
 ]
-_LogFormat = Annotated[str, typer.Option(metavar="text|json", help="How requests are logged, on stderr.")]
-_Pooling = Annotated[str | None, typer.Option(help="How rows become one vector: cls, mean or last.")]
-_KvCacheTokens = Annotated[int | None, typer.Option(metavar="N", help="Tokens that all running sequences share.")]
-_MaxBatchTokens = Annotated[int | None, typer.Option(metavar="N", help="The most tokens of one step.")]
-_MaxBatchRows = Annotated[int | None, typer.Option(metavar="N", help="The most sequences of one step.")]
+_Pooling = Annotated[str | None, _flag(help="How rows become one vector: cls, mean or last.")]
+_KvCacheTokens = Annotated[int | None, _flag(metavar="N", help="Tokens that all running sequences share.")]
+_MaxBatchTokens = Annotated[
+    int | None, _flag(metavar="N", help="The most tokens of one step.", option="max_batch_tokens")
+]
+_MaxBatchRows = Annotated[
+    int | None, _flag(metavar="N", help="The most sequences of one step.", option="max_batch_rows")
+]
 _MaxAdapters = Annotated[
-    int | None, typer.Option(metavar="N", help="Adapters that are on the device at once; all by default.")
+    int | None, _flag(metavar="N", help="Adapters that are on the device at once; all by default.")
 ]
 _MaxAdapterBytes = Annotated[
-    int | None, typer.Option(metavar="N", help="The largest adapter, on disk, that clients may bring; any by default.")
+    int | None, _flag(metavar="N", help="The largest adapter, on disk, that clients may bring; any by default.")
 ]
 
 
@@ -77,19 +107,21 @@ _MaxAdapterBytes = Annotated[
 def serve(
     path: ModelPath,
     adapter_sources: _AdapterSources = None,
-    host: _Host = "127.0.0.1",
-    port: _Port = 8000,
+    label: _Label = None,
+    host: _Host = None,
+    port: _Port = None,
     model_name: _ModelName = None,
     api_key_file: _ApiKeyFile = None,
     admin_key_file: _AdminKeyFile = None,
     max_queue: _MaxQueue = None,
     max_body_bytes: _MaxBodyBytes = None,
     max_batch: _MaxBatch = None,
+    max_schema_chars: _MaxSchemaChars = None,
     request_timeout: _RequestTimeout = None,
     body_timeout: _BodyTimeout = None,
     drain_timeout: _DrainTimeout = None,
     cors_origin: _CorsOrigin = None,
-    log_format: _LogFormat = "text",
+    log_format: _LogFormat = None,
     pooling: _Pooling = None,
     kv_cache_tokens: _KvCacheTokens = None,
     max_batch_tokens: _MaxBatchTokens = None,
@@ -105,9 +137,9 @@ def serve(
     """
     server = _server()
     options = _given(
-        host=host, port=port, model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes,
-        max_batch=max_batch, request_timeout=request_timeout, body_timeout=body_timeout, drain_timeout=drain_timeout,
-        cors_origins=cors_origin, log_format=log_format,
+        host=host, port=port, model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes, max_batch=max_batch,
+        max_schema_chars=max_schema_chars, request_timeout=request_timeout, body_timeout=body_timeout,
+        drain_timeout=drain_timeout, cors_origins=cors_origin, log_format=log_format,
     )  # fmt: skip
     # Unlike an engine in Python, a server lets requests name nothing that was not loaded, unless somebody says so.
     sources = adapter_sources or loading.options_of(path).get("adapter_sources", [])
@@ -116,17 +148,38 @@ def serve(
         "max_batch_tokens": max_batch_tokens, "max_batch_rows": max_batch_rows, "max_adapters": max_adapters,
         "max_adapter_bytes": max_adapter_bytes,
     }  # fmt: skip
+    adapters = loading.options_of(path)["adapters"]
+    labels = _labels(label or [], adapters)
+    # Labels come with each adapter, and `load` takes sources alone.
+    for_engine["adapters"] = {name: source for name, source in adapters.items() if name not in labels}
     settings = Settings.from_env()
-    keys = [*settings.api_keys, *(keys_in(api_key_file) if api_key_file else [])]
-    admin = next(iter(keys_in(admin_key_file)), None) if admin_key_file else settings.admin_key
-    chosen = server.ServerOptions(**options, api_keys=keys, admin_key=admin)
+    options["api_keys"] = [*settings.api_keys, *(keys_in(api_key_file) if api_key_file else [])]
+    options["admin_key"] = next(iter(keys_in(admin_key_file)), None) if admin_key_file else settings.admin_key
+    chosen = ServerOptions(**options)
     with contextlib.closing(server.listen(chosen)) as bound, data_only_stdout():
         print_message(f"loading {path}")
         with loading.engine(path, **for_engine) as engine:
+            for adapter, id2label in labels.items():
+                engine.adapters.load(adapter, adapters[adapter], id2label=id2label)
             engine.warmup()
-            name = chosen.model_name or path
-            print_message(f"serving {name!r} at {server.address(bound)}; Ctrl-C stops")
+            # A model of lorax.toml is called as it is there.
+            name = chosen.model_name or (path if path in loading.config.models else None)
+            called = name or server.base_name(engine.options.checkpoint)
+            print_message(f"serving {called!r} at {server.address(bound)}; Ctrl-C stops")
             server.serve(engine, chosen, bound, model_name=name)
+
+
+def _labels(given: list[str], adapters: Mapping[str, str]) -> dict[str, dict[int, str]]:
+    """The labels of each adapter."""
+    found: dict[str, list[str]] = {}
+    for one in given:
+        before, equals, name = one.partition("=")
+        adapter, _, index = before.rpartition(":")
+        if adapter not in adapters:
+            problem = f"{one!r} is not ADAPTER:ID=NAME" if not adapter else f"no adapter is called {adapter!r}"
+            raise typer.BadParameter(f"{problem}; --adapter names {listed(adapters)}", param_hint="--label")
+        found.setdefault(adapter, []).append(f"{index}{equals}{name}")
+    return {adapter: numbered_labels(those, "ADAPTER:ID=NAME") for adapter, those in found.items()}
 
 
 def _given(**options: Any) -> dict[str, Any]:

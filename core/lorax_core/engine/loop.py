@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from lorax_core.errors import CapacityError, LoraxError, StepError
 from lorax_core.types import FinishReason
 
 _log = logging.getLogger(__name__)
+_HTTP_FLOAT32: Final = "the server may be started with --dtype float32, in which fewer numbers overflow"
 
 
 class EngineLoop:
@@ -82,7 +83,7 @@ class EngineLoop:
         except RuntimeError as error:  # torch's out-of-memory errors are of this kind
             raise CapacityError(
                 f"a step of {tokens} tokens does not fit in memory: {error}",
-                hint="load(..., max_batch_tokens=...) with less, or a smaller KV cache",
+                hint="load with a smaller max_batch_tokens, or a smaller KV cache",
             ) from error
 
     def fail(self, adapter: AdapterRef, error: LoraxError) -> None:
@@ -182,6 +183,7 @@ class EngineLoop:
                         "the model gave NaN or infinite values",
                         results=[],
                         hint="load with dtype='float32', in which fewer numbers overflow",
+                        http_hint=_HTTP_FLOAT32,
                     )
                 )
             self.scheduler.advance(chunk)
@@ -206,7 +208,12 @@ class EngineLoop:
         for one in sampled:
             if one.token_id is None:
                 return SequenceUpdate(
-                    error=StepError(one.fault, results=[], hint="load with dtype='float32', or ban fewer tokens")
+                    error=StepError(
+                        one.fault,
+                        results=[],
+                        hint="load with dtype='float32', or ban fewer tokens",
+                        http_hint=f"ban fewer tokens; {_HTTP_FLOAT32}",
+                    )
                 )
             tokens.append(one.token_id)
             piece, reason = self._next(sequence, one.token_id)

@@ -28,6 +28,7 @@ from lorax_core.server.logs import log_failure
 from lorax_core.server.lorax.routes import lorax_routes
 from lorax_core.server.metrics import Metrics
 from lorax_core.server.middleware import EveryRequest, refusal
+from lorax_core.server.names import ModelNames, base_name
 from lorax_core.server.openai.routes import openai_routes
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.rerank import rerank_routes
@@ -49,11 +50,14 @@ def build_app(
 ) -> FastAPI:
     """The application that answers from `engine`, which stays the caller's to close.
 
-    `app.state.gateway` is its `Gateway`. `traces` are closed when it ends.
+    `app.state.gateway` is its `Gateway`. `traces` are closed when it ends. Without a `model_name` the base is called as its
+    checkpoint; of a folder that is its last part, and all of it means the base too.
     """
     options = options or ServerOptions()
     metrics = Metrics(engine)
-    gateway = Gateway(engine, options, metrics, model_name or options.model_name or engine.options.checkpoint)
+    given, checkpoint = model_name or options.model_name, engine.options.checkpoint
+    names = ModelNames(given or base_name(checkpoint), engine.adapters, source=None if given else checkpoint)
+    gateway = Gateway(engine, options, metrics, names)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -85,7 +89,7 @@ def build_app(
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
         )
     _answer_errors(app, metrics)
-    correct_document(app)
+    correct_document(app, needs_key=bool(options.api_keys))
     for routes in (health_routes, openai_routes, lorax_routes, tei_routes, rerank_routes, adapter_routes):
         app.include_router(routes(gateway))
     return app

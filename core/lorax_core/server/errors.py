@@ -93,7 +93,7 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, AdapterError):
         return _of("bad_adapter", error)
     if isinstance(error, RequestError):
-        return _of("invalid", error)
+        return _of("invalid", error, error.option)
     if isinstance(error, LoraxError):
         return _of("internal", error)
     if isinstance(error, UnicodeEncodeError):  # no text of ours has such a part, but JSON can spell it
@@ -102,8 +102,10 @@ def failure(error: BaseException) -> Failure:
 
 
 def _of(kind: str, error: LoraxError, param: str | None = None, retry_after: int | None = None) -> Failure:
-    hint = None if error.hint is None else without_paths(_NEAREST.sub("", error.hint)) or None
-    return Failure(kind, without_paths(error.message), hint, param, retry_after)
+    hint = None if error.http_hint is None else without_paths(_NEAREST.sub("", error.http_hint)) or None
+    # Errors of the Python interface begin with the option, where they name one.
+    message = error.message if param is None else error.message.removeprefix(f"{param}: ")
+    return Failure(kind, without_paths(message), hint, param, retry_after)
 
 
 _PATH: Final = re.compile(r"(?<![\w.:/~-])(~?/[^\s'\"`,;:()<>|*?]+/)(?=[^/\s'\"`,;:()<>|*?])")
@@ -167,4 +169,4 @@ def body_of(path: str, found: Failure) -> tuple[int, dict[str, Any]]:
     """Status and body for the API that a path belongs to."""
     if path.startswith(_OPENAI):
         return openai_body(found)
-    return tei_body(found) if path.startswith("/tei/") else lorax_body(found)
+    return tei_body(found) if path == "/tei" or path.startswith("/tei/") else lorax_body(found)

@@ -51,9 +51,9 @@ class ClientGone(Exception):
 class Gateway:
     """One engine, as the routes of one server use it. Its methods belong to the server's event loop."""
 
-    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics, model_name: str) -> None:
+    def __init__(self, engine: Engine, options: ServerOptions, metrics: Metrics, names: ModelNames) -> None:
         self.engine, self.options, self.metrics = engine, options, metrics
-        self.names = ModelNames(model_name, engine.adapters)
+        self.names = names
         self.draining = False
         self._in_flight = 0
         self._rows = engine.options.max_batch_rows
@@ -69,6 +69,10 @@ class Gateway:
 
         Raises LoraxError (Refused, StepError and all others) and ClientGone.
         """
+        return (await self.timed(http, requests))[0]
+
+    async def timed(self, http: HttpRequest, requests: Sequence[Request]) -> tuple[list[Result], float]:
+        """The same, and the seconds that passed before their first step."""
         with self._admit(http, requests) as ticket:
             call: Call | None = None
             try:
@@ -82,7 +86,7 @@ class Gateway:
             for result in results:
                 ticket.observe(call, result)
             self._account(ticket, call, list(zip(requests, results, strict=True)))
-            return results
+            return results, 0.0 if call.started is None else call.started - ticket.start
 
     async def events(self, http: HttpRequest, requests: Sequence[GenerateRequest]) -> Events:
         """The answers as they come. What is wrong with the requests is raised now, before anything was sent."""

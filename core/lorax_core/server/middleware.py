@@ -24,6 +24,8 @@ from lorax_core.server.metrics import Metrics
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.tracing import Traces
 
+_DOCUMENT: Final = "/openapi.json"
+"""The one route that is not of FastAPI's own kind, which are in a request's scope."""
 _BODIES: Final = 32
 """How many bodies of the largest size a server has room for, whatever their number: each client may send one at once."""
 
@@ -79,7 +81,7 @@ class EveryRequest:
         """Count and log an answer; gives its route."""
         seconds = time.monotonic() - answer.start
         # By the route and not by the path, which a client chooses.
-        route = getattr(scope.get("route"), "path", None) or "(none)"
+        route = getattr(scope.get("route"), "path", None) or (_DOCUMENT if scope["path"] == _DOCUMENT else "(none)")
         self._metrics.answered(route, answer.status or 499, seconds)
         fields: dict[str, Any] = {
             "method": scope["method"],

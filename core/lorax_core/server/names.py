@@ -6,6 +6,7 @@ Decides what the `model` of a request means: the base, an adapter, or `base:adap
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Final
 
 from lorax_core.adapters.residency.store import AdapterStore
@@ -16,11 +17,19 @@ BASE: Final = "__base_model__"
 """What LoRAX's clients call the base."""
 
 
-class ModelNames:
-    """The names of one server's models. `base` is the name of the base."""
+def base_name(checkpoint: str) -> str:
+    """What a base is called that nobody gave a name: as its hub id, or as its folder, without where that is."""
+    path = Path(checkpoint).expanduser()
+    return (path.resolve().name or checkpoint) if path.is_dir() else checkpoint
 
-    def __init__(self, base: str, adapters: AdapterStore) -> None:
+
+class ModelNames:
+    """The names of one server's models. `base` is the name of the base; `source`, where it came from, means it too."""
+
+    def __init__(self, base: str, adapters: AdapterStore, *, source: str | None = None) -> None:
         self.base = base
+        # The longer one first: one may be the beginning of the other.
+        self._bases = sorted({base, source or base}, key=len, reverse=True)
         self._adapters = adapters
         for name in adapters:
             if not self.free(name):
@@ -31,19 +40,20 @@ class ModelNames:
 
     def free(self, name: str) -> bool:
         """Whether an adapter may have this name: it can be shown, and does not mean the base."""
-        return bool(name.strip()) and name.isprintable() and name not in (self.base, BASE)
+        return bool(name.strip()) and name.isprintable() and name not in (*self._bases, BASE)
 
     def adapter(self, model: str | None, *, param: str = "model") -> str | None:
         """The adapter that `model` means, None for the base; raises Refused (404) with the nearest name.
 
         A source that is not loaded yet ("org/name") is an adapter too, where `adapter_sources` allows it.
         """
-        if model is None or model in ("", self.base):
+        if model is None or model in ("", *self._bases):
             return None
         # An adapter may be called like the beginning of another name: its own name comes first.
         wanted = model
-        if model not in self._adapters and model.startswith(f"{self.base}:"):
-            wanted = model.removeprefix(f"{self.base}:")
+        base = next((one for one in self._bases if model.startswith(f"{one}:")), None)
+        if base is not None and model not in self._adapters:
+            wanted = model.removeprefix(f"{base}:")
         self.check((wanted,), param=param)
         return wanted
 

@@ -19,7 +19,7 @@ class ServerOptions(Checked):
     """The options of `serve`; raises RequestError naming the option, its value and what is valid.
 
     - `host`, `port`: where to listen; port 0 takes a free one.
-    - `model_name`: what clients call the base; by default the checkpoint's folder or hub id.
+    - `model_name`: what clients call the base; by default the checkpoint's hub id, or the last part of its folder.
     - `api_keys`: one of them must come with every request (`Authorization: Bearer KEY`); none leaves the server open to whoever
       reaches it. `admin_key` is for the routes that load and unload adapters, which do not exist without it.
     - `max_queue`: sequences that may wait beyond those that a step computes; more are refused with 429.

@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from lorax_core.errors import RequestError
 from lorax_core.server.app import build_app
 from lorax_core.server.logs import set_up_logs
+from lorax_core.server.names import base_name as base_name
 from lorax_core.server.options import ServerOptions
 from lorax_core.server.tracing import traces_from_environment
 from lorax_core.serving.engine import Engine

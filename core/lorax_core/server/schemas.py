@@ -153,8 +153,7 @@ def failures(shape: type[BaseModel], status: Callable[[ErrorKind], int]) -> dict
 
 def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     """What FastAPI found wrong with a request, as one error that names the field, its value and what is valid."""
-    # Of a field that may be several things, the alternative that fits best fails deepest.
-    worst = max(errors, key=lambda one: (one["type"] == "unknown_parameter", len(one["loc"])))
+    worst = max(errors, key=_fits)
     steps = [step for step in worst["loc"] if step not in _NO_FIELDS]
     # Of a field that may be one of several models, pydantic has their names too; fields are written small.
     param = (
@@ -172,6 +171,14 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     hidden = worst["type"] == "missing" or isinstance(worst.get("input"), (dict, list))
     found = "" if hidden else f" (found {shown(worst.get('input'))})"
     return Refused("invalid", message + found, hint=_SCHEMA, param=param)
+
+
+def _fits(error: ErrorDetails | Mapping[str, Any]) -> tuple[bool, int, bool, int]:
+    """Of a field that may be several things, how near an error comes to what was meant: the nearest fails deepest, over its
+    value and not over its kind, and last in a list.
+    """
+    last = next((step for step in reversed(error["loc"]) if isinstance(step, int)), -1)
+    return error["type"] == "unknown_parameter", len(error["loc"]), not error["type"].endswith("_type"), last
 
 
 def check_size(constraint: Any, limits: ServerOptions, param: str) -> None:

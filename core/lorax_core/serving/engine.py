@@ -235,13 +235,17 @@ class Engine:
         """Whether it answers nothing any more: `close` was called, or its step loop broke."""
         return self._worker.closed
 
-    def tokenize(self, text: TextInput) -> Tokenized:
-        """Token ids of a text, special ones included as the tokenizer adds them; of a causal model's prompt as of an input."""
-        return self._preparer.tokenize(EmbedRequest(input=text).input)
+    def tokenize(self, text: TextInput, *, adapter: AdapterChoice = None) -> Tokenized:
+        """Token ids of a text, special ones included as the tokenizer adds them; of a causal model's prompt as of an input.
 
-    def detokenize(self, token_ids: list[int]) -> str:
+        An adapter may have a tokenizer of its own.
+        """
+        asked = EmbedRequest(input=text, adapter=adapter)
+        return self._preparer.tokenize(asked.input, asked.adapter)
+
+    def detokenize(self, token_ids: list[int], *, adapter: AdapterChoice = None) -> str:
         """The text of token ids, special tokens left out."""
-        return self._preparer.detokenize(token_ids)
+        return self._preparer.detokenize(token_ids, EmbedRequest(input="", adapter=adapter).adapter)
 
     def token_bytes(self, token_ids: list[int], *, special: bool = True) -> list[bytes]:
         """The bytes that each token stands for, which may be a part of a character; joined they are the text.

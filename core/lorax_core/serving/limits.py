@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_SHORTER = "shorten the prompt, or ask for fewer tokens"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -30,4 +32,8 @@ class Limits:
         # Only where the cache is what limits: no cache helps beyond the model's positions.
         if cache is not None and cache < needed <= self.model_tokens:
             return f"load(..., kv_cache_tokens={needed}) makes room, where memory allows"
-        return "shorten the prompt, or ask for fewer tokens"
+        return _SHORTER
+
+    def http_hint(self, needed: int) -> str:
+        """The same for a client of a server, who may ask its operator."""
+        return _SHORTER if self.hint(needed) == _SHORTER else f"{_SHORTER}; the server has --kv-cache-tokens for more"

@@ -134,6 +134,7 @@ class _Conversation:
             raise RequestError(
                 "truncate='start' would cut off what this reranker is asked to do",
                 hint="truncate='end' shortens the document",
+                http_hint="cut it at its end (to the right), which shortens the document",
             )
         first, second = (self.ids(filler, filler) for filler in _FILLERS)
         count = 0

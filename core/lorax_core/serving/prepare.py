@@ -19,9 +19,8 @@ from lorax_core.engine.drafting import Drafter, PromptLookup, Proposals
 from lorax_core.engine.sampler import uniform
 from lorax_core.engine.sequence import Sampling, Sequence, Stage
 from lorax_core.engine.stopping import StopRule
-from lorax_core.errors import CapacityError, RequestError, listed, shown
+from lorax_core.errors import CapacityError, RequestError, shown
 from lorax_core.modeling.heads import (
-    CLASSIFICATION,
     EmbeddingHead,
     Head,
     SequenceClassificationHead,
@@ -30,6 +29,7 @@ from lorax_core.modeling.heads import (
 )
 from lorax_core.modeling.model import Model
 from lorax_core.serving.embedding import shaped
+from lorax_core.serving.head_choice import HeadChooser
 from lorax_core.serving.labels import relevance, sequence_labels, token_labels
 from lorax_core.serving.limits import Limits
 from lorax_core.serving.pairs import PairReader, Shorten
@@ -78,6 +78,10 @@ class Preparer:
     grammars: GrammarFactory
     speculate: int = 0
     _count: itertools.count[int] = field(default_factory=itertools.count)
+    _heads: HeadChooser = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._heads = HeadChooser(self.model, self.adapters, self.default_task)
 
     @property
     def embedding_dim(self) -> int:
@@ -96,16 +100,17 @@ class Preparer:
         text = self._text(self._adapter(adapter))
         return len(text.encode(prompt, Task.GENERATE if generating else Task.EMBED).ids)
 
-    def tokenize(self, text: Any) -> Tokenized:
-        """A text as tokens."""
+    def tokenize(self, text: Any, adapter: AdapterChoice) -> Tokenized:
+        """A text as tokens, as an adapter reads it."""
+        front = self._text(self._adapter(adapter))
         # The task whose encoding knows where in the text each token lies, and adds no prompt of sentence files.
-        encoded = self.text.encode(text, Task.TOKEN_CLASSIFICATION)
+        encoded = front.encode(text, Task.TOKEN_CLASSIFICATION)
         special = list(encoded.special or [False] * len(encoded.ids))
-        return Tokenized(encoded.ids, self.text.tokens(encoded.ids), list(encoded.offsets), special)
+        return Tokenized(encoded.ids, front.tokens(encoded.ids), list(encoded.offsets), special)
 
-    def detokenize(self, token_ids: list[int]) -> str:
-        """Token ids as text."""
-        return self.text.decode(self._known(token_ids))
+    def detokenize(self, token_ids: list[int], adapter: AdapterChoice) -> str:
+        """Token ids as text, as an adapter writes it."""
+        return self._text(self._adapter(adapter)).decode(self._known(token_ids))
 
     def token_bytes(self, token_ids: list[int], *, special: bool) -> list[bytes]:
         """The bytes of each token."""
@@ -131,9 +136,9 @@ class Preparer:
                 return self._rerank(request)
 
     def _generate(self, request: GenerateRequest) -> Prepared:
-        # For its error: a model without this head refuses before the text is tokenized.
-        self.model.head(Task.GENERATE)
         adapter = self._adapter(request.adapter)
+        # For its error: a model without this head refuses before the text is tokenized.
+        self._heads.check_generating(adapter, request.adapter)
         text = self._text(adapter)
         encoded = self._checked(
             text.encode(request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options)
@@ -146,7 +151,8 @@ class Preparer:
             asked = f" and {request.max_tokens} more asked for" if request.max_tokens else ""
             raise CapacityError(
                 f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.describe()}",
-                hint=self.limits.hint(len(encoded.ids) + (request.max_tokens or 1)),
+                hint=self.limits.hint(needed := len(encoded.ids) + (request.max_tokens or 1)),
+                http_hint=self.limits.http_hint(needed),
             )
         self._check_tokens("logit_bias", request.logit_bias)
         self._check_tokens("stop_token_ids", request.stop_token_ids)
@@ -228,6 +234,7 @@ class Preparer:
             raise RequestError(
                 f"{option} names token id {wrong}, which is not in the vocabulary: ids are 0 to {vocab - 1}",
                 hint="the ids are those of this checkpoint's own tokenizer",
+                option=option if option in GenerateRequest.model_fields else None,
             )
 
     def _embed(self, request: EmbedRequest) -> Prepared:
@@ -259,11 +266,12 @@ class Preparer:
             raise RequestError(
                 f"dimensions: {wanted} were asked for, and the vectors of this checkpoint have {most}",
                 hint=f"give 1 to {most}, or leave it out",
+                option="dimensions",
             )
 
     def _classify(self, request: ClassifyRequest) -> Prepared:
         adapter = self._adapter(request.adapter)
-        head, text = self._classifying_head(adapter), self._text(adapter)
+        head, text = self._heads.classifying(adapter), self._text(adapter)
         encoded = self._fitted(text.encode(request.input, head.task), request.truncate)
         sequence = self._read(head, encoded, adapter, Stage.RAW if request.raw_scores else Stage.FINISHED)
         if isinstance(head, TokenClassificationHead):
@@ -272,44 +280,13 @@ class Preparer:
         labels = cast("SequenceClassificationHead", head).labels
         return Prepared(sequence, lambda values: sequence_labels(values, labels, encoded))
 
-    def _classifying_head(self, adapter: AdapterHandle | None) -> Head:
-        """The adapter's head; else the base's for the task that the adapter, or the checkpoint, was trained for."""
-        if adapter is not None and adapter.head is not None:
-            return adapter.head
-        # An adapter without a head of its own was trained under the base's.
-        if adapter is not None and adapter.task in CLASSIFICATION:
-            return self.model.head(adapter.task)
-        if self.default_task in CLASSIFICATION:
-            return self.model.head(self.default_task)
-        # Without any, the error names one of them.
-        return self.model.head(next((task for task in CLASSIFICATION if task in self.model.tasks), CLASSIFICATION[1]))
-
     def _rerank(self, request: RerankRequest) -> Prepared:
         adapter = self._adapter(request.adapter)
-        head = self._scoring_head(adapter)
+        head = self._heads.scoring(adapter)
         pair, shorten = self.pairs.over(self._text(adapter)).encode(request.query, request.document, head)
         encoded = self._fitted(pair, request.truncate, shorten)
         sequence = self._read(head, encoded, adapter, Stage.RAW)
         return Prepared(sequence, lambda values: relevance(values, encoded, normalize=request.normalize))
-
-    def _scoring_head(self, adapter: AdapterHandle | None) -> Head:
-        """The adapter's head, else the base's, when it gives a text one number; raises RequestError when there is none."""
-        task = Task.SEQUENCE_CLASSIFICATION
-        head = adapter.head if adapter is not None else None
-        whose = "the adapter's" if head is not None else "the checkpoint's"
-        if head is None and (task in self.model.tasks or task in self.model.lacking):
-            head = self.model.head(task)
-        labels: tuple[str, ...] = getattr(head, "labels", ())
-        if head is not None and head.task is task and len(labels) == 1:
-            return head
-        if head is None:
-            found = f"this checkpoint has heads for {listed(one.value for one in self.model.tasks)}"
-        else:
-            found = f"{whose} is for {head.task.value!r} and has {len(labels)}: {listed(labels)}"
-        raise RequestError(
-            f"reranking needs a head for {task.value!r} with one label; {found}",
-            hint="load a reranker, or an adapter with such a head; engine.classify gives the scores of several labels",
-        )
 
     def _fitted(self, encoded: Encoded, truncate: Truncate, shorten: Shorten = cut) -> Encoded:
         """The ids of an input, truncated to what the checkpoint takes when the request allows it."""
@@ -322,6 +299,7 @@ class Preparer:
             raise CapacityError(
                 f"an input of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.describe()})",
                 hint="truncate='end' or truncate='start' shortens it",
+                http_hint="shorten it, or have it cut: TEI's routes take truncate, and /v1/rerank truncate_prompt_tokens",
             )
         return shorten(encoded, limit, truncate)
 

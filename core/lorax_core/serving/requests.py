@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from lorax_core.errors import RequestError, listed, shown
+from lorax_core.errors import RequestError, WrongOption, listed, shown
 from lorax_core.options import Checked
 from lorax_core.serving.tools import check_tools, names_of
 
@@ -151,7 +151,7 @@ class GenerateRequest(Checked):
         if sum(one is not None for one in (self.json_schema, self.regex, self.choice)) > 1:
             raise ValueError("json_schema, regex and choice exclude each other")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+            raise WrongOption("min_tokens", f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
         self._check_chat()
         return self
 
@@ -161,7 +161,7 @@ class GenerateRequest(Checked):
             raise ValueError("tools and template_options need a prompt of chat messages")
         names = names_of(self.tools or [])
         if self.tool_choice != "auto" and not (names if self.tool_choice == "required" else self.tool_choice in names):
-            raise ValueError(f"tool_choice is 'auto', 'required' or one of the tools, {listed(names)}")
+            raise WrongOption("tool_choice", f"tool_choice is 'auto', 'required' or one of the tools, {listed(names)}")
         if self.tools and (self.regex is not None or self.choice is not None):
             raise ValueError("regex and choice leave no room for calls of tools; json_schema does")
 
@@ -195,9 +195,10 @@ class EmbedRequest(Checked):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.prompt_name is not None and self.prompt is not None:
-            raise ValueError("prompt_name and prompt exclude each other")
+            raise WrongOption("prompt_name", "prompt_name and prompt exclude each other")
         if isinstance(self.input, list) and (self.prompt_name is not None or self.prompt is not None):
-            raise ValueError("a prompt goes before a text, and token ids are taken as they are")
+            option = "prompt" if self.prompt_name is None else "prompt_name"
+            raise WrongOption(option, "a prompt goes before a text, and token ids are taken as they are")
         return self
 
 

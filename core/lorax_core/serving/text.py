@@ -133,6 +133,8 @@ class TextFront:
             raise RequestError(
                 f"prompt_name: no prompt is called {shown(name)}; the checkpoint names {listed(sorted(prompts))}",
                 hint=f"did you mean {close!r}?" if close else "give the prompt itself: prompt='query: '",
+                http_hint=f"did you mean {close!r}?" if close else "put the prompt before the text",
+                option="prompt_name",
             )
         return prompts[name]
 
@@ -231,6 +233,7 @@ class TextFront:
             raise RequestError(
                 f"this checkpoint has no tokenizer, so {what} cannot be read or written",
                 hint="give token ids: list[int]",
+                http_hint="give token ids, at a route that takes them",
             )
         return self._tokenizer
 

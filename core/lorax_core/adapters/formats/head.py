@@ -43,7 +43,7 @@ class HeadRequest:
                 labels = {int(index): str(name) for index, name in id2label.items()}
             except (TypeError, ValueError, AttributeError) as error:
                 raise AdapterError(
-                    f"id2label maps numbers to names; this is {id2label!r:.80}", hint='id2label={0: "no", 1: "yes"}'
+                    f"id2label maps numbers to names; this is {id2label!r:.80}", hint='such as {0: "no", 1: "yes"}'
                 ) from error
         return cls(
             Task(known("task", task, Task)) if task is not None else None,
@@ -77,6 +77,7 @@ def build_head(
         raise AdapterError(
             f"{files.path} has a head ({listed(candidates)}) and does not say for which task",
             hint="adapters.load(..., task='token-classification') or 'sequence-classification'",
+            http_hint="POST /v1/adapters takes the task: 'token-classification' or 'sequence-classification'",
         )
     # Generating and embedding use the base's head; what is saved for it is changed like any layer.
     if task not in CLASSIFICATION or not candidates:

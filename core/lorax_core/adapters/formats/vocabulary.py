@@ -48,6 +48,7 @@ def refuse_added_rows(files: PeftFiles, base: LoadedModel) -> None:
             f"{listed(larger_tables(files, base))}, which a base that is shared does not have",
             hint="merge it, which makes the vocabulary larger: load(..., merge_adapter=SOURCE), or `lorax adapters merge "
             "SOURCE --base CHECKPOINT --out DIR`",
+            http_hint="start the server with --merge-adapter SOURCE, which makes the vocabulary larger",
         )
 
 

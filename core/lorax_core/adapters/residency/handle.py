@@ -81,13 +81,18 @@ class AdapterHandle:
         return adapter
 
 
+def labels_of(head: Head | None) -> tuple[str, ...]:
+    """The labels of a head for classification; none of another one."""
+    return getattr(head, "labels", ())
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """What is known of a loaded adapter.
 
     `targets` are module paths of the base; `unread` are modules that it changes and no loaded task reads; `nbytes` is on the
-    device; `where` is "device", "memory" or "disk"; `revision` is
-    what a remote source was at loading.
+    device; `where` is "device", "memory" or "disk"; `revision` is what a remote source was at loading. `labels` are those of
+    its own head, where it brings one.
     """
 
     name: str
@@ -102,6 +107,7 @@ class AdapterInfo:
     where: str
     pinned: bool
     revision: str | None
+    labels: tuple[str, ...]
 
     @classmethod
     def of(
@@ -121,4 +127,5 @@ class AdapterInfo:
             where="device" if bound is not None else "memory" if handle.adapter is not None else "disk",
             pinned=pinned,
             revision=found.revision,
+            labels=labels_of(handle.head),
         )

@@ -20,6 +20,7 @@ def check_name(name: object) -> None:
         raise AdapterError(
             f"an adapter's name must be a non-empty string of printable characters, not {name!r:.200}",
             hint="load('name', source)",
+            http_hint="give it a name of printable characters",
         )
 
 
@@ -68,6 +69,7 @@ class NameTable:
             raise AdapterError(
                 f"no adapter is called {name!r:.200}; loaded are {listed(self)}",
                 hint=f"did you mean {close!r}?" if close else "load it with engine.adapters.load(name, folder)",
+                http_hint=f"did you mean {close!r}?" if close else "GET /v1/models lists the names",
             )
         if found.fetched:
             self._named[name] = self._named.pop(name)

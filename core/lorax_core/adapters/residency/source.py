@@ -139,16 +139,16 @@ def _masked_errors(source: str | Path) -> Iterator[None]:
     except AdapterError as error:
         # A library may quote the credentials without the URL around them.
         credentials = [found[0] for found in _USER.finditer(str(source))]
-        message, hint = error.message, error.hint or ""
+        message, hint, http_hint = error.message, error.hint or "", error.http_hint or ""
         for each in credentials:
-            message, hint = message.replace(each, "***@"), hint.replace(each, "***@")
+            message, hint, http_hint = (text.replace(each, "***@") for text in (message, hint, http_hint))
             # Or a part of them, as what is no number of a port; after the user's name, which is no secret.
             for part in re.split(r"[:/@]", each)[1:]:
                 message = message.replace(part, "***") if len(part) > 3 else message
-        message, hint = masked(message), masked(hint)
+        message, hint, http_hint = map(masked, (message, hint, http_hint))
         # Without the cause where there is something to hide: a logged traceback would show it.
         cause = error.__cause__ if masked(str(source)) == str(source) else None
-        raise AdapterError(message, hint=hint or _ADAPTER.forms) from cause
+        raise AdapterError(message, hint=hint or _ADAPTER.forms, http_hint=http_hint or _ADAPTER.forms) from cause
 
 
 def _refuse_schemes(url: str, scheme: str) -> None:
@@ -186,6 +186,7 @@ def _refuse_large(source: str, sizes: Iterable[int], max_bytes: int | None) -> N
         raise AdapterError(
             f"the adapter {source!r:.200} has {total:,} bytes; one that is brought to this engine may have {max_bytes:,}",
             hint="the operator may load it by name, or load the engine with a larger max_adapter_bytes",
+            http_hint="the server may be started with it (--adapter NAME=SOURCE), or with a larger --max-adapter-bytes",
         )
 
 

@@ -75,6 +75,7 @@ class AdapterSources:
                 f"{folders if self._folders or 'folder' in self._kinds else ''}",
                 hint="engine.adapters.load(name, source) loads it or says what is wrong with a folder; "
                 "load(..., adapter_sources=[...]) allows others",
+                http_hint="POST /v1/adapters loads it, and the server's --adapter-sources allows it",
             )
 
     def late(self, source: str) -> AdapterError:
@@ -82,6 +83,15 @@ class AdapterSources:
         return AdapterError(
             f"{masked(source)!r:.200} was not loaded within {self.seconds:g} seconds",
             hint="load it ahead with engine.adapters.load(name, source), or load(..., adapter_timeout=SECONDS)",
+            http_hint="try again later; the server may load it ahead with --adapter NAME=SOURCE",
+        )
+
+    def unfit(self, error: AdapterError) -> AdapterError:
+        """The error of a source that a request named and that is no adapter for this base, without a hint about files."""
+        return AdapterError(
+            error.message,
+            hint="engine.adapters.load(name, source) says more",
+            http_hint="POST /v1/adapters, which needs the admin key, says more",
         )
 
     def full(self, source: str) -> AdapterError:

@@ -123,7 +123,7 @@ class AdapterStore:
             if pin and not self._slots.pin(handle.identity):
                 raise AdapterError(
                     f"{name!r} cannot be pinned: of {self._slots.capacity} slots on the device one must be left for others",
-                    hint="load the engine with a larger max_adapters, or pin fewer",
+                    hint="load the engine with a larger max_adapters (--max-adapters), or pin fewer",
                 )
             handle.names += 1
             offered = self._slots.offer(handle.identity, handle)
@@ -382,7 +382,7 @@ class AdapterStore:
             with guarded(AdapterError, f"{masked(source)!r:.200} was not loaded", _AGAIN):
                 self._load(source, self._sources.find(source, bounded=True), HeadRequest(), fetched=True)
         except AdapterError as error:
-            raise AdapterError(error.message, hint="engine.adapters.load(name, source) says more") from error
+            raise self._sources.unfit(error) from error
 
 
 def _drop(store: weakref.ref[AdapterStore], identity: str) -> None:

@@ -132,16 +132,23 @@ def headers(gateway: Gateway, asked: Asked) -> dict[str, str]:
     return found
 
 
-def times(clock: Clock, completions: Sequence[Completion]) -> dict[str, str]:
-    """How long an answer took, in milliseconds, and how many tokens it has."""
-    end = time.monotonic()
-    total, inference = end - clock.start, end - clock.valid
-    usage = completions[best(completions)[0]].usage
+def spans(clock: Clock, queued: float) -> dict[str, str]:
+    """How long an answer took, in milliseconds; `queued` are the seconds before its first step."""
+    total = time.monotonic() - clock.start
     return {
         "x-compute-time": _milliseconds(total),
         "x-total-time": _milliseconds(total),
         "x-validation-time": _milliseconds(clock.valid - clock.start),
-        "x-inference-time": _milliseconds(inference),
+        "x-queue-time": _milliseconds(queued),
+        "x-inference-time": _milliseconds(clock.start + total - clock.valid - queued),
+    }
+
+
+def times(clock: Clock, queued: float, completions: Sequence[Completion]) -> dict[str, str]:
+    """The same, and how many tokens the answer has and what each took."""
+    found, usage = spans(clock, queued), completions[best(completions)[0]].usage
+    inference = time.monotonic() - clock.valid - queued
+    return found | {
         "x-time-per-token": _milliseconds(inference / max(usage.completion_tokens, 1)),
         "x-prompt-tokens": str(usage.prompt_tokens),
         "x-generated-tokens": str(usage.completion_tokens),
@@ -150,7 +157,7 @@ def times(clock: Clock, completions: Sequence[Completion]) -> dict[str, str]:
 
 
 def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
+    return str(int(max(seconds, 0.0) * 1000))
 
 
 def _text(asked: Asked, completion: Completion) -> str:
@@ -222,7 +229,7 @@ def _prefill(engine: Engine, asked: Asked, completion: Completion) -> list[dict[
     scores = completion.prompt_logprobs
     if scores is None:
         return []
-    whole = engine.tokenize(asked.prompt)
+    whole = engine.tokenize(asked.prompt, adapter=asked.requests[0].adapter)
     # Of a prompt that was cut, the tokens after its special ones went.
     at = 0 if whole.special[0] else len(whole.ids) - completion.usage.prompt_tokens
     ids = [whole.ids[at], *(one.token_id for one in scores[1:] if one is not None)]

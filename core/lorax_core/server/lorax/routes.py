@@ -16,7 +16,7 @@ from lorax_core.errors import RequestError
 from lorax_core.server.errors import Refused
 from lorax_core.server.gateway import Gateway
 from lorax_core.server.lorax.adapters import AdapterParameters, choose_adapter
-from lorax_core.server.lorax.answers import Clock, events, failed, generated, headers, times
+from lorax_core.server.lorax.answers import Clock, events, failed, generated, headers, spans, times
 from lorax_core.server.lorax.params import BEST_OF, Asked, GenerateBody, asked_of
 from lorax_core.server.lorax.shapes import (
     EmbeddingAnswer,
@@ -59,9 +59,10 @@ class TextsBody(StrictBody):
 
 
 class TokenizeBody(StrictBody):
-    """A text."""
+    """A text, and the adapter whose tokenizer reads it where it has one."""
 
     inputs: str
+    parameters: AdapterParameters | None = None
     add_special_tokens: bool | None = Field(default=None, description="Those that the tokenizer adds; True by default.")
 
 
@@ -98,12 +99,13 @@ async def _generate(gateway: Gateway, http: Request, body: GenerateBody, *, as_l
     clock = Clock.started()
     asked = asked_of(gateway, body, stream=False)
     clock.understood()
-    completions = cast("list[Completion]", await gateway.answer(http, asked.requests))
+    results, queued = await gateway.timed(http, asked.requests)
+    completions = cast("list[Completion]", results)
     # Tokens are made text again for details: with many, that takes long.
     make = gateway.in_thread if asked.parameters.with_details else _here
     answer = await make(generated, gateway.engine, asked, completions)
     return JSONResponse(
-        [answer] if as_list else answer, headers={**headers(gateway, asked), **times(clock, completions)}
+        [answer] if as_list else answer, headers={**headers(gateway, asked), **times(clock, queued, completions)}
     )
 
 
@@ -123,28 +125,37 @@ def _reading(routes: APIRouter, gateway: Gateway) -> None:
     @routes.post("/embed", **answers(EmbeddingAnswer))
     async def embed(http: Request, body: TextBody) -> Response:
         """A vector of a text."""
+        clock = Clock.started()
         adapter = choose_adapter(gateway, body.parameters or AdapterParameters())
-        (found,) = await gateway.answer(http, [EmbedRequest(input=body.inputs, adapter=adapter)])
-        return JSONResponse({"embeddings": cast("Embedding", found).vector.tolist()})
+        clock.understood()
+        (found,), queued = await gateway.timed(http, [EmbedRequest(input=body.inputs, adapter=adapter)])
+        vector = cast("Embedding", found).vector.tolist()
+        return JSONResponse({"embeddings": vector}, headers=spans(clock, queued))
 
     @routes.post("/classify", **answers(list[EntityAnswer]))
     async def classify(http: Request, body: TextBody) -> Response:
         """The entities in a text."""
-        return JSONResponse((await _entities(gateway, http, body, [body.inputs]))[0])
+        found, headers = await _entities(gateway, http, body, [body.inputs])
+        return JSONResponse(found[0], headers=headers)
 
     @routes.post("/classify_batch", **answers(list[list[EntityAnswer]]))
     async def classify_batch(http: Request, body: TextsBody) -> Response:
         """The entities in each of several texts."""
-        return JSONResponse(await _entities(gateway, http, body, body.inputs))
+        found, headers = await _entities(gateway, http, body, body.inputs)
+        return JSONResponse(found, headers=headers)
 
 
 async def _entities(
     gateway: Gateway, http: Request, body: TextBody | TextsBody, texts: Sequence[str]
-) -> list[list[dict[str, Any]]]:
+) -> tuple[list[list[dict[str, Any]]], dict[str, str]]:
+    """The entities of each text, and the times of all."""
+    clock = Clock.started()
     gateway.check_batch(len(texts), param="inputs")
     adapter = choose_adapter(gateway, body.parameters or AdapterParameters())
-    found = await gateway.answer(http, [ClassifyRequest(input=text, adapter=adapter) for text in texts])
-    return [_entity_list(text, cast("Classification", one)) for text, one in zip(texts, found, strict=True)]
+    clock.understood()
+    found, queued = await gateway.timed(http, [ClassifyRequest(input=text, adapter=adapter) for text in texts])
+    pairs = zip(texts, found, strict=True)
+    return [_entity_list(text, cast("Classification", one)) for text, one in pairs], spans(clock, queued)
 
 
 def _entity_list(text: str, found: Classification) -> list[dict[str, Any]]:
@@ -174,7 +185,9 @@ def _about(routes: APIRouter, gateway: Gateway) -> None:
     @routes.post("/tokenize", **answers(list[LoraxToken]))
     async def tokenize(body: TokenizeBody) -> Response:
         """A text as tokens."""
-        (found,) = await tokenized(gateway, [body.inputs], special=body.add_special_tokens is not False)
+        adapter = choose_adapter(gateway, body.parameters or AdapterParameters())
+        special = body.add_special_tokens is not False
+        (found,) = await tokenized(gateway, [body.inputs], special=special, adapter=adapter)
         return JSONResponse([{"id": one.id, "text": one.token, "start": one.start, "stop": one.stop} for one in found])
 
 

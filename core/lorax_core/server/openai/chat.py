@@ -99,8 +99,16 @@ class ChatBody(GenerationBody):
                 "invalid", "max_tokens is 1 or more, and the same as max_completion_tokens",
                 hint="give max_completion_tokens alone", param="max_tokens",
             )  # fmt: skip
-        if self.choice not in ("none", "auto") and not self.tools:
+        if self.choice in ("none", "auto"):
+            return
+        if not self.tools:
             raise Refused("invalid", "there are no tools to choose", hint="add tools", param="tool_choice")
+        # The answer would be a call, whatever else was asked for.
+        if found := self.constraints():
+            raise Refused(
+                "invalid", f"{next(iter(found))} and a tool that must be called exclude each other",
+                hint='give one of them, or "tool_choice": "auto"', param="tool_choice",
+            )  # fmt: skip
 
     def request(self, gateway: Gateway) -> GenerateRequest:
         """What the engine is asked."""

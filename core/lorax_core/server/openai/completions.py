@@ -101,13 +101,13 @@ def completion_routes(gateway: Gateway) -> APIRouter:
         if body.stream:
             events = await gateway.events(http, requests)
             chunks = Chunks(start, include_usage=body.include_usage)
-            lines = _lines(body, given, events, chunks, texts, gateway.engine)
+            lines = _lines(body, requests, events, chunks, texts, gateway.engine)
             return EventStream(events, lines, failed)
         results = [cast("Completion", result) for result in await gateway.answer(http, requests)]
         if body.logprobs is None and body.prompt_logprobs is None:
-            choices = _choices(body, given, results, texts, gateway.engine)
+            choices = _choices(body, requests, results, texts, gateway.engine)
         else:
-            choices = await gateway.in_thread(_choices, body, given, results, texts, gateway.engine)
+            choices = await gateway.in_thread(_choices, body, requests, results, texts, gateway.engine)
         return JSONResponse({**start, "choices": choices, "usage": usage(results, shown=body.max_tokens != 0)})
 
     return routes
@@ -126,21 +126,21 @@ def _requests(gateway: Gateway, body: CompletionBody, given: Sequence[str | list
 
 def _choices(
     body: CompletionBody,
-    given: Sequence[str | list[int]],
+    requests: Sequence[GenerateRequest],
     results: Sequence[Completion],
     texts: TokenTexts,
     engine: Engine,
 ) -> list[dict[str, Any]]:
     """The choices of a whole answer, those of the first prompt first."""
     choices: list[dict[str, Any]] = []
-    for prompt, result in zip(given, results, strict=True):
-        echoed = _text(prompt, engine) if body.echo else ""
+    for request, result in zip(requests, results, strict=True):
+        echoed = _text(request, engine) if body.echo else ""
         for one in (result, *result.alternatives):
             logprobs = None
             if body.logprobs is not None:
                 line, logprobs = _Line(), _empty()
                 if body.echo:
-                    _add_prompt(logprobs, line, prompt, result.prompt_logprobs or [], body.logprobs, texts, engine)
+                    _add_prompt(logprobs, line, request, result.prompt_logprobs or [], body.logprobs, texts, engine)
                 if body.max_tokens != 0:
                     _add(logprobs, line, shown_logprobs(one, one.logprobs or []), texts, engine)
             choices.append(
@@ -162,7 +162,7 @@ def _choices(
 
 async def _lines(
     body: CompletionBody,
-    given: Sequence[str | list[int]],
+    requests: Sequence[GenerateRequest],
     events: Events,
     chunks: Chunks,
     texts: TokenTexts,
@@ -171,9 +171,9 @@ async def _lines(
     """The chunks of a stream."""
     each = body.n or 1
     ended: list[tuple[int, Completion]] = []
-    lines = [_Line() for _ in range(len(given) * each)]
+    lines = [_Line() for _ in range(len(requests) * each)]
     for index in range(len(lines) if body.echo else 0):
-        text = _text(given[index // each], engine)
+        text = _text(requests[index // each], engine)
         yield chunks.chunk(_piece(index, text))
     async for event in events:
         index = event.index * each + event.choice
@@ -198,8 +198,9 @@ def _piece(index: int, text: str) -> dict[str, Any]:
     return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
 
 
-def _text(prompt: str | list[int], engine: Engine) -> str:
-    return prompt if isinstance(prompt, str) else engine.detokenize(prompt)
+def _text(request: GenerateRequest, engine: Engine) -> str:
+    prompt = cast("str | list[int]", request.prompt)
+    return prompt if isinstance(prompt, str) else engine.detokenize(prompt, adapter=request.adapter)
 
 
 def _empty() -> dict[str, Any]:
@@ -223,14 +224,14 @@ def _add(
 def _add_prompt(
     logprobs: dict[str, Any],
     line: _Line,
-    prompt: str | list[int],
+    request: GenerateRequest,
     scores: Sequence[TokenLogprobs | None],
     top: int,
     texts: TokenTexts,
     engine: Engine,
 ) -> None:
     """Add the tokens of a prompt; nothing predicts the first."""
-    tokenized = engine.tokenize(prompt)
+    tokenized = engine.tokenize(cast("str | list[int]", request.prompt), adapter=request.adapter)
     ids = tokenized.ids
     for at, (one, raw, shown) in enumerate(
         zip(scores, engine.token_bytes(ids, special=False), texts.bytes(ids), strict=True)
@@ -241,4 +242,4 @@ def _add_prompt(
         logprobs["token_logprobs"].append(None if one is None else number(one.logprob))
         likeliest = None if one is None else TokenLogprobs(one.token_id, one.logprob, dict([*one.top.items()][:top]))
         logprobs["top_logprobs"].append(None if likeliest is None else texts.ranked(likeliest))
-    line.at = len(_text(prompt, engine))
+    line.at = len(_text(request, engine))

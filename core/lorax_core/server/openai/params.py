@@ -142,7 +142,7 @@ class GenerationBody(StrictBody):
 
     def _constraint(self, limits: ServerOptions) -> dict[str, Any]:
         """The one option by which the answer is constrained."""
-        found = self._constraints()
+        found = self.constraints()
         if len(found) > 1:
             raise Refused(
                 "invalid", f"{' and '.join(found)} exclude each other", hint="give one of them", param=[*found][-1]
@@ -153,8 +153,8 @@ class GenerationBody(StrictBody):
             return constraint
         return {}
 
-    def _constraints(self) -> dict[str, dict[str, Any]]:
-        """What was given, by parameter."""
+    def constraints(self) -> dict[str, dict[str, Any]]:
+        """What constrains the answer, by parameter."""
         outputs, given = self.structured_outputs or StructuredOutputs(), self.response_format
         found: dict[str, dict[str, Any]] = {}
         if given is not None and given.type == "json_object":
@@ -193,8 +193,10 @@ def generate_request(body: GenerationBody, **options: Any) -> GenerateRequest:
     try:
         return GenerateRequest(**options)
     except RequestError as error:
-        name, _, said = error.message.partition(": ")
-        param = name if name in type(body).model_fields else "messages" if name == "prompt" else None
-        if param is None or not said:
-            raise
-        raise Refused("invalid", said, hint="GET /openapi.json says what each field takes", param=param) from error
+        param = error.option if error.option in type(body).model_fields else _CHAT.get(error.option or "")
+        said = error.message.removeprefix(f"{error.option}: ")
+        raise Refused("invalid", said, hint=error.http_hint, param=param) from error
+
+
+_CHAT: Final = {"prompt": "messages", "template_options": "chat_template_kwargs"}
+"""What a conversation has for options of `GenerateRequest` that are called otherwise."""

@@ -5,7 +5,7 @@ Decides which of TEI's kinds of model an engine is. Knows nothing of routes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lorax_core.server.gateway import Gateway
 from lorax_core.serving.info import EngineInfo
@@ -21,7 +21,7 @@ def served(gateway: Gateway) -> dict[str, Any]:
         "model_id": gateway.names.base,
         "model_sha": options.revision,
         "model_dtype": about.dtype,
-        "model_type": _kind(about),
+        "model_type": _model_type(about),
         "max_concurrent_requests": options.max_batch_rows + gateway.options.max_queue,
         "max_input_length": about.max_text_tokens,
         "max_batch_tokens": options.max_batch_tokens,
@@ -35,11 +35,17 @@ def served(gateway: Gateway) -> dict[str, Any]:
     }
 
 
-def _kind(about: EngineInfo) -> dict[str, Any]:
-    """What the checkpoint was trained for: a head with labels comes before the vectors that any model gives."""
+def model_kind(about: EngineInfo) -> Literal["reranker", "classifier", "embedding"] | None:
+    """What the base was trained for: a head with labels comes before the vectors that any model gives."""
     if about.labels:
-        ids = {str(at): label for at, label in enumerate(about.labels)}
-        labels = {"id2label": ids, "label2id": {label: int(at) for at, label in ids.items()}}
         ranks = Task.SEQUENCE_CLASSIFICATION.value in about.tasks and len(about.labels) == 1
-        return {"reranker" if ranks else "classifier": labels}
-    return {} if about.pooling is None else {"embedding": {"pooling": about.pooling}}
+        return "reranker" if ranks else "classifier"
+    return None if about.pooling is None else "embedding"
+
+
+def _model_type(about: EngineInfo) -> dict[str, Any]:
+    kind = model_kind(about)
+    if kind in ("reranker", "classifier"):
+        ids = {str(at): label for at, label in enumerate(about.labels)}
+        return {kind: {"id2label": ids, "label2id": {label: int(at) for at, label in ids.items()}}}
+    return {} if kind is None else {kind: {"pooling": about.pooling}}

@@ -14,6 +14,8 @@ from lorax_core.server.schemas import AnswerShape, StrictBody, failures, unsuppo
 from lorax_core.serving.requests import NAME_LENGTH
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Rows = TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+"""Token ids of a text, or of several."""
 Inputs = str | TokenIds | Annotated[list[str | TokenIds], Field(min_length=1)]
 """A text or its token ids, or a list of those."""
 Parts = Annotated[list[str], Field(min_length=1, max_length=2)]
@@ -22,14 +24,19 @@ PredictInputs = str | Parts | Annotated[list[Parts], Field(min_length=1)]
 Direction = Literal["left", "right", "Left", "Right"]
 
 
-class Truncating(StrictBody):
-    """Which model answers, and what happens to a text that is too long."""
-
-    model: str | None = Field(
-        default=None,
+_Model = Annotated[
+    str | None,
+    Field(
         max_length=NAME_LENGTH,
         description="The base, an adapter, or base:adapter; TEI, which serves one model, has no such field.",
-    )
+    ),
+]
+_PromptName = Annotated[str | None, Field(description="Of a prompt that the checkpoint's files have.")]
+
+
+class Cutting(StrictBody):
+    """What happens to a text that is too long."""
+
     truncate: bool | None = Field(default=None, description="Cut it; False refuses it.")
     truncation_direction: Direction = Field(default="right", description="The end that loses tokens.")
 
@@ -41,6 +48,12 @@ class Truncating(StrictBody):
         return "start" if self.truncation_direction.lower() == "left" else "end"
 
 
+class Truncating(Cutting):
+    """The same, and which model answers."""
+
+    model: _Model = None
+
+
 class EmbedBody(Truncating):
     """Texts for vectors."""
 
@@ -48,17 +61,50 @@ class EmbedBody(Truncating):
 
     inputs: Inputs
     normalize: bool = True
-    prompt_name: str | None = Field(default=None, description="Of a prompt that the checkpoint's files have.")
+    prompt_name: _PromptName = None
     dimensions: int | None = Field(
         default=None, ge=1, lt=2**31, description="The first so many numbers of each vector."
     )
+    encoding_format: Any = unsupported("float", instead="/v1/embeddings has base64")
 
 
 class EmbedAllBody(Truncating):
     """Texts for a vector of each token."""
 
     inputs: Inputs
-    prompt_name: str | None = Field(default=None, description="Of a prompt that the checkpoint's files have.")
+    prompt_name: _PromptName = None
+
+
+class ComparedTexts(StrictBody):
+    """A sentence, and others that it is compared with."""
+
+    source_sentence: str
+    sentences: list[str] = Field(min_length=1)
+
+
+class SimilarityParameters(Cutting):
+    """How the sentences are read."""
+
+    prompt_name: _PromptName = None
+
+
+class SimilarityBody(StrictBody):
+    """Sentences to compare."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": {"source_sentence": "a text", "sentences": ["one", "another"]}}]}
+    )
+
+    model: _Model = None
+    inputs: ComparedTexts
+    parameters: SimilarityParameters | None = None
+
+
+class PredictParameters(StrictBody):
+    """What `InferenceClient` sends, and TEI does not read."""
+
+    top_k: Any = unsupported(instead="the answer has all labels, by falling score")
+    function_to_apply: Any = unsupported(instead="raw_scores gives logits")
 
 
 class PredictBody(Truncating):
@@ -70,6 +116,7 @@ class PredictBody(Truncating):
 
     inputs: PredictInputs
     raw_scores: bool = Field(default=False, description="Logits instead of probabilities.")
+    parameters: PredictParameters | None = None
 
 
 class RankBody(Truncating):
@@ -86,9 +133,18 @@ class RankBody(Truncating):
 class TokenizeTexts(StrictBody):
     """Texts."""
 
+    model: _Model = None
     inputs: str | Annotated[list[str], Field(min_length=1)]
     add_special_tokens: bool = True
     prompt_name: Any = unsupported(instead="put the prompt before the text")
+
+
+class DecodeBody(StrictBody):
+    """Token ids."""
+
+    model: _Model = None
+    ids: Rows
+    skip_special_tokens: Any = unsupported(True, instead="/tei/tokenize shows special tokens")
 
 
 class TeiFailure(AnswerShape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def pinned() -> dict[str, str]:
     """The versions of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in pairs}
+    ours = [tomllib.loads(file.read_text("utf-8"))["project"] for file in ROOT.glob("lorax_*/pyproject.toml")]
+    return {canonicalize_name(name): version for name, version in pairs} | {one["name"]: one["version"] for one in ours}
 
 
 def required(extra: str) -> dict[str, Requirement]:
@@ -47,6 +49,24 @@ def test_the_extras_for_a_gpu_are_there():
     assert set(OF_THE_GPU) <= set(EXTRAS)
     assert set(required("gpu")) == {"flashinfer-python", "triton"}
     assert set(required("flash-attn")) == {"flash-attn"}
+
+
+def test_one_extra_brings_the_architectures_of_this_repository():
+    folders = [file.parent.name.replace("_", "-") for file in ROOT.glob("lorax_*/pyproject.toml")]
+
+    assert set(required("all")) == set(folders)
+
+
+@pytest.mark.parametrize("folder", ["core", *sorted(file.parent.name for file in ROOT.glob("lorax_*/pyproject.toml"))])
+def test_what_an_index_shows_of_a_distribution_is_there(folder: str):
+    project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))["project"]
+    readme = (ROOT / folder / "README.md").read_text("utf-8")
+
+    assert len(project["description"]) <= 150
+    assert project["keywords"]
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(project["classifiers"])
+    # An index shows the text alone, so a relative link would lead nowhere.
+    assert re.findall(r"\]\((?!https://)[^)]*\)", readme) == []
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

@@ -106,6 +106,7 @@ check-wheels: $(VENV)/.test ## Install the wheels of core and Qwen2 into a clean
 	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	$(MAKE) wheels DIST="$$dir/dist"; \
 	echo "check-wheels: installing into a clean environment (a minute or two)" >&2; \
+	$(RUN) -m twine check --strict "$$dir"/dist/* >&2; \
 	$(RUN) -m venv "$$dir/env"; \
 	"$$dir/env/bin/python" $(PIP_INSTALL) "$$dir"/dist/lorax_core-*.whl "$$dir"/dist/lorax_qwen2-*.whl; \
 	"$$dir/env/bin/lorax" models list --json > "$$dir/listed"; \

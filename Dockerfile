@@ -13,9 +13,9 @@ COPY lorax_roberta lorax_roberta
 COPY constraints.txt LICENSE ./
 # Wheels of torch for CUDA are several gigabytes; this index has those for a CPU alone.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN python -m venv /opt/lorax \
-    && /opt/lorax/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch \
-    && /opt/lorax/bin/pip install --no-cache-dir --constraint constraints.txt \
+RUN python -m venv /usr/local/lib/lorax \
+    && /usr/local/lib/lorax/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch \
+    && /usr/local/lib/lorax/bin/pip install --no-cache-dir --constraint constraints.txt \
         "./core[server,structured]" ./lorax_bert ./lorax_gpt2 ./lorax_neox ./lorax_qwen2 ./lorax_roberta
 
 FROM python:3.12-slim
@@ -27,12 +27,12 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --user-group --home-dir /models lorax \
     && install --directory --owner lorax /models
-COPY --from=build /opt/lorax /opt/lorax
+COPY --from=build /usr/local/lib/lorax /usr/local/lib/lorax
 
 USER 10001:10001
 WORKDIR /models
 # Models from the hub, adapters and compiled kernels; a volume keeps them.
-ENV PATH=/opt/lorax/bin:$PATH HF_HOME=/models/hub LORAX_CACHE=/models/lorax PYTHONUNBUFFERED=1
+ENV PATH=/usr/local/lib/lorax/bin:$PATH HF_HOME=/models/hub LORAX_CACHE=/models/lorax PYTHONUNBUFFERED=1
 VOLUME /models
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \

@@ -1,7 +1,7 @@
 # lorax serve on a CPU: docker build -t lorax . && docker run -p 8000:8000 -v models:/models lorax sentence-transformers/all-MiniLM-L6-v2
 # docs/deploying.md says more. The wheels are built from this repository; nothing of it but them gets into the image.
 
-FROM python:3.12-slim AS build
+FROM python:3.11-slim AS build
 
 WORKDIR /src
 COPY core core
@@ -18,7 +18,7 @@ RUN python -m venv /usr/local/lib/lorax \
     && /usr/local/lib/lorax/bin/pip install --no-cache-dir --constraint constraints.txt \
         "./core[server,structured]" ./lorax_bert ./lorax_gpt2 ./lorax_neox ./lorax_qwen2 ./lorax_roberta
 
-FROM python:3.12-slim
+FROM python:3.11-slim
 
 # Native kernels are compiled when a model is first loaded, for the processor that is there.
 # hadolint ignore=DL3008

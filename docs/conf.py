@@ -25,8 +25,7 @@ root_doc = INDEX
 include_patterns = ["*.md", "docs/*.md"]
 exclude_patterns = ["core", "tests", "examples", "plugins", "lorax_*", "dist", "build", ".*"]
 myst_heading_anchors = 4
-myst_enable_extensions = ["strikethrough"]
-suppress_warnings = ["myst.strikethrough"]  # which only HTML has
+smartquotes = False  # what is shown is what the files say
 
 html_theme = "furo"
 html_title = f"{project} {version}"

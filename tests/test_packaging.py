@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,8 @@ def pinned() -> dict[str, str]:
     """The versions of constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(name): version for name, version in pairs}
+    ours = [tomllib.loads(file.read_text("utf-8"))["project"] for file in ROOT.glob("lorax_*/pyproject.toml")]
+    return {canonicalize_name(name): version for name, version in pairs} | {one["name"]: one["version"] for one in ours}
 
 
 def required(extra: str) -> dict[str, Requirement]:
@@ -47,6 +49,24 @@ def test_the_extras_for_a_gpu_are_there():
     assert set(OF_THE_GPU) <= set(EXTRAS)
     assert set(required("gpu")) == {"flashinfer-python", "triton"}
     assert set(required("flash-attn")) == {"flash-attn"}
+
+
+def test_one_extra_brings_the_architectures_of_this_repository():
+    folders = [file.parent.name.replace("_", "-") for file in ROOT.glob("lorax_*/pyproject.toml")]
+
+    assert set(required("all")) == set(folders)
+
+
+@pytest.mark.parametrize("folder", ["core", *sorted(file.parent.name for file in ROOT.glob("lorax_*/pyproject.toml"))])
+def test_what_an_index_shows_of_a_distribution_is_there(folder: str):
+    project = tomllib.loads((ROOT / folder / "pyproject.toml").read_text("utf-8"))["project"]
+    readme = (ROOT / folder / "README.md").read_text("utf-8")
+
+    assert len(project["description"]) <= 150
+    assert project["keywords"]
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(project["classifiers"])
+    # An index shows the text alone, so a relative link would lead nowhere.
+    assert re.findall(r"\]\((?!https://)[^)]*\)", readme) == []
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
@@ -100,7 +120,8 @@ def test_ci_runs_the_tests_that_need_more_packages_after_the_others():
     commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
     more = ["server", "examples", "scaffold", "zoo", "clients", "gpu", "triton", "cross"]
-    assert commands[-10:] == ["make lint", "make test", *(f"make test-{name}" for name in more)]
+    first = ["make lint", "make lint-files", "make docs", "make test"]
+    assert commands[-12:] == [*first, *(f"make test-{name}" for name in more)]
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for name in ("examples", "clients", "gpu", "cross"):
         assert f"tests/{name} $(ARGS)" in makefile.partition(f"\ntest-{name}:")[2].partition("\n\n")[0]

@@ -109,7 +109,19 @@ def test_a_wheel_holds_the_modules_of_its_package_and_nothing_else(folder: str, 
     with zipfile.ZipFile(wheel) as opened:
         names = set(opened.namelist())
 
+        licences = [opened.read(name) for name in names if name.endswith(".dist-info/licenses/LICENSE")]
+
     assert {name for name in names if ".dist-info/" not in name} == expected
+    assert licences == [(ROOT / "LICENSE").read_bytes()]
+
+
+def test_an_index_would_show_every_distribution(dist: Path):
+    files = sorted(dist.iterdir())
+
+    said = run(sys.executable, "-m", "twine", "--no-color", "check", "--strict", *files, cwd=dist)
+
+    assert len(files) == 2 * len(FOLDERS)
+    assert said.count("PASSED") == len(files)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

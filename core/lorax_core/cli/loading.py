@@ -25,7 +25,8 @@ from lorax_core.errors import listed
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
 
-_PANEL: Final = "Loading"
+LOADING_PANEL: Final = "Loading"
+"""Where the help lists the flags of loading."""
 
 ModelPath = Annotated[
     str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml.")
@@ -33,7 +34,7 @@ ModelPath = Annotated[
 
 
 def _flag(kind: Any, *names: str, help: str, metavar: str | None = None) -> Any:
-    return Annotated[kind | None, typer.Option(*names, metavar=metavar, help=help, rich_help_panel=_PANEL)]
+    return Annotated[kind | None, typer.Option(*names, metavar=metavar, help=help, rich_help_panel=LOADING_PANEL)]
 
 
 # By the names of `EngineOptions`, but for adapters, which are given one by one. A flag that was left out leaves the option to

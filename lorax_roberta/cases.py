@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lorax_core.plugins import ArchitectureCases, Task
 
 
-def _cases(name: str) -> ArchitectureCases:
+def _cases(name: str, variants: dict[str, dict[str, Any]]) -> ArchitectureCases:
     """The cases of the architecture whose classes in transformers begin with `name`."""
     return ArchitectureCases(
         tiny_config={
@@ -19,15 +21,7 @@ def _cases(name: str) -> ArchitectureCases:
             "type_vocab_size": 1,
             "pad_token_id": 1,
         },
-        variants={
-            "padding_at_zero": {"pad_token_id": 0},
-            # Padding id 5 takes six rows, so 70 rows leave 64 positions again.
-            "late_padding": {"pad_token_id": 5, "max_position_embeddings": 70},
-            "two_token_types": {"type_vocab_size": 2},
-            "tanh_gelu": {"hidden_act": "gelu_new"},
-            "wide_epsilon": {"layer_norm_eps": 0.1},
-            "odd_vocabulary": {"vocab_size": 131},
-        },
+        variants=variants,
         references={
             Task.EMBED: f"transformers:{name}Model",
             Task.TOKEN_CLASSIFICATION: f"transformers:{name}ForTokenClassification",
@@ -36,6 +30,20 @@ def _cases(name: str) -> ArchitectureCases:
     )
 
 
-ROBERTA = _cases("Roberta")
-XLMROBERTA = _cases("XLMRoberta")
-CAMEMBERT = _cases("Camembert")
+_LATE_PADDING = {"late_padding": {"pad_token_id": 5, "max_position_embeddings": 70}}
+"""Padding id 5 takes six rows, so 70 rows leave 64 positions again."""
+
+ROBERTA = _cases(
+    "Roberta",
+    {
+        "padding_at_zero": {"pad_token_id": 0},
+        **_LATE_PADDING,
+        "two_token_types": {"type_vocab_size": 2},
+        "tanh_gelu": {"hidden_act": "gelu_new"},
+        "wide_epsilon": {"layer_norm_eps": 0.1},
+        "odd_vocabulary": {"vocab_size": 131},
+    },
+)
+# The classes are those of RoBERTa, so all other variants would run the same code again.
+XLMROBERTA = _cases("XLMRoberta", _LATE_PADDING)
+CAMEMBERT = _cases("Camembert", _LATE_PADDING)

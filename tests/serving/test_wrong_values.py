@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import example, given, settings
-from odd_values import ODD, values
+from odd_values import EVERY, ODD, doubled, values
 from rigs import within
 
 import lorax_core as lorax
@@ -13,6 +13,7 @@ from lorax_core.options import EngineOptions
 from lorax_core.serving.engine import Engine
 
 LIMIT = 300  # seconds: for a value that is worked on for ever
+DRAWN = 25  # values of each test, besides those that have a name
 PROBE = lorax.GenerateRequest(prompt=[5, 6, 7], max_tokens=3, ignore_eos=True)
 KINDS = {
     lorax.GenerateRequest: {"prompt": "ab", "max_tokens": 2},
@@ -58,10 +59,10 @@ def answered(engine, kind, options):
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=lambda one: getattr(one, "__name__", one))
 def test_any_value_of_any_option_of_a_request_is_answered_or_refused(engine, expected, kind, field):
-    for make in ODD:
+    for make in EVERY:
         answered(engine, kind, {**KINDS[kind], field: make()})
 
-    @settings(max_examples=60)
+    @settings(max_examples=DRAWN)
     @given(values)
     def drawn(value):
         answered(engine, kind, {**KINDS[kind], field: value})
@@ -72,16 +73,23 @@ def test_any_value_of_any_option_of_a_request_is_answered_or_refused(engine, exp
 
 @pytest.mark.parametrize("field", EngineOptions.model_fields)
 def test_any_value_of_any_option_of_an_engine_is_taken_or_refused(field):
-    for make in ODD:
+    for make in EVERY:
         outcome(EngineOptions, **{"checkpoint": "m", field: make()})
 
-    @settings(max_examples=100)
+    @settings(max_examples=DRAWN)
     @given(values)
     def drawn(value):
         found = outcome(EngineOptions, **{"checkpoint": "m", field: value})
         assert isinstance(found, (EngineOptions, lorax.LoraxError))
 
     drawn()
+
+
+@pytest.mark.parametrize(("call", "options"), [*KINDS.items(), (EngineOptions, {"checkpoint": "m"})])
+def test_a_billion_values_through_many_levels_are_refused(call, options):
+    found = outcome(call, **{**options, next(iter(options)): doubled()})
+
+    assert type(found) is lorax.RequestError
 
 
 # What an engine is not loaded with here: `threads` is one for the process, and these three read from elsewhere.
@@ -139,10 +147,10 @@ def test_any_value_in_any_call_is_answered_or_refused(engine, expected, method):
             assert method == "wait"
             return None
 
-    for make in ODD:
+    for make in EVERY:
         tried(make())
 
-    @settings(max_examples=60)
+    @settings(max_examples=DRAWN)
     @given(values)
     @example(5)
     def drawn(value):
@@ -160,16 +168,14 @@ def test_any_value_of_a_model_without_an_engine_is_taken_or_refused(qwen2, optio
         assert isinstance(found, (Model, lorax.LoraxError))
 
 
-@settings(max_examples=60)
-@given(value=values)
-@pytest.mark.parametrize("field", ["host"])
-def test_plugins_that_are_none_are_refused(qwen2, field, value):
-    found = outcome(lorax.load, qwen2, kv_cache_tokens=64, host=value)
+def test_plugins_that_are_none_are_refused(qwen2):
+    for make in EVERY:
+        found = outcome(lorax.load, qwen2, kv_cache_tokens=64, host=make())
 
-    if isinstance(found, Engine):
-        found.close()
-    else:
-        assert isinstance(found, lorax.RequestError)
+        if isinstance(found, Engine):
+            found.close()
+        else:
+            assert isinstance(found, lorax.RequestError)
 
 
 SURROGATE = "a\ud800"

@@ -52,11 +52,14 @@ def doctor(
     timeout: Annotated[float, typer.Option(help="Seconds that one plugin may take.", min=1)] = 120.0,
 ) -> None:
     """Load each plugin in its own process: does its declaration import, how fast, without torch; are its classes there."""
+    from lorax_core.plugins.admission import blocked_by
     from lorax_core.plugins.host import PluginHost, installed, missing
     from lorax_core.settings import Settings
 
-    records = [_probe_apart(entry, timeout) for entry in installed()]
-    host = PluginHost([*records, *missing(records, Settings.from_env())])
+    settings = Settings.from_env()
+    # What is blocked is not imported, and needs no process.
+    records = [blocked_by(settings, entry) or _probe_apart(entry, timeout) for entry in installed()]
+    host = PluginHost([*records, *missing(records, settings)])
     if json:
         _show_json(host.records, host)
         return

@@ -46,12 +46,11 @@ def make_manager() -> pluggy.PluginManager:
 
 def try_plugin(manager: pluggy.PluginManager, entry: EntryPoint, settings: Settings) -> PluginRecord:
     """Loads one entry point. Any exception of the plugin, `KeyboardInterrupt` apart, is recorded as its status."""
+    # Before anything of it is imported: blocking is the way to go on with a plugin that crashes the process.
+    if (blocked := blocked_by(settings, entry)) is not None:
+        return blocked
     package, version = identity(entry)
     record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.READY)
-    blocked = _blocked_by(settings, entry.name, package)
-    # Before anything of it is imported: blocking is the way to go on with a plugin that crashes the process.
-    if blocked is not None:
-        return replace(record, status=PluginStatus.BLOCKED, cause=blocked[0], hint=blocked[1])
     # torch may be there already, through the application or an earlier plugin; only the one that imported it is slow.
     had_torch, start = "torch" in sys.modules, None
     try:
@@ -118,16 +117,18 @@ def key_of(spec: Spec) -> str:
     return spec.model_type if isinstance(spec, ArchitectureSpec) else spec.name
 
 
-def _blocked_by(settings: Settings, name: str, package: str) -> tuple[str, str] | None:
-    """Cause and hint where the settings block a plugin."""
-    names = {canonical(name), package}
+def blocked_by(settings: Settings, entry: EntryPoint) -> PluginRecord | None:
+    """The record of a plugin that the settings block, with the cause; None for any other. Imports nothing of it."""
+    package, version = identity(entry)
+    record = PluginRecord(entry.name, package, version, entry.value, PluginStatus.BLOCKED)
+    names = {canonical(entry.name), package}
     # Without core's own backend nothing could run on a CPU.
     if package == CORE:
         return None
     if names & settings.block_plugins:
-        return "LORAX_BLOCK_PLUGINS names it", "remove it from LORAX_BLOCK_PLUGINS"
+        return replace(record, cause="LORAX_BLOCK_PLUGINS names it", hint="remove it from LORAX_BLOCK_PLUGINS")
     if settings.plugins and not names & settings.plugins:
-        return "LORAX_PLUGINS does not name it", f"add {package} to LORAX_PLUGINS"
+        return replace(record, cause="LORAX_PLUGINS does not name it", hint=f"add {package} to LORAX_PLUGINS")
     return None
 
 

@@ -30,7 +30,7 @@ EXIT_CODES: Final = {
 
 SUBCOMMANDS: Final = (
     *("models", "plugins", "adapters"),
-    *("generate", "chat", "embed", "classify", "serve", "bench", "doctor"),
+    *("generate", "chat", "embed", "classify", "rerank", "serve", "bench", "doctor"),
 )
 
 

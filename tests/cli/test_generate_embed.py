@@ -164,6 +164,42 @@ def test_several_answers_are_below_headings_and_in_json_beside_the_first(main, e
         assert [top["token_id"] for top in one["top"]] == list(expected.top)
 
 
+def test_each_line_of_a_file_is_continued(main, engine, tmp_path):
+    prompts, texts, records = tmp_path / "prompts.txt", tmp_path / "answers.txt", tmp_path / "answers.jsonl"
+    asked = ["The list of files", PROMPT, "The module " * 250, "An iterator"]
+    prompts.write_text("".join(f"{text}\n" for text in asked))
+    room = engine.info().max_tokens - engine.count_tokens(asked[2])
+    answers = [
+        engine.generate(text, max_tokens=most).text for text, most in zip(asked, (128, 128, room, 128), strict=True)
+    ]
+    assert room < 128
+
+    _, shown, _ = main("generate", MODEL, f"--file={prompts}")
+    code, nothing, err = main("generate", MODEL, f"--file={prompts}", f"--out={texts}")
+    main("generate", MODEL, f"--file={prompts}", f"--out={records}", "--logprobs=0", GIVEN["upper"], "--max-tokens=4")
+
+    assert shown == "".join(f"==> line {line} <==\n{text}\n" for line, text in enumerate(answers, 1))
+    assert texts.read_text() == shown
+    assert (code, nothing, err.startswith("4 lines in ")) == (0, "", True)
+    upper = engine.generate(asked, adapter="upper", max_tokens=4)
+    assert [(one["index"], one["text"]) for one in lines(records.read_text())] == [
+        (at, one.text) for at, one in enumerate(upper)
+    ]
+
+
+def test_a_line_of_a_file_that_has_no_answer_is_named_after_the_answers_before(main, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "The list", "id": "a"}\n{"prompt": ""}\n')
+
+    code, out, err = main("generate", MODEL, f"--file={prompts}", "--field=prompt", "--max-tokens=4", "--json")
+    _, _, why = main("generate", MODEL, f"--file={prompts}")
+
+    assert (code, [(one["index"], one["id"]) for one in lines(out)]) == (1, [(0, "a")])
+    assert "line 2 of" in err
+    assert "the prompt is empty" in " ".join(err.split())
+    assert "--field prompt" in " ".join(why.split())
+
+
 def test_a_message_is_rendered_by_the_chat_template(main, engine):
     _, out, _ = main("generate", MODEL, "List the files", "--chat", "--system", "Be short", "--max-tokens=8")
 
@@ -185,6 +221,11 @@ def test_a_message_is_rendered_by_the_chat_template(main, engine):
         (["--logit-bias", "1=1", "--logit-bias", "01=2"], 2, "token 1 has two biases"),
         (["--system", "Be short"], 2, "add --chat"),
         (["--logprobs", "1"], 2, "add --json"),
+        (["--file", "x"], 1, "x cannot be read"),
+        (["--field", "x"], 2, "it needs --file"),
+        (["--out", "x.txt"], 2, "it needs --file"),
+        (["--file", __file__, "--out", "x.csv"], 2, "'x.csv' ends in none of"),
+        (["--file", __file__], 2, "give a prompt, - for stdin, or --file"),
         (["--regex", "a", "--choice", "a"], 1, "exclude each other"),
         (["--top-p", "2"], 1, "top_p"),
     ],

@@ -20,7 +20,7 @@ import lorax_core
 from lorax_core.cli.batches import Texts, as_text, print_truncated
 from lorax_core.cli.classifications import ShownLabels, answer_json, is_empty
 from lorax_core.cli.files import Field, InFile, Overwrite, Restart, job_of, refuse_same, write_answers
-from lorax_core.cli.inputs import given_answers, given_texts
+from lorax_core.cli.inputs import check_out, given_answers, given_texts
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.options import Truncate, UseAdapter
 from lorax_core.cli.records import RecordFile, TextRecord
@@ -100,15 +100,11 @@ def classify(
     chosen = loading.chosen_adapter(path, use)
     about = _head_options(chosen, label, task, problem_type)
     job = _ClassifyJob(loading, path, chosen, about, truncate.value)
+    check_out(out, (_LINES,), given, json=json, overwrite=overwrite, restart=restart)
     if out is None:
         _show(job, given, json=json, several=texts is None or len(texts) > 1 or texts == ["-"])
     else:
-        if not isinstance(given, RecordFile) or json:
-            message = "it needs --file FILE; --file - reads lines of stdin" if not json else "it is JSON without --json"
-            raise typer.BadParameter(message, param_hint="--out")
-        if out.suffix != _LINES:
-            raise typer.BadParameter(f"{out.name!r} does not end in {_LINES}", param_hint="--out")
-        _write(job, given, out, overwrite=overwrite, restart=restart)
+        _write(job, cast("RecordFile", given), out, overwrite=overwrite, restart=restart)
 
 
 @dataclass(frozen=True, slots=True)

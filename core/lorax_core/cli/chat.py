@@ -10,6 +10,7 @@ import contextlib
 import functools
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -41,6 +42,7 @@ app = typer.Typer(add_completion=False)
 @loads_model
 @samples
 def chat(
+    context: typer.Context,
     path: ModelPath,
     use: UseAdapter = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all.")] = None,
@@ -60,16 +62,15 @@ def chat(
     """
     state = ChatState(loading.options_of(path)["adapters"], options=sampling)
     # One among several need not be named here: /use names it.
-    if use is not None or len(state.adapters) < 2:
+    if use is not None or len(loading.options.get("adapters", {})) < 2:
         state.adapter = loading.chosen_adapter(path, use)
     if history is not None:
         state.conversation = read_conversation(history)
         state.files.add(history.resolve())
     if system is not None:
         state.conversation.system = as_text(system, "--system")
-    lorax_core.GenerateRequest(
-        prompt="", **sampling
-    )  # what is wrong with the options is known before anything is loaded
+    # What is wrong with the options is known before anything is loaded.
+    lorax_core.GenerateRequest(prompt="", **sampling)
     check_stdin()
     with loading.engine(path) as engine:
         at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -77,7 +78,8 @@ def chat(
         talk.check()
         if at_terminal:
             print_message(f"{path}: {state.speaker} answers; /help lists commands, Ctrl-D ends", style="dim")
-            _at_terminal(talk, TypedLines(functools.partial(completions, state)))
+            debug = bool(context.find_root().params.get("debug"))
+            _at_terminal(talk, TypedLines(functools.partial(completions, state)), debug=debug)
         else:
             _through_pipe(talk, PipedLines())
 
@@ -87,14 +89,17 @@ class _Interruption:
 
     def __init__(self) -> None:
         self._held = self._came = False
-        self._before: Any = None
+        # In the background a shell may have it ignored.
+        self._possible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        if self._possible:
+            signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._possible:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -186,7 +191,7 @@ class Talk:
         return self._engine.stream(**request.model_dump())
 
 
-def _at_terminal(talk: Talk, lines: Lines) -> None:
+def _at_terminal(talk: Talk, lines: Lines, *, debug: bool) -> None:
     """Until the user ends it: what is wrong with a message, and Ctrl-C, end that message alone."""
     while True:
         try:
@@ -196,6 +201,8 @@ def _at_terminal(talk: Talk, lines: Lines) -> None:
         except OutputError:
             raise
         except LoraxError as error:
+            if debug:
+                traceback.print_exception(error)
             print_error(error)
         except KeyboardInterrupt:
             print_message("\nCtrl-D or /quit ends the chat", style="dim")

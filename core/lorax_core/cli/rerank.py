@@ -73,8 +73,10 @@ def rerank(
     with loading.engine(path) as engine:
         for records, found in given_answers(engine, given, request):
             print_truncated(found, given, records[0].line - 1)
-            scored = (_Scored(one.score, record) for one, record in zip(found, records, strict=True))
-            best = sorted([*best, *scored], key=lambda one: one.order)[:top_n]
+            best += (_Scored(one.score, record) for one, record in zip(found, records, strict=True))
+            if top_n is not None:  # of a long file no more are held
+                best = _ordered(best)[:top_n]
+    best = _ordered(best)
     if json:
         for rank, one in enumerate(best, 1):
             id = {"id": one.record.id} if one.record.id is not None else {}
@@ -82,6 +84,10 @@ def rerank(
             show_line({"rank": rank, "index": index, **id, "score": one.score, "text": one.record.text})
     else:
         show_table(("rank", "score", "index", "text"), [_row(rank, one) for rank, one in enumerate(best, 1)])
+
+
+def _ordered(scored: list[_Scored]) -> list[_Scored]:
+    return sorted(scored, key=lambda one: one.order)
 
 
 def _row(rank: int, one: _Scored) -> list[str]:

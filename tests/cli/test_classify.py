@@ -13,6 +13,8 @@ from builders import BERT, change_json, make_letter_tokenizer, make_lora
 from oracles import make_model
 
 import lorax_core
+from lorax_core.cli.classifications import entities_in
+from lorax_core.types import Entity
 
 TEXTS = ["Ada met Bob in Rome", "no, (yes)"]
 IOB = {0: "O", 1: "B-PER", 2: "I-PER"}
@@ -203,6 +205,68 @@ def test_a_task_is_told_where_the_files_do_not_say_it(main, folders, tmp_path):
     ]
 
 
+def test_problem_type_says_what_the_numbers_of_an_adapter_s_head_mean(main, folders):
+    asked = ["classify", str(folders / "base"), *TEXTS, f"--adapter=it={folders / 'lora-tone'}", "--json"]
+
+    _, out, _ = main(*asked, "--problem-type", "multi_label_classification")
+
+    expected = classified(folders / "base", folders / "lora-tone", problem_type="multi_label_classification")
+    scores = [one["score"] for line in lines(out) for one in line["labels"]]
+    assert scores == pytest.approx([score for answer in expected for score in answer.scores], abs=1e-6)
+    assert sum(scores) != pytest.approx(len(TEXTS), abs=1e-2)
+
+
+class Screen(io.StringIO):
+    """A terminal that is written to."""
+
+    def isatty(self):
+        return True
+
+
+def test_at_a_terminal_entities_are_marked_in_their_texts(main, folders, monkeypatch):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "dumb")
+
+    code, _, _ = main("classify", str(folders / "ner"), *TEXTS)
+
+    expected = []
+    for at, (text, answer) in enumerate(zip(TEXTS, classified(folders / "ner"), strict=True)):
+        for one in reversed(answer.entities):
+            text = f"{text[: one.end]}[{one.label} {one.score:.2f}]{text[one.end :]}"
+        expected.append(f"{at}  {text}")
+    assert code == 0
+    # Where lines are broken is the terminal's.
+    assert screen.getvalue().split() == " ".join(expected).split()
+
+
+def test_marks_have_a_colour_for_each_label_and_nothing_is_obeyed():
+    colours = {}
+    entities = [Entity(label, 0.987, "", start, end) for label, start, end in (("B", 0, 1), ("A", 2, 4), ("B", 5, 6))]
+
+    shown = entities_in("b a\x1b b\nrest", entities, colours)
+
+    assert shown.plain == "b[B 0.99] a\\x1b[A 0.99] b[B 0.99]\nrest"
+    assert colours == {"B": "cyan", "A": "magenta"}
+    assert [span.style for span in shown.spans if "bold" in str(span.style)] == [
+        "bold underline cyan", "bold underline magenta", "bold underline cyan",
+    ]  # fmt: skip
+
+
+def test_a_file_of_texts_is_classified_into_a_file(main, folders, tmp_path):
+    records, out = tmp_path / "records.jsonl", tmp_path / "labels.jsonl"
+    records.write_text("".join(json.dumps({"body": text, "id": at * 10}) + "\n" for at, text in enumerate(TEXTS)))
+    asked = ["classify", str(folders / "tone"), f"--file={records}", "--field=body"]
+
+    code, nothing, err = main(*asked, f"--out={out}")
+    _, shown, _ = main(*asked, "--json")
+
+    assert (code, nothing, err.startswith("2 lines in ")) == (0, "", True)
+    assert out.read_text() == shown
+    assert [(one["index"], one["id"]) for one in lines(shown)] == [(0, 0), (1, 10)]
+    assert list(map(labelled, lines(shown))) == [answer.labels for answer in classified(folders / "tone")]
+
+
 def test_a_long_text_is_refused_and_cut_when_asked(main, folders):
     long = "a " * 200
 
@@ -232,6 +296,9 @@ ADAPTER = "--adapter=it=LORA"
         ([ADAPTER, "--use", "it=0.5", "--label", "0=glad"], 2, "the head of one adapter"),
         (["--label", "0=glad"], 2, "the head of one adapter"),
         (["--task", "token-classification"], 2, "the head of one adapter"),
+        (["--problem-type", "regression"], 2, "--problem-type"),
+        (["--problem-type", "regresion"], 2, "is not one of"),
+        (["--out", "x.jsonl"], 2, "it needs --file"),
         (["--adapter", "it=no-such-folder"], 1, "no-such-folder"),
     ],
 )

@@ -94,6 +94,7 @@ def test_json_has_the_whole_answer(main, engine):
         "text": expected.text,
         "token_ids": expected.token_ids,
         "finish_reason": "length",
+        "stop_reason": None,
         "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": 8, "total_tokens": prompt_tokens + 8},
     }
 
@@ -109,6 +110,103 @@ def test_sampling_options_reach_the_engine(main, engine):
     assert out == engine.generate(PROMPT, **options).text + "\n"
 
 
+FLAGS = {
+    "--temperature=0.9 --top-k=20 --top-p=0.95 --min-p=0.01 --typical-p=0.9 --seed=0": {
+        "temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "seed": 0,
+    },
+    "--repetition-penalty=1.3 --presence-penalty=0.5 --frequency-penalty=-0.5": {
+        "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+    },
+    "--logit-bias=12=-100 --logit-bias=5=2.5": {"logit_bias": {12: -100.0, 5: 2.5}},
+    "--min-tokens=12 --ignore-eos --stop-token-id=262 --stop-token-id=3": {
+        "min_tokens": 12, "ignore_eos": True, "stop_token_ids": [262, 3],
+    },
+    "--choice=yes --choice=no": {"choice": ["yes", "no"]},
+    "--regex=[0-9]{4}": {"regex": "[0-9]{4}"},
+    """--schema={"enum":["yes"]}""": {"json_schema": {"enum": ["yes"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_each_flag_is_the_option_of_that_name(main, engine, flags):
+    _, out, _ = main("generate", MODEL, PROMPT, "--max-tokens=16", *flags.split())
+
+    expected = engine.generate(PROMPT, max_tokens=16, **FLAGS[flags]).text
+    assert out == expected + "\n"
+    assert expected != engine.generate(PROMPT, max_tokens=16).text
+
+
+def test_a_schema_may_be_in_a_file(main, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": ["from the file"]}')
+
+    _, out, _ = main("generate", MODEL, PROMPT, "--schema", str(tmp_path / "schema.json"))
+    code, _, err = main("generate", MODEL, PROMPT, "--schema", str(tmp_path / "schemas.json"))
+
+    assert out == '"from the file"\n'
+    assert (code, "--schema: " in err, "JSON that begins with {" in " ".join(err.split())) == (1, True, True)
+
+
+def test_several_answers_are_below_headings_and_in_json_beside_the_first(main, engine):
+    asked = ["generate", MODEL, PROMPT, "--max-tokens=6", "--n=2", "--temperature=0.9", "--seed=3"]
+
+    _, out, err = main(*asked)
+    _, shown, _ = main(*asked, "--json", "--logprobs=2")
+
+    first = engine.generate(PROMPT, max_tokens=6, n=2, temperature=0.9, seed=3, logprobs=2)
+    (second,) = first.alternatives
+    assert out == f"==> answer 1 <==\n{first.text}\n==> answer 2 <==\n{second.text}\n"
+    assert err.startswith("12 tokens in ")
+    found = json.loads(shown)
+    assert (found["text"], found["alternatives"][0]["text"]) == (first.text, second.text)
+    assert "".join(one["token"] for one in found["logprobs"]) == first.text
+    for one, expected in zip(found["logprobs"], first.logprobs, strict=True):
+        assert one["logprob"] == pytest.approx(expected.logprob, abs=1e-5)
+        assert [top["token_id"] for top in one["top"]] == list(expected.top)
+
+
+def test_each_line_of_a_file_is_continued(main, engine, tmp_path):
+    prompts, texts, records = tmp_path / "prompts.txt", tmp_path / "answers.txt", tmp_path / "answers.jsonl"
+    asked = ["The list of files", PROMPT, "The module " * 250, "An iterator"]
+    prompts.write_text("".join(f"{text}\n" for text in asked))
+    room = engine.info().max_tokens - engine.count_tokens(asked[2])
+    answers = [
+        engine.generate(text, max_tokens=most).text for text, most in zip(asked, (128, 128, room, 128), strict=True)
+    ]
+    assert room < 128
+
+    _, shown, _ = main("generate", MODEL, f"--file={prompts}")
+    code, nothing, err = main("generate", MODEL, f"--file={prompts}", f"--out={texts}")
+    main("generate", MODEL, f"--file={prompts}", f"--out={records}", "--logprobs=0", GIVEN["upper"], "--max-tokens=4")
+
+    assert shown == "".join(f"==> line {line} <==\n{text}\n" for line, text in enumerate(answers, 1))
+    assert texts.read_text() == shown
+    assert (code, nothing, err.startswith("4 lines in ")) == (0, "", True)
+    upper = engine.generate(asked, adapter="upper", max_tokens=4)
+    assert [(one["index"], one["text"]) for one in lines(records.read_text())] == [
+        (at, one.text) for at, one in enumerate(upper)
+    ]
+
+
+def test_a_line_of_a_file_that_has_no_answer_is_named_after_the_answers_before(main, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "The list", "id": "a"}\n{"prompt": ""}\n')
+
+    code, out, err = main("generate", MODEL, f"--file={prompts}", "--field=prompt", "--max-tokens=4", "--json")
+    _, _, why = main("generate", MODEL, f"--file={prompts}")
+
+    assert (code, [(one["index"], one["id"]) for one in lines(out)]) == (1, [(0, "a")])
+    assert "line 2 of" in err
+    assert "the prompt is empty" in " ".join(err.split())
+    assert "--field prompt" in " ".join(why.split())
+
+
+def test_a_message_is_rendered_by_the_chat_template(main, engine):
+    _, out, _ = main("generate", MODEL, "List the files", "--chat", "--system", "Be short", "--max-tokens=8")
+
+    messages = [{"role": "system", "content": "Be short"}, {"role": "user", "content": "List the files"}]
+    assert out == engine.generate(messages, max_tokens=8).text + "\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -118,6 +216,18 @@ def test_sampling_options_reach_the_engine(main, engine):
         ([GIVEN["upper"], GIVEN["upper"]], 2, "two adapters are called 'upper'"),
         (["--adapter", "sql=no-such-folder"], 1, "no-such-folder"),
         (["--max-tokens", "600"], 1, "the model holds 512"),
+        (["--min-tokens", "600"], 1, "min_tokens 600 is more than max_tokens"),
+        (["--logit-bias", "a=1"], 2, "'a=1' is not ID=VALUE"),
+        (["--logit-bias", "1=1", "--logit-bias", "01=2"], 2, "token 1 has two biases"),
+        (["--system", "Be short"], 2, "add --chat"),
+        (["--logprobs", "1"], 2, "add --json"),
+        (["--file", "x"], 1, "x cannot be read"),
+        (["--field", "x"], 2, "it needs --file"),
+        (["--out", "x.txt"], 2, "it needs --file"),
+        (["--file", __file__, "--out", "x.csv"], 2, "'x.csv' ends in none of"),
+        (["--file", __file__], 2, "give a prompt, - for stdin, or --file"),
+        (["--regex", "a", "--choice", "a"], 1, "exclude each other"),
+        (["--top-p", "2"], 1, "top_p"),
     ],
 )
 def test_what_cannot_be_generated_is_told_on_stderr(main, arguments, code, told):

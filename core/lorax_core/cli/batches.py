@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorax_core.serving.call import Call
     from lorax_core.serving.engine import Engine
     from lorax_core.serving.requests import Request
-    from lorax_core.types import Classification, Embedding
+    from lorax_core.types import Classification, Embedding, Relevance
 
 BATCH: Final = 256
 """How many texts are answered together: the rows of a step, by default."""
@@ -127,7 +127,7 @@ class NamedTexts(Protocol):
         """What messages call a text."""
 
 
-def print_truncated(answers: Iterable[Embedding | Classification], texts: NamedTexts, first: int) -> None:
+def print_truncated(answers: Iterable[Embedding | Classification | Relevance], texts: NamedTexts, first: int) -> None:
     """On stderr, each text that was cut."""
     for index, answer in enumerate(answers, first):
         if answer.truncated:

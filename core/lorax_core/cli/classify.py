@@ -1,29 +1,40 @@
-"""`lorax classify`: labels of inputs, or of their tokens, on stdout.
+"""`lorax classify`: labels of inputs, or of their tokens, on stdout or in a file.
 
-Decides how a command line says which head answers, and what is shown of its labels. Knows nothing of models: loading and
-answering are those of the Python interface, imported when the command runs.
+Decides how a command line says which head answers. Knows nothing of models: loading and answering are those of the Python
+interface, imported when the command runs.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
 import lorax_core
-from lorax_core.cli.batches import Texts, answers, print_truncated
+from lorax_core.cli.batches import Texts, print_truncated
+from lorax_core.cli.classifications import ShownLabels, answer_json, is_empty
+from lorax_core.cli.files import Field, InFile, Overwrite, Restart, job_of, refuse_same, write_answers
+from lorax_core.cli.inputs import check_out, given_answers, given_texts
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.options import Truncate, UseAdapter, numbered_labels
-from lorax_core.cli.render import Table, data_only_stdout, print_message, show_line
+from lorax_core.cli.records import RecordFile, TextRecord
+from lorax_core.cli.render import data_only_stdout, json_line, print_message, show_line
+from lorax_core.cli.resuming import NoHead, PartFile
 from lorax_core.types import Classification
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
 
 app = typer.Typer(add_completion=False)
+
+
+_LINES: Final = ".jsonl"
 
 
 class HeadTask(StrEnum):
@@ -33,13 +44,31 @@ class HeadTask(StrEnum):
     TEXTS = "sequence-classification"
 
 
+class ProblemType(StrEnum):
+    """What the numbers of an adapter's head mean; the values are those of `problem_type` in a config.json."""
+
+    REGRESSION = "regression"
+    SINGLE_LABEL = "single_label_classification"
+    MULTI_LABEL = "multi_label_classification"
+
+
+_OutFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write .jsonl. The same command line again continues what was interrupted.",
+        rich_help_panel="Files",
+    ),
+]
+
+
 @app.command()
 @loads_model
 def classify(
     path: ModelPath,
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT", help="What to classify; a single - reads lines of stdin.")
-    ],
+        list[str] | None, typer.Argument(metavar="TEXT", help="What to classify; a single - reads lines of stdin.")
+    ] = None,
     use: UseAdapter = None,
     label: Annotated[
         list[str] | None,
@@ -48,41 +77,73 @@ def classify(
     task: Annotated[
         HeadTask | None, typer.Option(help="What that adapter's head is for, where its files do not say it.")
     ] = None,
+    problem_type: Annotated[
+        ProblemType | None, typer.Option(help="What the numbers of that head mean, where its files do not say it.")
+    ] = None,
     truncate: Annotated[
         Truncate, typer.Option(help="A text that is too long: refuse it, or cut its start or its end.")
     ] = Truncate.ERROR,
+    file: InFile = None,
+    field: Field = None,
+    out: _OutFile = None,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, a line for each text.")] = False,
     *,
     loading: Loading,
 ) -> None:
-    """Classify texts, or the tokens of texts; a line of stdin is a text, an empty one too.
+    """Classify texts, or the tokens of texts; a line of stdin or of a file is a text, an empty one too.
 
-    A head that an adapter brings comes before that of the checkpoint.
+    A head that an adapter brings comes before that of the checkpoint. At a terminal entities are marked in their texts.
     """
-    adapters = loading.options_of(path)["adapters"]
+    given = given_texts(texts, file, field)
     chosen = loading.chosen_adapter(path, use)
-    about = _head_options(chosen, label, task)
-    cut: Any = truncate.value  # a Literal there
-    given = Texts(texts)
+    about = _head_options(chosen, label, task, problem_type)
+    job = _ClassifyJob(loading, path, chosen, about, truncate.value)
+    check_out(out, (_LINES,), given, json=json, overwrite=overwrite, restart=restart)
+    if out is None:
+        _show(job, given, json=json, several=texts is None or len(texts) > 1 or texts == ["-"])
+    else:
+        _write(job, cast("RecordFile", given), out, overwrite=overwrite, restart=restart)
 
-    def request(text: str) -> lorax_core.ClassifyRequest:
-        return lorax_core.ClassifyRequest(input=text, adapter=chosen, truncate=cut)
 
-    # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
-    first_loaded = {name: at for name, at in adapters.items() if not about or name != chosen}
-    with loading.engine(path, adapters=first_loaded) as engine:
-        if about:
-            _load_head(engine, cast("str", chosen), adapters, about)
-        columns: list[str] = []
-        for first, found in answers(engine, given, request):
+@dataclass(frozen=True, slots=True)
+class _ClassifyJob:
+    """A model, the adapter that answers, what is said of its head, and what happens to long texts."""
+
+    loading: Loading
+    path: str
+    adapter: str | dict[str, float] | None
+    about: dict[str, Any]
+    truncate: Any  # a Literal there
+
+    def request(self, text: str) -> lorax_core.ClassifyRequest:
+        """What is asked of a text."""
+        return lorax_core.ClassifyRequest(input=text, adapter=self.adapter, truncate=self.truncate)
+
+    @contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """The engine of the model, with the adapter's head as it was described."""
+        adapters = self.loading.options_of(self.path)["adapters"]
+        # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
+        first_loaded = {name: at for name, at in adapters.items() if not self.about or name != self.adapter}
+        with self.loading.engine(self.path, adapters=first_loaded) as engine:
+            if self.about:
+                with data_only_stdout():
+                    engine.adapters.load(cast("str", self.adapter), adapters[self.adapter], **self.about)
+            yield engine
+
+
+def _show(job: _ClassifyJob, given: Texts | RecordFile, *, json: bool, several: bool) -> None:
+    shown = ShownLabels(numbered=several)
+    with job.engine() as engine:
+        for records, found in given_answers(engine, given, job.request):
+            first = records[0].line - 1
             if json:
-                _show_lines(found, first)
+                for record, answer in zip(records, found, strict=True):
+                    show_line(answer_json(record.line - 1, answer, record.id))
             else:
-                # All texts are answered by one head, so the first answer says what there is to show.
-                if not columns:
-                    columns = _columns(found[0])
-                    table = Table(columns)
-                table.add(_rows(found, first, columns))
+                shown.add(records, found)
             # Whoever reads a pipe has these while the next are computed.
             sys.stdout.flush()
             if not json:
@@ -90,87 +151,38 @@ def classify(
             print_truncated(found, given, first)
 
 
+def _write(job: _ClassifyJob, given: RecordFile, out: Path, *, overwrite: bool, restart: bool) -> None:
+    refuse_same(given, out)
+    said = {"use": job.adapter, "truncate": job.truncate, "head": job.about}
+    part = PartFile(out, job_of(job.loading, job.path, given, **said), overwrite=overwrite, restart=restart)
+
+    def encode(records: list[TextRecord], found: list[Classification]) -> bytes:
+        lines = (answer_json(one.line - 1, answer, one.id) for one, answer in zip(records, found, strict=True))
+        return "".join(f"{json_line(line)}\n" for line in lines).encode()
+
+    with job.engine() as engine:
+        write_answers(engine, given, lambda record: job.request(record.text), part, NoHead(), encode)
+
+
 def _head_options(
-    chosen: str | dict[str, float] | None, labels: list[str] | None, task: HeadTask | None
+    chosen: str | dict[str, float] | None,
+    labels: list[str] | None,
+    task: HeadTask | None,
+    problem: ProblemType | None,
 ) -> dict[str, Any]:
     """What is said of the head of the adapter that answers; it is a wrong command line when there is no such adapter."""
-    named = numbered_labels(labels or [])
-    said = {"id2label": named or None, "task": str(task) if task is not None else None}
+    said: dict[str, Any] = {"id2label": numbered_labels(labels or []) or None}
+    said |= {name: str(one) for name, one in (("task", task), ("problem_type", problem)) if one is not None}
     about = {name: value for name, value in said.items() if value is not None}
     # A weighted sum has no head of its own, and the base's is not to be renamed.
     if about and not isinstance(chosen, str):
-        option = "--label" if named else "--task"
+        option = "--label" if "id2label" in about else f"--{next(iter(about)).replace('_', '-')}"
         message = "it is about the head of one adapter; --adapter NAME=FOLDER loads one, --use NAME chooses it"
         raise typer.BadParameter(message, param_hint=option)
     return about
 
 
-def _load_head(engine: Engine, name: str, adapters: dict[str, str], about: dict[str, Any]) -> None:
-    """The adapter that answers, with what is said of its head."""
-    with data_only_stdout():
-        engine.adapters.load(name, adapters[name], **about)
-
-
-def _show_lines(answers: list[Classification], first: int) -> None:
+def _print_empty(answers: list[Classification], texts: Texts | RecordFile, first: int) -> None:
     for index, answer in enumerate(answers, first):
-        show_line(
-            {
-                "index": index,
-                "tokens": answer.usage.prompt_tokens,
-                "truncated": answer.truncated,
-                "labels": list(_labels(answer)),
-                "entities": _entities(answer) if answer.entities is not None else None,
-            }
-        )
-
-
-def _labels(answer: Classification) -> list[dict[str, Any]]:
-    """The labels with their scores; of tokens also the token and where it stands."""
-    rows: list[dict[str, Any]] = [
-        {"label": label, "score": score} for label, score in zip(answer.labels, answer.scores, strict=True)
-    ]
-    # Not strict: of a whole text there are labels and no tokens.
-    for row, token in zip(rows, answer.tokens or [], strict=False):
-        row["token"] = token
-    for row, (start, end) in zip(rows, answer.offsets or [], strict=False):
-        row |= {"start": start, "end": end}
-    return rows
-
-
-def _entities(answer: Classification) -> list[dict[str, Any]]:
-    return [
-        {"label": one.label, "score": one.score, "text": one.text, "start": one.start, "end": one.end}
-        for one in answer.entities or []
-    ]
-
-
-def _shown(answer: Classification) -> list[dict[str, Any]]:
-    """Entities where labels make entities, else tokens, else labels of a text."""
-    return _labels(answer) if answer.entities is None else _entities(answer)
-
-
-def _columns(answer: Classification) -> list[str]:
-    if answer.entities is not None:
-        return ["index", "label", "score", "text", "start", "end"]
-    # Of a text without tokens, only the (empty) offsets say that tokens were asked for.
-    of_tokens = answer.tokens is not None or answer.offsets is not None
-    offsets = ["start", "end"] if answer.offsets is not None else []
-    return ["index", "label", "score", *(["token"] if of_tokens else []), *offsets]
-
-
-def _rows(answers: list[Classification], first: int, columns: list[str]) -> Iterator[list[str]]:
-    for index, answer in enumerate(answers, first):
-        for row in _shown(answer):
-            yield [str(index), *(_cell(row.get(name)) for name in columns[1:])]
-
-
-def _print_empty(answers: list[Classification], texts: Texts, first: int) -> None:
-    for index, answer in enumerate(answers, first):
-        if not _shown(answer):
+        if is_empty(answer):
             print_message(f"{texts.name(index)}: nothing was found", style="dim")
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return " ".join(str(value).split()) if value is not None else "-"  # one row is one line

@@ -1,103 +1,116 @@
-"""`lorax generate`: continue one prompt, the text on stdout as it is made.
+"""`lorax generate`: continue a prompt, the text on stdout as it is made, or the prompts of a file.
 
-Decides how a command line becomes a request, and what is shown of the answer. Knows nothing of models: loading and
+Decides how a command line becomes a request. Knows nothing of models: loading and
 answering are those of the Python interface, imported when the command runs.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 import lorax_core
 from lorax_core.cli.batches import as_text
+from lorax_core.cli.completions import answers_json, blocks, follow, summary
+from lorax_core.cli.files import Field, InFile, Overwrite, Restart
+from lorax_core.cli.inputs import check_out, given_file
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.options import UseAdapter, read_text
+from lorax_core.cli.prompt_file import LINES, WINDOW, PromptFile, with_room
 from lorax_core.cli.render import print_message, show_json
-
-if TYPE_CHECKING:
-    from lorax_core.serving.stream import Stream
-    from lorax_core.types import Completion
+from lorax_core.cli.sampling import samples
 
 app = typer.Typer(add_completion=False)
 
-
-DEFAULT_TOKENS = 128
+_OutFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write .jsonl or .txt. The same command line again continues what was interrupted.",
+        rich_help_panel="Files",
+    ),
+]
 
 
 @app.command()
 @loads_model
+@samples
 def generate(
     path: ModelPath,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to continue; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="What to continue; - reads it from stdin.")
+    ] = None,
     use: UseAdapter = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="The longest answer, in tokens; by default 128, or what the model has room for.")
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message, which the chat template of the model renders.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before it, with --chat.")] = None,
+    n: Annotated[int | None, typer.Option("--n", metavar="N", help="So many answers, drawn independently.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --json, each token's log-probability and so many of the likeliest."),
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token each time; above, tokens are drawn.")
-    ] = 0,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds draw equal answers.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; may be given several times.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, once the answer is complete.")] = False,
+    file: InFile = None,
+    field: Field = None,
+    out: _OutFile = None,
+    overwrite: Overwrite = False,
+    restart: Restart = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, once an answer is complete.")] = False,
     *,
+    sampling: dict[str, Any],
     loading: Loading,
 ) -> None:
-    """Continue a prompt; the text streams to stdout."""
-    request = lorax_core.GenerateRequest(
-        prompt=read_text(prompt),
-        adapter=loading.chosen_adapter(path, use),
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        stop=[as_text(text, "--stop") for text in stop or []],
-    )
-    with loading.engine(path) as engine:
-        if max_tokens is None:  # a default must not refuse what was asked for: it only shortens
-            room = engine.info().max_tokens - engine.count_tokens(request.prompt, adapter=request.adapter)
-            request = request.model_copy(update={"max_tokens": max(min(DEFAULT_TOKENS, room), 1)})
-        started = time.perf_counter()
-        completion = _follow(engine.stream(**request.model_dump()), quiet=json)
-        seconds = time.perf_counter() - started
-    if json:
-        _show_json(path, request.adapter, completion)
+    """Continue a prompt, whose answer streams to stdout, or each line of a file.
+
+    An answer has at most 128 tokens unless --max-tokens says otherwise.
+    """
+    if logprobs is not None and not (json if out is None else out.suffix == LINES):
+        raise typer.BadParameter("only JSON has room for them: add --json", param_hint="--logprobs")
+    options = {**sampling, "adapter": loading.chosen_adapter(path, use)}
+    options |= {name: value for name, value in (("n", n), ("logprobs", logprobs)) if value is not None}
+    ask = _asking(options, chat=chat, system=system)
+    given = given_file(file, field, WINDOW)
+    check_out(out, (LINES, ".txt"), given, json=json, overwrite=overwrite, restart=restart)
+    if (prompt is None) == (given is None):
+        raise typer.BadParameter("give a prompt, - for stdin, or --file FILE", param_hint="PROMPT")
+    if given is None:
+        _continue_one(loading, path, ask(read_text(prompt or "")), json=json)
+        return
+    ask("")  # what is wrong with the options is known before anything is loaded
+    job = PromptFile(loading, path, given, ask)
+    if out is None:
+        job.show(json=json)
     else:
-        tokens = completion.usage.completion_tokens
-        print_message(f"{tokens} tokens in {seconds:.2f} s; ended by: {completion.finish_reason}", style="dim")
+        about = {**options, "use": options["adapter"], "chat": chat, "system": system}
+        job.write(out, about, overwrite=overwrite, restart=restart)
 
 
-def _follow(stream: Stream, quiet: bool) -> Completion:
-    """The whole answer; unless `quiet`, each piece is printed as it comes."""
-    completion = None
-    for event in stream:
-        if not quiet:
-            # Flushed: in a pipe stdout is buffered, and nothing would stream.
-            print(event.text, end="", flush=True)
-        # Only the last event has one.
-        completion = event.completion
-    if not quiet:
-        print(flush=True)
-    assert completion is not None, "a stream ended without its completion"
-    return completion
+def _continue_one(loading: Loading, path: str, request: lorax_core.GenerateRequest, *, json: bool) -> None:
+    with loading.engine(path) as engine:
+        request = with_room(engine, request)
+        started = time.perf_counter()
+        found = follow(engine.stream(**request.model_dump()), quiet=json or request.n > 1)
+        seconds = time.perf_counter() - started
+        if json:
+            show_json({"model": path, "adapter": request.adapter, **answers_json(engine, found)})
+            return
+    if request.n > 1:
+        print("\n".join(blocks(found)))
+    print_message(summary(found, seconds), style="dim")
 
 
-def _show_json(path: str, adapter: str | dict[str, float] | None, completion: Completion) -> None:
-    usage = completion.usage
-    show_json(
-        {
-            "model": path,
-            "adapter": adapter,
-            "text": completion.text,
-            "token_ids": completion.token_ids,
-            "finish_reason": str(completion.finish_reason),
-            "usage": {
-                "prompt_tokens": usage.prompt_tokens,
-                "completion_tokens": usage.completion_tokens,
-                "total_tokens": usage.total_tokens,
-            },
-        }
-    )
+def _asking(options: dict[str, Any], *, chat: bool, system: str | None) -> Callable[[str], lorax_core.GenerateRequest]:
+    """How a prompt becomes a request."""
+    if system is not None and not chat:
+        raise typer.BadParameter("it is a message of a conversation: add --chat", param_hint="--system")
+    before = [{"role": "system", "content": as_text(system, "--system")}] if system is not None else []
+
+    def ask(text: str) -> lorax_core.GenerateRequest:
+        prompt: Any = [*before, {"role": "user", "content": text}] if chat else text
+        return lorax_core.GenerateRequest(prompt=prompt, **options)
+
+    return ask

@@ -7,8 +7,6 @@ nothing of models: loading is that of the Python interface, imported when an eng
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -17,10 +15,10 @@ import typer
 
 import lorax_core
 from lorax_core.cli.config import Config
+from lorax_core.cli.flags import with_flags
 from lorax_core.cli.options import chosen_adapter, named_sources
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout
-from lorax_core.errors import listed
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -83,25 +81,11 @@ class Loading:
 
 def loads_model(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the flags of loading. What they say is passed as its keyword `loading`, a `Loading`."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [parameter for name, parameter in signature.parameters.items() if name != "loading"]
-    if clash := {parameter.name for parameter in own} & _FLAGS.keys():
-        raise TypeError(f"{command.__name__} has {listed(sorted(clash))} already")
-    flags = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        for name, kind in _FLAGS.items()
-    ]
+    return with_flags(command, "loading", _FLAGS, _said)
 
-    @functools.wraps(command)
-    def loading_command(context: typer.Context, **given: Any) -> None:
-        options = {name: given.pop(name) for name in _FLAGS}
-        options["adapters"] = named_sources(options.pop("adapter") or [])
-        said = {name: value for name, value in options.items() if value is not None}
-        command(**given, loading=Loading(said, context.find_object(Config) or Config()))
 
-    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-    parameters = [context, *own, *flags]
-    loading_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    loading_command.__annotations__ = {one.name: one.annotation for one in parameters}
-    del loading_command.__wrapped__  # whose signature typer would read instead
-    return loading_command
+def _said(context: typer.Context, given: dict[str, Any]) -> Loading:
+    options = {**given, "adapters": named_sources(given["adapter"] or [])}
+    del options["adapter"]
+    said = {name: value for name, value in options.items() if value is not None}
+    return Loading(said, context.find_object(Config) or Config())

@@ -28,7 +28,10 @@ EXIT_CODES: Final = {
 }
 """What `lorax --help` and docs/cli.md say of exit codes."""
 
-SUBCOMMANDS: Final = ("models", "plugins", "adapters", "generate", "embed", "classify", "serve", "bench", "doctor")
+SUBCOMMANDS: Final = (
+    *("models", "plugins", "adapters"),
+    *("generate", "chat", "embed", "classify", "rerank", "serve", "bench", "doctor"),
+)
 
 
 class Subcommands(TyperGroup):

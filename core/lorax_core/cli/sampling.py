@@ -1,0 +1,102 @@
+"""What all commands that generate have in common: the flags of sampling, of where an answer ends, and of its form.
+
+Decides how they are written on a command line. Knows nothing of their ranges: `GenerateRequest` checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from lorax_core.cli.batches import as_text
+from lorax_core.cli.flags import with_flags
+from lorax_core.errors import RequestError
+from lorax_core.untrusted import read_json
+
+_SAMPLING: Final = "Sampling"
+_END: Final = "Length and end"
+_FORM: Final = "Form of the answer"
+
+
+def _flag(panel: str, kind: Any, help: str, *names: str, metavar: str | None = None) -> Any:
+    return Annotated[kind | None, typer.Option(*names, metavar=metavar, help=help, rich_help_panel=panel)]
+
+
+# By the names of `GenerateRequest`, but for stop_token_id and schema. What was left out is left to its defaults.
+FLAGS: Final[Mapping[str, Any]] = {
+    "temperature": _flag(
+        _SAMPLING, float, "0, as it is by default, takes the likeliest token each time; above, tokens are drawn."
+    ),
+    "top_k": _flag(_SAMPLING, int, "Draw from so many of the likeliest tokens."),
+    "top_p": _flag(_SAMPLING, float, "Draw from the likeliest tokens that have this probability together."),
+    "min_p": _flag(_SAMPLING, float, "Draw from tokens with this share of the likeliest one's probability, or more."),
+    "typical_p": _flag(_SAMPLING, float, "Draw from the most typical tokens that have this probability together."),
+    "repetition_penalty": _flag(_SAMPLING, float, "Above 1, tokens of prompt and answer become less likely."),
+    "presence_penalty": _flag(_SAMPLING, float, "Lowers the logits of tokens of the answer, once."),
+    "frequency_penalty": _flag(_SAMPLING, float, "Lowers the logits of tokens of the answer, each time they occur."),
+    "logit_bias": _flag(_SAMPLING, list[str], "Add to the logit of a token. Repeatable.", metavar="ID=VALUE"),
+    "seed": _flag(_SAMPLING, int, "Equal seeds draw equal answers."),
+    "max_tokens": _flag(_END, int, "The longest answer, in tokens."),
+    "min_tokens": _flag(_END, int, "Nothing ends the answer before."),
+    "stop": _flag(_END, list[str], "End before this text. Repeatable.", metavar="TEXT"),
+    "stop_token_id": _flag(_END, list[int], "End before this token. Repeatable.", metavar="ID"),
+    "ignore_eos": _flag(_END, bool, "The model's end tokens end nothing.", "--ignore-eos"),
+    "schema": _flag(_FORM, str, "JSON that fits a JSON Schema.", metavar="FILE|JSON"),
+    "regex": _flag(_FORM, str, "Text that fits a regular expression.", metavar="PATTERN"),
+    "choice": _flag(_FORM, list[str], "This text, or another one that is given so. Repeatable.", metavar="TEXT"),
+}
+
+
+def samples(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags of sampling. Its keyword `sampling` has what they say, as options of `GenerateRequest`."""
+    return with_flags(command, "sampling", FLAGS, _request_options)
+
+
+def _request_options(_: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `GenerateRequest` from flags; those left out are left out. Raises BadParameter or RequestError."""
+    # Not by truth: a temperature or a seed of 0 is said.
+    said = {name: value for name, value in given.items() if value is not None and value != []}
+    if "logit_bias" in said:
+        said["logit_bias"] = _biases(said["logit_bias"])
+    if "stop_token_id" in said:
+        said["stop_token_ids"] = list(said.pop("stop_token_id"))
+    if "schema" in said:
+        said["json_schema"] = _schema(said.pop("schema"))
+    if "regex" in said:
+        said["regex"] = as_text(said["regex"], "--regex")
+    for name in ("stop", "choice"):
+        if name in said:
+            said[name] = [as_text(text, f"--{name}") for text in said[name]]
+    return said
+
+
+def _biases(given: Iterable[str]) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for one in given:
+        token, equals, value = one.partition("=")
+        try:
+            if not equals or not token.isdecimal():
+                raise ValueError
+            bias = float(value)
+        except ValueError as error:
+            raise typer.BadParameter(f"{one!r} is not ID=VALUE", param_hint="--logit-bias") from error
+        # A later one would silently win in a dict.
+        if int(token) in biases:
+            raise typer.BadParameter(f"token {int(token)} has two biases", param_hint="--logit-bias")
+        biases[int(token)] = bias
+    return biases
+
+
+def _schema(given: str) -> Any:
+    """The JSON itself, which is checked with the request, or what is in a file."""
+    if given.lstrip().startswith("{"):
+        return as_text(given, "--schema")
+    try:
+        return read_json(Path(given), RequestError)
+    except RequestError as error:
+        raise RequestError(
+            f"--schema: {error.message}", hint="give a file, or JSON that begins with {, in quotes of the shell"
+        ) from error

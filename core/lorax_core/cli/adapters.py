@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from lorax_core.plugins.host import PluginHost
 
 app = typer.Typer(
-    help="Adapters: list a server's, look into them, combine them, merge them into their base.", no_args_is_help=True
+    help="Adapters: list a server's, look into them, combine them, merge them into their base.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

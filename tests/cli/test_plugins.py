@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lorax_core.plugins import ArchitectureSpec
+from lorax_core.plugins.record import PluginRecord, PluginStatus
 
 SLOW = """
 import torch
@@ -154,6 +155,21 @@ def test_doctor_finds_what_is_not_there_and_survives_what_would_end_its_own_proc
     assert said["lorax-misspelt"]["cause"] == "LORAX_PLUGINS names 'lorax-misspelt', which is not installed"
     assert said["lorax-bert"]["status"] == "blocked"
     assert said["lorax-core"]["status"] == "ready"
+
+
+def test_doctor_starts_no_process_for_what_is_blocked(main, monkeypatch):
+    probed = []
+
+    def probe(entry, timeout):
+        probed.append(entry.name)
+        return PluginRecord(entry.name, f"lorax-{entry.name}", "1.0", entry.value, PluginStatus.READY)
+
+    monkeypatch.setattr("lorax_core.cli.plugins._probe_apart", probe)
+    monkeypatch.setenv("LORAX_PLUGINS", "qwen2")
+
+    main("plugins", "doctor")
+
+    assert sorted(probed) == ["core", "qwen2"]
 
 
 def test_doctor_does_not_wait_for_ever(lorax, strangers):

@@ -10,6 +10,10 @@ _LATE_PADDING = {"late_padding": {"pad_token_id": 5, "max_position_embeddings": 
 """Padding id 5 takes six rows, so 70 rows leave 64 positions again."""
 
 
+_LATE_PADDING = {"late_padding": {"pad_token_id": 5, "max_position_embeddings": 70}}
+"""Padding id 5 takes six rows, so 70 rows leave 64 positions again."""
+
+
 def _cases(name: str, variants: dict[str, dict[str, Any]]) -> ArchitectureCases:
     """The cases of the architecture whose classes in transformers begin with `name`."""
     return ArchitectureCases(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import lorax_core
+from lorax_core.cli import sampling
 
 QWEN2 = Path(__file__).resolve().parents[2] / "examples/tiny_qwen2"
 MODEL = str(QWEN2 / "model")
@@ -110,16 +111,14 @@ def test_sampling_options_reach_the_engine(main, engine):
     assert out == engine.generate(PROMPT, **options).text + "\n"
 
 
+SAMPLED = "--temperature=0.9 --top-k=20 --top-p=0.95 --min-p=0.01 --typical-p=0.9 --seed=0 --repetition-penalty=1.3"
+LOWERED = "--presence-penalty=0.5 --frequency-penalty=-0.5 --logit-bias=12=-100 --logit-bias=5=2.5"
+ENDED = "--min-tokens=12 --ignore-eos --stop-token-id=262 --stop-token-id=3"
 FLAGS = {
-    "--temperature=0.9 --top-k=20 --top-p=0.95 --min-p=0.01 --typical-p=0.9 --seed=0": {
+    f"{SAMPLED} {LOWERED} {ENDED}": {
         "temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01, "typical_p": 0.9, "seed": 0,
-    },
-    "--repetition-penalty=1.3 --presence-penalty=0.5 --frequency-penalty=-0.5": {
         "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": -0.5,
-    },
-    "--logit-bias=12=-100 --logit-bias=5=2.5": {"logit_bias": {12: -100.0, 5: 2.5}},
-    "--min-tokens=12 --ignore-eos --stop-token-id=262 --stop-token-id=3": {
-        "min_tokens": 12, "ignore_eos": True, "stop_token_ids": [262, 3],
+        "logit_bias": {12: -100.0, 5: 2.5}, "min_tokens": 12, "ignore_eos": True, "stop_token_ids": [262, 3],
     },
     "--choice=yes --choice=no": {"choice": ["yes", "no"]},
     "--regex=[0-9]{4}": {"regex": "[0-9]{4}"},
@@ -127,8 +126,24 @@ FLAGS = {
 }  # fmt: skip
 
 
+def test_each_flag_is_an_option_of_that_name_and_zero_is_said():
+    given = {name: [1] if "list" in str(kind) else 0 for name, kind in sampling.FLAGS.items()}
+    given |= {"logit_bias": ["7=-1.5"], "stop": ["a"], "choice": ["b"], "schema": "{}", "regex": "c"}
+
+    found = sampling.request_options(given)
+
+    named = {"stop_token_id": "stop_token_ids", "schema": "json_schema"}
+    assert set(found) == {named.get(name, name) for name in sampling.FLAGS}
+    assert set(found) <= set(lorax_core.GenerateRequest.model_fields)
+    assert {name for name, value in found.items() if value == 0} == {
+        name for name, value in given.items() if value == 0
+    }
+    assert (found["logit_bias"], found["stop_token_ids"], found["choice"]) == ({7: -1.5}, [1], ["b"])
+    assert sampling.request_options(dict.fromkeys(sampling.FLAGS)) == {}
+
+
 @pytest.mark.parametrize("flags", FLAGS)
-def test_each_flag_is_the_option_of_that_name(main, engine, flags):
+def test_flags_reach_the_engine(main, engine, flags):
     _, out, _ = main("generate", MODEL, PROMPT, "--max-tokens=16", *flags.split())
 
     expected = engine.generate(PROMPT, max_tokens=16, **FLAGS[flags]).text
@@ -225,6 +240,8 @@ def test_a_message_is_rendered_by_the_chat_template(main, engine):
         (["--field", "x"], 2, "it needs --file"),
         (["--out", "x.txt"], 2, "it needs --file"),
         (["--file", __file__, "--out", "x.csv"], 2, "'x.csv' ends in none of"),
+        (["--file", __file__, "--out", "x.txt", "--json"], 2, "--out x.jsonl writes JSON"),
+        (["--overwrite"], 2, "it is about the file of --out"),
         (["--file", __file__], 2, "give a prompt, - for stdin, or --file"),
         (["--regex", "a", "--choice", "a"], 1, "exclude each other"),
         (["--top-p", "2"], 1, "top_p"),

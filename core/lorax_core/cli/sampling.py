@@ -52,10 +52,10 @@ FLAGS: Final[Mapping[str, Any]] = {
 
 def samples(command: Callable[..., None]) -> Callable[..., None]:
     """Gives a command the flags of sampling. Its keyword `sampling` has what they say, as options of `GenerateRequest`."""
-    return with_flags(command, "sampling", FLAGS, _request_options)
+    return with_flags(command, "sampling", FLAGS, lambda _, given: request_options(given))
 
 
-def _request_options(_: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+def request_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `GenerateRequest` from flags; those left out are left out. Raises BadParameter or RequestError."""
     # Not by truth: a temperature or a seed of 0 is said.
     said = {name: value for name, value in given.items() if value is not None and value != []}
@@ -78,7 +78,7 @@ def _biases(given: Iterable[str]) -> dict[int, float]:
     for one in given:
         token, equals, value = one.partition("=")
         try:
-            if not equals or not token.isdecimal():
+            if not (equals and token.isascii() and token.isdecimal()):
                 raise ValueError
             bias = float(value)
         except ValueError as error:

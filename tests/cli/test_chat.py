@@ -163,6 +163,10 @@ def test_how_lines_are_joined(typed, message):
         ("/save", "/save needs the name of a file"),
         ("/save /", "/ is there already"),
         ("/save /no/such/folder/file", "cannot be written"),
+        ("/save " + "x" * 300, "cannot be written"),
+        ("/save " + "x" * 250, "cannot be written"),
+        ("/save a\0b", "cannot be written"),
+        ("/save ~nobody-of-this-name/x", "cannot be written"),
     ],
 )
 def test_a_command_that_is_wrong_changes_nothing(line, told):

@@ -128,8 +128,13 @@ def _set(state: ChatState, text: str) -> None:
 def _save(state: ChatState, name: str) -> None:
     if not name:
         raise RequestError("/save needs the name of a file", hint="/save chat.json")
-    file = Path(name).expanduser()
-    if file.exists() and file.resolve() not in state.files:
+    try:
+        file = Path(name).expanduser()
+        foreign = file.exists() and file.resolve() not in state.files
+    # RuntimeError: a user without a home; ValueError: a name that is none.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RequestError(f"{name:.200} cannot be written: {error}", hint="/save chat.json") from error
+    if foreign:
         raise RequestError(f"{file} is there already, and not of this chat", hint="give another name")
     state.conversation.save(file)
     state.files.add(file.resolve())

@@ -6,6 +6,7 @@ Knows nothing of models.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -46,7 +47,9 @@ class Conversation:
             part.write_text(json.dumps(self.messages(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             part.replace(file)
         except (OSError, ValueError) as error:
-            part.unlink(missing_ok=True)
+            # What cannot be written may not be deleted either.
+            with contextlib.suppress(OSError, ValueError):
+                part.unlink()
             raise RequestError(f"{file} cannot be written: {error}", hint="/save FILE, where you may write") from error
 
 

@@ -237,6 +237,7 @@ def test_a_message_is_rendered_by_the_chat_template(main, engine):
         (["--system", "Be short"], 2, "add --chat"),
         (["--logprobs", "1"], 2, "add --json"),
         (["--file", "x"], 1, "x cannot be read"),
+        (["--file", "x" * 300], 1, "File name too long"),
         (["--field", "x"], 2, "it needs --file"),
         (["--out", "x.txt"], 2, "it needs --file"),
         (["--file", __file__, "--out", "x.csv"], 2, "'x.csv' ends in none of"),

@@ -6,6 +6,7 @@ what is asked, nor of what is written of an answer.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def job_of(loading: Loading, path: str, given: RecordFile, **options: Any) -> di
 
 def refuse_same(given: RecordFile, out: Path) -> None:
     """Raises RequestError when the output would replace the input."""
-    if not given.from_stdin and out.exists() and out.samefile(given.file):
+    if not given.from_stdin and os.path.exists(out) and out.samefile(given.file):
         raise RequestError(f"{out} is the file that is read", hint="give the output a name of its own")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import sys
 from collections.abc import Iterator
@@ -98,7 +99,8 @@ class RecordFile:
         if self.from_stdin:
             check_stdin()
         # A pipe may be opened once.
-        elif not self.file.exists() or self.file.is_dir() or self._is_regular():
+        # os.path: of a name that cannot be, Path's own methods raise.
+        elif not os.path.exists(self.file) or os.path.isdir(self.file) or self._is_regular():
             with self._opened():
                 pass
 

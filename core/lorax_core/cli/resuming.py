@@ -64,7 +64,7 @@ class PartFile:
         # Together, so that an interruption finds both as they were or as they are.
         self._done = BEGINNING, 0  # up to where records are in it, and the bytes that they took behind the head
         self._check_free()
-        if not restart and self._part.exists() and self._state.exists():
+        if not restart and os.path.exists(self._part) and os.path.exists(self._state):
             self._read_state()
 
     @property
@@ -114,11 +114,12 @@ class PartFile:
             yield stream
 
     def _check_free(self) -> None:
-        if not self.out.parent.is_dir():
+        # os.path: of a name that cannot be, Path's own methods raise.
+        if not os.path.isdir(self.out.parent):
             raise RequestError(f"there is no folder {str(self.out.parent)!r}", hint=f"mkdir -p {self.out.parent}")
-        if self.out.exists() and not self.out.is_file():
+        if os.path.exists(self.out) and not os.path.isfile(self.out):
             raise RequestError(f"{self.out} is no regular file", hint="give another name")
-        if self.out.exists() and not self._overwrite:
+        if os.path.exists(self.out) and not self._overwrite:
             raise RequestError(f"{self.out} is there already", hint="give another name, or --overwrite")
 
     def _read_state(self) -> None:

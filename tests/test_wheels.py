@@ -99,8 +99,12 @@ def clean_python(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_wheel_holds_the_modules_of_its_package_and_nothing_else(folder: str, dist: Path):
     package = package_of(folder)
-    # Compiled kernels travel as their sources.
-    sources = [path for ending in ("*.py", "*.cpp", "*.h") for path in (ROOT / package).rglob(ending)]
+    # Compiled kernels travel as their sources, and the server's page beside its module.
+    sources = [
+        path
+        for ending in ("*.py", "*.cpp", "*.h", "*.html", "*.css", "*.js")
+        for path in (ROOT / package).rglob(ending)
+    ]
     files = {path.relative_to(ROOT / package) for path in sources}
     modules = {path for path in files if not {"build", "tests"} & set(path.parts)}
     expected = {f"{package.name}/{path.as_posix()}" for path in [*modules, Path("py.typed")]}

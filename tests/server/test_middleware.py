@@ -97,16 +97,16 @@ def test_keys_open_what_they_are_for():
     ]:
         header = None if key is None else f"Bearer {key}"
         if allowed:
-            keys.check(path, header)
+            keys.check("GET", path, header)
         else:
             with pytest.raises(Refused) as caught:
-                keys.check(path, header)
+                keys.check("GET", path, header)
             assert caught.value.kind == "unauthorized"
 
 
 def test_without_an_admin_key_adapters_cannot_be_changed():
     with pytest.raises(Refused, match="no admin key") as caught:
-        ApiKeys().check("/v1/adapters", None)
+        ApiKeys().check("GET", "/v1/adapters", None)
 
     assert caught.value.kind == "no_route"
 

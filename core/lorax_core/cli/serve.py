@@ -83,6 +83,7 @@ _DrainTimeout = Annotated[
     _flag(metavar="SECONDS", help="What running requests have to finish after SIGTERM.", option="drain_timeout"),
 ]
 _CorsOrigin = Annotated[list[str] | None, _flag(metavar="ORIGIN", help="Web pages of this origin may ask. Repeatable.")]
+_Page = Annotated[bool, typer.Option("--page/--no-page", help="GET / is a page to try the server in a browser.")]
 _LogFormat = Annotated[
     str | None, _flag(metavar="text|json", help="How requests are logged, on stderr.", option="log_format")
 ]
@@ -121,6 +122,7 @@ def serve(
     body_timeout: _BodyTimeout = None,
     drain_timeout: _DrainTimeout = None,
     cors_origin: _CorsOrigin = None,
+    page: _Page = True,
     log_format: _LogFormat = None,
     pooling: _Pooling = None,
     kv_cache_tokens: _KvCacheTokens = None,
@@ -139,14 +141,13 @@ def serve(
     options = _given(
         host=host, port=port, model_name=model_name, max_queue=max_queue, max_body_bytes=max_body_bytes, max_batch=max_batch,
         max_schema_chars=max_schema_chars, request_timeout=request_timeout, body_timeout=body_timeout,
-        drain_timeout=drain_timeout, cors_origins=cors_origin, log_format=log_format,
+        drain_timeout=drain_timeout, cors_origins=cors_origin, page=page, log_format=log_format,
     )  # fmt: skip
     # Unlike an engine in Python, a server lets requests name nothing that was not loaded, unless somebody says so.
     sources = adapter_sources or loading.options_of(path).get("adapter_sources", [])
     for_engine = {
-        "adapter_sources": sources, "pooling": pooling, "kv_cache_tokens": kv_cache_tokens,
-        "max_batch_tokens": max_batch_tokens, "max_batch_rows": max_batch_rows, "max_adapters": max_adapters,
-        "max_adapter_bytes": max_adapter_bytes,
+        "adapter_sources": sources, "pooling": pooling, "kv_cache_tokens": kv_cache_tokens, "max_adapters": max_adapters,
+        "max_batch_tokens": max_batch_tokens, "max_batch_rows": max_batch_rows, "max_adapter_bytes": max_adapter_bytes,
     }  # fmt: skip
     adapters = loading.options_of(path)["adapters"]
     labels = _labels(label or [], adapters)

@@ -31,6 +31,7 @@ from lorax_core.server.middleware import EveryRequest, refusal
 from lorax_core.server.names import ModelNames, base_name
 from lorax_core.server.openai.routes import openai_routes
 from lorax_core.server.options import ServerOptions
+from lorax_core.server.page.routes import page_routes
 from lorax_core.server.rerank import rerank_routes
 from lorax_core.server.schemas import invalid
 from lorax_core.server.tei.routes import tei_routes
@@ -90,7 +91,7 @@ def build_app(
         )
     _answer_errors(app, metrics)
     correct_document(app, needs_key=bool(options.api_keys))
-    for routes in (health_routes, openai_routes, lorax_routes, tei_routes, rerank_routes, adapter_routes):
+    for routes in (health_routes, page_routes, openai_routes, lorax_routes, tei_routes, rerank_routes, adapter_routes):
         app.include_router(routes(gateway))
     return app
 

@@ -27,7 +27,7 @@ class ApiKeys:
         self._keys = [_digest(key.get_secret_value()) for key in keys]
         self._admin = None if admin is None else _digest(admin.get_secret_value())
 
-    def check(self, path: str, authorization: str | None) -> None:
+    def check(self, method: str, path: str, authorization: str | None) -> None:
         """Raises Refused (401) when a request with this `Authorization` header may not ask for this path."""
         admin = is_admin(path)
         if admin and self._admin is None:
@@ -36,7 +36,9 @@ class ApiKeys:
                 "adapters cannot be loaded over HTTP: the server has no admin key",
                 hint="start it with LORAX_ADMIN_KEY set, or with --admin-key-file",
             )
-        if path in OPEN or not (admin or self._keys):
+        # The page itself says nothing; what it then asks for needs the key that is typed into it.
+        page = path == "/" and method in ("GET", "HEAD")
+        if path in OPEN or page or not (admin or self._keys):
             return
         given = _digest(_bearer(authorization))
         allowed = [*self._keys, *([] if self._admin is None else [self._admin])] if not admin else [self._admin or b""]

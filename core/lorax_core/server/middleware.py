@@ -57,7 +57,7 @@ class EveryRequest:
         answer = _Reply(send, found, time.monotonic())
         body = _Body(receive, headers, self._options, self._held)
         try:
-            self._keys.check(scope["path"], headers.get("authorization"))
+            self._keys.check(scope["method"], scope["path"], headers.get("authorization"))
             body.check_length()
             await self._app(scope, body, answer.send)
         except ClientGone:
@@ -90,7 +90,7 @@ class EveryRequest:
             "seconds": round(seconds, 4),
             "request_id": answer.request_id,
         }
-        quiet = route in ("/health", "/ready", "/metrics") and answer.status == 200
+        quiet = route in ("/health", "/ready", "/metrics", "/stats") and answer.status == 200
         log.log(10 if quiet else 20, "request", extra={"fields": fields})
         return str(route)
 

@@ -29,6 +29,7 @@ class ServerOptions(Checked):
     - `body_timeout`: seconds that a client may take to send its headers, and as many for its body.
     - `drain_timeout`: seconds that running requests have to finish after SIGTERM.
     - `cors_origins`: web pages of these origins may ask ("*" for any); none by default.
+    - `page`: `GET /` is a page to try the server in a browser.
     - `log_format`: "text", or "json" with one object a line.
     """
 
@@ -47,6 +48,7 @@ class ServerOptions(Checked):
     body_timeout: float = Field(default=30.0, gt=0, le=3_600)
     drain_timeout: float = Field(default=30.0, ge=0, le=3_600)
     cors_origins: tuple[str, ...] = ()
+    page: bool = True
     log_format: Literal["text", "json"] = "text"
 
     @field_validator("api_keys", mode="before")

@@ -22,8 +22,9 @@ class EngineInfo:
     each linear method computes, `linear_notes` say why others were passed over, and `lora_kernel` is the kernel of low-rank
     products with the reason for it; `elementwise` that of norms, gates and rotations. `graphs` says why decoding steps are not
     captured, None where they are. `weight_bytes` were read from files and made ready in `load_seconds`; `linear_bytes` have the
-    prepared linear layers, which every step reads. `notes` say what was chosen otherwise than the checkpoint states it.
-    `labels` are those of its classification head, and `pooling` is how its vectors are pooled where a request does not say it.
+    prepared linear layers, which every step reads. `chat_template` says whether chat messages can be given. `notes` say what
+    was chosen otherwise than the checkpoint states it. `labels` are those of its classification head, and `pooling` is how its
+    vectors are pooled where a request does not say it.
     """
 
     model_type: str
@@ -42,6 +43,7 @@ class EngineInfo:
     elementwise: tuple[str, str] | None = None
     graphs: str | None = None
     vocab_size: int = 0
+    chat_template: bool = False
     weight_bytes: int = 0
     linear_bytes: int = 0
     load_seconds: float = 0.0

@@ -106,6 +106,7 @@ def assemble_engine(options: EngineOptions, host: PluginHost | None = None, repo
         elementwise=(elementwise.name, why),
         graphs=graphs if isinstance(graphs, str) else None,
         notes=_notes(options, base),
+        chat_template=text.template is not None,
     )
     rate = info.load_bytes_per_second / 1e9
     _log.info("loaded %.2f GB of weights in %.1f s, %.2f GB/s", info.weight_bytes / 1e9, info.load_seconds, rate)

@@ -5,6 +5,7 @@
 #   .venv/.bench core, and what benchmarks plot with
 #   .venv/.clients on top of .test, other projects' clients of the server, in .venv/clients
 #   .venv/.docs  what builds the site, in .venv/docs; .venv/.files what checks workflows and containers, in .venv/files
+#   .venv/.page on top of .test, what drives a browser and checks pages; the browser is the system's
 #   .venv/.gpu   on top of those, the packages that tests/gpu runs over doubles of what only a GPU has
 # All are made anew when a pyproject.toml or constraints.txt changes; a stamp appears only after its set-up succeeded.
 
@@ -32,7 +33,7 @@ OLDEST_TRITON := 3.6.0
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-server test-examples test-gpu test-triton test-cross test-scaffold test-zoo test-clients fuzz lint lint-files format docs wheels check-wheels bench clean
+.PHONY: help setup demo test test-server test-examples test-gpu test-triton test-cross test-scaffold test-zoo test-clients test-page fuzz lint lint-files format docs wheels check-wheels bench clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +71,9 @@ test-zoo: $(VENV)/.test ## Run the conformance kit on the packages in plugins/
 
 test-clients: $(VENV)/.clients ## Ask a server with other projects' clients, as they publish them (50 MB, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile tests/clients $(ARGS)
+
+test-page: $(VENV)/.page ## Use the server's page in headless Chromium, and check that it is accessible (150 MB, once)
+	@$(RUN) -m pytest tests/page $(ARGS)
 
 fuzz: $(VENV)/.test ## Mutate all untrusted input, 20,000 times (fewer: make fuzz ARGS="--cases 2000 --seed 3")
 	@PYTHONPATH=tests $(RUN) -m fuzz $(ARGS)
@@ -181,6 +185,16 @@ $(VENV)/.clients: $(VENV)/.test tests/clients/requirements.txt
 	$(SAY) "set-up: installing clients of the server into an environment of their own (once, half a minute)"
 	@$(PYTHON) -m venv --clear $(VENV)/clients
 	@$(VENV)/clients/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --requirement tests/clients/requirements.txt
+	@touch $@
+
+# The browser is the system's: Debian's package, installed where this may be done.
+$(VENV)/.page: $(VENV)/.test
+	$(SAY) "set-up: installing Playwright and axe for the tests of the server's page (once, about a minute)"
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null; } || { \
+	  echo "set-up: Chromium is needed and not here; install it and run this again (Debian: apt-get install chromium)"; exit 1; } >&2
+	@$(PIP) playwright axe-playwright-python
 	@touch $@
 
 # Beside the pinned one, in a folder of its own.

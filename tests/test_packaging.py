@@ -120,9 +120,9 @@ def collected(folder: Path, *arguments: str) -> list[str]:
 def test_ci_runs_the_tests_that_need_more_packages_after_the_others():
     commands = (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
-    more = ["server", "examples", "scaffold", "zoo", "clients", "gpu", "triton", "cross"]
+    more = ["server", "examples", "scaffold", "zoo", "clients", "page", "gpu", "triton", "cross"]
     first = ["make lint", "make lint-files", "make docs", "make test"]
-    assert commands[-12:] == [*first, *(f"make test-{name}" for name in more)]
+    assert commands[-13:] == [*first, *(f"make test-{name}" for name in more)]
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for name in ("examples", "clients", "gpu", "cross"):
         assert f"tests/{name} $(ARGS)" in makefile.partition(f"\ntest-{name}:")[2].partition("\n\n")[0]

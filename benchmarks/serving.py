@@ -28,7 +28,6 @@ import string
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -173,21 +172,11 @@ def ask(address: str, clients: int, seconds: float, mix: Mix, core: list[int]) -
 @contextmanager
 def served(engine: Any) -> Iterator[str]:
     """Our server in a thread of this process; gives its address."""
-    from lorax_core.server.app import build_app
     from lorax_core.server.options import ServerOptions
-    from lorax_core.server.run import address, listen, make_server
+    from lorax_core.server.run import serving
 
-    options = ServerOptions(port=0, max_queue=100_000)
-    bound = listen(options)
-    bound.listen(1_024)  # clients may come before it answers
-    server = make_server(build_app(engine, options, model_name="base"), options)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-    thread.start()
-    try:
-        yield address(bound)
-    finally:
-        server.should_exit = True
-        thread.join()
+    with serving(engine, ServerOptions(port=0, max_queue=100_000), model_name="base") as address:
+        yield address
 
 
 def pages(engine: Any) -> int:

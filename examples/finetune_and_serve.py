@@ -5,11 +5,8 @@ The adapter learns to end a sentence, to sign it and to stop; the base runs on u
 
 import inspect
 import random
-import re
-import sys
 from importlib import import_module
 from pathlib import Path
-from subprocess import PIPE, Popen
 from tempfile import TemporaryDirectory
 
 import torch
@@ -17,10 +14,12 @@ from openai import OpenAI
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lorax_core as lorax
+from lorax_core.server.run import serving
+
 BASE = Path(__file__).resolve().parent / "tiny_qwen2/model"
 MODULES = ["asyncio", "inspect", "logging", "os", "shutil", "statistics", "tarfile", "unittest"]
 PROMPTS = ["Return the", "If the file does not exist", "This method is called when"]
-LORAX = [sys.executable, "-m", "lorax_core"]  # the command `lorax`, also where it is not on the PATH
 
 
 def train(folder: str, texts: list[str]) -> None:
@@ -45,15 +44,9 @@ members = [member for name in MODULES for member in vars(import_module(name)).va
 sentences = {" ".join((inspect.getdoc(member) or "").split()).partition(". ")[0].rstrip(".") for member in members}
 with TemporaryDirectory() as folder:
     train(folder, sorted(text for text in sentences if 5 <= len(text.split()) <= 12))
-    flags = ["--model-name", "base", "--adapter", f"signed={folder}", "--port", "0"]
-    with Popen([*LORAX, "serve", str(BASE), *flags], stderr=PIPE, text=True) as server:
-        try:
-            assert server.stderr is not None
-            address = next(found[0] for line in server.stderr if (found := re.search(r"http:\S+(?=;)", line)))
-            client = OpenAI(base_url=f"{address}/v1", api_key="none")
-            for prompt in PROMPTS:
-                for model in ("base", "signed"):
-                    [made] = client.completions.create(model=model, prompt=prompt, max_tokens=32, temperature=0).choices
-                    print(f"[{model}] {prompt + made.text!r}, ended by {made.finish_reason}")
-        finally:
-            server.terminate()
+    with lorax.load(BASE, adapters={"signed": folder}) as engine, serving(engine, model_name="base") as address:
+        client = OpenAI(base_url=f"{address}/v1", api_key="none")
+        for prompt in PROMPTS:
+            for model in ("base", "signed"):
+                [made] = client.completions.create(model=model, prompt=prompt, max_tokens=32, temperature=0).choices
+                print(f"[{model}] {prompt + made.text!r}, ended by {made.finish_reason}")

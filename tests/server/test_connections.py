@@ -11,7 +11,7 @@ from loopback import LIMIT, Loopback, held, http, left, until
 
 from lorax_core.errors import RequestError
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.run import _HEADER_BYTES, _Impatient, listen
+from lorax_core.server.run import _HEADER_BYTES, _Impatient, listen, serving
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
 
@@ -257,3 +257,13 @@ def test_bodies_that_are_no_request_are_refused_in_words(engine, server, body):
     assert answer.status_code == 422
     assert answer.json()["error_type"] == "validation"
     assert server.ask({"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_an_engine_is_served_from_python_while_a_block_runs(qwen2):
+    with serving(qwen2, model_name="mine") as address:
+        found = httpx.get(f"{address}/v1/models").json()
+
+    assert [one["id"] for one in found["data"]] == ["mine"]
+    assert qwen2.generate("a", max_tokens=1).text is not None
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{address}/health")

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from lorax_core.server.errors import failure
 from lorax_core.server.gateway import Events, Gateway
 from lorax_core.server.middleware import EveryRequest
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.run import address, listen, make_server, serve_app
+from lorax_core.server.run import address, listen, running, serve_app
 from lorax_core.server.schemas import Body
 from lorax_core.server.sse import EventStream, data
 
@@ -90,9 +90,8 @@ class Loopback:
         self.app = build_app(engine, chosen, model_name="base")
         self.gateway: Gateway = self.app.state.gateway
         self.app.include_router(asking(self.gateway))
-        self.server = make_server(self.app, chosen)
-        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [bound]})
-        self._thread.start()
+        self._runs = ExitStack()
+        self.server = self._runs.enter_context(running(self.app, chosen, bound))
 
     def __enter__(self) -> Loopback:
         return self
@@ -102,8 +101,7 @@ class Loopback:
 
     def close(self) -> None:
         """End it, and whatever it does."""
-        self.server.should_exit = True
-        self._thread.join(LIMIT)
+        self._runs.close()
 
     def ask(self, options: dict[str, Any], *, headers: dict[str, str] | None = None, **more: Any) -> httpx.Response:
         """The answer to `POST /ask`."""

@@ -13,6 +13,8 @@ import math
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any, Final
 
 import uvicorn
@@ -64,6 +66,31 @@ def address(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # compared, not bound
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, options: ServerOptions | None = None, *, model_name: str | None = None) -> Iterator[str]:
+    """A server in a thread of this process, as long as the block runs; gives its address. By default at a free port.
+
+    At the end running requests have `drain_timeout` seconds to finish. The engine stays the caller's to close.
+    """
+    chosen = options or ServerOptions(port=0)
+    bound = listen(chosen)
+    with running(build_app(engine, chosen, model_name=model_name), chosen, bound):
+        yield address(bound)
+
+
+@contextlib.contextmanager
+def running(app: FastAPI, options: ServerOptions, bound: socket.socket) -> Iterator[uvicorn.Server]:
+    """As `serving`, with an application of `build_app` that routes were added to; gives the server."""
+    server = make_server(app, options)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, name="lorax-server")
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def serve(engine: Engine, options: ServerOptions, bound: socket.socket, *, model_name: str | None = None) -> None:

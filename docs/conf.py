@@ -22,8 +22,8 @@ copyright = author
 
 extensions = ["myst_parser"]
 root_doc = INDEX
-include_patterns = ["*.md", "docs/*.md"]
-exclude_patterns = ["core", "tests", "examples", "plugins", "lorax_*", "dist", "build", ".*"]
+include_patterns = ["*.md", "docs/*.md", "examples/README.md", "examples/tiny_qwen2/README.md"]
+exclude_patterns = ["core", "tests", "plugins", "lorax_*", "dist", "build", ".*"]
 myst_heading_anchors = 4
 smartquotes = False  # what is shown is what the files say
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import SecretStr
 
 from lorax_core.errors import RequestError
-from lorax_core.options import EngineOptions
+from lorax_core.options import AdapterOptions, EngineOptions
 from lorax_core.types import Pooling
 
 EVERYTHING = {
@@ -100,6 +100,35 @@ def test_paths_and_members_of_enumerations_become_text():
     assert (options.checkpoint, options.adapters) == ("m", {"a": str(Path("folder") / "a")})
     assert type(options.pooling) is str
     assert EngineOptions(checkpoint="m", adapters=None).adapters == {}
+
+
+def test_an_adapter_may_come_with_what_its_files_do_not_say():
+    said = {"source": Path("folder"), "id2label": {"0": "no", 1: "yes"}, "token": "secret"}
+
+    options = EngineOptions(checkpoint="m", adapters={"a": said, "b": AdapterOptions(source="org/b", pin=True)})
+
+    assert options.adapters["a"] == AdapterOptions(source="folder", id2label={0: "no", 1: "yes"}, token="secret")
+    assert options.adapters["b"].pin
+    assert "secret" not in repr(options)
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        ({"source": "a", "id2lable": {}}, "did you mean 'id2label'?"),
+        ({"id2label": {0: "no"}}, "source: Field required"),
+        ({"source": "a", "id2label": {"none": "no"}}, "id2label"),
+        ({"source": "a", "id2label": {"٣": "no"}}, "id2label"),
+        ({1: 2}, "adapters"),
+        ({"source": "a", "token": 7}, "a token is a string, not int"),
+    ],
+)
+def test_what_is_said_of_an_adapter_is_checked(adapter, told):
+    with pytest.raises(RequestError) as caught:
+        EngineOptions(checkpoint="m", adapters={"a": adapter})
+
+    assert told in str(caught.value)
 
 
 def test_a_whole_number_is_a_fraction_too():

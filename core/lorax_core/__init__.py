@@ -43,6 +43,7 @@ _HOMES = {
     "merge_into_base": "adapters.merging.into_base",
     "Engine": "serving.engine",
     "load": "serving.engine",
+    "AdapterOptions": "options",
     "EngineOptions": "options",
     "load_model": "serving.model",
     "make_batch": "serving.model",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from lorax_core.errors import StepError as StepError
     from lorax_core.modeling.batch import Batch as Batch
     from lorax_core.modeling.model import Model as Model
+    from lorax_core.options import AdapterOptions as AdapterOptions
     from lorax_core.options import EngineOptions as EngineOptions
     from lorax_core.plugins.cases import ArchitectureCases as ArchitectureCases
     from lorax_core.plugins.host import PluginHost as PluginHost

@@ -91,6 +91,40 @@ class Checked(BaseModel):
                 raise invalid(type(self), error) from error
 
 
+class AdapterOptions(Checked):
+    """An adapter that is loaded with an engine: the options of `engine.adapters.load`.
+
+    - `source`: a folder, a hub id (with `revision` and `token`), or the URL of a folder.
+    - `task`, `problem_type`, `id2label` state of its head what its files do not. `pin`: once on the device it stays there.
+    """
+
+    source: str
+    revision: str | None = None
+    token: SecretStr | None = None
+    task: str | None = None
+    problem_type: str | None = None
+    id2label: dict[int, str] | None = None
+    pin: bool = False
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _path_to_text(cls, value: Any) -> Any:
+        return fspath(value) if isinstance(value, PathLike) else value
+
+    @field_validator("token", mode="before")
+    @classmethod
+    def _secret(cls, value: Any) -> Any:
+        return as_secret(value)
+
+    @field_validator("id2label", mode="before")
+    @classmethod
+    def _keys_of_json(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        # JSON and TOML have text for keys.
+        return {int(key) if isinstance(key, str) and _is_number(key) else key: one for key, one in value.items()}
+
+
 class EngineOptions(Checked):
     """The options of `load`; raises RequestError naming the option, its value and what is valid.
 
@@ -98,7 +132,8 @@ class EngineOptions(Checked):
     - `dtype`: "auto" keeps the checkpoint's, except that 16 bit on a CPU without fast bfloat16 becomes float32, and that a GPU
       computes float32 in bfloat16, and everything in float16 where it has no bfloat16.
     - `device`: "auto" is a GPU where there is one, else the CPU. A GPU is the first that `CUDA_VISIBLE_DEVICES` leaves visible.
-    - `adapters`: names to sources, loaded with the engine.
+    - `adapters`: names to sources, loaded with the engine; instead of a source, `AdapterOptions` (or a dict of them) also state
+      of a head what its files do not: `{"topic": {"source": "FOLDER", "id2label": {0: "no", 1: "yes"}}}`.
     - `merge_adapter`: a source, merged into the weights as they are read; all requests then have it beneath their own adapter.
     - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
       in host memory, four times as many when None. The least recently used makes room, and is loaded again when a request
@@ -128,7 +163,7 @@ class EngineOptions(Checked):
     token: SecretStr | None = None
     dtype: Dtype = "auto"
     device: str = "auto"
-    adapters: dict[str, str] = Field(default_factory=dict)
+    adapters: dict[str, str | AdapterOptions] = Field(default_factory=dict)
     merge_adapter: str | None = None
     max_adapters: int | None = Field(default=None, ge=1, lt=2**31)
     max_cpu_adapters: int | None = Field(default=None, ge=0, lt=2**31)
@@ -167,7 +202,7 @@ class EngineOptions(Checked):
             return {}
         if not isinstance(value, Mapping):
             return value
-        return {name: fspath(source) if isinstance(source, PathLike) else source for name, source in value.items()}
+        return {name: _adapter(given) for name, given in value.items()}
 
     @field_validator("adapter_sources", mode="before")
     @classmethod
@@ -187,10 +222,7 @@ class EngineOptions(Checked):
     @field_validator("token", mode="before")
     @classmethod
     def _secret(cls, value: Any) -> Any:
-        # A token that is no string must not be shown by the error about it either.
-        if value is not None and not isinstance(value, (str, SecretStr)):
-            raise ValueError(f"a token is a string, not {type(value).__name__}")
-        return SecretStr(value) if isinstance(value, str) else value
+        return as_secret(value)
 
     @field_validator("pooling", mode="before")
     @classmethod
@@ -206,7 +238,7 @@ class EngineOptions(Checked):
 
     @field_validator("adapters")
     @classmethod
-    def _adapter_names(cls, value: dict[str, str]) -> dict[str, str]:
+    def _adapter_names(cls, value: dict[str, str | AdapterOptions]) -> dict[str, str | AdapterOptions]:
         if any(not name.strip() for name in value):
             raise ValueError("an adapter's name must not be empty")
         return value
@@ -219,6 +251,26 @@ class EngineOptions(Checked):
         if self.max_cpu_adapters is not None and self.max_adapters is None:
             raise ValueError("max_cpu_adapters needs max_adapters: without it every adapter stays on the device")
         return self
+
+
+def as_secret(value: Any) -> Any:
+    """A token that nothing shows; raises ValueError for what is none, and must not be shown by the error about it either."""
+    if value is not None and not isinstance(value, (str, SecretStr)):
+        raise ValueError(f"a token is a string, not {type(value).__name__}")
+    return SecretStr(value) if isinstance(value, str) else value
+
+
+def _adapter(given: Any) -> Any:
+    """A source as text, or the options of an adapter."""
+    if isinstance(given, Mapping):
+        if not all(isinstance(name, str) for name in given):
+            raise ValueError("what is said of an adapter is a source, or options by their names")
+        return AdapterOptions(**given)
+    return fspath(given) if isinstance(given, PathLike) else given
+
+
+def _is_number(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) < 10
 
 
 def invalid(kind: type[BaseModel], error: ValidationError) -> RequestError:

@@ -41,6 +41,19 @@ def test_a_model_has_a_name_its_adapters_and_its_options(main, toml, repository)
     assert "options from lorax.toml" in err
 
 
+def test_a_named_model_says_of_its_adapters_what_their_files_do_not(main, toml, repository):
+    toml(f"""
+        [models.small]
+        path = "{repository}/examples/tiny_qwen2/model"
+        adapters.topic.source = "{repository}/examples/tiny_qwen2/adapters/topic"
+        adapters.topic.id2label = {{0 = "numbers", 1 = "files", 2 = "tests"}}
+    """)
+
+    _, out, _ = main("classify", "small", "Return True if the path is a file.", "--use", "topic", "--json")
+
+    assert json.loads(out)["labels"][0]["label"] == "files"
+
+
 def test_adapters_of_a_named_model_answer_only_when_they_are_chosen(main, toml, repository):
     toml(f"""
         [models.small]

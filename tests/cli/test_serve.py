@@ -74,10 +74,12 @@ def test_labels_of_adapters_have_names(served, repository):
     names = ["a", "b:c", "d=e"]
 
     done = run(example / "model", "--port=0", "--kv-cache-tokens=256", *adapters,
+               "--problem-type=topic=multi_label_classification",
                *[f"--label=topic:{at}={name}" for at, name in enumerate(names)])  # fmt: skip
 
     assert done.exit_code == 0, done.output
     assert sorted(served.labels[0]) == names
+    assert served.engine.adapters["topic"].problem_type == "multi_label_classification"
     assert served.adapters == ["topic", "upper"]
     assert (served.name, "serving 'model'" in done.stderr) == (None, True)
 
@@ -121,6 +123,8 @@ def test_keys_may_be_in_the_environment_and_requests_name_loaded_adapters_alone(
         (["--port", "99999"], "port"),
         (["--log-format", "xml"], "log_format"),
         (["--adapter", "nameless"], "NAME=SOURCE"),
+        (["--problem-type", "topic=regression"], "is not ADAPTER=TYPE"),
+        (["--adapter", "a=/no", "--problem-type", "a"], "is not ADAPTER=TYPE"),
         (["--label", "0=no"], "is not ADAPTER:ID=NAME"),
         (["--label", "topic:0=no"], "no adapter is called 'topic'"),
         (["--adapter", "a=/no", "--label", "a:x=no"], "'x=no' is not ADAPTER:ID=NAME"),

@@ -7,8 +7,7 @@ interface, imported when the command runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -24,7 +23,7 @@ from lorax_core.cli.inputs import check_out, given_answers, given_texts
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.options import Truncate, UseAdapter, numbered_labels
 from lorax_core.cli.records import RecordFile, TextRecord
-from lorax_core.cli.render import data_only_stdout, json_line, print_message, show_line
+from lorax_core.cli.render import json_line, print_message, show_line
 from lorax_core.cli.resuming import NoHead, PartFile
 from lorax_core.types import Classification
 
@@ -121,17 +120,10 @@ class _ClassifyJob:
         """What is asked of a text."""
         return lorax_core.ClassifyRequest(input=text, adapter=self.adapter, truncate=self.truncate)
 
-    @contextmanager
-    def engine(self) -> Iterator[Engine]:
+    def engine(self) -> AbstractContextManager[Engine]:
         """The engine of the model, with the adapter's head as it was described."""
-        adapters = self.loading.options_of(self.path)["adapters"]
-        # The adapter whose head is described comes after: `load` takes sources alone, no labels and no task.
-        first_loaded = {name: at for name, at in adapters.items() if not self.about or name != self.adapter}
-        with self.loading.engine(self.path, adapters=first_loaded) as engine:
-            if self.about:
-                with data_only_stdout():
-                    engine.adapters.load(cast("str", self.adapter), adapters[self.adapter], **self.about)
-            yield engine
+        about = {cast("str", self.adapter): self.about} if self.about else {}
+        return self.loading.engine(self.path, about=about)
 
 
 def _show(job: _ClassifyJob, given: Texts | RecordFile, *, json: bool, several: bool) -> None:

@@ -4,7 +4,8 @@ Decides where the file is found and what it may say. Knows nothing of what optio
 
     [models.small]                      # `lorax generate small ...`
     path = "examples/tiny_qwen2/model"
-    adapters = {upper = "examples/tiny_qwen2/adapters/upper"}
+    adapters.upper = "examples/tiny_qwen2/adapters/upper"
+    adapters.topic = {source = "examples/tiny_qwen2/adapters/topic", id2label = {0 = "numbers", 1 = "files", 2 = "tests"}}
     dtype = "float32"
 
     [generate]                          # options of `lorax generate`, below those on the command line
@@ -104,10 +105,19 @@ def _model(file: Path, name: str, options: Any) -> dict[str, Any]:
     # Paths in a file are read from where the file lies, as one who moves around expects.
     found["path"] = _beside(file, found["path"])
     adapters = found.get("adapters", {})
-    if not isinstance(adapters, dict) or not all(isinstance(one, str) for one in adapters.values()):
-        raise RequestError(f"{file}: adapters of [models.{name}] are names and sources", hint='{upper = "FOLDER"}')
-    found["adapters"] = {key: _beside(file, source) for key, source in adapters.items()}
+    if not isinstance(adapters, dict) or not all(isinstance(_source(one), str) for one in adapters.values()):
+        hint = '{upper = "FOLDER"}, or {topic = {source = "FOLDER", id2label = {0 = "no"}}}'
+        raise RequestError(f"{file}: adapters of [models.{name}] are names and sources", hint=hint)
+    found["adapters"] = {
+        key: {**one, "source": _beside(file, one["source"])} if isinstance(one, dict) else _beside(file, one)
+        for key, one in adapters.items()
+    }
     return found
+
+
+def _source(adapter: Any) -> Any:
+    """The source of an adapter, which is all that is said of it, or one of its options."""
+    return adapter.get("source") if isinstance(adapter, dict) else adapter
 
 
 def _beside(file: Path, source: str) -> str:

@@ -66,7 +66,10 @@ def job_of(loading: Loading, path: str, given: RecordFile, **options: Any) -> di
     from lorax_core.adapters.residency.source import masked
     from lorax_core.weights.hub import find_checkpoint
 
-    def mark(source: str) -> str:
+    def mark(source: Any) -> Any:
+        if isinstance(source, dict):  # with what is said of the adapter
+            said = {name: value for name, value in source.items() if name != "token"}
+            return {**said, "source": mark(source["source"])}
         folder = Path(source).expanduser()
         return files_mark(folder) if folder.is_dir() else masked(source)
 

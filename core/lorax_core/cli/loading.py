@@ -69,9 +69,17 @@ class Loading:
         return chosen_adapter(self.options_of(path)["adapters"] if use is not None else given, use)
 
     @contextlib.contextmanager
-    def engine(self, path: str, **more: Any) -> Iterator[Engine]:
-        """The engine for PATH, closed at the end; `more` are further options, of which None leaves one out."""
+    def engine(
+        self, path: str, *, about: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
+    ) -> Iterator[Engine]:
+        """The engine for PATH, closed at the end; `more` are further options, of which None leaves one out.
+
+        `about` says of adapters what their files do not, as `AdapterOptions`.
+        """
         options = self.options_of(path) | {name: value for name, value in more.items() if value is not None}
+        for name, said in (about or {}).items():
+            given = options["adapters"][name]
+            options["adapters"][name] = {**(given if isinstance(given, dict) else {"source": given}), **said}
         # Only loading: what is done with the engine belongs on stdout.
         with data_only_stdout(), shown_progress() as progress:
             engine = lorax_core.load(**options, progress=progress)

@@ -53,6 +53,13 @@ _Label = Annotated[
         help="Name a label of an adapter's head; once for each label.",
     ),
 ]
+_ProblemType = Annotated[
+    list[str] | None,
+    _flag(
+        metavar="ADAPTER=TYPE",
+        help="How an adapter's head was trained: single_label_classification, multi_label_classification or regression.",
+    ),
+]
 _Host = Annotated[str | None, _flag(help="The address to listen on; 0.0.0.0 is all of this machine.", option="host")]
 _Port = Annotated[int | None, _flag(help="The port; 0 takes a free one.", option="port")]
 _ModelName = Annotated[str | None, _flag(metavar="NAME", help="What clients call the base, instead of PATH.")]
@@ -109,6 +116,7 @@ def serve(
     path: ModelPath,
     adapter_sources: _AdapterSources = None,
     label: _Label = None,
+    problem_type: _ProblemType = None,
     host: _Host = None,
     port: _Port = None,
     model_name: _ModelName = None,
@@ -149,25 +157,28 @@ def serve(
         "adapter_sources": sources, "pooling": pooling, "kv_cache_tokens": kv_cache_tokens, "max_adapters": max_adapters,
         "max_batch_tokens": max_batch_tokens, "max_batch_rows": max_batch_rows, "max_adapter_bytes": max_adapter_bytes,
     }  # fmt: skip
-    adapters = loading.options_of(path)["adapters"]
-    labels = _labels(label or [], adapters)
-    # Labels come with each adapter, and `load` takes sources alone.
-    for_engine["adapters"] = {name: source for name, source in adapters.items() if name not in labels}
+    about = _heads(label or [], problem_type or [], loading.options_of(path)["adapters"])
     settings = Settings.from_env()
     options["api_keys"] = [*settings.api_keys, *(keys_in(api_key_file) if api_key_file else [])]
     options["admin_key"] = next(iter(keys_in(admin_key_file)), None) if admin_key_file else settings.admin_key
     chosen = ServerOptions(**options)
     with contextlib.closing(server.listen(chosen)) as bound, data_only_stdout():
         print_message(f"loading {path}")
-        with loading.engine(path, **for_engine) as engine:
-            for adapter, id2label in labels.items():
-                engine.adapters.load(adapter, adapters[adapter], id2label=id2label)
+        with loading.engine(path, about=about, **for_engine) as engine:
             engine.warmup()
             # A model of lorax.toml is called as it is there.
             name = chosen.model_name or (path if path in loading.config.models else None)
             called = name or server.base_name(engine.options.checkpoint)
             print_message(f"serving {called!r} at {server.address(bound)}; Ctrl-C stops")
             server.serve(engine, chosen, bound, model_name=name)
+
+
+def _heads(labels: list[str], problems: list[str], adapters: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What is said of the heads of adapters."""
+    about: dict[str, dict[str, Any]] = {name: {"id2label": those} for name, those in _labels(labels, adapters).items()}
+    for name, problem in _problems(problems, adapters).items():
+        about.setdefault(name, {})["problem_type"] = problem
+    return about
 
 
 def _labels(given: list[str], adapters: Mapping[str, str]) -> dict[str, dict[int, str]]:
@@ -181,6 +192,18 @@ def _labels(given: list[str], adapters: Mapping[str, str]) -> dict[str, dict[int
             raise typer.BadParameter(f"{problem}; --adapter names {listed(adapters)}", param_hint="--label")
         found.setdefault(adapter, []).append(f"{index}{equals}{name}")
     return {adapter: numbered_labels(those, "ADAPTER:ID=NAME") for adapter, those in found.items()}
+
+
+def _problems(given: list[str], adapters: Mapping[str, str]) -> dict[str, str]:
+    """What the numbers of each adapter's head mean."""
+    found: dict[str, str] = {}
+    for one in given:
+        adapter, equals, problem = one.partition("=")
+        if adapter not in adapters or not equals:
+            message = f"{one!r} is not ADAPTER=TYPE with an adapter that --adapter names: {listed(adapters)}"
+            raise typer.BadParameter(message, param_hint="--problem-type")
+        found[adapter] = problem
+    return found
 
 
 def _given(**options: Any) -> dict[str, Any]:

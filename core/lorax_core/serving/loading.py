@@ -32,7 +32,7 @@ from lorax_core.kvcache.sizing import CacheShape, CacheSize, make_pool
 from lorax_core.linear_methods.select import LinearPolicy
 from lorax_core.modeling.heads import CLASSIFICATION, EmbeddingHead
 from lorax_core.modeling.model import Model
-from lorax_core.options import EngineOptions
+from lorax_core.options import AdapterOptions, EngineOptions
 from lorax_core.plugins.host import PluginHost
 from lorax_core.progress import Progress, Report, silent
 from lorax_core.serving.adapter_text import AdapterTexts, with_merged
@@ -179,9 +179,12 @@ def _adapters(
 
 def _load_adapters(options: EngineOptions, store: AdapterStore, report: Report) -> None:
     count = len(options.adapters)
-    for done, (name, source) in enumerate(options.adapters.items()):
+    for done, (name, given) in enumerate(options.adapters.items()):
         report(Progress("loading adapters", done, count))
-        store.load(name, source)
+        one = AdapterOptions(source=given) if isinstance(given, str) else given
+        token = one.token.get_secret_value() if one.token is not None else None
+        about = {field: getattr(one, field) for field in ("revision", "task", "problem_type", "id2label", "pin")}
+        store.load(name, one.source, token=token, **about)
     if count:
         report(Progress("loading adapters", count, count))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from fakes import make_backend_spec, with_backends
 
 from lorax_core.errors import PluginError, RequestError
@@ -201,6 +202,15 @@ def test_checkpoints_are_kept_for_two_variants_and_gone_in_the_end(make_spec, ho
     assert first not in kept
     assert last in kept
     assert not folder.exists()
+
+
+def test_a_check_gives_the_same_error_whatever_drew_random_numbers_before(make_spec, run):
+    spec = make_spec("bert")
+
+    first = run(spec, "adapter-replaced").error
+    torch.rand(1)
+
+    assert run(spec, "adapter-replaced").error == first
 
 
 def test_a_closed_suite_begins_anew(make_spec, host):

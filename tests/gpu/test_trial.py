@@ -295,9 +295,8 @@ def test_verdicts_depend_on_the_versions_of_what_computes():
     assert facts["torch"].startswith("2.")
 
 
-@pytest.mark.parametrize("backend", ["Prints", "PrintsBelow"])
-def test_what_is_printed_in_a_trial_is_no_verdict(settings, backend):
-    assert Trials(settings, MACHINE).problem(attention(backend, (PLAIN,))) is None
+def test_what_is_printed_in_a_trial_is_no_verdict(settings):
+    assert Trials(settings, MACHINE).problem(attention("Prints", (PLAIN,))) is None
 
 
 def test_modules_of_the_current_folder_do_not_run(settings, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from builders import make_lora, make_qwen2_model
@@ -30,6 +32,24 @@ def _tried_on_a_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
 
 
+@pytest.fixture(scope="session")
+def verdicts(qwen2, tmp_path_factory):
+    """What trials in processes of their own say of the kernels of a CPU for this model, all of which are right."""
+    cache = tmp_path_factory.mktemp("verdicts") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAX_TRIALS", "all")
+        patch.setenv("LORAX_CACHE", fresh_cache(cache))
+        with lorax.load(qwen2, kv_cache_tokens=64) as engine:
+            assert (engine.info().attention, engine.info().elementwise[0]) == ("native", "native")
+    return cache / "trials"
+
+
+@pytest.fixture
+def others_tried(verdicts, tmp_path):
+    """Those verdicts are kept already: what is tried is what a test brings."""
+    shutil.copytree(verdicts, tmp_path / "cache/trials")
+
+
 @pytest.fixture
 def settings():
     return Settings.from_env()
@@ -41,6 +61,7 @@ def faulty(host):
     return with_backends(host, spec.model_copy(update={"backend": "faulty_kernels:GivesNaN"}))
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_a_backend_that_fails_its_trial_is_passed_over_with_the_reason(qwen2, faulty, host):
     with lorax.load(qwen2, host=host, kv_cache_tokens=64) as engine:
         expected = engine.generate([1, 2, 3], max_tokens=4)
@@ -53,6 +74,7 @@ def test_a_backend_that_fails_its_trial_is_passed_over_with_the_reason(qwen2, fa
     assert answer == expected
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_a_backend_that_was_named_and_fails_its_trial_is_an_error(qwen2, faulty):
     with pytest.raises(
         RequestError, match=r"'faulty' cannot serve this model on 'cpu': prompts, .* not finite"
@@ -62,6 +84,7 @@ def test_a_backend_that_was_named_and_fails_its_trial_is_an_error(qwen2, faulty)
     assert "lorax doctor --verify" in caught.value.hint
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_the_doctor_shows_what_failed_a_trial_until_it_is_tried_again(qwen2, faulty, settings):
     trials = Trials(settings)
     with lorax.load(qwen2, host=faulty, kv_cache_tokens=64):
@@ -78,6 +101,7 @@ def test_the_doctor_shows_what_failed_a_trial_until_it_is_tried_again(qwen2, fau
     assert not list((settings.cache / "trials").iterdir())
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_a_backend_that_cannot_be_imported_keeps_none_of_the_others_from_being_used(qwen2, host):
     spec = make_backend_spec("absent", "AbsentBackend", priority=50)
     broken = with_backends(host, spec.model_copy(update={"backend": "no_such_module_at_all:Backend"}))
@@ -100,6 +124,7 @@ def test_without_trials_a_backend_is_believed(qwen2, faulty, monkeypatch):
         assert engine.info().attention == "faulty"
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_kernels_of_adapters_are_tried_at_the_sizes_of_the_model(qwen2, tmp_path):
     folder = make_lora(make_qwen2_model(), tmp_path / "it")
 
@@ -296,6 +321,7 @@ def test_a_cpu_has_no_dtype_of_16_bit_of_its_own():
     assert sixteen_bit("cpu") is None
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_an_engine_says_when_it_computes_in_another_dtype_than_the_checkpoint(tmp_path):
     make_qwen2_model().to(F16).save_pretrained(tmp_path / "f16")
     make_qwen2_model().save_pretrained(tmp_path / "f32")
@@ -308,6 +334,7 @@ def test_an_engine_says_when_it_computes_in_another_dtype_than_the_checkpoint(tm
         assert same.info().notes == ()
 
 
+@pytest.mark.usefixtures("others_tried")
 def test_an_engine_says_what_loading_took(qwen2, caplog):
     caplog.set_level("INFO", logger="lorax_core.serving.loading")
 

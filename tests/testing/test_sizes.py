@@ -84,6 +84,16 @@ def test_every_architecture_here_has_all_sizes(model_type, host):
     assert found >= set(HEAD_SIZES)
 
 
+def test_a_default_that_fits_the_usual_heads_alone_is_found_on_the_first_size_that_is_added(make_spec, host):
+    # The reference divides the width by the number of heads; those of the tiny model are of 64.
+    with Suite(make_spec("qwen2", config="broken:HasHeadsOf64ByDefault"), host=host) as suite:
+        planned = {variant: check for variant, check in suite.plan() if check.name == "config-defaults"}
+        results = {variant: suite.run(variant, check).status for variant, check in planned.items()}
+
+    assert results["base"] is CheckStatus.PASSED
+    assert results["heads_of_32"] is CheckStatus.FAILED
+
+
 def test_a_model_that_is_wrong_for_one_size_fails(make_spec, run):
     spec = make_spec("qwen2", backbone="broken:RoundsHeadsUp")
 

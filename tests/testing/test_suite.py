@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from fakes import make_backend_spec, with_backends
 
 from lorax_core.errors import PluginError, RequestError
@@ -121,6 +122,22 @@ def test_the_plan_has_each_check_once_for_each_variant_it_applies_to(make_spec, 
     assert not any(name.startswith("cache") or "window" in name or "generate" in name for _, name in planned)
 
 
+def test_what_does_not_depend_on_the_size_of_heads_runs_on_the_first_that_the_kit_adds(make_spec, host):
+    with Suite(make_spec("qwen2"), host=host) as suite:
+        whole = {(variant, check.name) for variant, check in suite.plan()}
+        named = suite.plan(checks=["config-defaults"], variants=["heads_of_128"])
+
+    added = [variant for variant in suite.variants if variant.startswith("heads_of_")]
+    unsized = {check.name for check in CHECKS if not check.sized and check.applies(suite.spec)}
+    assert "config-defaults" in unsized
+    assert not {"numbers-hidden", "numbers-generate", "adapter-peft", "quantized-int4"} & unsized
+    for name in unsized:
+        assert [variant for variant in added if (variant, name) in whole] == added[:1]
+        assert {"base", "windows", "tied"} <= {variant for variant, check in whole if check == name}
+    # Whoever names one gets it.
+    assert [variant for variant, _ in named] == ["heads_of_128"]
+
+
 def test_names_limit_the_plan(make_spec, host):
     with Suite(make_spec("qwen2"), host=host) as suite:
         planned = suite.plan(checks=["masking", "round-trip"], variants=["windows"])
@@ -185,6 +202,15 @@ def test_checkpoints_are_kept_for_two_variants_and_gone_in_the_end(make_spec, ho
     assert first not in kept
     assert last in kept
     assert not folder.exists()
+
+
+def test_a_check_gives_the_same_error_whatever_drew_random_numbers_before(make_spec, run):
+    spec = make_spec("bert")
+
+    first = run(spec, "adapter-replaced").error
+    torch.rand(1)
+
+    assert run(spec, "adapter-replaced").error == first
 
 
 def test_a_closed_suite_begins_anew(make_spec, host):

@@ -18,7 +18,8 @@ class Check:
     """One property that the kit proves of an architecture.
 
     `inapplicable` says, from the declaration alone, why the check does not apply (None: it does). A check that runs `once`
-    is about the architecture, not about a variant.
+    is about the architecture, not about a variant. One that is not `sized` cannot depend on which size heads have: of the sizes
+    that the kit adds, it runs on the first alone.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Check:
     run: Callable[[Case], Measured]
     inapplicable: Callable[[ArchitectureSpec], str | None] | None = None
     once: bool = False
+    sized: bool = True
 
     def applies(self, spec: ArchitectureSpec) -> bool:
         """Whether the check applies to an architecture."""

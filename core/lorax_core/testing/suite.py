@@ -63,7 +63,9 @@ class Suite:
         self.spec = self.host.architecture(model_type)
         # A spec given by hand has an owner without a module; its classes are then imported from anywhere.
         owner = self.host.owner(model_type)
-        self.cases = with_head_sizes(load_cases(self.spec, owner if owner.module else None), self._aliases())
+        own = load_cases(self.spec, owner if owner.module else None)
+        self.cases = with_head_sizes(own, self._aliases())
+        self._more_sizes = [name for name in self.cases.variants if name not in own.variants][1:]
         self.device = device
         self.backend = backend
         self._dtype = dtype
@@ -78,7 +80,10 @@ class Suite:
         return (BASE, *self.cases.variants)
 
     def plan(self, checks: Collection[str] = (), variants: Collection[str] = ()) -> list[Planned]:
-        """What there is to run, variant by variant; names limit it. Raises RequestError for an unknown name."""
+        """What there is to run, variant by variant; names limit it. Raises RequestError for an unknown name.
+
+        Without names, checks that are not `sized` run on the first of the sizes of heads that the kit adds; named, on all.
+        """
         _insist(checks, [check.name for check in CHECKS], "check")
         _insist(variants, self.variants, "variant")
         wanted = [check for check in CHECKS if not checks or check.name in checks]
@@ -86,7 +91,9 @@ class Suite:
         for variant in self.variants:
             if not variants or variant in variants:
                 several = (check for check in wanted if not check.once)
-                planned += [(variant, check) for check in several if check.applies(self.spec)]
+                planned += [
+                    (variant, check) for check in several if self._runs(check, variant, bool(checks or variants))
+                ]
         return planned
 
     def run(self, variant: str | None, check: Check) -> CheckResult:
@@ -107,6 +114,9 @@ class Suite:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _runs(self, check: Check, variant: str, named: bool) -> bool:
+        return check.applies(self.spec) and (check.sized or named or variant not in self._more_sizes)
 
     def _aliases(self) -> Mapping[str, str]:
         owner = self.host.owner(self.spec.model_type)

@@ -142,6 +142,11 @@ def _config_class(case: Case) -> type[ModelConfig]:
 
 
 CHECKS = (
-    Check("config-defaults", "a key that config.json leaves out means what it means to the reference", _defaults),
-    Check("config-spellings", "older spellings that the reference takes mean the same", _spelt),
+    Check(
+        "config-defaults",
+        "a key that config.json leaves out means what it means to the reference",
+        _defaults,
+        sized=False,
+    ),
+    Check("config-spellings", "older spellings that the reference takes mean the same", _spelt, sized=False),
 )

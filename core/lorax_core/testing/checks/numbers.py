@@ -107,6 +107,7 @@ CHECKS = (
             f"answers to {task} are those of the reference",
             partial(_head, task=task),
             partial(_has, task=task),
+            sized=task is Task.GENERATE,
         )
         for task in Task
     ),

@@ -27,8 +27,8 @@ base or the generating checkpoint, and `engine.classify(text, adapter=name)` ans
 `engine.rerank` does, too. Adapters that generate, embed or classify, whatever their heads, and the base share an `engine.run`.
 
 - The task is the files' `task_type`, else `engine.adapters.load(name, path, task="token-classification")` (or
-  `"sequence-classification"`). A head without either is refused. `load(..., adapters={{name: {{"source": path, "task": ...}}}})`
-  takes the same.
+  `"sequence-classification"`). A head without either is refused.
+  `load(..., adapters={{name: {{"source": path, "task": ...}}}})` takes the same.
 - `id2label` names the labels; without it they are `LABEL_0`, `LABEL_1` and so on, never the base's names.
 - `problem_type="multi_label_classification"` makes the scores of a text independent; one label alone is a raw number.
 - An adapter without a head uses the base's, where the base has one. `engine.embed` ignores heads.
@@ -44,8 +44,8 @@ A chat template beside an adapter's files (`chat_template.jinja`, or in `tokeniz
 the adapter, and so does its tokenizer where its vocabulary is the base's: each token of the base has the same id there.
 Tokens that it has beyond those are read and written, as long as the model has rows for their ids; an end token of its own
 ends answers, too. A tokenizer of another vocabulary, or files that cannot be read, are an error when the adapter is loaded,
-which names what differs. Constrained answers are held by a grammar over that tokenizer. Limits on the length of texts and prompts of
-sentence-transformers stay those of the checkpoint. A weighted sum uses what all of its members use, else the base's. On a base without a tokenizer an adapter's is
+which names what differs. Constrained answers are held by a grammar over that tokenizer. Limits on the length of texts and
+prompts of sentence-transformers stay those of the checkpoint. A weighted sum uses what all of its members use, else the base's. On a base without a tokenizer an adapter's is
 left aside, with a warning. A merged adapter's serves the whole engine; `adapters merge --base` does not copy it, and says so.
 
 ## Where adapters come from

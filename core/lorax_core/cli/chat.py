@@ -168,7 +168,7 @@ class Talk:
             with interruption.held():
                 print(flush=True)
         if self._at_terminal and reason is FinishReason.LENGTH:
-            print_message("the answer is as long as it may be", style="dim")
+            print_message("cut off: --max-tokens or the model allows no more", style="dim")
         if self._at_terminal and not answer:
             print_message("nothing was answered, and the message is taken back", style="dim")
 

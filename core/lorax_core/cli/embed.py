@@ -160,7 +160,7 @@ def _check_command(
     """Raises BadParameter for options that say nothing together."""
     wrong: tuple[str, str] | None = None
     if bool(texts) == (file is not None):
-        wrong = "TEXT", "give texts, a single - for lines of stdin, or --file FILE"
+        wrong = "TEXT", "give texts, a single - for lines of stdin, or --file FILE, and one of them alone"
     elif file is None and (out is not None or field is not None):
         wrong = "--out" if out is not None else "--field", "it needs --file FILE; --file - reads lines of stdin"
     elif out is not None and out.suffix not in (*_HEADS, _LINES):

@@ -76,7 +76,9 @@ def generate(
     given = given_file(file, field, WINDOW)
     check_out(out, (LINES, ".txt"), given, json=json, overwrite=overwrite, restart=restart)
     if (prompt is None) == (given is None):
-        raise typer.BadParameter("give a prompt, - for stdin, or --file FILE", param_hint="PROMPT")
+        raise typer.BadParameter(
+            "give a prompt, - for stdin, or --file FILE, and one of them alone", param_hint="PROMPT"
+        )
     if given is None:
         _continue_one(loading, path, ask(read_text(prompt or "")), json=json)
         return

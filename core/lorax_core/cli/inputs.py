@@ -38,7 +38,7 @@ def given_texts(
 ) -> Texts | RecordFile:
     """What a command line gives. Raises BadParameter for nothing, for both, and RequestError for what cannot be read."""
     if bool(texts) == (file is not None):
-        message = f"give a {name} or several, a single - for lines of stdin, or --file FILE"
+        message = f"give a {name} or several, a single - for lines of stdin, or --file FILE, and one of them alone"
         raise typer.BadParameter(message, param_hint=name)
     return given_file(file, field) or Texts(texts or [])
 

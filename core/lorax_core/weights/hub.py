@@ -130,7 +130,7 @@ def _download(kind: Kind, source: str, revision: str | None, token: str | None) 
         )
     except Exception as error:  # the client's own, its HTTP library's (which one hangs on its version), and JSON's
         at = f" at revision {revision!r}" if revision else ""
-        advice = "check the spelling; private models need token=; offline, only what was downloaded before is there"
+        advice = "check the spelling; private models need HF_TOKEN or token=; offline, only what was downloaded before is there"
         raise kind.error(
             f"there is no {kind.noun} folder {source!r} here, and the hub did not give it{at}: {type(error).__name__}: {error}",
             hint=f"{_neighbour(Path(source))}{advice}",

@@ -10,7 +10,7 @@ from builders import make_lora, make_qwen2, make_qwen2_model
 from safetensors.torch import load_file
 
 import lorax_core
-from lorax_core.cli.measuring import Workload, gaps, percentiles, prompts_of, read_rate
+from lorax_core.cli.measuring import Workload, decode_rate, gaps, percentiles, prompts_of, read_rate
 
 FEW = ("--prompt-tokens", "5", "--max-tokens", "3", "--repeats", "1")
 
@@ -26,8 +26,8 @@ def test_a_model_that_generates_has_rates_latencies_and_its_share_of_the_memory_
     assert [one["concurrency"] for one in found["figures"]] == [1, 3]
     for one in found["figures"]:
         assert one["prompt_tokens_per_second"] > 0
-        assert one["decode_tokens_per_second"] > 0
-        assert one["memory_share"] > 0
+        # Events may come together, and then there is no rate.
+        assert (one["decode_tokens_per_second"] is None) == (one["memory_share"] is None)
         assert one["first_token_ms"]["p50"] <= one["first_token_ms"]["p99"]
         assert "further_token_ms" in one
 
@@ -62,7 +62,10 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(main, 
     ("options", "code", "complaint"),
     [
         (["--concurrency", "1,many"], 2, "is not a list of numbers"),
-        (["--concurrency", "0"], 2, "at least one request"),
+        (["--concurrency", "10000000000"], 2, "from 1 to 4,096 requests"),
+        (["--concurrency", "0"], 2, "from 1 to 4,096 requests"),
+        (["--plot", "no/such/folder/rates.png"], 2, "there is no folder"),
+        (["--plot", "rates.gif"], 2, "is no .png"),
         (["--max-tokens", "100000"], 1, "lower --prompt-tokens or --max-tokens"),
     ],
 )
@@ -106,6 +109,17 @@ def test_percentiles_are_of_the_nearest_rank_in_milliseconds():
 def test_tokens_that_come_together_share_the_time_that_they_took():
     assert gaps([(1.0, 1), (2.0, 1), (5.0, 3)]) == [1.0, 1.0, 1.0, 1.0]
     assert percentiles(gaps([(1.0, 4)])) is None
+
+
+def test_the_rate_of_decoding_is_that_of_streams_that_all_decode():
+    early = [(0.0, 1), (1.0, 1), (2.0, 1), (3.0, 1)]
+    late = [(1.1, 1), (2.1, 1), (3.1, 2), (8.0, 1)]
+
+    assert decode_rate([early]) == 1.0
+    assert decode_rate([early, late]) == pytest.approx(1.0 + 1.5)  # from 1 to 3 alone
+    assert decode_rate([[(0.0, 1), (1.0, 1)], [(0.1, 1), (1.1, 1)]]) == pytest.approx(2.0)
+    assert decode_rate([[(1.0, 4)]]) is None
+    assert decode_rate([[(0.0, 1), (1.0, 1)], [(2.0, 1), (3.0, 1)]]) is None
 
 
 def test_memory_is_read_at_some_rate():

@@ -45,8 +45,9 @@ the adapter, and so does its tokenizer where its vocabulary is the base's: each 
 Tokens that it has beyond those are read and written, as long as the model has rows for their ids; an end token of its own
 ends answers, too. A tokenizer of another vocabulary, or files that cannot be read, are an error when the adapter is loaded,
 which names what differs. Constrained answers are held by a grammar over that tokenizer. Limits on the length of texts and
-prompts of sentence-transformers stay those of the checkpoint. A weighted sum uses what all of its members use, else the base's. On a base without a tokenizer an adapter's is
-left aside, with a warning. A merged adapter's serves the whole engine; `adapters merge --base` does not copy it, and says so.
+prompts of sentence-transformers stay those of the checkpoint. A weighted sum uses what all of its members use, else the
+base's. On a base without a tokenizer an adapter's is left aside, with a warning. A merged adapter's serves the whole engine;
+`adapters merge --base` does not copy it, and says so.
 
 ## Where adapters come from
 

@@ -7,7 +7,7 @@ Decides what a command line asks to be measured, and how figures are shown. Know
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lorax_core.serving.info import EngineInfo
 
 app = typer.Typer(add_completion=False)
+
+_MOST: Final = 4_096
+"""Requests at once: far more than a step computes."""
 
 
 @app.command()
@@ -47,7 +50,7 @@ def bench(
     """
     counts = _counts(concurrency)
     if plot is not None:
-        _pyplot()  # before minutes of measuring
+        _check_plot(plot)  # before minutes of measuring
     from lorax_core.cli.measuring import Workload, measure, read_rate
 
     adapters = tuple(loading.options_of(path)["adapters"])
@@ -59,16 +62,17 @@ def bench(
         with data_only_stdout(), shown_progress() as report:
             figures = measure(engine, workload, counts, rate, report)
         info = engine.info()
-    if plot is not None:
-        _draw(plot, path, figures)
     about = _about(path, info, workload.adapters, rate)
     if json:
         options = {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "repeats": repeats, "seed": seed}
         show_json({**about, **options, "figures": [one.to_json() for one in figures]})
-        return
-    columns = _columns(figures[0])
-    show_table([name for name, _ in columns], [[show(one) for _, show in columns] for one in figures])
-    print_message(", ".join(f"{name.replace('_', ' ')}: {_shown(value)}" for name, value in about.items() if value))
+    else:
+        columns = _columns(figures[0])
+        show_table([name for name, _ in columns], [[show(one) for _, show in columns] for one in figures])
+        print_message(", ".join(f"{name.replace('_', ' ')}: {_shown(value)}" for name, value in about.items() if value))
+    # Last: what was measured is not lost where it cannot be drawn.
+    if plot is not None:
+        _draw(plot, path, figures)
 
 
 def _counts(text: str) -> list[int]:
@@ -78,8 +82,8 @@ def _counts(text: str) -> list[int]:
         raise typer.BadParameter(
             f"{text!r} is not a list of numbers such as 1,8,32", param_hint="--concurrency"
         ) from error
-    if min(counts) < 1:
-        raise typer.BadParameter("at least one request is made", param_hint="--concurrency")
+    if not 1 <= min(counts) <= max(counts) <= _MOST:
+        raise typer.BadParameter(f"from 1 to {_MOST:,} requests are made", param_hint="--concurrency")
     return counts
 
 
@@ -117,14 +121,17 @@ def _columns(first: Figures) -> list[tuple[str, Any]]:
     ]
     if first.texts_per_second is not None:
         found.append(("texts/s", lambda one: f"{one.texts_per_second:,.1f}"))
-    if first.decode_tokens_per_second is not None:
-        found.append(("decode tokens/s", lambda one: f"{one.decode_tokens_per_second:,.0f}"))
-        found.append(("of memory's limit", lambda one: f"{one.memory_share:.0%}"))
-    if first.first_token_ms is not None:
+    if first.first_token_ms is not None:  # it generates
+        found.append(("decode tokens/s", lambda one: _or_dash(one.decode_tokens_per_second, ",.0f")))
+        found.append(("of memory's limit", lambda one: _or_dash(one.memory_share, ".0%")))
         found.append(("first token ms 50/90/99 %", lambda one: _latencies(one.first_token_ms)))
-    if first.decode_tokens_per_second is not None:
         found.append(("further token ms", lambda one: _latencies(one.further_token_ms)))
     return found
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    """A figure; a dash where it could not be told."""
+    return "-" if value is None else format(value, form)
 
 
 def _latencies(found: dict[str, float] | None) -> str:
@@ -139,6 +146,14 @@ def _shown(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _check_plot(file: Path) -> None:
+    if file.suffix != ".png":
+        raise typer.BadParameter(f"{file.name!r} is no .png", param_hint="--plot")
+    if not file.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {str(file.parent)!r}", param_hint="--plot")
+    _pyplot()
 
 
 def _pyplot() -> Any:
@@ -161,7 +176,7 @@ def _draw(file: Path, path: str, figures: list[Figures]) -> None:
     counts = [one.concurrency for one in figures]
     drawn, (rates, latencies) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     rates.plot(counts, [one.prompt_tokens_per_second for one in figures], marker="o", label="prompts")
-    if figures[0].decode_tokens_per_second is not None:
+    if None not in [one.decode_tokens_per_second for one in figures]:
         rates.plot(counts, [one.decode_tokens_per_second for one in figures], marker="o", label="decoding")
     for name in ("first_token_ms", "further_token_ms"):
         found = [getattr(one, name) for one in figures]

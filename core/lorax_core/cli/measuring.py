@@ -3,8 +3,8 @@
 Decides what is measured of an engine and how figures come of it. Knows nothing of the command line.
 
 Requests are random token ids, no two alike, so that no prompt is found in the prefix cache. A generating model is measured
-in three ways at each concurrency, each `repeats` times, and the median counts: reading prompts alone, with all tokens of the
-answers, and as streams, whose events give the latencies. Other models embed.
+in two ways at each concurrency, each `repeats` times, and the median counts: reading prompts alone, and as streams, whose
+events give latencies and the rate of decoding. Other models embed.
 """
 
 from __future__ import annotations
@@ -117,19 +117,23 @@ class _Generating:
         work = self._workload
         alone = statistics.median(self._seconds(count, 1) for _ in range(repeats))
         prompts = count * work.prompt_tokens / alone
-        first, further = self._latencies(count, repeats)
-        if work.max_tokens == 1:
-            return Figures(count, prompts, first_token_ms=percentiles(first))
-        whole = statistics.median(self._seconds(count, work.max_tokens) for _ in range(repeats))
-        # Noise may make the longer one the shorter one, where nearly all of it is the prompts.
-        step = max(whole - alone, 1e-9) / (work.max_tokens - 1)
+        first: list[float] = []
+        further: list[float] = []
+        rates: list[float] = []
+        for _ in range(repeats):
+            started, streams = asyncio.run(self._followed(count))
+            first += [events[0][0] - started for events in streams]
+            further += [gap for events in streams for gap in gaps(events)]
+            rate = decode_rate(streams)
+            rates += [rate] if rate is not None else []
+        rate = statistics.median(rates) if rates else None
         return Figures(
             count,
             prompts,
-            decode_tokens_per_second=count / step,
+            decode_tokens_per_second=rate,
             first_token_ms=percentiles(first),
             further_token_ms=percentiles(further),
-            memory_share=self._bytes(count) / self._bytes_per_second / step,
+            memory_share=self._bytes(count) / self._bytes_per_second * rate / count if rate is not None else None,
         )
 
     def _requests(self, count: int, tokens: int) -> list[lorax_core.GenerateRequest]:
@@ -144,17 +148,6 @@ class _Generating:
         started = time.perf_counter()
         self._engine.run(requests)
         return time.perf_counter() - started
-
-    def _latencies(self, count: int, repeats: int) -> tuple[list[float], list[float]]:
-        """Seconds to the first event of each stream, and between the others."""
-        first: list[float] = []
-        further: list[float] = []
-        for _ in range(repeats):
-            started, streams = asyncio.run(self._followed(count))
-            for events in streams:
-                first.append(events[0][0] - started)
-                further += gaps(events)
-        return first, further
 
     async def _followed(self, count: int) -> tuple[float, list[list[tuple[float, int]]]]:
         """When the streams began, and of each when its events came, with their tokens."""
@@ -184,6 +177,23 @@ def prompts_of(
     plain = [token for token in range(vocab) if token not in special] or list(range(vocab))
     turns = workload.adapters or (None,)
     return [(source.choices(plain, k=workload.prompt_tokens), turns[number % len(turns)]) for number in range(count)]
+
+
+def decode_rate(streams: Sequence[Sequence[tuple[float, int]]]) -> float | None:
+    """Tokens a second of all streams together while all of them decode; None where that is too short to tell.
+
+    Each stream is its events as (time, tokens). They decode together from the first event of the last one on, until the first
+    of them ends. A step has an event for each, not all seen at one moment: of each stream the nearest events count.
+    """
+    begun, ended = max(events[0][0] for events in streams), min(events[-1][0] for events in streams)
+    rate = 0.0
+    for events in streams:
+        first, last = (min(range(len(events)), key=lambda at: abs(events[at][0] - when)) for when in (begun, ended))
+        seconds = events[last][0] - events[first][0]
+        if seconds <= 0:
+            return None
+        rate += sum(count for _, count in events[first + 1 : last + 1]) / seconds
+    return rate
 
 
 def gaps(events: Sequence[tuple[float, int]]) -> list[float]:

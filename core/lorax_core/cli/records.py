@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 import sys
@@ -202,7 +203,9 @@ class RecordFile:
     def _json_record(self, line: str, number: int) -> TextRecord:
         where, field = self.name(number - 1), self.json_field or "text"
         try:
-            found = json.loads(line)
+            found = json.loads(line, parse_constant=_finite, parse_float=_finite)
+        except _InfiniteError as error:
+            raise RequestError(f"{where} holds the number {error}", hint="give null, or a finite number") from error
         # ValueError: no JSON, or a number of more digits than Python converts; RecursionError: json's parser recurses.
         except (ValueError, RecursionError) as error:
             cause = "nested too deeply" if isinstance(error, RecursionError) else error
@@ -226,3 +229,14 @@ class RecordFile:
                 f"{where}: the field {field!r} is no text: {shown(text, 60)}", hint="--field NAME names another one"
             )
         return TextRecord(number, text, found.get("id"))
+
+
+class _InfiniteError(ValueError):
+    """A number that cannot be written as JSON again."""
+
+
+def _finite(number: str) -> float:
+    found = float(number)
+    if not math.isfinite(found):
+        raise _InfiniteError(number[:60])
+    return found

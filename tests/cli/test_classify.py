@@ -267,6 +267,20 @@ def test_a_file_of_texts_is_classified_into_a_file(main, folders, tmp_path):
     assert list(map(labelled, lines(shown))) == [answer.labels for answer in classified(folders / "tone")]
 
 
+def test_a_file_that_was_begun_names_the_options_of_the_head_that_differ(main, folders, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a\n" * 512 + "a " * 200)
+    asked = ["classify", str(folders / "base"), f"--adapter=it={folders / 'lora-tone'}", f"--file={texts}"]
+    asked += [f"--out={tmp_path / 'labels.jsonl'}", *(f"--label={at}=l{at}" for at in range(3))]
+    main(*asked)
+
+    _, _, labels = main(*asked[:-1], "--label=2=other")
+    _, _, others = main(*asked, "--task=sequence-classification", "--problem-type=regression")
+
+    assert "labels.jsonl.part was begun with another --label\n" in labels
+    assert "labels.jsonl.part was begun with another --task, --problem-type\n" in others
+
+
 def test_a_long_text_is_refused_and_cut_when_asked(main, folders):
     long = "a " * 200
 

@@ -145,7 +145,8 @@ def _show(job: _ClassifyJob, given: Texts | RecordFile, *, json: bool, several: 
 
 def _write(job: _ClassifyJob, given: RecordFile, out: Path, *, overwrite: bool, restart: bool) -> None:
     refuse_same(given, out)
-    said = {"use": job.adapter, "truncate": job.truncate, "head": job.about}
+    said = {"use": job.adapter, "truncate": job.truncate, "label": job.about.get("id2label")}
+    said |= {name: job.about.get(name) for name in ("task", "problem_type")}
     part = PartFile(out, job_of(job.loading, job.path, given, **said), overwrite=overwrite, restart=restart)
 
     def encode(records: list[TextRecord], found: list[Classification]) -> bytes:

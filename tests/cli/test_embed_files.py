@@ -174,10 +174,23 @@ def test_options_that_say_nothing_together_are_a_wrong_command_line(main, argume
     assert told in " ".join(err.replace("│", " ").split())
 
 
-def test_the_input_is_not_replaced(main, model, texts):
-    other = texts.rename(texts.with_suffix(".jsonl"))
+@pytest.mark.parametrize("ending", ["", ".part", ".part.json"])
+def test_the_input_is_not_replaced(main, model, texts, tmp_path, ending):
+    out = tmp_path / "v.jsonl"
+    other = texts.rename(f"{out}{ending}")
 
-    code, _, err = main("embed", model, f"--file={other}", f"--out={other}", "--overwrite")
+    code, _, err = main("embed", model, f"--file={other}", "--field=text", f"--out={out}", "--overwrite", "--restart")
 
     assert (code, "is the file that is read" in err) == (1, True)
     assert other.read_text().startswith("The file 0\n")
+
+
+def test_dimensions_are_those_of_the_head(main, model, texts, tmp_path):
+    texts.write_text("the file\na\n")
+
+    code, _, _ = main("embed", model, f"--file={texts}", "--dimensions=8", f"--out={tmp_path / 'v.npy'}")
+
+    with lorax_core.load(model) as engine:
+        expected = engine.embed(["the file", "a"], dimensions=8)
+    assert code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), expected)

@@ -57,7 +57,7 @@ class Call:
 
 
 class Head:
-    size = 4
+    size, row = 4, None
 
     def data(self, records, written):
         return f"{records:2}{written:2}".encode()
@@ -137,8 +137,11 @@ def test_a_line_of_json_names_its_text_and_itself(tmp_path):
         (b'{"text": 5}', "line 2 of .*: the field 'text' is no text: 5", "--field NAME"),
         (rb'{"text": "\ud800"}', "line 2 of .* not valid Unicode", "UTF-8"),
         (b'"' + b"a" * 2**24 + b'"', "line 2 of .* has more than 16,777,216 bytes", "shorter"),
+        (b'{"text": "a", "id": NaN}', "line 2 of .* holds the number NaN", "finite"),
+        (b'{"text": "a", "id": [-Infinity]}', "line 2 of .* holds the number -Infinity", "finite"),
+        (b'{"text": "a", "id": 1e999}', "line 2 of .* holds the number 1e999", "finite"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_what_is_no_record_is_told_with_its_line_after_those_before_it(tmp_path, line, message, hint):
     file = tmp_path / "in.jsonl"
@@ -349,8 +352,10 @@ def test_a_state_that_cannot_be_read_is_refused(tmp_path, state, told):
     _, out = interrupted(tmp_path)
     out.with_name("out.part.json").write_text(state)
 
-    with pytest.raises(RequestError, match=told):
+    with pytest.raises(RequestError, match=told) as caught:
         PartFile(out, {})
+
+    assert caught.value.hint == "begin anew: --restart"
 
 
 def test_a_part_that_lost_its_end_is_refused(tmp_path):

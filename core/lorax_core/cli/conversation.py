@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from lorax_core.cli.resuming import write_new
 from lorax_core.errors import RequestError, shown
 from lorax_core.untrusted import read_json
 
@@ -44,7 +45,7 @@ class Conversation:
         """Writes the messages as JSON; the file is there whole, or as it was."""
         part = file.with_name(f".{file.name}.{os.getpid()}.part")
         try:
-            part.write_text(json.dumps(self.messages(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_new(part, json.dumps(self.messages(), indent=2, ensure_ascii=False) + "\n")
             part.replace(file)
         except (OSError, ValueError) as error:
             # What cannot be written may not be deleted either.

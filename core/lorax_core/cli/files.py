@@ -20,7 +20,7 @@ from lorax_core.cli.loading import Loading
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.records import BEGINNING, Position, RecordFile, TextRecord, Window
 from lorax_core.cli.render import print_message
-from lorax_core.cli.resuming import FileHead, PartFile, files_mark
+from lorax_core.cli.resuming import FileHead, PartFile, beside, files_mark
 from lorax_core.errors import LoraxError, RequestError
 from lorax_core.progress import Progress, silent
 
@@ -81,7 +81,7 @@ def job_of(loading: Loading, path: str, given: RecordFile, **options: Any) -> di
     return {
         "version of lorax": lorax_core.__version__,
         "model": files_mark(found),
-        "adapters": {name: mark(source) for name, source in loaded["adapters"].items()},
+        "set of adapters": {name: mark(source) for name, source in loaded["adapters"].items()},
         "merged adapter": mark(merged) if merged is not None else None,
         "form of --file": given.json_field or "text" if given.is_json else None,
         **{f"--{name.replace('_', '-')}": value for name, value in {**rest, **options}.items()},
@@ -89,9 +89,11 @@ def job_of(loading: Loading, path: str, given: RecordFile, **options: Any) -> di
 
 
 def refuse_same(given: RecordFile, out: Path) -> None:
-    """Raises RequestError when the output would replace the input."""
-    if not given.from_stdin and os.path.exists(out) and out.samefile(given.file):
-        raise RequestError(f"{out} is the file that is read", hint="give the output a name of its own")
+    """Raises RequestError when the output, or what is written beside it meanwhile, would replace the input."""
+    for file in (out, *beside(out)):
+        if not given.from_stdin and os.path.exists(file) and file.samefile(given.file):
+            writes = "" if file == out else f", and --out {out} writes it meanwhile"
+            raise RequestError(f"{file} is the file that is read{writes}", hint="give the output a name of its own")
 
 
 def file_answers(
@@ -142,9 +144,9 @@ def write_answers(
                     part.add(encode(window.records, answers), window.end)
                     report(Progress(stage, part.position.records, total, "lines"))
     except BaseException:
-        if part.position.records:
+        if part.kept:
             how = "the same command line without --restart" if part.restart else "the same command line"
-            print_message(f"{part.position.records:,} lines are done; {how} goes on from there")
+            print_message(f"{part.kept:,} lines are done; {how} goes on from there")
         raise
     done, seconds = part.position.records - start.records, time.monotonic() - began
     print_message(f"{done:,} lines in {seconds:.1f} s, {done / max(seconds, 1e-9):,.1f} a second: {part.out}")

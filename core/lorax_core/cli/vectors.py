@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 NAME: Final = "embeddings"
 """Of the tensor in a `.safetensors`."""
+_NUMBER: Final = 4
 
 
 def rows(vectors: Iterable[NDArray[np.float32]]) -> bytes:
@@ -33,6 +34,11 @@ class NpyHead:
     dim: int
     size: int = 128
 
+    @property
+    def row(self) -> int:
+        """The bytes of a vector."""
+        return self.dim * _NUMBER
+
     def data(self, records: int, written: int) -> bytes:
         """The magic, the version, the length of the rest, and a dict padded with spaces."""
         about = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({records}, {self.dim}), }}"
@@ -47,6 +53,11 @@ class SafetensorsHead:
 
     dim: int
     size: int = 256
+
+    @property
+    def row(self) -> int:
+        """The bytes of a vector."""
+        return self.dim * _NUMBER
 
     def data(self, records: int, written: int) -> bytes:
         """The length of the rest, and JSON padded with spaces."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_the_input_is_not_replaced_by_what_is_written_beside_the_output(tmp_path
 
     with pytest.raises(RequestError, match=f"{name} is the file that is read"):
         refuse_same(RecordFile(given), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out", "out.part"])
+def test_stdin_that_is_redirected_from_the_output_is_refused(tmp_path, monkeypatch, name):
+    given = tmp_path / name
+    given.write_bytes(b"a\n")
+
+    with given.open() as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        with pytest.raises(RequestError, match=f"{name} is the file that is read"):
+            refuse_same(RecordFile(Path("-")), tmp_path / "out")
 
 
 def test_a_part_of_somebody_else_is_replaced_only_by_restart(tmp_path):

@@ -6,7 +6,6 @@ what is asked, nor of what is written of an answer.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def job_of(loading: Loading, path: str, given: RecordFile, **options: Any) -> di
 def refuse_same(given: RecordFile, out: Path) -> None:
     """Raises RequestError when the output, or what is written beside it meanwhile, would replace the input."""
     for file in (out, *beside(out)):
-        if not given.from_stdin and os.path.exists(file) and file.samefile(given.file):
+        if given.is_file(file):
             writes = "" if file == out else f", and --out {out} writes it meanwhile"
             raise RequestError(f"{file} is the file that is read{writes}", hint="give the output a name of its own")
 

@@ -95,6 +95,14 @@ class RecordFile:
         """Whether it is stdin, which is read once."""
         return str(self.file) == "-"
 
+    def is_file(self, other: Path) -> bool:
+        """Whether this is another name of that file, or stdin redirected from it."""
+        try:
+            mine = os.fstat(sys.stdin.fileno()) if self.from_stdin else self.file.stat()
+            return os.path.samestat(mine, other.stat())
+        except (OSError, ValueError):  # one of them is not there, or cannot be
+            return False
+
     def check(self) -> None:
         """Raises RequestError when there is nothing that can be read."""
         if self.from_stdin:

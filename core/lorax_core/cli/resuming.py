@@ -115,7 +115,7 @@ class PartFile:
         except OSError as error:
             raise RequestError(
                 f"{self.out} cannot be written: {error.strerror or error}",
-                hint="give a file in a folder that you may write to, on a disk with room; the same command line continues",
+                hint="give a file in a folder that you may write to, on a disk with room",
             ) from error
         finally:
             self._stream = None

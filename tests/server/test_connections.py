@@ -159,6 +159,17 @@ def test_headers_up_to_the_limit_are_read(engine, server):
     assert answer.startswith(b"HTTP/1.1 200")
 
 
+def test_headers_are_counted_for_each_request_of_a_connection(server):
+    more = "X-More: " + "a" * 40_000
+    with server.connect(http("/ready", None, more)) as sock:
+        first = sock.recv(65_536)
+        sock.sendall(http("/ready", None, more, "Connection: close"))
+        second = read_all(sock)
+
+    assert first.startswith(b"HTTP/1.1 200")
+    assert re.findall(rb"HTTP/1.1 (\d{3})", second) == [b"200"]
+
+
 def test_headers_without_end_are_not_read(engine, server):
     endless = b"GET /health HTTP/1.1\r\n" + b"X-More: a\r\n" * (100 * _HEADER_BYTES // 11)
 

@@ -68,7 +68,16 @@ class WrongOption(ValueError):
 
 
 class CapacityError(LoraxError):
-    """A request is larger than the model, the KV cache or the machine."""
+    """A request is larger than the model, the KV cache or the machine.
+
+    `option` is the option of the request that is to be smaller, where it is one.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, http_hint: str | None = None, option: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint, http_hint=http_hint)
+        self.option = option
 
 
 class StepError(LoraxError):

@@ -11,7 +11,7 @@ from loopback import LIMIT, Loopback, held, http, left, until
 
 from lorax_core.errors import RequestError
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.run import _HEADER_BYTES, _Impatient, listen, serving
+from lorax_core.server.run import _FED, _HEADER_BYTES, _Impatient, listen, serving
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
 
@@ -99,10 +99,48 @@ def test_half_a_second_request_is_not_waited_for(engine):
 TOO_LONG = {
     "many": b"X-More: a\r\n" * (_HEADER_BYTES // 11 + 2) + b"\r\n",
     "one": b"X-More: " + b"a" * _HEADER_BYTES + b"\r\n\r\n",
+    "a name without end": b"X-More: a\r\n" + b"a" * (_HEADER_BYTES + _FED),
 }
 
 
 CHUNKED = b"POST /ask HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+
+
+OFFERED = ["h2c", "websocket", "TLS/1.0, HTTP/2.0"]
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "in two segments"])
+@pytest.mark.parametrize("protocol", OFFERED)
+def test_a_request_that_offers_another_protocol_is_answered_with_its_body(server, protocol, later):
+    asked = http("/ask", {"options": {"prompt": "a", "max_tokens": 2}}, f"Connection: Upgrade\r\nUpgrade: {protocol}")
+    last = http("/ready", None, "Connection: close, Upgrade\r\nUpgrade: h2c")
+    first = asked.index(b"{") + 1 if later else len(asked)
+
+    with server.connect(asked[:first]) as sock:
+        until(lambda: server.bodies() == 1 or not later)
+        sock.sendall(asked[first:] + asked + last)
+        answers = read_all(sock)
+
+    assert re.findall(rb"HTTP/1.1 (\d{3})", answers) == [b"200", b"200", b"200"]
+    assert answers.count(b'"tokens"') == 2
+
+
+def test_the_body_of_a_request_that_offers_another_protocol_is_no_request(server):
+    inner = http("/health")
+    head = b"POST /ask HTTP/1.1\r\nContent-Length: %d\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n" % len(inner)
+
+    with server.connect(head + inner + http("/ready", None, "Connection: close")) as sock:
+        answers = read_all(sock)
+
+    assert re.findall(rb"HTTP/1.1 (\d{3})", answers) == [b"422", b"200"]
+
+
+@pytest.mark.parametrize("line", [b"CONNECT a:80 HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"])
+def test_what_is_for_a_proxy_or_http2_is_refused(server, line):
+    with server.connect(line + http("/health")) as sock:
+        answers = read_all(sock)
+
+    assert re.findall(rb"HTTP/1.1 (\d{3})", answers) == [b"400"]
 
 
 @pytest.mark.parametrize("headers", TOO_LONG.values(), ids=TOO_LONG)
@@ -119,6 +157,17 @@ def test_headers_up_to_the_limit_are_read(engine, server):
         answer = read_all(sock)
 
     assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_headers_are_counted_for_each_request_of_a_connection(server):
+    more = "X-More: " + "a" * 40_000
+    with server.connect(http("/ready", None, more)) as sock:
+        first = sock.recv(65_536)
+        sock.sendall(http("/ready", None, more, "Connection: close"))
+        second = read_all(sock)
+
+    assert first.startswith(b"HTTP/1.1 200")
+    assert re.findall(rb"HTTP/1.1 (\d{3})", second) == [b"200"]
 
 
 def test_headers_without_end_are_not_read(engine, server):

@@ -91,6 +91,47 @@ def test_a_hint_says_what_a_client_can_do(refused, path, body, named):
     assert not PYTHON.search(hint)
 
 
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 100}, "max_tokens"),
+        ("/v1/completions", {"prompt": "word " * 100}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
+        ("/v1/completions", {"prompt": [99_999]}, "prompt"),
+        ("/v1/chat/completions", CHAT | {"max_tokens": 100}, "max_tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "word " * 100}]}, "messages"),
+        ("/v1/chat/completions", CHAT | {"logit_bias": {"99999": 1}}, "logit_bias"),
+        ("/v1/embeddings", {"input": [99_999]}, "input"),
+        ("/v1/embeddings", {"input": "word " * 100}, "input"),
+        ("/v1/rerank", {"query": "a", "documents": ["word " * 100], "model": "relevant"}, None),
+    ],
+)
+def test_an_error_names_the_field_that_is_wrong(engine, client, path, body, param):
+    answer = ask(client(engine), "POST", path, json=body)
+
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "begin"),
+    [
+        ("/generate", {"inputs": "a", "parameters": {"max_new_tokens": 100}}, "max_new_tokens: a prompt of"),
+        ("/generate", {"inputs": "word " * 100}, "inputs: a prompt of"),
+        ("/tei/embed", {"inputs": [99_999]}, "inputs: token id 99999 is not"),
+        ("/tei/embed", {"inputs": [-1]}, "inputs.0: Input should be greater than or equal to 0 (found -1)"),
+        ("/tei/embed", {"inputs": [[1], [-1]]}, "inputs.1.0: Input should be greater than or equal to 0 (found -1)"),
+        ("/tei/decode", {"ids": [99_999]}, "ids: token id 99999 is not"),
+        ("/tei/rerank", {"query": "a", "texts": ["word " * 100], "model": "relevant"}, "an input of"),
+    ],
+)
+def test_errors_of_other_apis_begin_with_their_own_field(refused, path, body, begin):
+    assert refused(path, **body)[0].startswith(begin)
+
+
 def test_no_hint_that_a_request_can_reach_is_of_python_alone(repository):
     root = repository / "core/lorax_core"
     wrong = []

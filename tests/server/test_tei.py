@@ -91,7 +91,7 @@ def test_each_option_of_a_vector_is_honoured(embedder, client, asked, options):
     assert found != good(post(client, embedder, "/embed", inputs=TEXTS[0]))
 
 
-@pytest.mark.parametrize(("direction", "side"), [("left", "start"), ("Right", "end")])
+@pytest.mark.parametrize(("direction", "side"), [("left", "start"), ("Left", "start"), ("Right", "end")])
 def test_a_text_that_is_too_long_is_cut_at_the_side_that_was_named(embedder, client, direction, side):
     text = f"begin {LONG} end"
 
@@ -268,12 +268,16 @@ def test_a_model_names_the_adapter_that_answers(repository, client):
         labels = good(post(client, engine, "/predict", model="topic", inputs=text))
         ranks = good(post(client, engine, "/rerank", model="base:relevant", query=query, texts=texts))
         [vector] = good(post(client, engine, "/embed", model="similar", inputs=text))
+        compared = {"source_sentence": query, "sentences": texts}
+        cosines = good(post(client, engine, "/similarity", model="similar", inputs=compared))
         unknown = post(client, engine, "/predict", model="topics", inputs=text)
         classified = engine.classify(text, adapter="topic")
         ranked = engine.rerank(query, texts, adapter="relevant")
         embedded = engine.embed(text, adapter="similar", normalize=True)
+        first, *others = engine.embed([query, *texts], adapter="similar", normalize=True)
 
     assert [one["label"] for one in labels] == classified.labels
     assert [(one["index"], one["score"]) for one in ranks] == [(one.index, pytest.approx(one.score)) for one in ranked]
     assert np.allclose(vector, embedded, atol=1e-6)
+    np.testing.assert_allclose(cosines, [one @ first for one in others], rtol=1e-5)
     assert "did you mean 'topic'" in unknown.json()["hint"]

@@ -178,7 +178,7 @@ def test_a_token_id_outside_of_the_vocabulary(engine, token):
 def test_an_option_that_names_a_token_outside_of_the_vocabulary(engine, options):
     error = refused_and_served_on(engine, lorax.RequestError, engine.generate, [5], max_tokens=2, **options)
 
-    assert f"{next(iter(options))} names token id 999" in error.message
+    assert f"{next(iter(options))}: token id 999" in error.message
 
 
 def test_an_unknown_option(engine):

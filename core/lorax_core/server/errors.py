@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestError, StepError
@@ -89,7 +89,7 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, Refused):
         return _of(error.kind, error, error.param, error.retry_after)
     if isinstance(error, CapacityError):
-        return _of("too_long", error)
+        return _of("too_long", error, error.option)
     if isinstance(error, AdapterError):
         return _of("bad_adapter", error)
     if isinstance(error, RequestError):
@@ -165,8 +165,22 @@ def _plain_body(found: Failure, error_type: str) -> dict[str, Any]:
     return {"error": message, "error_type": error_type} | ({} if found.hint is None else {"hint": found.hint})
 
 
+_FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
+    "/v1/chat/": {"prompt": "messages"},
+    "/v1/": {},
+    "/tei/decode": {"token_ids": "ids"},
+    "": {"prompt": "inputs", "input": "inputs", "max_tokens": "max_new_tokens"},
+}
+"""What fields are called by the routes that begin so, where the options of the engine's requests are called otherwise."""
+
+
 def body_of(path: str, found: Failure) -> tuple[int, dict[str, Any]]:
     """Status and body for the API that a path belongs to."""
+    if found.param is not None:
+        names = next(_FIELDS[one] for one in _FIELDS if path.startswith(one))
+        # A query and its document are one input.
+        ranked = found.param == "input" and path.endswith("/rerank")
+        found = replace(found, param=None if ranked else names.get(found.param, found.param))
     if path.startswith(_OPENAI):
         return openai_body(found)
     return tei_body(found) if path == "/tei" or path.startswith("/tei/") else lorax_body(found)

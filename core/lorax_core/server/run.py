@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
+import httptools
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -32,6 +33,8 @@ from lorax_core.serving.engine import Engine
 _BACKLOG: Final = 2_048
 _HEADER_BYTES: Final = 64 * 1024
 """Bytes that a request line and its headers may have, with the trailers of its body."""
+_FED: Final = 8 * 1024
+"""Bytes that the parser gets at once: it does not say how far it came with what it gave nothing of."""
 _PIPELINED: Final = 16
 """Requests that a connection may send before the first of them is answered."""
 _KEEP_ALIVE: Final = 75
@@ -168,7 +171,7 @@ class _LongHeadersError(Exception):
 
 class _Impatient(HttpToolsProtocol):
     """Closes connections whose request line and headers do not arrive in time, or are too long, and those of clients that
-    read nothing of their answer.
+    read nothing of their answer. Speaks HTTP/1.1 to clients that offer another protocol.
     """
 
     patience: float
@@ -197,6 +200,8 @@ class _Impatient(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """One more request, perhaps before the one ahead of it is answered."""
+        if self.parser.should_upgrade():
+            return  # it comes again, from `_as_http`
         super().on_headers_complete()
         self._asked = [cycle for cycle in (*self._asked, self.cycle) if not cycle.response_complete]
 
@@ -204,11 +209,10 @@ class _Impatient(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came."""
-        self._pending += len(data)
-        super().data_received(data)
-        if self._pending > _HEADER_BYTES:  # of one header, or of none
-            self._head = self._pending
-            self.send_400_response("")
+        self._unset_keepalive_if_required()
+        for at in range(0, len(data), _FED):
+            if not self._feed(data[at : at + _FED]):
+                break
         if len(self._asked) > _PIPELINED:
             self.transport.close()
         elif len(self._asked) > 1 and len(self.cycle.body) < _HEADER_BYTES:
@@ -222,6 +226,49 @@ class _Impatient(HttpToolsProtocol):
             self._unheard += len(data)
         if self._timer is None and not self.transport.is_closing():  # of a second request on this connection
             self._timer = self.loop.call_later(self.patience, self._late)
+
+    def _feed(self, data: bytes) -> bool:
+        """Let the parser read; returns whether it may go on."""
+        self._pending += len(data)
+        try:
+            while data:
+                data = self._parsed(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response("Invalid HTTP request received.")
+            return False
+        if self._pending > _HEADER_BYTES:  # of one header, or of none
+            self._head = self._pending
+            self.send_400_response("")
+            return False
+        return True
+
+    def _parsed(self, data: bytes) -> bytes:
+        """Let the parser read up to the headers of a request that offers another protocol, such as h2c; returns the rest."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stop:
+            # This parser takes the body for the other protocol, and uvicorn would read it as the next request.
+            again = self._as_http()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn makes its own
+            self.parser.feed_data(again)
+            return data[stop.args[0] :]
+        return b""
+
+    def _as_http(self) -> bytes:
+        """The request line and headers that the parser stopped after, without the offer."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            raise httptools.HttpParserError("this is no proxy")
+        version = self.parser.get_http_version().encode()
+        kept = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(kept))
+
+    def on_message_complete(self) -> None:
+        """All of a request came."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def on_message_begin(self) -> None:
         """One more request."""

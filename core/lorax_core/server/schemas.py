@@ -155,10 +155,7 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     """What FastAPI found wrong with a request, as one error that names the field, its value and what is valid."""
     worst = max(errors, key=_fits)
     steps = [step for step in worst["loc"] if step not in _NO_FIELDS]
-    # Of a field that may be one of several models, pydantic has their names too; fields are written small.
-    param = (
-        ".".join(str(one) for one in steps if isinstance(one, int) or (one.isidentifier() and one.islower())) or None
-    )
+    param = ".".join(map(str, _fields(worst["loc"]))) or None
     if worst["type"] == "json_invalid":
         said = str(worst.get("ctx", {}).get("error", "")) or "check its quotes and commas"
         return Refused("invalid", "the body is no JSON", hint=said)
@@ -173,12 +170,20 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     return Refused("invalid", message + found, hint=_SCHEMA, param=param)
 
 
+def _fields(location: Sequence[int | str]) -> list[int | str]:
+    """The fields and places in lists of a location. Where several things may be, pydantic has the names of these too, which are
+    models or types; fields are written small.
+    """
+    steps = (step for step in location if step not in _NO_FIELDS)
+    return [step for step in steps if isinstance(step, int) or (step.isidentifier() and step.islower())]
+
+
 def _fits(error: ErrorDetails | Mapping[str, Any]) -> tuple[bool, int, bool, int]:
     """Of a field that may be several things, how near an error comes to what was meant: the nearest fails deepest, over its
     value and not over its kind, and last in a list.
     """
     last = next((step for step in reversed(error["loc"]) if isinstance(step, int)), -1)
-    return error["type"] == "unknown_parameter", len(error["loc"]), not error["type"].endswith("_type"), last
+    return error["type"] == "unknown_parameter", len(_fields(error["loc"])), not error["type"].endswith("_type"), last
 
 
 def check_size(constraint: Any, limits: ServerOptions, param: str) -> None:

@@ -141,7 +141,8 @@ class Preparer:
         self._heads.check_generating(adapter, request.adapter)
         text = self._text(adapter)
         encoded = self._checked(
-            text.encode(request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options)
+            text.encode(request.prompt, Task.GENERATE, tools=request.tools, template_options=request.template_options),
+            "prompt",
         )
         if request.truncate_prompt_tokens is not None:
             encoded = cut(encoded, request.truncate_prompt_tokens, "start")
@@ -153,6 +154,7 @@ class Preparer:
                 f"a prompt of {len(encoded.ids)} tokens{asked} is too long: {self.limits.describe()}",
                 hint=self.limits.hint(needed := len(encoded.ids) + (request.max_tokens or 1)),
                 http_hint=self.limits.http_hint(needed),
+                option="max_tokens" if room > 0 else "prompt",
             )
         self._check_tokens("logit_bias", request.logit_bias)
         self._check_tokens("stop_token_ids", request.stop_token_ids)
@@ -232,9 +234,9 @@ class Preparer:
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocab:
             wrong = next(token for token in tokens if not 0 <= token < vocab)
             raise RequestError(
-                f"{option} names token id {wrong}, which is not in the vocabulary: ids are 0 to {vocab - 1}",
+                f"{option}: token id {wrong} is not in the vocabulary: ids are 0 to {vocab - 1}",
                 hint="the ids are those of this checkpoint's own tokenizer",
-                option=option if option in GenerateRequest.model_fields else None,
+                option=option,
             )
 
     def _embed(self, request: EmbedRequest) -> Prepared:
@@ -290,7 +292,7 @@ class Preparer:
 
     def _fitted(self, encoded: Encoded, truncate: Truncate, shorten: Shorten = cut) -> Encoded:
         """The ids of an input, truncated to what the checkpoint takes when the request allows it."""
-        encoded = self._checked(encoded)
+        encoded = self._checked(encoded, "input")
         # Not `limits.tokens`: a tokenizer or sentence files may allow less than the positions.
         limit = self.max_text_tokens
         if len(encoded.ids) <= limit:
@@ -300,6 +302,7 @@ class Preparer:
                 f"an input of {len(encoded.ids)} tokens is too long: this checkpoint takes {limit} ({self.limits.describe()})",
                 hint="truncate='end' or truncate='start' shortens it",
                 http_hint="shorten it, or have it cut: TEI's routes take truncate, and /v1/rerank truncate_prompt_tokens",
+                option="input",
             )
         return shorten(encoded, limit, truncate)
 
@@ -342,12 +345,14 @@ class Preparer:
         differs = own is not None and own != self.text.eos_token_id and own < self.model.config.vocab_size
         return self.eos_ids | {own} if differs and own is not None else self.eos_ids
 
-    def _checked(self, encoded: Encoded) -> Encoded:
+    def _checked(self, encoded: Encoded, option: str) -> Encoded:
         if not encoded.ids:
             raise RequestError(
-                "the prompt is empty", hint="give at least one token; this tokenizer adds none of its own"
+                "the prompt is empty",
+                hint="give at least one token; this tokenizer adds none of its own",
+                option=option,
             )
-        self._check_tokens("the prompt", encoded.ids)
+        self._check_tokens(option, encoded.ids)
         return encoded
 
 

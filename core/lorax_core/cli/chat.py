@@ -21,6 +21,7 @@ import typer
 import lorax_core
 from lorax_core.cli.batches import as_text
 from lorax_core.cli.chat_commands import ChatState, completions, is_command, run_command, wrong_usage
+from lorax_core.cli.completions import show_text
 from lorax_core.cli.conversation import PLAIN_STOP, read_conversation
 from lorax_core.cli.lines import Lines, PipedLines, TypedLines, read_message
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
@@ -157,7 +158,7 @@ class Talk:
             try:
                 for event in stream:
                     with interruption.held():
-                        print(event.text, end="", flush=True)
+                        show_text(event.text)
                         shown.append(event.text)
                     reason = event.finish_reason
             except KeyboardInterrupt:

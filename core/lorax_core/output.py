@@ -64,7 +64,13 @@ def refuse_inputs_inside(out: Path, inputs: Iterable[str | Path], kind: type[Lor
 
 def check_free(out: Path, kind: type[LoraxError], overwrite: bool | None = None) -> None:
     """Raise `kind` when `out` is a file, or a folder that holds something and may not be overwritten."""
-    if out.exists() and not out.is_dir():
+    # A name that is too long, or none at all.
+    try:
+        taken = out.exists() and not out.is_dir()
+    except (OSError, ValueError) as error:
+        cause = f"{type(error).__name__}: {error!s:.200}"
+        raise kind(f"{str(out)!r:.200} cannot be written: {cause}", hint="give another name") from error
+    if taken:
         raise kind(f"{out} is a file; a folder is written", hint="give another name")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         allow = "" if overwrite is None else ", or overwrite=True (--overwrite)"

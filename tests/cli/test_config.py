@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+
+from lorax_core.cli.config import find_config, read_config
+from lorax_core.cli.loading import Loading
 
 UPPER = "examples/tiny_qwen2/adapters/upper"
 
@@ -119,3 +123,73 @@ def test_a_file_of_the_user_counts_where_there_is_none_here(main, toml, tmp_path
 
     assert code == 1
     assert str(settings) in err
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a = " + "[" * 3_000 + "]" * 3_000, "nested too deeply"),
+        ("a = " + "[" * 200 + "]" * 200, "nested more than 100 levels deep"),
+        ("[generate]\nmax-tokens" + ".a" * 9_000 + " = 1", "nested more than 100 levels deep"),
+        ("#" * (64 * 2**10 + 1), "larger than 65,536 bytes"),
+        ("[models.small]\npath = '~nosuchuser/x'", "'~nosuchuser/x' is no checkpoint"),
+        (f"[models.small]\npath = '{'a' * 5_000}'", "is no checkpoint"),
+        ('[models.small]\npath = "a\\u0000b"', "is no checkpoint"),
+        ("[models.small]\npath = 'a/b/c'\nprogress = 1", "[models.small] has no 'progress'"),
+        ("[models.small]\npath = 'a/b/c'\nhost = 1", "[models.small] has no 'host'"),
+        ("[models.small]\npath = 'a/b/c'\nabout = 1", "[models.small] has no 'about'"),
+        ("[models.small]\npath = 'a/b/c'\ncheckpoint = 'b'", "[models.small] has no 'checkpoint'"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_an_absurd_file_is_an_error_too(main, toml, text, complaint):
+    toml(text)
+
+    code, out, err = main("generate", "small", "text")
+
+    assert (code, out) == (1, "")
+    assert complaint in err
+    assert "hint: " in err
+
+
+def test_the_largest_file_is_read(main, toml):
+    toml("#" * 64 * 2**10)
+
+    code, _, _ = main("models", "list")
+
+    assert code == 0
+
+
+def test_a_misspelt_model_is_named(main, toml):
+    toml("[models.small]\npath = 'a'")
+
+    code, _, err = main("generate", "smal!", "text")
+
+    assert code == 1
+    assert "hint: did you mean 'small', a model of lorax.toml?" in err
+
+
+def test_the_file_of_this_folder_comes_before_that_of_the_user(toml, tmp_path):
+    settings = tmp_path / "settings"
+    (settings / "lorax").mkdir(parents=True)
+    (settings / "lorax/lorax.toml").write_text("")
+    toml("")
+
+    assert find_config(None, {"XDG_CONFIG_HOME": str(settings)}) == Path("lorax.toml")
+
+
+def test_a_path_may_begin_with_the_home_of_the_user(toml, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home/model").mkdir(parents=True)
+
+    config = read_config(toml("[models.small]\npath = '~/model'"), ())
+
+    assert config.models["small"]["path"] == str(tmp_path / "home/model")
+
+
+def test_what_a_command_line_says_of_loading_comes_before_the_file(toml):
+    config = read_config(toml("[models.small]\npath = 'p'\ndtype = 'float16'\nadapters = {a = 'one', b = 'two'}"), ())
+
+    found = Loading({"dtype": "float32", "adapters": {"a": "three"}}, config).options_of("small")
+
+    assert found == {"checkpoint": "p", "dtype": "float32", "adapters": {"a": "three", "b": "two"}}

@@ -8,9 +8,33 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from lorax_core.cli.remote import ask
+from lorax_core.errors import RequestError
+
 UPPER = {"name": "upper", "source": "org/upper", "kind": "lora", "task": None, "ranks": [8, 16], "nbytes": 12_345}
 LOADED = {"adapters": [{**UPPER, "where": "device"}]}
+STATS = {"model": "m", "adapters": [{"name": "lower", "kind": "lora", "task": None, "nbytes": 7, "where": "disk"}]}
 KEY = "admin-key-3"
+API_KEY = "api-key-3"
+# Status, body and headers of answers that are wrong.
+CHUNKED = {"Transfer-Encoding": "chunked"}
+WRONG = {
+    "page": (200, b"<html>", {}),
+    "list": (200, b"[1]", {}),
+    "deep": (200, b"[" * 200_000, {}),
+    "nested": (200, b'{"adapters": ' + b"[" * 200 + b"]" * 200 + b"}", {}),
+    "number": (200, b'{"adapters": 5}', {}),
+    "rows": (200, b'{"adapters": [1]}', {}),
+    "infinite": (200, b'{"adapters": [{"name": 1e999}]}', {}),
+    "surrogate": (200, b'{"adapters": [{"name": "\\ud800"}]}', {}),
+    "chunk": (200, b"zz\r\n{", CHUNKED),
+    "large": (200, b" " * (16 * 2**20 + 1), {}),
+    "deep-error": (500, b'{"error":' * 200_000, {}),
+    "hint": (400, b'{"error": {"message": "no", "hint": {"a": 1}}}', {}),
+    "long": (400, json.dumps({"error": {"message": "A" * 10_000, "hint": "B" * 10_000}}).encode(), {}),
+    "chunk-error": (500, b"zz\r\n{", CHUNKED),
+    "short-error": (500, b'{"er', {"Content-Length": "1000"}),
+}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -21,18 +45,23 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/v1/adapters")
             self.end_headers()
-        elif self.path.startswith("/page"):
-            self.answer(200, b"<html>")
-        elif self.path.startswith("/list"):
-            self.answer(200, b"[1]")
+        elif self.path.startswith("/slow"):
+            self.answer(200, b"{", {"Content-Length": "2"})
+            self.server.over.wait()
+        elif (wrong := self.path.split("/")[1]) in WRONG:
+            self.answer(*WRONG[wrong])
+        elif self.path == "/stats" and self.headers.get("Authorization") == f"Bearer {API_KEY}":
+            self.answer(200, json.dumps(STATS).encode(), {})
         elif self.headers.get("Authorization") != f"Bearer {KEY}":
-            said = {"error": {"message": "this route needs the admin key", "hint": "Authorization: Bearer KEY"}}
-            self.answer(401, json.dumps(said).encode())
+            said = {"error": {"message": "this route needs a key", "hint": "Authorization: Bearer KEY"}}
+            self.answer(401, json.dumps(said).encode(), {})
         else:
-            self.answer(200, json.dumps(LOADED).encode())
+            self.answer(200, json.dumps(LOADED).encode(), {})
 
-    def answer(self, status, body):
+    def answer(self, status, body, headers):
         self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
         self.end_headers()
         self.wfile.write(body)
 
@@ -43,9 +72,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def url():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.over = threading.Event()
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
+        server.over.set()
         server.shutdown()
         thread.join()
 
@@ -66,11 +97,24 @@ def test_the_adapters_of_a_server_are_listed(main, url, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        ("", "refuses: this route needs the admin key"),
+        ("", "refuses: this route needs a key"),
         ("", "set LORAX_ADMIN_KEY"),
         ("/elsewhere", "refuses: status 302"),
         ("/page", "gives no answer that can be read"),
         ("/list", "gives no JSON object"),
+        ("/deep", "nested too deeply"),
+        ("/nested", "is nested more than 100 levels deep"),
+        ("/number", "gives no list of adapters"),
+        ("/rows", "gives no list of adapters"),
+        ("/infinite", "1e999 is no number of JSON"),
+        ("/surrogate", "not valid Unicode"),
+        ("/chunk", "gives no answer that can be read"),
+        ("/large", "more than 16,777,216 bytes"),
+        ("/deep-error", "refuses: status 500"),
+        ("/hint", "refuses: no\n  hint: is it a server"),
+        ("/long", "A" * 500 + "\n  hint: " + "B" * 500 + "\n"),
+        ("/chunk-error", "gives no answer that can be read"),
+        ("/short-error", "refuses: status 500"),
     ],
 )
 def test_what_is_no_answer_is_an_error_with_the_next_step(main, url, path, complaint):
@@ -78,6 +122,7 @@ def test_what_is_no_answer_is_an_error_with_the_next_step(main, url, path, compl
 
     assert (code, out) == (1, "")
     assert complaint in err
+    assert "secret" not in err
     assert "hint: " in err
 
 
@@ -89,6 +134,8 @@ def test_what_is_no_answer_is_an_error_with_the_next_step(main, url, path, compl
         ("localhost:8000", "is no address of a server"),
         ("http://[", "gives no answer"),
         ("http://a b", "gives no answer"),
+        ("http://me:secret@127.0.0.1:1", "has a user or a password"),
+        ("me:secret@127.0.0.1", "has a user or a password"),
     ],
 )
 def test_a_server_that_is_not_there_is_an_error(main, url, complaint):
@@ -96,3 +143,28 @@ def test_a_server_that_is_not_there_is_an_error(main, url, complaint):
 
     assert (code, out) == (1, "")
     assert complaint in err
+    assert "secret" not in err
+
+
+def test_without_an_admin_key_an_api_key_lists_them(main, url, monkeypatch):
+    monkeypatch.setenv("LORAX_API_KEYS", f"{API_KEY},other-key-3")
+
+    code, out, _ = main("adapters", "list", "--url", url)
+
+    assert code == 0
+    assert out.splitlines()[1].split() == ["lower", "-", "lora", "-", "-", "7", "disk"]
+
+
+def test_a_key_that_no_header_takes_is_not_shown(main, url, monkeypatch):
+    monkeypatch.setenv("LORAX_ADMIN_KEY", "secret\nkey: 1")
+
+    code, _, err = main("adapters", "list", "--url", url)
+
+    assert code == 1
+    assert "characters that no header takes" in err
+    assert "secret" not in err
+
+
+def test_an_answer_that_takes_too_long_is_given_up(url):
+    with pytest.raises(RequestError, match=r"not complete after 0\.2 seconds"):
+        ask(f"{url}/slow", "/stats", None, seconds=0.2)

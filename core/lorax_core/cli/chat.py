@@ -21,7 +21,9 @@ import typer
 import lorax_core
 from lorax_core.cli.batches import as_text
 from lorax_core.cli.chat_commands import ChatState, completions, is_command, run_command, wrong_usage
+from lorax_core.cli.completions import show_text
 from lorax_core.cli.conversation import PLAIN_STOP, read_conversation
+from lorax_core.cli.hints import at_command_line
 from lorax_core.cli.lines import Lines, PipedLines, TypedLines, read_message
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.options import UseAdapter
@@ -157,7 +159,7 @@ class Talk:
             try:
                 for event in stream:
                     with interruption.held():
-                        print(event.text, end="", flush=True)
+                        show_text(event.text)
                         shown.append(event.text)
                     reason = event.finish_reason
             except KeyboardInterrupt:
@@ -203,7 +205,7 @@ def _at_terminal(talk: Talk, lines: Lines, *, debug: bool) -> None:
         except LoraxError as error:
             if debug:
                 traceback.print_exception(error)
-            print_error(error)
+            print_error(at_command_line(error, "lorax chat"))
         except KeyboardInterrupt:
             print_message("\nCtrl-D or /quit ends the chat", style="dim")
 

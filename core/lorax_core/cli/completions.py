@@ -5,8 +5,10 @@ Decides the looks. Knows nothing of what was asked.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -14,18 +16,29 @@ if TYPE_CHECKING:
     from lorax_core.types import Completion, TokenLogprobs
 
 
+# What a terminal obeys (but line feeds and tabs), what turns the direction of a line, and what is no text.
+_OBEYED: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def show_text(text: str) -> None:
+    """Text to stdout as a model wrote it; at a terminal, what that would obey is shown as escapes."""
+    if sys.stdout.isatty():
+        text = _OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
+    # Flushed: in a pipe stdout is buffered, and nothing would stream.
+    print(text, end="", flush=True)
+
+
 def follow(stream: Stream, quiet: bool = False) -> list[Completion]:
     """The whole answers; unless `quiet`, each piece is printed as it comes."""
     found: dict[int, Completion] = {}
     for event in stream:
         if not quiet:
-            # Flushed: in a pipe stdout is buffered, and nothing would stream.
-            print(event.text, end="", flush=True)
+            show_text(event.text)
         # Only the last event of an answer has one.
         if event.completion is not None:
             found[event.choice] = event.completion
     if not quiet:
-        print(flush=True)
+        show_text("\n")
     return [found[choice] for choice in sorted(found)]
 
 

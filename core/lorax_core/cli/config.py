@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from lorax_core.errors import RequestError, listed, nearest
+from lorax_core.untrusted import unusable
 
 FILE: Final = "lorax.toml"
-_SIZE: Final = 2**20
+_SIZE: Final = 64 * 2**10
 """Bytes of the largest file: it is typed by people."""
+_SHOWN: Final = "docs/cli.md shows what it may hold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,18 @@ def read_config(file: Path | None, commands: Collection[str]) -> Config:
         if len(content) > _SIZE:
             raise RequestError(f"{file} is larger than {_SIZE:,} bytes", hint="give a lorax.toml with --config FILE")
         found = tomllib.loads(content.decode())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{file} cannot be read: {error}", hint="docs/cli.md shows what it may hold") from error
+    # RecursionError: the parser recurses into lists.
+    except (OSError, ValueError, RecursionError) as error:
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise RequestError(f"{file} cannot be read: {cause}", hint=_SHOWN) from error
+    problem = unusable(found)
+    if problem is not None:
+        raise RequestError(f"{file} {problem}", hint=_SHOWN)
     for name, value in found.items():
         if name not in ("models", *commands):
             raise RequestError(
                 f"{file}: no table is called {name!r}; there are models and the subcommands {listed(commands, limit=20)}",
-                hint=_meant(name, ("models", *commands)) or "docs/cli.md shows what it may hold",
+                hint=_meant(name, ("models", *commands)) or _SHOWN,
             )
         if not isinstance(value, dict):
             raise RequestError(f"{file}: {name!r} is a table of options", hint=f"[{name}]")
@@ -122,8 +129,9 @@ def _source(adapter: Any) -> Any:
 
 def _beside(file: Path, source: str) -> str:
     """A folder beside the file, where there is one; else the source as it is, which may be a hub id or a URL."""
-    folder = file.parent / Path(source).expanduser()
-    return str(folder) if folder.exists() else source
+    # Of `os.path`, which finds no home and no file where `Path` raises: loading says what is wrong with a source.
+    folder = os.path.join(file.parent, os.path.expanduser(source))
+    return str(Path(folder)) if os.path.exists(folder) else source
 
 
 def _meant(name: str, valid: Collection[str]) -> str | None:

@@ -15,7 +15,7 @@ import typer
 
 import lorax_core
 from lorax_core.cli.batches import as_text
-from lorax_core.cli.completions import answers_json, blocks, follow, summary
+from lorax_core.cli.completions import answers_json, blocks, follow, show_text, summary
 from lorax_core.cli.files import Field, InFile, Overwrite, Restart
 from lorax_core.cli.inputs import check_out, given_file
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
@@ -101,7 +101,7 @@ def _continue_one(loading: Loading, path: str, request: lorax_core.GenerateReque
             show_json({"model": path, "adapter": request.adapter, **answers_json(engine, found)})
             return
     if request.n > 1:
-        print("\n".join(blocks(found)))
+        show_text("\n".join([*blocks(found), ""]))
     print_message(summary(found, seconds), style="dim")
 
 

@@ -7,6 +7,7 @@ nothing of models: loading is that of the Python interface, imported when an eng
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -19,6 +20,7 @@ from lorax_core.cli.flags import with_flags
 from lorax_core.cli.options import chosen_adapter, named_sources
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout
+from lorax_core.errors import CheckpointError, RequestError, nearest
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -76,15 +78,39 @@ class Loading:
 
         `about` says of adapters what their files do not, as `AdapterOptions`.
         """
+        self._check_names(path)
         options = self.options_of(path) | {name: value for name, value in more.items() if value is not None}
         for name, said in (about or {}).items():
             given = options["adapters"][name]
             options["adapters"][name] = {**(given if isinstance(given, dict) else {"source": given}), **said}
         # Only loading: what is done with the engine belongs on stdout.
-        with data_only_stdout(), shown_progress() as progress:
+        with data_only_stdout(), shown_progress() as progress, self._near(path):
             engine = lorax_core.load(**options, progress=progress)
         with engine:
             yield engine
+
+    def _check_names(self, path: str) -> None:
+        """Raises RequestError when lorax.toml gives a model what is no option of an engine, though `load` may take it."""
+        from lorax_core.options import EngineOptions
+
+        names = [name for name in EngineOptions.model_fields if name != "checkpoint"]
+        for name in self.config.models.get(path, {}):
+            if name not in ("path", *names):
+                close = nearest(name, names)
+                hint = f"did you mean {close!r}?" if close else f"there are path, {', '.join(names)}"
+                raise RequestError(f"{self.config.file}: [models.{path}] has no {name!r}", hint=hint)
+
+    @contextlib.contextmanager
+    def _near(self, path: str) -> Iterator[None]:
+        """What is no checkpoint may be the misspelt name of a model of lorax.toml."""
+        try:
+            yield
+        except CheckpointError as error:
+            close = None if path in self.config.models or os.path.exists(path) else nearest(path, self.config.models)
+            if close is None:
+                raise
+            hint = f"did you mean {close!r}, a model of {self.config.file}?"
+            raise CheckpointError(error.message, hint=hint) from error
 
 
 def loads_model(command: Callable[..., None]) -> Callable[..., None]:

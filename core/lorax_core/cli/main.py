@@ -63,9 +63,10 @@ class Subcommands(TyperGroup):
                 import traceback
 
                 traceback.print_exception(error)
+            from lorax_core.cli.hints import at_command_line
             from lorax_core.cli.render import print_error
 
-            print_error(error)
+            print_error(at_command_line(error, f"lorax {ctx.invoked_subcommand}"))
             raise typer.Exit(1) from error
 
 

@@ -14,7 +14,7 @@ import typer
 
 from lorax_core.cli.batches import as_text
 from lorax_core.cli.streams import read_prompt
-from lorax_core.errors import AdapterError, listed, nearest
+from lorax_core.errors import AdapterError, listed, nearest, shown
 
 UseAdapter = Annotated[
     str | None,
@@ -52,8 +52,9 @@ def numbered_labels(given: Iterable[str], form: str = "ID=NAME") -> dict[int, st
     named: dict[int, str] = {}
     for one in given:
         index, equals, name = one.partition("=")
-        if not (index.isascii() and index.isdecimal() and equals and name):
-            raise typer.BadParameter(f"{one!r} is not {form}", param_hint="--label")
+        # No head has labels of more digits.
+        if not (index.isascii() and index.isdecimal() and len(index) < 10 and equals and name):
+            raise typer.BadParameter(f"{shown(one)} is not {form}", param_hint="--label")
         if int(index) in named:
             raise typer.BadParameter(f"label {int(index)} has two names", param_hint="--label")
         named[int(index)] = as_text(name, "--label")

@@ -6,14 +6,13 @@ request.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import lorax_core
-from lorax_core.cli.completions import answers_json, blocks
+from lorax_core.cli.completions import answers_json, blocks, show_text
 from lorax_core.cli.files import file_answers, job_of, refuse_same, write_answers
 from lorax_core.cli.loading import Loading
 from lorax_core.cli.records import Bounds, RecordFile, TextRecord
@@ -54,9 +53,7 @@ class PromptFile:
         """Answers to stdout, in order."""
         with self.loading.engine(self.path) as engine:
             for window, found in file_answers(engine, self.given, self._asking(engine)):
-                print(_shown(engine, window.records, found, json=json), end="")
-                # Whoever reads a pipe has these while the next are computed.
-                sys.stdout.flush()
+                show_text(_shown(engine, window.records, found, json=json))
 
     def write(self, out: Path, about: Mapping[str, Any], *, overwrite: bool, restart: bool) -> None:
         """Answers to a file, which is continued when `about` is the same."""

@@ -13,7 +13,7 @@ import typer
 
 from lorax_core.cli.batches import as_text
 from lorax_core.cli.flags import with_flags
-from lorax_core.errors import RequestError
+from lorax_core.errors import RequestError, shown
 from lorax_core.untrusted import read_json
 
 _SAMPLING: Final = "Sampling"
@@ -80,13 +80,14 @@ def _biases(given: Iterable[str]) -> dict[int, float]:
         try:
             if not (equals and token.isascii() and token.isdecimal()):
                 raise ValueError
-            bias = float(value)
+            # Python converts no number of thousands of digits.
+            number, bias = int(token), float(value)
         except ValueError as error:
-            raise typer.BadParameter(f"{one!r} is not ID=VALUE", param_hint="--logit-bias") from error
+            raise typer.BadParameter(f"{shown(one)} is not ID=VALUE", param_hint="--logit-bias") from error
         # A later one would silently win in a dict.
-        if int(token) in biases:
-            raise typer.BadParameter(f"token {int(token)} has two biases", param_hint="--logit-bias")
-        biases[int(token)] = bias
+        if number in biases:
+            raise typer.BadParameter(f"token {number} has two biases", param_hint="--logit-bias")
+        biases[number] = bias
     return biases
 
 

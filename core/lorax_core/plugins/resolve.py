@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import CheckpointError, PluginError, nearest
 from lorax_core.plugins.cases import ArchitectureCases
-from lorax_core.untrusted import read_json
+from lorax_core.untrusted import guarded, read_json
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -108,7 +108,10 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
     """
     folder = Path(path)
     file = folder / "config.json"
-    if not folder.is_dir():
+    # A name that is too long, or none at all.
+    with guarded(CheckpointError, f"{str(folder)!r:.200} is no folder", "give the folder that holds config.json"):
+        is_folder = folder.is_dir()
+    if not is_folder:
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"checkpoint folder '{folder}' {what}", hint="give the folder that holds config.json")
     if not os.path.lexists(file):  # a pipe or a broken link is there, and reading it says what it is

@@ -26,11 +26,11 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-"""Who is told how far work is: often, and by the thread that does the work, which waits for it."""
+"""Called often, by the thread that does the work, which waits for it."""
 
 
 def silent(progress: Progress) -> None:
-    """Nobody is told."""
+    """Reports to nobody."""
 
 
 def reporting(callback: Report | None) -> Report:

@@ -47,7 +47,7 @@ def chat(
     context: typer.Context,
     path: ModelPath,
     use: UseAdapter = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message, before all others.")] = None,
     history: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Go on with a conversation, as /save writes it.")
     ] = None,

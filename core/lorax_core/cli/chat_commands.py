@@ -178,7 +178,7 @@ class ChatCommand:
 COMMANDS: Final[Mapping[str, ChatCommand]] = {
     "use": ChatCommand("NAME", f"Who answers: an adapter, a sum a=0.7,b=0.3, or {BASE}.", _use),
     "adapters": ChatCommand("", "The adapters; * answers.", _adapters),
-    "system": ChatCommand("TEXT", "What the model is told before all; nothing takes it away.", _system),
+    "system": ChatCommand("TEXT", "The system message, before all others; without TEXT there is none.", _system),
     "set": ChatCommand("NAME VALUE", "A sampling option, such as temperature 0.7; no value is the default.", _set),
     "undo": ChatCommand("", "Take back the last message and its answer.", _undo),
     "clear": ChatCommand("", "Take back all messages.", _clear),

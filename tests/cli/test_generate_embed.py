@@ -327,7 +327,7 @@ def test_embed_refuses_a_long_text_and_cuts_it_when_asked(main):
     code, cut, warning = main("embed", MODEL, long, "--truncate", "end", "--json")
 
     assert (refused, out) == (1, "")
-    assert "truncate='end'" in why
+    assert "--truncate end" in why
     assert code == 0
     assert [(line["tokens"], line["truncated"]) for line in lines(cut)] == [(512, True)]
     assert warning == "warning: text 0 was cut to 512 tokens\n"

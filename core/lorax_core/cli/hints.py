@@ -11,14 +11,14 @@ from typing import Final
 from lorax_core.errors import LoraxError
 
 _HELP: Final = re.compile(r"help\(lorax_core[.\w]*\) says what each option takes")
-_VALUE: Final = r"""("[^"]*"|'[^']*'|[\w.]+)"""
 _FLAGS: Final = "device|dtype|density|logprobs|pooling|prompt|quantize|task|threads|truncate"
 # In order: a flag's name without a value comes last.
 _NAMES: Final = tuple(
     (re.compile(pattern), flag)
     for pattern, flag in (
         (r"""\badapters=\{["']NAME["']: ["']?(FOLDER|SOURCE)["']?\}""", r"--adapter NAME=\1"),
-        (rf"\b({_FLAGS})={_VALUE}", r"--\1 \2"),
+        (rf"""\b({_FLAGS})=(["']?)([\w.-]+)\2""", r"--\1 \3"),
+        (rf"""\b({_FLAGS})=("[^"]*"|'[^']*')""", r"--\1 \2"),
         (r"\bmerge_adapter=(\w+)", r"--merge-adapter \1"),
         (r"(?:\w+\.)*\bload\(\.\.\., (--[^()]*)\)", r"\1"),
         (r"\bjson_schema, regex and choice\b", "--schema, --regex and --choice"),

@@ -1,6 +1,6 @@
 """`lorax chat`: a conversation with a model, at a terminal or through a pipe.
 
-Decides how turns go, what an interruption ends, and what is told when a conversation cannot go on. Knows nothing of models:
+Decides how turns go, what an interruption ends, and what is shown when a conversation cannot go on. Knows nothing of models:
 loading and answering are those of the Python interface, imported when the command runs.
 """
 

@@ -1,1 +1,1 @@
-"""The page in a browser, and what it is told."""
+"""The page in a browser, and the numbers that it shows."""

@@ -17,7 +17,8 @@ BENCHMARKS ?= benchmarks/peers/run.py
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP_INSTALL = -m pip install -qq --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+# Modules are compiled when they are first imported: half of them never are, and pip would take a minute for it.
+PIP_INSTALL = -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt $(PIP_ARGS)
 PIP = $(RUN) $(PIP_INSTALL)
 SAY = @printf '%s\n' >&2
 
@@ -50,7 +51,7 @@ test-server: $(VENV)/.test ## Run servers under load and attack, and schemathesi
 	@$(RUN) -m pytest tests/server/load -n 2 --dist loadfile $(ARGS)
 
 test-examples: $(VENV)/.test ## Run the scripts in examples/, which train and serve (about a minute)
-	@$(RUN) -m pytest tests/examples $(ARGS)
+	@$(RUN) -m pytest tests/examples -n 2 --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.gpu ## Run the tests of the GPU code, on a CPU (about 300 MB to download, once)
 	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal tests/gpu $(ARGS)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from lorax_core.cli.remote import ask
+from lorax_core.cli.remote import ask, events
 from lorax_core.errors import RequestError
 
 UPPER = {"name": "upper", "source": "org/upper", "kind": "lora", "task": None, "ranks": [8, 16], "nbytes": 12_345}
@@ -35,10 +35,31 @@ WRONG = {
     "chunk-error": (500, b"zz\r\n{", CHUNKED),
     "short-error": (500, b'{"er', {"Content-Length": "1000"}),
 }
+GOOD = b': a comment\n\nevent: message\ndata: {"n": 1}\n\ndata:{"n": 2}\r\n\r\n'
+STREAMS = {
+    "whole": GOOD + b'data: [DONE]\n\ndata: {"n": 3}\n\n',
+    "cut": GOOD,
+    "half": GOOD + b'data: {"n": 3',
+    "silent": GOOD,
+    "failed": GOOD + b'data: {"error": {"message": "out of memory", "hint": "ask for less"}}\n\ndata: [DONE]\n\n',
+    "garbage": GOOD + b"data: <html>\n\n",
+    "numbers": GOOD + b"data: 3\n\n",
+    "large-event": GOOD + b"data: " + b" " * 2**20 + b"\n\n",
+    "chunk-cut": b"%x\r\n%s\r\n40\r\ndata:" % (len(GOOD), GOOD),
+}
 
 
 class Handler(BaseHTTPRequestHandler):
     """Answers as `lorax serve` does, and at some paths as others do."""
+
+    def do_POST(self):
+        self.server.posted = self.rfile.read(int(self.headers["Content-Length"]))
+        if (stream := self.path.split("/")[1]) not in STREAMS:
+            self.do_GET()
+        else:
+            self.answer(200, STREAMS[stream], CHUNKED if stream == "chunk-cut" else {})
+            if stream == "silent":
+                self.server.over.wait()
 
     def do_GET(self):
         if self.path.startswith("/elsewhere"):
@@ -168,3 +189,45 @@ def test_a_key_that_no_header_takes_is_not_shown(main, url, monkeypatch):
 def test_an_answer_that_takes_too_long_is_given_up(url):
     with pytest.raises(RequestError, match=r"not complete after 0\.2 seconds"):
         ask(f"{url}/slow", "/stats", None, seconds=0.2)
+
+
+def test_the_events_of_a_stream_come_until_it_says_that_it_is_done(url):
+    found = list(events(url + "/whole", "/v1/completions", None, {"prompt": "a"}))
+
+    assert found == [{"n": 1}, {"n": 2}]
+
+
+@pytest.mark.parametrize(
+    ("stream", "complaint"),
+    [
+        ("cut", "the answer broke off"),
+        ("half", "the answer broke off"),
+        ("chunk-cut", "the answer broke off"),
+        ("silent", "timed out"),
+        ("failed", "refuses: out of memory"),
+        ("garbage", "gives no answer that can be read"),
+        ("numbers", "an event is no JSON object"),
+        ("large-event", "an event has more than 1,048,576 bytes"),
+    ],
+)
+def test_what_came_before_a_stream_fails_is_not_lost(url, stream, complaint):
+    found = []
+
+    with pytest.raises(RequestError, match=complaint) as raised:
+        found.extend(events(f"{url}/{stream}", "", None, {}, silence=0.3))
+
+    assert found == [{"n": 1}, {"n": 2}]
+    assert raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("path", "complaint"),
+    [
+        ("/elsewhere", "refuses: status 302"),
+        ("/", "refuses: this route needs a key"),
+        ("/page", "the answer broke off"),
+    ],
+)
+def test_what_is_no_stream_is_an_error(url, path, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        next(events(url + path, "", None, {}))

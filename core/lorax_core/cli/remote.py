@@ -1,7 +1,7 @@
 """A running server, asked from the command line.
 
-Decides how its address and key are given, how long an answer may take and how large it may be, and what is said when there is
-none. Knows nothing of what is asked.
+Decides how its address and key are given, how long an answer may take and how large it may be, what is said when there is
+none, and how a streamed answer is read. Knows nothing of what is asked.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import json
 import math
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from lorax_core.errors import LoraxError, RequestError
 from lorax_core.untrusted import unusable
 
+if TYPE_CHECKING:
+    from http.client import HTTPResponse
+    from urllib.error import HTTPError
+
 SECONDS: Final = 60.0
 """How long a server may take for an answer, from its name being looked up to the last byte."""
 _MOST_BYTES: Final = 16 * 2**20
+_EVENT_BYTES: Final = 2**20
 _MOST_SAID: Final = 500
 _Answer = tuple[int, bytes]
 """Status and body."""
@@ -41,10 +46,69 @@ def keys_in(file: Path) -> list[str]:
     return keys
 
 
-def ask(url: str, path: str, key: str | None, *, seconds: float = SECONDS) -> dict[str, Any]:
-    """The JSON object at `path` of the server at `url`. Raises RequestError for anything else, with the next step."""
+def ask(
+    url: str, path: str, key: str | None, *, body: Mapping[str, Any] | None = None, seconds: float = SECONDS
+) -> dict[str, Any]:
+    """The JSON object at `path` of the server at `url`; `body` is posted to it. Raises RequestError for anything else."""
     from http.client import HTTPException
 
+    _check(url, key)
+    try:
+        status, answer = _within(seconds, lambda: _whole(_open(url, path, key, body, SECONDS)))
+        if status == 200:
+            found = _parsed(answer)
+    # ValueError: an address that is none, or no JSON.
+    except (OSError, ValueError, HTTPException) as error:
+        raise _unreadable(url, error) from error
+    if status != 200:
+        raise _refused(url, status, answer)
+    if not isinstance(found, dict):
+        raise RequestError(f"{url:.200}{path} gives no JSON object", hint=_OURS)
+    return found
+
+
+def events(
+    url: str, path: str, key: str | None, body: Mapping[str, Any], *, silence: float = SECONDS
+) -> Iterator[dict[str, Any]]:
+    """The events of the streamed answer to `body`, as they come. Closing the iterator closes the connection.
+
+    `silence` is how many seconds the server may say nothing. Raises RequestError for a server that refuses, an error in the
+    stream, and a stream that breaks off, which are those that do not end with `[DONE]`.
+    """
+    from http.client import HTTPException, IncompleteRead
+
+    _check(url, key)
+    try:
+        with _open(url, path, key, body, silence) as answer:
+            status = answer.status or 0
+            if status != 200:
+                raise _refused(url, status, answer.read(_MOST_BYTES))
+            for text in _data(answer):
+                if text == b"[DONE]":
+                    return
+                found = _parsed(text)
+                if not isinstance(found, dict):
+                    raise ValueError("an event is no JSON object")
+                if "error" in found:
+                    raise _refused(url, status, text)
+                yield found
+    except IncompleteRead:
+        pass  # as one that ends too soon
+    except (OSError, ValueError, HTTPException) as error:
+        raise _unreadable(url, error) from error
+    raise RequestError(f"{url:.200}: the answer broke off", hint="the log of the server says why; ask again")
+
+
+def rows_of(url: str, found: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """The list of objects of that name in an answer. Raises RequestError where it is none."""
+    rows = found.get(name)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RequestError(f"{url:.200} gives no list of {name}", hint=_OURS)
+    return rows
+
+
+def _check(url: str, key: str | None) -> None:
+    """Raises RequestError for what is no address, or no key."""
     host = re.split("[/?#]", url.partition("://")[2] or url)[0]
     # Not what they are: errors end up in logs.
     if "@" in host:
@@ -58,33 +122,12 @@ def ask(url: str, path: str, key: str | None, *, seconds: float = SECONDS) -> di
         raise RequestError(
             "the key has characters that no header takes", hint="a key is one line of letters, digits and signs"
         )
-    try:
-        status, body = _within(seconds, lambda: _answer(url.rstrip("/") + path, key))
-        if status == 200:
-            found = _parsed(body)
-    # ValueError: an address that is none, or no JSON.
-    except (OSError, ValueError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise RequestError(
-            f"{url:.200} gives no answer that can be read: {str(reason)[:_MOST_SAID] or type(error).__name__}",
-            hint="is `lorax serve` running there? curl URL/health",
-        ) from error
-    if status != 200:
-        raise _refused(url, status, body)
-    if not isinstance(found, dict):
-        raise RequestError(f"{url:.200}{path} gives no JSON object", hint=_OURS)
-    return found
 
 
-def rows_of(url: str, found: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """The list of objects of that name in an answer. Raises RequestError where it is none."""
-    rows = found.get(name)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RequestError(f"{url:.200} gives no list of {name}", hint=_OURS)
-    return rows
-
-
-def _answer(url: str, key: str | None) -> _Answer:
+def _open(
+    url: str, path: str, key: str | None, body: Mapping[str, Any] | None, timeout: float
+) -> HTTPResponse | HTTPError:
+    """The answer, of which the head was read. `timeout` is of each wait for a part of it."""
     from urllib import request
     from urllib.error import HTTPError
 
@@ -95,15 +138,34 @@ def _answer(url: str, key: str | None) -> _Answer:
             return None
 
     headers = {"Authorization": f"Bearer {key}"} if key is not None else {}
+    sent = None
+    if body is not None:
+        headers["Content-Type"] = "application/json"
+        sent = json.dumps(body).encode()
+    asked = request.Request(url.rstrip("/") + path, sent, headers)
     try:
-        answer = request.build_opener(Stays).open(request.Request(url, headers=headers), timeout=SECONDS)
+        found: HTTPResponse = request.build_opener(Stays).open(asked, timeout=timeout)
     except HTTPError as error:
-        answer = error  # it is the answer, and holds the connection
+        return error  # it is the answer, and holds the connection
+    return found
+
+
+def _whole(answer: HTTPResponse | HTTPError) -> _Answer:
     with answer:
         body = answer.read(_MOST_BYTES + 1)
     if len(body) > _MOST_BYTES:
         raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
-    return answer.status, body
+    return answer.status or 0, body
+
+
+def _data(answer: HTTPResponse | HTTPError) -> Iterator[bytes]:
+    """What stands behind each `data:`. Of ours, and of those that are like it, an event has one."""
+    while line := answer.readline(_EVENT_BYTES + 1):
+        if len(line) > _EVENT_BYTES:
+            raise ValueError(f"an event has more than {_EVENT_BYTES:,} bytes")
+        # Half a line is the end of a stream that broke off.
+        if line.startswith(b"data:") and line.endswith(b"\n"):
+            yield line[5:].strip()
 
 
 def _within(seconds: float, work: Callable[[], _Answer]) -> _Answer:
@@ -138,6 +200,14 @@ def _parsed(body: bytes) -> Any:
     if problem is not None:
         raise ValueError(f"it {problem}")
     return found
+
+
+def _unreadable(url: str, error: Exception) -> RequestError:
+    reason = getattr(error, "reason", error)
+    return RequestError(
+        f"{url:.200} gives no answer that can be read: {str(reason)[:_MOST_SAID] or type(error).__name__}",
+        hint="is `lorax serve` running there? curl URL/health",
+    )
 
 
 def _finite(number: str) -> float:

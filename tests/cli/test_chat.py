@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import time
@@ -256,14 +257,31 @@ class Terminal:
 
     def wait_for(self, text: str) -> str:
         """What is shown up to a text, and since the last one."""
-        ends = time.monotonic() + DEADLINE
-        while text not in self.shown:
-            chunk = os.read(self.process.stdout.fileno(), 4096)
-            assert chunk, f"the chat has ended: {self.shown!r}"
-            assert time.monotonic() < ends, self.shown
-            self.shown += chunk.decode()
+        assert self.shows(text, DEADLINE), self.shown
         found, _, self.shown = self.shown.partition(text)
         return found
+
+    def shows(self, text: str, seconds: float) -> bool:
+        """Whether a text is shown by then."""
+        ends = time.monotonic() + seconds
+        while text not in self.shown:
+            if not select.select([self.process.stdout], [], [], max(ends - time.monotonic(), 0))[0]:
+                return False
+            chunk = os.read(self.process.stdout.fileno(), 4096)
+            assert chunk, f"the chat has ended: {self.shown!r}"
+            self.shown += chunk.decode()
+        return True
+
+    def press(self, key: str, text: str) -> None:
+        """Type a key until a text is shown.
+
+        When Ctrl-C comes just as a prompt appears, Python's readline does not notice it before the next key.
+        """
+        for _ in range(DEADLINE // 5):
+            self.type(key)
+            if self.shows(text, 5):
+                break
+        self.wait_for(text)
 
 
 def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(tmp_path, engine):
@@ -280,8 +298,7 @@ def test_at_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(tmp_path, engin
         terminal.type("/save it.json\n/wrong\n")
         complaint = terminal.wait_for("// begins")
         terminal.wait_for("upper> ")
-        terminal.type("\x03")
-        terminal.wait_for("Ctrl-D or /quit ends the chat")
+        terminal.press("\x03", "Ctrl-D or /quit ends the chat")
         terminal.wait_for("upper> ")
         terminal.type("\x04")
         code = terminal.process.wait(DEADLINE)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import lorax_core
+from lorax_core.cli.answering import EngineAnswers
 from lorax_core.cli.chat import Talk, _at_terminal
 from lorax_core.cli.chat_commands import ChatState
 from lorax_core.cli.completions import show_text
@@ -62,7 +63,9 @@ def test_answers_cannot_steer_a_terminal(main, tmp_path, more):
 
 def test_answers_of_a_chat_cannot_either(engine):
     with contextlib.redirect_stdout(Stdout(True)) as stdout:
-        Talk(engine, ChatState({}, options={"choice": [TITLE]}), plain=True, at_terminal=False).turn("hi")
+        Talk(EngineAnswers(engine), ChatState({}, options={"choice": [TITLE]}), plain=True, at_terminal=False).turn(
+            "hi"
+        )
 
     assert stdout.getvalue() == f"{SHOWN}\n"
 
@@ -104,7 +107,7 @@ def test_errors_of_a_chat_have_them_too(engine, capsys):
         def next(self, _prompt):
             return next(self.given)
 
-    _at_terminal(Talk(engine, ChatState({}), plain=True, at_terminal=True), Typed(), debug=False)
+    _at_terminal(Talk(EngineAnswers(engine), ChatState({}), plain=True, at_terminal=True), Typed(), debug=False)
 
     assert "hint: lorax chat --help lists the options" in capsys.readouterr().err
 

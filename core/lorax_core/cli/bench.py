@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.loading import Loading, ModelOrServer, loads_model
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout, print_message, show_json, show_table
 from lorax_core.errors import RequestError
 
 if TYPE_CHECKING:
-    from lorax_core.cli.measuring import Figures
+    from lorax_core.cli.measuring import Figures, Workload
+    from lorax_core.cli.served import Server
     from lorax_core.serving.info import EngineInfo
 
 app = typer.Typer(add_completion=False)
@@ -29,12 +30,16 @@ _MOST: Final = 4_096
 @app.command()
 @loads_model
 def bench(
-    path: ModelPath,
+    path: ModelOrServer,
     concurrency: Annotated[
         str, typer.Option(metavar="N,N,...", help="How many requests at once; each is measured.")
     ] = "1,8",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, or text to embed.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
+    use: Annotated[
+        str | None,
+        typer.Option("--use", metavar="NAME,NAME,...", help="The adapters of a server that take turns, or its base."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each is measured; the median counts.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     plot: Annotated[
@@ -46,23 +51,23 @@ def bench(
 ) -> None:
     """Measure how fast a model answers: rates, latencies and their percentiles.
 
-    Adapters that are loaded take turns, as requests of a server would. Nothing else should run meanwhile.
+    Adapters that are loaded take turns, as requests of a server would. Nothing else should run meanwhile. A MODEL such as
+    http://localhost:8000 is a server with OpenAI's API, which is measured as its clients see it.
     """
     counts = _counts(concurrency)
     if plot is not None:
         _check_plot(plot)  # before minutes of measuring
-    from lorax_core.cli.measuring import Workload, measure, read_rate
+    from lorax_core.cli.measuring import Workload
 
-    adapters = tuple(loading.options_of(path)["adapters"])
+    server = loading.server(path)
+    if server is None and use is not None:
+        raise typer.BadParameter("those that --adapter loads take turns", param_hint="--use")
+    adapters = _turns(server, use) if server is not None else tuple(loading.options_of(path)["adapters"])
     workload = Workload(prompt_tokens, max_tokens, adapters, repeats, seed)
-    with loading.engine(path) as engine:
-        info = engine.info()
-        _check_fits(info, workload.prompt_tokens + workload.max_tokens)
-        rate = read_rate(info.device)
-        with data_only_stdout(), shown_progress() as report:
-            figures = measure(engine, workload, counts, rate, report)
-        info = engine.info()
-    about = _about(path, info, workload.adapters, rate)
+    if server is not None:
+        figures, about = _measured_server(server, workload, counts)
+    else:
+        figures, about = _measured(loading, path, workload, counts)
     if json:
         options = {"prompt_tokens": prompt_tokens, "max_tokens": max_tokens, "repeats": repeats, "seed": seed}
         show_json({**about, **options, "figures": [one.to_json() for one in figures]})
@@ -73,6 +78,39 @@ def bench(
     # Last: what was measured is not lost where it cannot be drawn.
     if plot is not None:
         _draw(plot, path, figures)
+
+
+def _measured(
+    loading: Loading, path: str, workload: Workload, counts: list[int]
+) -> tuple[list[Figures], dict[str, Any]]:
+    """The figures of an engine, and what they are of."""
+    from lorax_core.cli.measuring import measure, read_rate, runs_of
+
+    with loading.engine(path) as engine:
+        info = engine.info()
+        _check_fits(info, workload.prompt_tokens + workload.max_tokens)
+        rate = read_rate(info.device)
+        with data_only_stdout(), shown_progress() as report:
+            figures = measure(runs_of(engine, workload, rate), counts, workload.repeats, report)
+        return figures, _about(path, engine.info(), workload.adapters, rate)
+
+
+def _measured_server(server: Server, workload: Workload, counts: list[int]) -> tuple[list[Figures], dict[str, Any]]:
+    """The figures of a server, and what they are of."""
+    from lorax_core.cli.measuring import measure
+    from lorax_core.cli.measuring_server import ServedRuns
+
+    with shown_progress() as report:
+        figures = measure(ServedRuns(server, workload), counts, workload.repeats, report)
+    return figures, {"url": server.url, "model": server.base, "adapters": list(workload.adapters)}
+
+
+def _turns(server: Server, use: str | None) -> tuple[str, ...]:
+    """The models of a server that take turns; none is its base. Raises AdapterError for one that it does not have."""
+    names = [] if use is None else use.split(",")
+    for name in names:
+        server.chosen(name)
+    return tuple(names)
 
 
 def _counts(text: str) -> list[int]:
@@ -123,7 +161,8 @@ def _columns(first: Figures) -> list[tuple[str, Any]]:
         found.append(("texts/s", lambda one: f"{one.texts_per_second:,.1f}"))
     if first.first_token_ms is not None:  # it generates
         found.append(("decode tokens/s", lambda one: _or_dash(one.decode_tokens_per_second, ",.0f")))
-        found.append(("of memory's limit", lambda one: _or_dash(one.memory_share, ".0%")))
+        if first.memory_share is not None:
+            found.append(("of memory's limit", lambda one: _or_dash(one.memory_share, ".0%")))
         found.append(("first token ms 50/90/99 %", lambda one: _latencies(one.first_token_ms)))
         found.append(("further token ms", lambda one: _latencies(one.further_token_ms)))
     return found

@@ -11,31 +11,30 @@ import functools
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import typer
 
 import lorax_core
+from lorax_core.cli.answering import AnswerEvent, Answering, EngineAnswers, ServerAnswers
 from lorax_core.cli.batches import as_text
 from lorax_core.cli.chat_commands import ChatState, completions, is_command, run_command, wrong_usage
 from lorax_core.cli.completions import show_text
 from lorax_core.cli.conversation import PLAIN_STOP, read_conversation
 from lorax_core.cli.hints import at_command_line
 from lorax_core.cli.lines import Lines, PipedLines, TypedLines, read_message
-from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.loading import Loading, ModelOrServer, loads_model
 from lorax_core.cli.options import UseAdapter
 from lorax_core.cli.render import print_error, print_message, printable
 from lorax_core.cli.sampling import samples
+from lorax_core.cli.served import Server
 from lorax_core.cli.streams import OutputError, check_stdin
-from lorax_core.errors import LoraxError, RequestError
+from lorax_core.errors import LoraxError
 from lorax_core.types import FinishReason
-
-if TYPE_CHECKING:
-    from lorax_core.serving.engine import Engine
-    from lorax_core.serving.stream import Stream
 
 app = typer.Typer(add_completion=False)
 
@@ -45,7 +44,7 @@ app = typer.Typer(add_completion=False)
 @samples
 def chat(
     context: typer.Context,
-    path: ModelPath,
+    path: ModelOrServer,
     use: UseAdapter = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message, before all others.")] = None,
     history: Annotated[
@@ -60,11 +59,15 @@ def chat(
 ) -> None:
     """Talk with a model; answers stream to stdout.
 
-    /help lists what can be typed beside messages: /use switches adapters. In a pipe each line is a message.
+    /help lists what can be typed beside messages: /use switches adapters. In a pipe each line is a message. A MODEL such as
+    http://localhost:8000 is a server with OpenAI's API, which answers; its key is the first of LORAX_API_KEYS.
     """
-    state = ChatState(loading.options_of(path)["adapters"], options=sampling)
+    server = loading.server(path)
+    state = ChatState(_adapters_of(loading, path, server), options=sampling)
+    if server is not None:
+        state.adapter = server.chosen(use)
     # One among several need not be named here: /use names it.
-    if use is not None or len(loading.options.get("adapters", {})) < 2:
+    elif use is not None or len(loading.options.get("adapters", {})) < 2:
         state.adapter = loading.chosen_adapter(path, use)
     if history is not None:
         state.conversation = read_conversation(history)
@@ -74,9 +77,9 @@ def chat(
     # What is wrong with the options is known before anything is loaded.
     lorax_core.GenerateRequest(prompt="", **sampling)
     check_stdin()
-    with loading.engine(path) as engine:
+    with _answering(loading, path, server) as answering:
         at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        talk = Talk(engine, state, plain=plain, at_terminal=at_terminal)
+        talk = Talk(answering, state, plain=plain, at_terminal=at_terminal)
         talk.check()
         if at_terminal:
             print_message(f"{path}: {state.speaker} answers; /help lists commands, Ctrl-D ends", style="dim")
@@ -84,6 +87,23 @@ def chat(
             _at_terminal(talk, TypedLines(functools.partial(completions, state)), debug=debug)
         else:
             _through_pipe(talk, PipedLines())
+
+
+def _adapters_of(loading: Loading, path: str, server: Server | None) -> dict[str, str]:
+    """The adapters that /use may name, with where they come from."""
+    if server is not None:
+        return dict.fromkeys(server.adapters, server.url)
+    found: dict[str, str] = loading.options_of(path)["adapters"]
+    return found
+
+
+@contextlib.contextmanager
+def _answering(loading: Loading, path: str, server: Server | None) -> Iterator[Answering]:
+    if server is not None:
+        yield ServerAnswers(server)
+        return
+    with loading.engine(path) as engine:
+        yield EngineAnswers(engine)
 
 
 class _Interruption:
@@ -122,23 +142,18 @@ class _Interruption:
 
 
 class Talk:
-    """A conversation with an engine. `plain` joins messages as text; at a terminal Ctrl-C ends an answer and nothing else."""
+    """A conversation. `plain` joins messages as text; at a terminal Ctrl-C ends an answer and nothing else."""
 
-    def __init__(self, engine: Engine, state: ChatState, *, plain: bool, at_terminal: bool) -> None:
+    def __init__(self, answering: Answering, state: ChatState, *, plain: bool, at_terminal: bool) -> None:
         self.state = state
-        self._engine = engine
+        self._answering = answering
         self._plain = plain
         self._at_terminal = at_terminal
 
     def check(self) -> None:
         """Raises RequestError when the model cannot be talked with."""
-        if self._plain:
-            return
-        try:
-            self._engine.count_tokens(self.state.conversation.messages("."), adapter=self.state.adapter)
-        except RequestError as error:
-            hint = "--plain joins the messages as text; lorax generate continues a text"
-            raise RequestError(error.message, hint=hint) from error
+        if not self._plain:
+            self._answering.check(self._request("."))
 
     def turn(self, line: str) -> bool:
         """Does what a line says, or answers it; False when the chat is to end."""
@@ -174,23 +189,17 @@ class Talk:
         if self._at_terminal and not answer:
             print_message("nothing was answered, and the message is taken back", style="dim")
 
-    def _stream(self, said: str) -> Stream:
+    def _stream(self, said: str) -> AbstractContextManager[Iterable[AnswerEvent]]:
+        return self._answering.stream(self._request(said))
+
+    def _request(self, said: str) -> lorax_core.GenerateRequest:
+        """What asks for the answer to a message."""
         state, prompt = self.state, None
         options: dict[str, Any] = {"adapter": state.adapter, **state.options}
         if self._plain:
             prompt = state.conversation.plain(said)
             options["stop"] = [*options.get("stop", []), PLAIN_STOP]
-        request = lorax_core.GenerateRequest(prompt=prompt or state.conversation.messages(said), **options)
-        tokens = self._engine.count_tokens(request.prompt, adapter=state.adapter)
-        room = self._engine.info().max_tokens - tokens
-        if room < 1:
-            raise RequestError(
-                f"the conversation has {tokens:,} tokens, and the model reads {room + tokens:,}",
-                hint="/undo takes back the last message, /clear all of them",
-            )
-        if request.max_tokens is not None and request.max_tokens > room:
-            request = request.model_copy(update={"max_tokens": room})
-        return self._engine.stream(**request.model_dump())
+        return lorax_core.GenerateRequest(prompt=prompt or state.conversation.messages(said), **options)
 
 
 def _at_terminal(talk: Talk, lines: Lines, *, debug: bool) -> None:

@@ -83,7 +83,7 @@ def completions(state: ChatState, before: str, word: str) -> list[str]:
 def _use(state: ChatState, name: str) -> None:
     if not name:
         raise RequestError("/use needs a name", hint=f"there are {listed([*state.adapters, BASE])}")
-    state.adapter = None if name == BASE else chosen_adapter(dict(state.adapters), name)
+    state.adapter = None if name == BASE else chosen_adapter(dict(state.adapters), name, "/adapters lists them")
     print_message(f"{state.speaker} answers", style="dim")
 
 

@@ -6,10 +6,11 @@ answering are those of the Python interface, imported when the command runs.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,11 +19,15 @@ from lorax_core.cli.batches import as_text
 from lorax_core.cli.completions import answers_json, blocks, follow, show_text, summary
 from lorax_core.cli.files import Field, InFile, Overwrite, Restart
 from lorax_core.cli.inputs import check_out, given_file
-from lorax_core.cli.loading import Loading, ModelPath, loads_model
+from lorax_core.cli.loading import Loading, ModelOrServer, loads_model
 from lorax_core.cli.options import UseAdapter, read_text
-from lorax_core.cli.prompt_file import LINES, WINDOW, PromptFile, with_room
+from lorax_core.cli.prompt_file import DEFAULT_TOKENS, LINES, WINDOW, PromptFile, with_room
 from lorax_core.cli.render import print_message, show_json
 from lorax_core.cli.sampling import samples
+from lorax_core.cli.served import completions_of
+
+if TYPE_CHECKING:
+    from lorax_core.cli.served import ServedEvent, Server
 
 app = typer.Typer(add_completion=False)
 
@@ -40,7 +45,7 @@ _OutFile = Annotated[
 @loads_model
 @samples
 def generate(
-    path: ModelPath,
+    path: ModelOrServer,
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="What to continue; - reads it from stdin.")
     ] = None,
@@ -66,11 +71,16 @@ def generate(
 ) -> None:
     """Continue a prompt, whose answer streams to stdout, or each line of a file.
 
-    An answer has at most 128 tokens unless --max-tokens says otherwise.
+    An answer has at most 128 tokens unless --max-tokens says otherwise. A MODEL such as http://localhost:8000 is a server
+    with OpenAI's API, which answers; its key is the first of LORAX_API_KEYS.
     """
     if logprobs is not None and not (json if out is None else out.suffix == LINES):
         raise typer.BadParameter("only JSON has room for them: add --json", param_hint="--logprobs")
-    options = {**sampling, "adapter": loading.chosen_adapter(path, use)}
+    server = loading.server(path)
+    if server is not None:
+        _check_served(file=file, logprobs=logprobs)
+    adapter = loading.chosen_adapter(path, use) if server is None else server.chosen(use)
+    options = {**sampling, "adapter": adapter}
     options |= {name: value for name, value in (("n", n), ("logprobs", logprobs)) if value is not None}
     ask = _asking(options, chat=chat, system=system)
     given = given_file(file, field, WINDOW)
@@ -80,7 +90,11 @@ def generate(
             "give a prompt, - for stdin, or --file FILE, and one of them alone", param_hint="PROMPT"
         )
     if given is None:
-        _continue_one(loading, path, ask(read_text(prompt or "")), json=json)
+        request = ask(read_text(prompt or ""))
+        if server is None:
+            _continue_one(loading, path, request, json=json)
+        else:
+            _ask_server(server, request, json=json)
         return
     ask("")  # what is wrong with the options is known before anything is loaded
     job = PromptFile(loading, path, given, ask)
@@ -103,6 +117,40 @@ def _continue_one(loading: Loading, path: str, request: lorax_core.GenerateReque
     if request.n > 1:
         show_text("\n".join([*blocks(found), ""]))
     print_message(summary(found, seconds), style="dim")
+
+
+def _check_served(**given: object) -> None:
+    """What `lorax generate` does not ask of servers."""
+    for name, value in given.items():
+        if value is not None:
+            raise typer.BadParameter("this needs a model that is loaded here, not a server", param_hint=f"--{name}")
+
+
+def _ask_server(server: Server, request: lorax_core.GenerateRequest, *, json: bool) -> None:
+    """As `_continue_one`, by a running server."""
+    if request.max_tokens is None:
+        request = request.model_copy(update={"max_tokens": max(DEFAULT_TOKENS, request.min_tokens)})
+    quiet = json or request.n > 1
+    started = time.perf_counter()
+    with contextlib.closing(server.stream(request)) as stream:
+        found = completions_of(stream if quiet else _shown(stream))
+    seconds = time.perf_counter() - started
+    if json:
+        answers = [{"text": one.text, "finish_reason": str(one.finish_reason)} for one in found]
+        usage = {"prompt_tokens": found[0].usage.prompt_tokens, "completion_tokens": found[0].usage.completion_tokens}
+        others = {"alternatives": answers[1:]} if answers[1:] else {}
+        about = {"url": server.url, "model": server.base, "adapter": request.adapter}
+        show_json({**about, **answers[0], "usage": usage, **others})
+        return
+    show_text("\n".join([*blocks(found), ""]) if quiet else "\n")
+    print_message(summary(found, seconds), style="dim")
+
+
+def _shown(stream: Iterator[ServedEvent]) -> Iterator[ServedEvent]:
+    """Pieces that are printed as they come."""
+    for piece in stream:
+        show_text(piece.text)
+        yield piece
 
 
 def _asking(options: dict[str, Any], *, chat: bool, system: str | None) -> Callable[[str], lorax_core.GenerateRequest]:

@@ -1,4 +1,4 @@
-"""What all commands that load a model have in common: the flags of loading, and the way from PATH to an engine.
+"""What all commands that load a model have in common: the flags of loading, and the way from MODEL to an engine.
 
 Decides which of the engine's options every command has, and that a flag comes before what `lorax.toml` says of a model. Knows
 nothing of models: loading is that of the Python interface, imported when an engine is asked for.
@@ -20,7 +20,8 @@ from lorax_core.cli.flags import with_flags
 from lorax_core.cli.options import chosen_adapter, named_sources
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout
-from lorax_core.errors import CheckpointError, RequestError, nearest
+from lorax_core.cli.served import Server, is_address
+from lorax_core.errors import CheckpointError, RequestError, listed, nearest
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -29,7 +30,7 @@ LOADING_PANEL: Final = "Loading"
 """Where the help lists the flags of loading."""
 
 ModelPath = Annotated[
-    str, typer.Argument(metavar="PATH", help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml.")
+    str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml.")
 ]
 
 
@@ -51,6 +52,15 @@ _FLAGS: Final[Mapping[str, Any]] = {
 }
 
 
+ModelOrServer = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml; or the address of a running server.",
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Loading:
     """What a command line says of loading. `options` are those of `lorax_core.load`, without what was left out."""
@@ -64,6 +74,19 @@ class Loading:
         adapters = {**named.pop("adapters", {}), **self.options.get("adapters", {})}
         return {"checkpoint": named.pop("path", path), **named, **self.options, "adapters": adapters}
 
+    def server(self, path: str) -> Server | None:
+        """The running server that MODEL is the address of; None for a checkpoint. Raises RequestError where none answers."""
+        options = self.options_of(path)
+        url = options.pop("checkpoint")
+        if not is_address(url):
+            return None
+        if said := [name for name, value in options.items() if value]:
+            raise RequestError(
+                f"{listed(said)}: this is said when a model is loaded, and {url:.200} has loaded its own",
+                hint="give it to `lorax serve`; --use NAME names an adapter of the server",
+            )
+        return Server.at(url)
+
     def chosen_adapter(self, path: str, use: str | None) -> str | dict[str, float] | None:
         """The adapter that answers: see `lorax_core.cli.options.chosen_adapter`."""
         given = self.options.get("adapters", {})
@@ -74,11 +97,16 @@ class Loading:
     def engine(
         self, path: str, *, about: Mapping[str, Mapping[str, Any]] | None = None, **more: Any
     ) -> Iterator[Engine]:
-        """The engine for PATH, closed at the end; `more` are further options, of which None leaves one out.
+        """The engine for MODEL, closed at the end; `more` are further options, of which None leaves one out.
 
         `about` says of adapters what their files do not, as `AdapterOptions`.
         """
         self._check_names(path)
+        if is_address(url := self.options_of(path)["checkpoint"]):
+            raise RequestError(
+                f"{url:.200} is a server, and this loads a model",
+                hint="`lorax generate`, `lorax chat` and `lorax bench` ask servers; docs/serving.md has the routes of the rest",
+            )
         options = self.options_of(path) | {name: value for name, value in more.items() if value is not None}
         for name, said in (about or {}).items():
             given = options["adapters"][name]

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import lorax_core
 from lorax_core.progress import Progress, Report
@@ -45,7 +45,7 @@ class Figures:
 
     `first_token_ms` and `further_token_ms` are latencies by percentile. `memory_share` is the time in which memory alone could
     deliver what a decoding step reads (linear layers, keys and values), as a share of the step. `texts_per_second` is of
-    models that embed; what a model does not do is None.
+    models that embed; what a model does not do, or a server does not show, is None.
     """
 
     concurrency: int
@@ -74,20 +74,28 @@ def read_rate(device: str) -> float:
     return _READ_BYTES / min(seconds)
 
 
-def measure(
-    engine: Engine, workload: Workload, concurrency: Sequence[int], bytes_per_second: float, report: Report
-) -> list[Figures]:
-    """The figures at each concurrency, ascending."""
+class Runs(Protocol):
+    """What is measured."""
+
+    def figures(self, count: int, repeats: int) -> Figures:
+        """The figures with so many requests at once, each measured so often."""
+
+
+def runs_of(engine: Engine, workload: Workload, bytes_per_second: float) -> Runs:
+    """Measures an engine, by what its model does."""
     source = random.Random(workload.seed)
-    generates = "generate" in engine.info().tasks
-    runs = (
-        _Generating(engine, workload, source, bytes_per_second) if generates else _Embedding(engine, workload, source)
-    )
+    if "generate" in engine.info().tasks:
+        return _Generating(engine, workload, source, bytes_per_second)
+    return _Embedding(engine, workload, source)
+
+
+def measure(runs: Runs, concurrency: Sequence[int], repeats: int, report: Report) -> list[Figures]:
+    """The figures at each concurrency, ascending."""
     runs.figures(min(concurrency), 1)  # to warm up
     found = []
     for done, count in enumerate(sorted(set(concurrency))):
         report(Progress("measuring", done, len(set(concurrency))))
-        found.append(runs.figures(count, workload.repeats))
+        found.append(runs.figures(count, repeats))
     return found
 
 

@@ -61,8 +61,13 @@ def numbered_labels(given: Iterable[str], form: str = "ID=NAME") -> dict[int, st
     return named
 
 
-def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str, float] | None:
-    """The adapter that answers: the one asked for, or a weighted sum, or the only one there is; None for the base."""
+def chosen_adapter(
+    adapters: dict[str, str], use: str | None, otherwise: str | None = None
+) -> str | dict[str, float] | None:
+    """The adapter that answers: the one asked for, or a weighted sum, or the only one there is; None for the base.
+
+    `otherwise` is the hint for a name that is like none of them.
+    """
     if use is None and len(adapters) > 1:
         raise typer.BadParameter(f"which of {listed(adapters)} answers?", param_hint="--use")
     if use is None:
@@ -74,7 +79,7 @@ def chosen_adapter(adapters: dict[str, str], use: str | None) -> str | dict[str,
             close = nearest(name, adapters)
             raise AdapterError(
                 f"no adapter is called {name!r}; given are {listed(adapters)}",
-                hint=f"did you mean {close!r}?" if close else f"--adapter {name}=FOLDER loads it",
+                hint=f"did you mean {close!r}?" if close else otherwise or f"--adapter {name}=FOLDER loads it",
             )
         # A later one would silently win in a dict.
         if name in weights:

@@ -62,7 +62,7 @@ _ProblemType = Annotated[
 ]
 _Host = Annotated[str | None, _flag(help="The address to listen on; 0.0.0.0 is all of this machine.", option="host")]
 _Port = Annotated[int | None, _flag(help="The port; 0 takes a free one.", option="port")]
-_ModelName = Annotated[str | None, _flag(metavar="NAME", help="What clients call the base, instead of PATH.")]
+_ModelName = Annotated[str | None, _flag(metavar="NAME", help="What clients call the base, instead of MODEL.")]
 _ApiKeyFile = Annotated[
     Path | None, _flag(metavar="FILE", help="API keys, one a line; or set LORAX_API_KEYS, separated by commas.")
 ]

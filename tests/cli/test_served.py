@@ -332,6 +332,12 @@ def test_events_of_another_form_are_refused(other, wrong):
         list(server.stream(lorax_core.GenerateRequest(prompt="x")))
 
 
+def test_the_address_may_be_that_which_clients_of_openai_are_given(other):
+    server = Server.at(f"{other}/fine/v1/")
+
+    assert server == Server.at(f"{other}/fine")
+
+
 def test_a_server_without_models_is_refused(other):
     with pytest.raises(RequestError, match="serves no model"):
         Server.at(f"{other}/empty")

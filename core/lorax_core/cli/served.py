@@ -49,6 +49,8 @@ class Server:
         """Asks the server at this address for its models. Raises RequestError where none can be had."""
         from lorax_core.settings import Settings
 
+        # Clients of OpenAI are given the address with it.
+        url = url.rstrip("/").removesuffix("/v1")
         key = next(iter(Settings.from_env().api_keys), None)
         models = rows_of(url, ask(url, "/v1/models", key), "data")
         names = [str(model.get("id")) for model in models]

@@ -134,6 +134,10 @@ def test_the_address_may_have_a_name(main, url, engine, tmp_path, monkeypatch):
         (["generate", "URL", PROMPT, "--adapter", "a=b"], "'adapters': this is said when a model is loaded"),
         (["generate", "URL", PROMPT, "--max-tokens", "100000"], "refuses: "),
         (["generate", "http://127.0.0.1:1", PROMPT], "Connection refused"),
+        (
+            ["generate", "localhost:8000", PROMPT],
+            "hint: the address of a server begins with http://, such as http://localhost:8000",
+        ),
         (["embed", "URL", "a text"], "is a server, and this loads a model"),
         (["chat", "URL", "--threads", "1"], "'threads': this is said when a model is loaded"),
         (["bench", "URL", "--use", "nix"], "is called 'nix'"),

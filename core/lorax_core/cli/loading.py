@@ -20,7 +20,7 @@ from lorax_core.cli.flags import with_flags
 from lorax_core.cli.options import chosen_adapter, named_sources
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout
-from lorax_core.cli.served import Server, is_address
+from lorax_core.cli.served import Server, is_address, looks_like_address
 from lorax_core.errors import CheckpointError, RequestError, listed, nearest
 
 if TYPE_CHECKING:
@@ -130,10 +130,13 @@ class Loading:
 
     @contextlib.contextmanager
     def _near(self, path: str) -> Iterator[None]:
-        """What is no checkpoint may be the misspelt name of a model of lorax.toml."""
+        """What is no checkpoint may be a server, or the misspelt name of a model of lorax.toml."""
         try:
             yield
         except CheckpointError as error:
+            if looks_like_address(path):
+                hint = f"the address of a server begins with http://, such as http://{path:.200}"
+                raise CheckpointError(error.message, hint=hint) from error
             close = None if path in self.config.models or os.path.exists(path) else nearest(path, self.config.models)
             if close is None:
                 raise

@@ -7,6 +7,7 @@ so. Knows nothing of connections, which are `remote.py`, and nothing of terminal
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
@@ -23,6 +24,11 @@ _NOT_OURS: Final = "is it a server with OpenAI's API? curl URL/v1/models"
 def is_address(model: str) -> bool:
     """Whether a MODEL is the address of a server, and no checkpoint."""
     return model.startswith(_ADDRESSES)
+
+
+def looks_like_address(model: str) -> bool:
+    """Whether a MODEL is the address of a server but for its beginning."""
+    return re.fullmatch(r"[\w.-]+:\d{2,5}(/v1)?/?", model) is not None
 
 
 @dataclass(frozen=True, slots=True)

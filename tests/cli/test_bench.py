@@ -103,6 +103,7 @@ def test_what_every_step_reads_are_all_matrices_but_an_untied_table(tmp_path, ti
 
 def test_percentiles_are_of_the_nearest_rank_in_milliseconds():
     assert percentiles([one / 1_000 for one in range(1, 101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+    assert percentiles([one / 1_000 for one in range(1, 8)]) == {"p50": 4.0, "p90": 7.0, "p99": 7.0}
     assert percentiles([0.002]) == {"p50": 2.0, "p90": 2.0, "p99": 2.0}
 
 

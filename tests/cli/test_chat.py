@@ -231,6 +231,34 @@ def test_a_model_without_a_template_is_talked_with_in_plain_text(talk, tmp_path,
     assert out == f"{first}\n{second}\n"
 
 
+def test_an_answer_is_cut_to_the_room_that_is_left(talk, engine):
+    code, out, _ = talk("Go", "--max-tokens=100000", "--ignore-eos")
+
+    room = engine.info().max_tokens - engine.count_tokens(said("Go"))
+    assert code == 0
+    assert out == f"{engine.generate(said('Go'), max_tokens=room, ignore_eos=True).text}\n"
+
+
+def test_a_message_without_an_answer_is_taken_back(talk, engine, tmp_path):
+    first = engine.generate(said("Go"), max_tokens=1).token_ids[0]
+
+    code, out, _ = talk(f"Go\n/save {tmp_path / 'it.json'}\n", "--stop-token-id", str(first))
+
+    assert (code, out) == (0, "\n")
+    assert json.loads((tmp_path / "it.json").read_text()) == []
+
+
+def test_a_stop_of_the_user_ends_plain_answers_too(talk, engine):
+    text = "User: Go\nAssistant:"
+    whole = engine.generate(text, max_tokens=12, stop="\nUser:").text
+    word = whole.split()[-1]
+
+    _, out, _ = talk("Go", "--plain", "--stop", word)
+
+    assert word not in out
+    assert out == f"{engine.generate(text, max_tokens=12, stop=[word, chr(10) + 'User:']).text}\n"
+
+
 def test_words_of_commands_are_completed():
     state = ChatState({name: str(folder) for name, folder in ADAPTERS.items()})
 

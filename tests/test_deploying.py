@@ -105,3 +105,12 @@ def test_the_page_names_the_files_and_the_variables():
     assert len(variables) == 4
     wanted = [f"`{one}`" for one in ("Dockerfile", "compose.yaml", "packaging/lorax.service", *variables)]
     assert [one for one in wanted if one not in page] == []
+
+
+def test_the_page_and_the_image_take_torch_for_a_cpu_from_one_index():
+    [index] = re.findall(r"^ARG TORCH_INDEX=(\S+)$", DOCKERFILE, re.MULTILINE)
+    page = (ROOT / "docs/deploying.md").read_text("utf-8")
+
+    [command] = re.findall(r"^/usr/local/lib/lorax/bin/pip install .*$", page, re.MULTILINE)
+
+    assert f"--extra-index-url {index} " in command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from types import SimpleNamespace
 
@@ -57,6 +58,7 @@ def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
         example / "model", *flags, "--adapter", f"up={example / 'adapters/upper'}", "--adapter-sources", "hub",
         "--cors-origin", "https://page", "--api-key-file", keys, "--admin-key-file", admin,
     )  # fmt: skip
+    said = [json.loads(line)["message"].partition(" ")[0] for line in done.stderr.splitlines()]
 
     assert done.exit_code == 0, done.output
     assert {name: getattr(served.server, name) for name in for_server} == for_server
@@ -65,6 +67,7 @@ def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
     assert served.server.admin_key.get_secret_value() == "admin-key-3"
     assert served.server.cors_origins == ("https://page",)
     assert (served.engine.adapter_sources, served.adapters, served.name) == (("hub",), ["up"], "small")
+    assert said == ["loading", "serving"]
     assert "http://127.0.0.1:" in done.stderr
 
 

@@ -163,14 +163,23 @@ def serve(
     options["admin_key"] = next(iter(keys_in(admin_key_file)), None) if admin_key_file else settings.admin_key
     chosen = ServerOptions(**options)
     with contextlib.closing(server.listen(chosen)) as bound, data_only_stdout():
-        print_message(f"loading {path}")
+        _say(f"loading {path}", chosen)
         with loading.engine(path, about=about, **for_engine) as engine:
             engine.warmup()
             # A model of lorax.toml is called as it is there.
             name = chosen.model_name or (path if path in loading.config.models else None)
             called = name or server.base_name(engine.options.checkpoint)
-            print_message(f"serving {called!r} at {server.address(bound)}; Ctrl-C stops")
+            _say(f"serving {called!r} at {server.address(bound)}; Ctrl-C stops", chosen)
             server.serve(engine, chosen, bound, model_name=name)
+
+
+def _say(text: str, options: ServerOptions) -> None:
+    """A line on stderr; one of JSON where the logs are, which programs read."""
+    if options.log_format == "json":
+        from lorax_core.server.logs import json_line
+
+        text = json_line(text)
+    print_message(text)
 
 
 def _heads(labels: list[str], problems: list[str], adapters: Mapping[str, str]) -> dict[str, dict[str, Any]]:

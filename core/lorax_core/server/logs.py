@@ -51,6 +51,11 @@ class JsonLines(logging.Formatter):
         return json.dumps(entry, ensure_ascii=True, default=str)
 
 
+def json_line(message: str) -> str:
+    """What is said before there is a server, as a line of its log."""
+    return JsonLines().format(logging.makeLogRecord({"msg": message, "levelno": logging.INFO, "levelname": "INFO"}))
+
+
 class TextLines(logging.Formatter):
     """Time, level, message and the fields as `name=value`."""
 

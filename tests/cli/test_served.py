@@ -285,6 +285,7 @@ EVENTS = {
     "number": [{"choices": [{"text": 3}]}],
     "bare": [{"choices": [3]}],
     "usage": [{"choices": [], "usage": {"prompt_tokens": "many"}}],
+    "done": [],
     "nothing": [{"choices": [{"text": "a"}]}],
 }
 
@@ -340,6 +341,13 @@ def test_the_address_may_be_that_which_clients_of_openai_are_given(other):
     server = Server.at(f"{other}/fine/v1/")
 
     assert server == Server.at(f"{other}/fine")
+
+
+def test_an_answer_without_events_is_an_error(main, other):
+    code, out, err = main("generate", f"{other}/done", PROMPT, "--json")
+
+    assert (code, out) == (1, "")
+    assert "ended its answer before it began" in err
 
 
 def test_a_server_without_models_is_refused(other):

@@ -80,11 +80,16 @@ class Server:
     def stream(self, request: lorax_core.GenerateRequest) -> Generator[ServedEvent]:
         """The pieces of the answers. Closing the iterator ends them. Raises RequestError where the server does."""
         route, body = _asked(request, self.base)
+        answered = False
         for event in events(self.url, route, self.key, body):
             try:
-                yield from _pieces(event)
+                for piece in _pieces(event):
+                    answered = True
+                    yield piece
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise RequestError(f"{self.url:.200}: an event is not of OpenAI's form", hint=_NOT_OURS) from error
+        if not answered:
+            raise RequestError(f"{self.url:.200} ended its answer before it began", hint=_NOT_OURS)
 
 
 def completions_of(pieces: Iterable[ServedEvent]) -> list[Completion]:

@@ -16,6 +16,9 @@ import pytest
 from loopback import Loopback, left, until
 
 import lorax_core
+from lorax_core.cli.answering import ServerAnswers
+from lorax_core.cli.chat import Talk
+from lorax_core.cli.chat_commands import ChatState
 from lorax_core.cli.measuring_server import spread
 from lorax_core.cli.served import Server, completions_of
 from lorax_core.errors import RequestError
@@ -123,6 +126,16 @@ def test_the_address_may_have_a_name(main, url, engine, tmp_path, monkeypatch):
     _, out, _ = main("generate", "mine", PROMPT, "--max-tokens", "4")
 
     assert out == f"{engine.generate(PROMPT, max_tokens=4).text}\n"
+
+
+def test_what_lorax_toml_says_wrongly_of_a_server_is_named(main, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lorax.toml").write_text(f'[models.mine]\npath = "{url}"\ncheckpoint = 1\n')
+
+    code, out, err = main("generate", "mine", PROMPT)
+
+    assert (code, out) == (1, "")
+    assert "[models.mine] has no 'checkpoint'" in err
 
 
 @pytest.mark.parametrize(
@@ -243,6 +256,16 @@ def test_what_the_server_does_not_have_is_an_error_of_the_conversation(talk, lin
     assert complaint in err
 
 
+def test_an_answer_that_was_cut_off_is_said_to_be_at_a_terminal(other, capsys):
+    answering = ServerAnswers(Server.at(f"{other}/cut-off"))
+
+    Talk(answering, ChatState({}), plain=False, at_terminal=True).turn("Hello")
+
+    said = capsys.readouterr()
+    assert said.out == "a\n"
+    assert "cut off: --max-tokens" in said.err
+
+
 # --- bench ---
 
 
@@ -284,6 +307,12 @@ EVENTS = {
     ],
     "number": [{"choices": [{"text": 3}]}],
     "bare": [{"choices": [3]}],
+    "negative": [{"choices": [], "usage": {"prompt_tokens": -7}}],
+    "another": [{"choices": [{"index": 1, "text": "a"}]}],
+    "cut-off": [
+        {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": "length"}]},
+        {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}},
+    ],
     "usage": [{"choices": [], "usage": {"prompt_tokens": "many"}}],
     "done": [],
     "nothing": [{"choices": [{"text": "a"}]}],
@@ -329,7 +358,7 @@ def test_a_server_of_another_kind_answers_with_any_of_its_models(other):
     assert (found.text, found.finish_reason, found.usage.prompt_tokens) == ("ab", "stop", 3)
 
 
-@pytest.mark.parametrize("wrong", ["number", "bare", "usage"])
+@pytest.mark.parametrize("wrong", ["number", "bare", "usage", "negative", "another"])
 def test_events_of_another_form_are_refused(other, wrong):
     server = Server.at(f"{other}/{wrong}")
 

@@ -176,7 +176,7 @@ class Talk:
                     with interruption.held():
                         show_text(event.text)
                         shown.append(event.text)
-                    reason = event.finish_reason
+                    reason = event.finish_reason or reason  # the usage of a server comes behind it
             except KeyboardInterrupt:
                 if not self._at_terminal:
                     raise

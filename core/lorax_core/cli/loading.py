@@ -76,6 +76,8 @@ class Loading:
 
     def server(self, path: str) -> Server | None:
         """The running server that MODEL is the address of; None for a checkpoint. Raises RequestError where none answers."""
+        if path in self.config.models:
+            self._check_names(path)
         options = self.options_of(path)
         url = options.pop("checkpoint")
         if not is_address(url):

@@ -6,6 +6,7 @@ line. What is measured is server, connection and client together.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import string
@@ -31,6 +32,7 @@ class ServedRuns:
     def __init__(self, server: Server, workload: Workload) -> None:
         self._server, self._workload = server, workload
         self._source = random.Random(workload.seed)
+        self._over = False
         _, usage = self._answer(self._words(_WORDS), None, 1)
         self._of_word = usage.prompt_tokens / _WORDS
 
@@ -69,17 +71,25 @@ class ServedRuns:
                 threads.submit(self._answer, prompt, turns[number % len(turns)], tokens)
                 for number, prompt in enumerate(prompts)
             ]
-            return started, [job.result() for job in jobs]
+            try:
+                return started, [job.result() for job in jobs]
+            except BaseException:
+                # The others would be waited for until their answers end.
+                self._over = True
+                raise
 
     def _answer(self, prompt: str, adapter: str | None, tokens: int) -> tuple[_Pieces, Usage]:
         request = lorax_core.GenerateRequest(prompt=prompt, adapter=adapter, max_tokens=tokens, ignore_eos=True)
         times: list[float] = []
         usage: Usage | None = None
-        for event in self._server.stream(request):
-            if event.usage is not None:
-                usage = event.usage
-            else:
-                times.append(time.perf_counter())
+        with contextlib.closing(self._server.stream(request)) as stream:
+            for event in stream:
+                if self._over:
+                    break
+                if event.usage is not None:
+                    usage = event.usage
+                else:
+                    times.append(time.perf_counter())
         if usage is None or not times or usage.prompt_tokens < 1:
             raise RequestError(
                 f"{self._server.url:.200} does not say how many tokens an answer has",

@@ -82,7 +82,7 @@ def events(
         with _open(url, path, key, body, silence) as answer:
             status = answer.status or 0
             if status != 200:
-                raise _refused(url, status, answer.read(_MOST_BYTES))
+                raise _refused(url, *_within(SECONDS, lambda: _whole(answer)))
             for text in _data(answer):
                 if text == b"[DONE]":
                     return
@@ -221,7 +221,8 @@ def _refused(url: str, status: int, body: bytes) -> LoraxError:
     """What the server says itself, where it says something."""
     try:
         said = _parsed(body)["error"]
-        message, hint = str(said["message"]), said.get("hint")
+        # Other servers have a text there.
+        message, hint = (said, None) if isinstance(said, str) else (str(said["message"]), said.get("hint"))
     except (ValueError, KeyError, TypeError, AttributeError):
         message, hint = f"status {status}", None
     if status in (401, 403):

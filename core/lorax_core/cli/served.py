@@ -83,7 +83,7 @@ class Server:
         answered = False
         for event in events(self.url, route, self.key, body):
             try:
-                for piece in _pieces(event):
+                for piece in _pieces(event, request.n):
                     answered = True
                     yield piece
             except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -137,18 +137,25 @@ _SAME: Final = frozenset({
 """Options of `GenerateRequest` that the server calls the same."""
 
 
-def _pieces(event: Mapping[str, Any]) -> Iterator[ServedEvent]:
-    """What an event says. Raises for what is not of OpenAI's form."""
+def _pieces(event: Mapping[str, Any], answers: int) -> Iterator[ServedEvent]:
+    """What an event says of so many answers. Raises for what is not of OpenAI's form."""
     for choice in event.get("choices") or ():
         text = choice["delta"].get("content") if "delta" in choice else choice["text"]
         reason = choice.get("finish_reason")
         yield ServedEvent(
             text=_text(text or ""),
-            choice=int(choice.get("index", 0)),
+            choice=_number(choice.get("index", 0), answers),
             finish_reason=None if reason is None else _reason(reason),
         )
     if (usage := event.get("usage")) is not None:
-        yield ServedEvent(usage=Usage(int(usage["prompt_tokens"]), int(usage.get("completion_tokens", 0))))
+        counts = (usage["prompt_tokens"], usage.get("completion_tokens", 0))
+        yield ServedEvent(usage=Usage(*(_number(count, 2**31) for count in counts)))
+
+
+def _number(found: Any, below: int) -> int:
+    if not (isinstance(found, int) and 0 <= found < below):
+        raise ValueError("a number is out of its range")
+    return found
 
 
 def _text(found: Any) -> str:

@@ -315,6 +315,7 @@ EVENTS = {
     ],
     "usage": [{"choices": [], "usage": {"prompt_tokens": "many"}}],
     "done": [],
+    "endless": [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"prompt_tokens": 64, "completion_tokens": 1}}],
     "nothing": [{"choices": [{"text": "a"}]}],
 }
 
@@ -326,9 +327,23 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json.dumps({"data": []} if self.path.startswith("/empty") else MODELS))
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path.startswith("/endless") and body["max_tokens"] > 1:
+            self.fail_or_stream()
+            return
         lines = [f"data: {json.dumps(event)}\n\n" for event in EVENTS[self.path.split("/")[1]]]
         self.answer("".join([*lines, "data: [DONE]\n\n"]))
+
+    def fail_or_stream(self):
+        """The first request fails, when there are two; the other is answered until its client goes."""
+        try:
+            first = self.server.both.wait(timeout=60) == 0
+            self.send_response(500 if first else 200)
+            self.end_headers()
+            while not first:
+                self.wfile.write(b'data: {"choices": [{"text": "a"}]}\n\n')
+        except OSError:
+            self.server.gone.set()
 
     def answer(self, text):
         self.send_response(200)
@@ -340,13 +355,20 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def other():
+def other_server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.both, server.gone = threading.Barrier(2), threading.Event()
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def other(other_server):
+    """Where the servers of another kind are."""
+    return f"http://127.0.0.1:{other_server.server_port}"
 
 
 def test_a_server_of_another_kind_answers_with_any_of_its_models(other):
@@ -382,6 +404,14 @@ def test_an_answer_without_events_is_an_error(main, other):
 def test_a_server_without_models_is_refused(other):
     with pytest.raises(RequestError, match="serves no model"):
         Server.at(f"{other}/empty")
+
+
+def test_a_request_that_fails_ends_those_that_are_measured_beside_it(main, other, other_server):
+    code, out, err = main("bench", f"{other}/endless", "--concurrency", "2", "--max-tokens", "3")
+
+    assert (code, out) == (1, "")
+    assert "status 500" in err
+    assert other_server.gone.wait(60)
 
 
 def test_a_server_without_usage_is_not_measured(main, other):

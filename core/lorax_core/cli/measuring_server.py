@@ -11,7 +11,7 @@ import random
 import statistics
 import string
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Final
 
 import lorax_core
@@ -72,6 +72,8 @@ class ServedRuns:
                 for number, prompt in enumerate(prompts)
             ]
             try:
+                for job in as_completed(jobs):
+                    job.result()  # the first that fails ends all
                 return started, [job.result() for job in jobs]
             except BaseException:
                 # The others would be waited for until their answers end.

@@ -38,6 +38,7 @@ WRONG = {
 GOOD = b': a comment\n\nevent: message\ndata: {"n": 1}\n\ndata:{"n": 2}\r\n\r\n'
 STREAMS = {
     "whole": GOOD + b'data: [DONE]\n\ndata: {"n": 3}\n\n',
+    "null": b'data:\n\ndata: {"n": 1, "error": null}\n\ndata: {"n": 2, "error": null}\n\ndata: [DONE]\n\n',
     "cut": GOOD,
     "half": GOOD + b'data: {"n": 3',
     "silent": GOOD,
@@ -196,6 +197,16 @@ def test_the_events_of_a_stream_come_until_it_says_that_it_is_done(url):
     found = list(events(url + "/whole", "/v1/completions", None, {"prompt": "a"}))
 
     assert found == [{"n": 1}, {"n": 2}]
+
+
+def test_no_error_is_none_and_no_proxy_stands_before_this_machine(url, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # which would refuse
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+
+    found = list(events(url + "/null", "/v1/completions", None, {"prompt": "a"}))
+
+    assert [event["n"] for event in found] == [1, 2]
 
 
 @pytest.mark.parametrize(

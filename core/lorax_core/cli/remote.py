@@ -26,6 +26,7 @@ SECONDS: Final = 60.0
 _MOST_BYTES: Final = 16 * 2**20
 _EVENT_BYTES: Final = 2**20
 _MOST_SAID: Final = 500
+_LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+")
 _Answer = tuple[int, bytes]
 """Status and body."""
 _OURS: Final = "is it a server that `lorax serve` started?"
@@ -83,13 +84,15 @@ def events(
             status = answer.status or 0
             if status != 200:
                 raise _refused(url, *_within(SECONDS, lambda: _whole(answer)))
+            if "json" in answer.headers.get("Content-Type", ""):
+                raise ValueError("it is no stream")
             for text in _data(answer):
                 if text == b"[DONE]":
                     return
                 found = _parsed(text)
                 if not isinstance(found, dict):
                     raise ValueError("an event is no JSON object")
-                if "error" in found:
+                if found.get("error") is not None:
                     raise _refused(url, status, text)
                 yield found
     except IncompleteRead:
@@ -117,7 +120,9 @@ def _check(url: str, key: str | None) -> None:
         )
     # Others, such as file:, have no server.
     if not url.startswith(("http://", "https://")):
-        raise RequestError(f"{url!r:.200} is no address of a server", hint="--url http://localhost:8000")
+        raise RequestError(
+            f"{url!r:.200} is no address of a server", hint="it begins with http://, such as http://localhost:8000"
+        )
     if key is not None and not (key.isascii() and key.isprintable()):
         raise RequestError(
             "the key has characters that no header takes", hint="a key is one line of letters, digits and signs"
@@ -143,8 +148,10 @@ def _open(
         headers["Content-Type"] = "application/json"
         sent = json.dumps(body).encode()
     asked = request.Request(url.rstrip("/") + path, sent, headers)
+    # What is said to this machine is no proxy's business.
+    here = request.ProxyHandler({} if _LOOPBACK.fullmatch(asked.host.partition(":")[0]) else None)
     try:
-        found: HTTPResponse = request.build_opener(Stays).open(asked, timeout=timeout)
+        found: HTTPResponse = request.build_opener(Stays, here).open(asked, timeout=timeout)
     except HTTPError as error:
         return error  # it is the answer, and holds the connection
     return found
@@ -164,8 +171,8 @@ def _data(answer: HTTPResponse | HTTPError) -> Iterator[bytes]:
         if len(line) > _EVENT_BYTES:
             raise ValueError(f"an event has more than {_EVENT_BYTES:,} bytes")
         # Half a line is the end of a stream that broke off.
-        if line.startswith(b"data:") and line.endswith(b"\n"):
-            yield line[5:].strip()
+        if line.startswith(b"data:") and line.endswith(b"\n") and (text := line[5:].strip()):
+            yield text
 
 
 def _within(seconds: float, work: Callable[[], _Answer]) -> _Answer:

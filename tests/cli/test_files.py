@@ -134,6 +134,8 @@ def test_a_line_of_json_names_its_text_and_itself(tmp_path):
         (b"[" * 10**5, "line 2 of .*is not JSON: nested too deeply", "on one line"),
         (b'"text"', "line 2 of .*in.jsonl is no JSON object: 'text'", '{"text": "..."} is one'),
         (b'{"texts": "a"}', "line 2 of .*has no field 'text'; it has 'texts'", "--field texts"),
+        (b'{"body": "a", "number": 1}', "line 2 of .*has no field 'text'", "--field body"),
+        (b'{"id": "1", "body": "a"}', "line 2 of .*it has 'id', 'body'", "--field NAME says"),
         (b'{"text": 5}', "line 2 of .*: the field 'text' is no text: 5", "--field NAME"),
         (rb'{"text": "\ud800"}', "line 2 of .* not valid Unicode", "UTF-8"),
         (b'"' + b"a" * 2**24 + b'"', "line 2 of .* has more than 16,777,216 bytes", "shorter"),
@@ -141,7 +143,7 @@ def test_a_line_of_json_names_its_text_and_itself(tmp_path):
         (b'{"text": "a", "id": [-Infinity]}', "line 2 of .* holds the number -Infinity", "finite"),
         (b'{"text": "a", "id": 1e999}', "line 2 of .* holds the number 1e999", "finite"),
     ],
-    ids=range(12),
+    ids=range(14),
 )
 def test_what_is_no_record_is_told_with_its_line_after_those_before_it(tmp_path, line, message, hint):
     file = tmp_path / "in.jsonl"

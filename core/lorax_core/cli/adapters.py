@@ -48,7 +48,7 @@ _FEATURES = {
 
 @app.command("list")
 def list_adapters(
-    url: Annotated[str, typer.Option(metavar="URL", help="Of a server that `lorax serve` started.")],
+    url: Annotated[str, typer.Option(metavar="URL", help="Address of a server that `lorax serve` started.")],
     admin_key_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The server's admin key; or set LORAX_ADMIN_KEY.")
     ] = None,
@@ -56,7 +56,7 @@ def list_adapters(
 ) -> None:
     """List the adapters that a running server has loaded.
 
-    Without an admin key their sources and ranks are not told.
+    Without an admin key their sources and ranks are hidden.
     """
     from lorax_core.settings import Settings
 
@@ -121,14 +121,16 @@ def merge(
     density: Annotated[
         float | None, typer.Option(metavar="D", help="Share of numbers that ties and dare keep.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Of what dare drops; 0 by default.")] = None,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="Of svd's result; by default the largest one.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="S", help="Seed of what dare drops; 0 by default.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(metavar="R", help="Rank of svd's result; by default the largest one.")
+    ] = None,
     majority_sign: Annotated[str, typer.Option(help="How ties counts: total or frequency.")] = "total",
     base: Annotated[
         str | None, typer.Option(metavar="CHECKPOINT", help="Merge into this folder or hub id, not into an adapter.")
     ] = None,
     revision: Annotated[
-        list[str] | None, typer.Option(metavar="REV", help="Of hub ids; once for each adapter, '' for none.")
+        list[str] | None, typer.Option(metavar="REV", help="Revision of hub ids; once for each adapter, '' for none.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what DIR holds.")] = False,
     json: _Json = False,

@@ -41,9 +41,9 @@ def bench(
         typer.Option("--use", metavar="NAME,NAME,...", help="The adapters of a server that take turns, or its base."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each is measured; the median counts.")] = 3,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the figures; needs lorax-core[bench].")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw the figures; needs matplotlib, the extra 'bench'.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     *,

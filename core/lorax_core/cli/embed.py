@@ -85,7 +85,9 @@ def embed(
     prompt_name: Annotated[
         str | None, typer.Option(metavar="NAME", help="The prompt of the checkpoint to put before each text.")
     ] = None,
-    dimensions: Annotated[int | None, typer.Option(help="Keep the first so many numbers of each vector.")] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(metavar="N", help="Keep the first N numbers of each vector.")
+    ] = None,
     similarity: Annotated[
         bool, typer.Option("--similarity", help="Show the cosine of each two texts instead.")
     ] = False,

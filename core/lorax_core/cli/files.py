@@ -52,7 +52,7 @@ Overwrite = Annotated[
 Restart = Annotated[
     bool,
     typer.Option(
-        "--restart", help="Begin anew, and forget what an interrupted run has written.", rich_help_panel=_PANEL
+        "--restart", help="Start over, and discard what an interrupted run has written.", rich_help_panel=_PANEL
     ),
 ]
 

@@ -54,10 +54,10 @@ def generate(
         bool, typer.Option("--chat", help="The prompt is a message, which the chat template of the model renders.")
     ] = False,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before it, with --chat.")] = None,
-    n: Annotated[int | None, typer.Option("--n", metavar="N", help="So many answers, drawn independently.")] = None,
+    n: Annotated[int | None, typer.Option("--n", metavar="N", help="Number of answers, drawn independently.")] = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="With --json, each token's log-probability and so many of the likeliest."),
+        typer.Option(metavar="N", help="With --json, each token's log-probability and the N likeliest tokens."),
     ] = None,
     file: InFile = None,
     field: Field = None,

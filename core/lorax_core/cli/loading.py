@@ -44,7 +44,9 @@ _FLAGS: Final[Mapping[str, Any]] = {
     "adapter": _flag(list[str], metavar="NAME=SOURCE", help="Load an adapter: a folder, hub id or URL. Repeatable."),
     "merge_adapter": _flag(str, metavar="SOURCE", help="Merge an adapter into the weights while they are loaded."),
     "revision": _flag(str, metavar="REV", help="Branch, tag or commit of a hub id."),
-    "token": _flag(str, help="Of the hub. HF_TOKEN says the same, and stays out of the list of processes."),
+    "token": _flag(
+        str, help="Access token of the hub. HF_TOKEN says the same, and stays out of the list of processes."
+    ),
     "dtype": _flag(str, help="auto, float32, bfloat16 or float16."),
     "device": _flag(str, help="auto, cpu or cuda."),
     "quantize": _flag(str, metavar="int8|int4", help="Round the weights of linear layers when they are loaded."),

@@ -226,7 +226,11 @@ class RecordFile:
         if not isinstance(found, dict):
             raise RequestError(f"{where} is no JSON object: {shown(found, 60)}", hint=f'{{"{field}": "..."}} is one')
         if field not in found:
-            close = nearest(field, found) or next((key for key, value in found.items() if isinstance(value, str)), None)
+            close = nearest(field, found)
+            texts = [key for key, value in found.items() if isinstance(value, str)]
+            # Of several, such as an id and a body, none is likelier.
+            if close is None and len(texts) == 1:
+                close = texts[0]
             raise RequestError(
                 f"{where} has no field {field!r}; it has {listed(key[:60] for key in found)}",
                 hint=f"--field {close}" if close is not None else "--field NAME says which one holds the text",

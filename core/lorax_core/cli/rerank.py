@@ -44,7 +44,7 @@ def rerank(
         typer.Argument(metavar="DOCUMENT", help="What is ranked; a single - reads lines of stdin."),
     ] = None,
     use: UseAdapter = None,
-    top_n: Annotated[int | None, typer.Option(min=1, help="Show the best so many.")] = None,
+    top_n: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show the N best.")] = None,
     normalize: Annotated[
         bool, typer.Option("--normalize/--raw", help="Scores from 0 to 1, or the logits themselves.")
     ] = True,

@@ -173,7 +173,7 @@ class PartFile:
         if other := [name for name in {**job, **self._job} if job.get(name) != self._job.get(name)]:
             raise RequestError(
                 f"{self._part} was begun with another {', '.join(other)}",
-                hint="the same command line as then continues it; --restart begins anew",
+                hint="the same command line as then continues it; --restart starts over",
             )
         self._done = Position(counts[0], counts[1], found["sha256"]), counts[2]
 

@@ -30,7 +30,7 @@ FLAGS: Final[Mapping[str, Any]] = {
     "temperature": _flag(
         _SAMPLING, float, "0, as it is by default, takes the likeliest token each time; above, tokens are drawn."
     ),
-    "top_k": _flag(_SAMPLING, int, "Draw from so many of the likeliest tokens."),
+    "top_k": _flag(_SAMPLING, int, "Draw from the N likeliest tokens.", metavar="N"),
     "top_p": _flag(_SAMPLING, float, "Draw from the likeliest tokens that have this probability together."),
     "min_p": _flag(_SAMPLING, float, "Draw from tokens with this share of the likeliest one's probability, or more."),
     "typical_p": _flag(_SAMPLING, float, "Draw from the most typical tokens that have this probability together."),
@@ -46,7 +46,7 @@ FLAGS: Final[Mapping[str, Any]] = {
     "ignore_eos": _flag(_END, bool, "The model's end tokens end nothing.", "--ignore-eos"),
     "schema": _flag(_FORM, str, "JSON that fits a JSON Schema.", metavar="FILE|JSON"),
     "regex": _flag(_FORM, str, "Text that fits a regular expression.", metavar="PATTERN"),
-    "choice": _flag(_FORM, list[str], "This text, or another one that is given so. Repeatable.", metavar="TEXT"),
+    "choice": _flag(_FORM, list[str], "One of the texts that are given so. Repeatable.", metavar="TEXT"),
 }
 
 

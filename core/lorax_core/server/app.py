@@ -118,7 +118,7 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
         if isinstance(error.__cause__, ClientDisconnect):
             raise ClientGone from error
         if error.status_code == 405:
-            refused = Refused("wrong_method", f"{request.method} is not what this route takes", hint=_ROUTES)
+            refused = Refused("wrong_method", f"this route does not accept {request.method}", hint=_ROUTES)
         elif error.status_code == 404:
             refused = Refused("no_route", f"there is no route {request.url.path[:200]}", hint=_ROUTES)
         else:

@@ -160,7 +160,9 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
         said = str(worst.get("ctx", {}).get("error", "")) or "check its quotes and commas"
         return Refused("invalid", "the body is no JSON", hint=said)
     if not steps and isinstance(worst.get("input"), bytes):  # FastAPI reads no body that is not said to be JSON
-        return Refused("invalid", "the body is not said to be JSON", hint="send 'Content-Type: application/json'")
+        return Refused(
+            "invalid", "the Content-Type of the body is not JSON", hint="send 'Content-Type: application/json'"
+        )
     if worst["type"] == "unknown_parameter":
         name = str(worst["ctx"]["param"])[:100]
         return Refused("invalid", worst["msg"], hint=_SCHEMA, param=f"{param}.{name}" if param else name)

@@ -226,7 +226,7 @@ def _check_together(module: str, one: _Member, other: _Member, options: MergeOpt
         raise AdapterError(
             f"{options.strategy!r} needs equal ranks, but {module!r} has rank {ranks[0]} in {one.path} and {ranks[1]} in "
             f"{other.path}",
-            hint="'svd' and 'cat' take any ranks",
+            hint="strategy 'svd' or 'cat' takes any ranks; at a command line, --strategy svd",
         )
 
 

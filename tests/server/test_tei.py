@@ -277,7 +277,9 @@ def test_a_model_names_the_adapter_that_answers(repository, client):
         first, *others = engine.embed([query, *texts], adapter="similar", normalize=True)
 
     assert [one["label"] for one in labels] == classified.labels
-    assert [(one["index"], one["score"]) for one in ranks] == [(one.index, pytest.approx(one.score)) for one in ranked]
+    # Requests of a server may meet in other steps, and round otherwise.
+    near = [(one.index, pytest.approx(one.score, abs=1e-5)) for one in ranked]
+    assert [(one["index"], one["score"]) for one in ranks] == near
     assert np.allclose(vector, embedded, atol=1e-6)
-    np.testing.assert_allclose(cosines, [one @ first for one in others], rtol=1e-5)
+    np.testing.assert_allclose(cosines, [one @ first for one in others], rtol=1e-4, atol=1e-5)
     assert "did you mean 'topic'" in unknown.json()["hint"]

@@ -35,6 +35,28 @@ def lorax(strangers, tmp_path: Path) -> Callable[..., subprocess.CompletedProces
     return run
 
 
+LIGHT = """
+import sys
+from lorax_core.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as error:
+    assert not error.code, error.code
+print(*sorted({{"torch", "transformers", "numpy"}} & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def heavy() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `lorax` in a new process; the last line of its stderr names what it imported of torch, transformers and numpy."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIGHT.format(arguments=list(arguments))]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+
+    return run
+
+
 @pytest.fixture
 def main(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Runs `lorax` in this process: exit code, stdout, stderr."""

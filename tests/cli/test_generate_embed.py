@@ -212,7 +212,7 @@ def test_a_line_of_a_file_that_has_no_answer_is_named_after_the_answers_before(m
     assert (code, [(one["index"], one["id"]) for one in lines(out)]) == (1, [(0, "a")])
     assert "line 2 of" in err
     assert "the prompt is empty" in " ".join(err.split())
-    assert "--field prompt" in " ".join(why.split())
+    assert "--field NAME" in " ".join(why.split())
 
 
 def test_a_message_is_rendered_by_the_chat_template(main, engine):

@@ -128,6 +128,23 @@ def test_links_that_come_while_a_model_is_loaded_are_not_followed(tmp_path):
     assert victim.read_bytes() == b"precious"
 
 
+def test_an_output_that_is_a_link_to_nothing_is_refused(tmp_path):
+    out = tmp_path / "out"
+    out.symlink_to("nowhere")
+
+    with pytest.raises(RequestError, match="is a link to nowhere, which is not there"):
+        PartFile(out, {}, overwrite=True)
+
+    assert out.is_symlink()
+
+
+@pytest.mark.parametrize("head", [NoHead(), NpyHead(2)], ids=["lines", "array"])
+def test_a_run_that_answered_nothing_leaves_nothing(tmp_path, head):
+    interrupted(tmp_path / "out", head=head, records=0)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_where_the_next_state_goes_is_not_followed(tmp_path):
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
@@ -174,9 +191,13 @@ def test_a_state_in_which_one_count_alone_is_zero_is_refused(tmp_path, zero):
         PartFile(out, {})
 
 
-def test_an_attempt_that_answered_nothing_does_not_stop_another_one(tmp_path):
+def test_an_attempt_that_was_killed_before_it_answered_does_not_stop_another_one(tmp_path):
     out = tmp_path / "out"
-    interrupted(out, {"--prompt": "wrong"}, records=0)
+    with PartFile(out, {"--prompt": "wrong"}).writing(NoHead()):
+        left = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    out.unlink()
+    for file, data in left.items():
+        file.write_bytes(data)
 
     part = PartFile(out, {"--prompt": "right"})
     with part.writing(NoHead()):

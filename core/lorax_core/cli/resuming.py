@@ -27,6 +27,7 @@ SAVE_EVERY: Final = 1.0
 _STATE: Final = ".part.json"
 _STATE_BYTES: Final = 2**20
 _ANEW: Final = "begin anew: --restart"
+_NAME: Final = "give another name"
 _NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 # No "*.txt": texts that lie beside a model are no part of it.
 _MARKED: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "vocab.txt", "merges.txt")
@@ -98,14 +99,22 @@ class PartFile:
 
     @contextlib.contextmanager
     def writing(self, head: FileHead) -> Iterator[None]:
-        """Within, pieces may be added; afterwards it is `out`. After an error what was added is kept, to be continued."""
+        """Within, pieces may be added; afterwards it is `out`. After an error what was added is kept, to be continued.
+
+        Where nothing was added nothing is left.
+        """
         try:
             with self._opened() as self._stream:
                 self._begin(head)
                 try:
                     yield
-                finally:
-                    self._save()
+                except BaseException:
+                    if self._done[0].records:
+                        self._save()
+                    else:
+                        self._discard()
+                    raise
+                self._save()
                 self._check_free()  # writing may have taken long
                 self._stream.seek(0)
                 self._stream.write(head.data(self._done[0].records, self._done[1]))
@@ -133,8 +142,10 @@ class PartFile:
         # os.path: of a name that cannot be, Path's own methods raise.
         if not os.path.isdir(self.out.parent):
             raise RequestError(f"there is no folder {str(self.out.parent)!r}", hint=f"mkdir -p {self.out.parent}")
+        if os.path.islink(self.out) and not os.path.exists(self.out):
+            raise RequestError(f"{self.out} is a link to {os.readlink(self.out)}, which is not there", hint=_NAME)
         if os.path.exists(self.out) and not os.path.isfile(self.out):
-            raise RequestError(f"{self.out} is no regular file", hint="give another name")
+            raise RequestError(f"{self.out} is no regular file", hint=_NAME)
         if os.path.exists(self.out) and not self._overwrite:
             raise RequestError(f"{self.out} is there already", hint="give another name, or --overwrite")
 
@@ -200,6 +211,11 @@ class PartFile:
         write_new(fresh, json.dumps({**state, "written": written}, indent=2) + "\n")
         fresh.replace(self._state)
         self._kept, self._saved = at.records, time.monotonic()
+
+    def _discard(self) -> None:
+        """Neither file is left. A state alone says nothing, so it goes last."""
+        self._part.unlink(missing_ok=True)
+        self._state.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         assert self._stream is not None

@@ -91,6 +91,8 @@ def test_sources_are_read_from_where_the_file_lies(main, toml, repository, tmp_p
         ("[models.small]\ndtype = 'float32'", "[models.small] has no path"),
         ("[models.small]\npath = 'a'\nadapters = ['b']", "names and sources"),
         ("[models.small]\npath = 'a'\ndtyp = 'float32'", "did you mean 'dtype'?"),
+        ("[generate]\ntemperature = true", "[generate]: 'temperature' is not true or false"),
+        ("[generate]\nsystem = false", "lorax generate --help says what it takes"),
         ("[generate", "cannot be read"),
     ],
 )

@@ -88,7 +88,7 @@ def flag_defaults(config: Config, command: Any, name: str) -> dict[str, Any]:
 
 def _defaults(config: Config, command: Any, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
     below = getattr(command, "commands", {})
-    flags = {flag.name for flag in command.params}
+    flags = {flag.name: flag for flag in command.params}
     found: dict[str, Any] = {}
     for key, value in table.items():
         where = f"{config.file}: [{name}]"
@@ -96,8 +96,12 @@ def _defaults(config: Config, command: Any, name: str, table: Mapping[str, Any])
             if not isinstance(value, dict):
                 raise RequestError(f"{where}: {key!r} is a table of options", hint=f"[{name}.{key}]")
             found[key] = _defaults(config, below[key], f"{name}.{key}", value)
-        elif key.replace("-", "_") in flags:
-            found[key.replace("-", "_")] = value
+        elif (flag := flags.get(key.replace("-", "_"))) is not None:
+            # Else true would be the number 1, or the text "True".
+            if isinstance(value, bool) and not getattr(flag, "is_flag", False):
+                hint = f"lorax {name.replace('.', ' ')} --help says what it takes"
+                raise RequestError(f"{where}: {key!r} is not true or false", hint=hint)
+            found[flag.name] = value
         else:
             valid = [*below, *(flag.replace("_", "-") for flag in flags)]
             hint = _meant(key, valid) or f"lorax {name.replace('.', ' ')} --help lists what there is"

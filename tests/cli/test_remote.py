@@ -122,7 +122,7 @@ def test_the_adapters_of_a_server_are_listed(main, url, monkeypatch, tmp_path):
     [
         ("", "refuses: this route needs a key"),
         ("", "set LORAX_ADMIN_KEY"),
-        ("/elsewhere", "refuses: status 302"),
+        ("/elsewhere", "refuses: status 302, which sends elsewhere"),
         ("/page", "gives no answer that can be read"),
         ("/list", "gives no JSON object"),
         ("/deep", "nested too deeply"),

@@ -116,7 +116,8 @@ def _check(url: str, key: str | None) -> None:
     # Not what they are: errors end up in logs.
     if "@" in host:
         raise RequestError(
-            "the address has a user or a password in it", hint="give --url http://HOST:PORT, and the key beside it"
+            "the address has a user or a password in it",
+            hint="give http://HOST:PORT alone; keys come from LORAX_API_KEYS or LORAX_ADMIN_KEY",
         )
     # Others, such as file:, have no server.
     if not url.startswith(("http://", "https://")):
@@ -232,6 +233,9 @@ def _refused(url: str, status: int, body: bytes) -> LoraxError:
         message, hint = (said, None) if isinstance(said, str) else (str(said["message"]), said.get("hint"))
     except (ValueError, KeyError, TypeError, AttributeError):
         message, hint = f"status {status}", None
+        # Not followed: the key is for the server that was named.
+        if 300 <= status < 400:
+            message, hint = f"status {status}, which sends elsewhere", "give the address that it sends to: curl -i URL"
     if status in (401, 403):
         hint = "set LORAX_ADMIN_KEY or LORAX_API_KEYS, or give --admin-key-file FILE"
     if not isinstance(hint, str) or not hint:

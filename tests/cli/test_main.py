@@ -12,6 +12,8 @@ import pytest
 import lorax_core
 from lorax_core.cli.main import EXIT_CODES
 
+NAMED = ("small", "smaller", "big")
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -110,6 +112,26 @@ def test_a_shell_completes_commands_and_options(lorax, words, found):
 
     assert done.stdout.split() == [found]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("lorax generate sm", ["small", "smaller"]), ("lorax chat sma", ["small", "smaller"]), ("lorax embed b", ["big"])],
+)
+def test_a_shell_completes_models_of_the_file(lorax, tmp_path, words, found):
+    tmp_path.joinpath("lorax.toml").write_text("".join(f"[models.{name}]\npath = 'x'\n" for name in NAMED))
+
+    done = lorax(_LORAX_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="2")
+
+    assert (done.stdout.split(), done.stderr) == (found, "")
+
+
+def test_a_file_that_is_wrong_completes_nothing(lorax, tmp_path):
+    tmp_path.joinpath("lorax.toml").write_text("[models.small]\npath = 3\n")
+
+    done = lorax(_LORAX_COMPLETE="complete_bash", COMP_WORDS="lorax generate s", COMP_CWORD="2")
+
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [], "")
 
 
 def test_the_package_is_the_command_as_a_module():

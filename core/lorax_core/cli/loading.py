@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 import lorax_core
-from lorax_core.cli.config import Config
+from lorax_core.cli.config import Config, find_config, read_config
 from lorax_core.cli.flags import with_flags
 from lorax_core.cli.options import chosen_adapter, named_sources
 from lorax_core.cli.progress import shown_progress
 from lorax_core.cli.render import data_only_stdout
 from lorax_core.cli.served import Server, is_address, looks_like_address
-from lorax_core.errors import CheckpointError, RequestError, listed, nearest
+from lorax_core.errors import CheckpointError, LoraxError, RequestError, listed, nearest
 
 if TYPE_CHECKING:
     from lorax_core.serving.engine import Engine
@@ -29,8 +29,23 @@ if TYPE_CHECKING:
 LOADING_PANEL: Final = "Loading"
 """Where the help lists the flags of loading."""
 
+
+def _named_models(context: typer.Context, incomplete: str) -> list[str]:
+    """Models of lorax.toml whose names begin so, for the shell, which finds folders itself."""
+    root = context.find_root()
+    with contextlib.suppress(LoraxError):  # the command says it when it runs
+        config = read_config(find_config(root.params.get("config")), getattr(root.command, "commands", ()))
+        return [name for name in config.models if name.startswith(incomplete)]
+    return []
+
+
 ModelPath = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml.",
+        autocompletion=_named_models,
+    ),
 ]
 
 
@@ -59,6 +74,7 @@ ModelOrServer = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A checkpoint: a folder, an id on the hub, or a model of lorax.toml; or the address of a running server.",
+        autocompletion=_named_models,
     ),
 ]
 

@@ -376,8 +376,8 @@ def _fit(adapter: LoraAdapter | MedusaAdapter, base: str) -> tuple[dict[str, Any
 
 def _fit_rows(fit: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "base", f"{fit['path']} ({fit['model_type']})"
-    sites = f", at {len(fit['sites']):,} sites" if fit["sites"] else ""
-    yield "fits", f"yes{sites}" if fit["fits"] else "no"
+    layers = f", at {len(fit['sites']):,} layers" if fit["sites"] else ""
+    yield "fits", f"yes{layers}" if fit["fits"] else "no"
     if fit["unread"]:
         yield "not read", ", ".join(fit["unread"])
     if fit["head"]:

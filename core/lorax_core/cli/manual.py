@@ -89,6 +89,8 @@ def _flag(one: Any) -> tuple[str, str, str]:
     default = one.default.value if isinstance(one.default, enum.Enum) else one.default
     if isinstance(one.show_default, str):  # that of the Python interface, which the flag leaves to it
         default = one.show_default
+    if default is True and one.secondary_opts:
+        default = one.opts[0]
     shown = "required" if one.required else "" if default in (None, False, (), []) else f"`{default}`"
     return names, shown, _help(one)
 

@@ -215,6 +215,15 @@ def test_a_line_of_a_file_that_has_no_answer_is_named_after_the_answers_before(m
     assert "--field NAME" in " ".join(why.split())
 
 
+def test_more_tokens_than_by_default_may_be_the_fewest(main, tmp_path):
+    (tmp_path / "one.txt").write_text("The list\n")
+
+    _, alone, _ = main("generate", MODEL, "The list", "--min-tokens=140", "--json")
+    _, of_file, _ = main("generate", MODEL, f"--file={tmp_path / 'one.txt'}", "--min-tokens=140", "--json")
+
+    assert [json.loads(out)["usage"]["completion_tokens"] for out in (alone, of_file)] == [140, 140]
+
+
 def test_a_message_is_rendered_by_the_chat_template(main, engine):
     _, out, _ = main("generate", MODEL, "List the files", "--chat", "--system", "Be short", "--max-tokens=8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lorax_core.cli.chat import Talk, _at_terminal
 from lorax_core.cli.chat_commands import ChatState
 from lorax_core.cli.completions import show_text
 from lorax_core.cli.hints import at_command_line
+from lorax_core.cli.served import ServedEvent
 from lorax_core.errors import LoraxError
 
 MODEL = str(Path(__file__).resolve().parents[2] / "examples/tiny_qwen2/model")
@@ -98,6 +100,40 @@ def test_errors_of_a_command_have_its_flags_and_its_help_page(main):
     assert err == (
         "error: --schema, --regex and --choice exclude each other\n  hint: lorax generate --help lists the options\n"
     )
+
+
+class Interrupted(Stdout):
+    """A terminal at which Ctrl-C is pressed while a text is written."""
+
+    def write(self, text):
+        if text == "two":
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+class Pieces:
+    """Answers with three pieces."""
+
+    def stream(self, _request):
+        return contextlib.nullcontext(ServedEvent(text) for text in ("one", "two", "three"))
+
+
+@pytest.mark.parametrize("at_terminal", [True, False])
+def test_ctrl_c_within_a_piece_ends_the_answer_behind_it(at_terminal):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # those who run tests have their own
+    talk = Talk(Pieces(), ChatState({}), plain=False, at_terminal=at_terminal)
+
+    try:
+        with contextlib.redirect_stdout(Interrupted(True)) as stdout:
+            ends = contextlib.nullcontext() if at_terminal else pytest.raises(KeyboardInterrupt)
+            with ends:
+                talk.turn("Hello")
+    finally:
+        after = signal.signal(signal.SIGINT, before)
+
+    assert stdout.getvalue() == ("onetwo\n" if at_terminal else "onetwo")
+    assert talk.state.conversation.turns == ([("Hello", "onetwo")] if at_terminal else [])
+    assert after is signal.default_int_handler
 
 
 def test_errors_of_a_chat_have_them_too(engine, capsys):

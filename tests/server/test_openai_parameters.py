@@ -135,6 +135,8 @@ def test_what_is_not_honoured_is_refused_by_name_unless_it_changes_nothing(ask, 
          "messages.0.content.0.type"),
         ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("/v1/chat/completions", {"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        *[("/v1/chat/completions", {name: 9_999, "stream": stream}, name)
+          for name in ("max_tokens", "max_completion_tokens") for stream in (False, True)],
         ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("/v1/chat/completions", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.type"),
         ("/v1/chat/completions", {"tools": [{"type": "web_search"}]}, "tools.0.type"),

@@ -6,14 +6,16 @@ templates.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, cast
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ConfigDict, Field
 
+from lorax_core.errors import CapacityError
 from lorax_core.server.errors import Refused
 from lorax_core.server.gateway import Events, Gateway
 from lorax_core.server.openai.answers import (
@@ -150,10 +152,12 @@ def chat_routes(gateway: Gateway) -> APIRouter:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         start = heads.new(kind, "chatcmpl", body.model)
         if body.stream:
-            events = await gateway.events(http, [request])
+            with _named_as_given(body):
+                events = await gateway.events(http, [request])
             chunks = Chunks(start, include_usage=body.include_usage)
             return EventStream(events, _lines(body, events, chunks, texts), failed)
-        found = cast("Completion", (await gateway.answer(http, [request]))[0])
+        with _named_as_given(body):
+            found = cast("Completion", (await gateway.answer(http, [request]))[0])
         choices = [_choice(body, at, one, texts) for at, one in enumerate((found, *found.alternatives))]
         answer = {**start, "choices": choices, "usage": usage([found])}
         if body.prompt_logprobs is not None:
@@ -161,6 +165,17 @@ def chat_routes(gateway: Gateway) -> APIRouter:
         return JSONResponse(answer)
 
     return routes
+
+
+@contextlib.contextmanager
+def _named_as_given(body: ChatBody) -> Iterator[None]:
+    """An answer that is too long is the fault of max_completion_tokens, where that is its name in the body."""
+    try:
+        yield
+    except CapacityError as error:
+        if error.option == "max_tokens" and body.max_tokens is None:
+            error.option = "max_completion_tokens"
+        raise
 
 
 def _choice(body: ChatBody, index: int, completion: Completion, texts: TokenTexts) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_an_adapter_may_come_with_what_its_files_do_not_say():
         ({"source": "a", "id2label": {"none": "no"}}, "id2label"),
         ({"source": "a", "id2label": {"٣": "no"}}, "id2label"),
         ({1: 2}, "adapters"),
-        ({"source": "a", "token": 7}, "a token is a string, not int"),
+        ({"source": "a", "token": 7}, "a secret is a string, not int"),
     ],
 )
 def test_what_is_said_of_an_adapter_is_checked(adapter, told):
@@ -154,7 +154,7 @@ def test_options_do_not_change():
         ({"adapters": ["a"]}, "adapters: Input should be a valid dictionary", None),
         ({"adapters": {"a": 5}}, "adapters.a: Input should be a valid string (found 5)", None),
         ({"adapters": {" ": "b"}}, "adapters: an adapter's name must not be empty", None),
-        ({"token": 5}, "token: a token is a string, not int", None),
+        ({"token": 5}, "token: a secret is a string, not int", None),
         ({"kv_cache_tokens": 1, "kv_cache_bytes": 1}, "'kv_cache_tokens', 'kv_cache_bytes' exclude each other", None),
         ({"max_cpu_adapters": 1}, "max_cpu_adapters needs max_adapters", None),
         ({"kv_cache_fraction": True}, "kv_cache_fraction: Input should be a valid number (found True)", None),

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike, fspath
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lorax_core.errors import RequestError, listed, nearest, shown
 from lorax_core.untrusted import guarded, unusable
@@ -91,6 +100,17 @@ class Checked(BaseModel):
                 raise invalid(type(self), error) from error
 
 
+def _as_secret(value: Any) -> Any:
+    # What is no string must not be shown by the error about it either.
+    if value is not None and not isinstance(value, (str, SecretStr)):
+        raise ValueError(f"a secret is a string, not {type(value).__name__}")
+    return SecretStr(value) if isinstance(value, str) else value
+
+
+Secret = Annotated[SecretStr | None, BeforeValidator(_as_secret)]
+"""A token or key that nothing shows."""
+
+
 class AdapterOptions(Checked):
     """An adapter that is loaded with an engine: the options of `engine.adapters.load`.
 
@@ -100,7 +120,7 @@ class AdapterOptions(Checked):
 
     source: str
     revision: str | None = None
-    token: SecretStr | None = None
+    token: Secret = None
     task: str | None = None
     problem_type: str | None = None
     id2label: dict[int, str] | None = None
@@ -110,11 +130,6 @@ class AdapterOptions(Checked):
     @classmethod
     def _path_to_text(cls, value: Any) -> Any:
         return fspath(value) if isinstance(value, PathLike) else value
-
-    @field_validator("token", mode="before")
-    @classmethod
-    def _secret(cls, value: Any) -> Any:
-        return as_secret(value)
 
     @field_validator("id2label", mode="before")
     @classmethod
@@ -160,7 +175,7 @@ class EngineOptions(Checked):
 
     checkpoint: str
     revision: str | None = None
-    token: SecretStr | None = None
+    token: Secret = None
     dtype: Dtype = "auto"
     device: str = "auto"
     adapters: dict[str, str | AdapterOptions] = Field(default_factory=dict)
@@ -219,11 +234,6 @@ class EngineOptions(Checked):
                 raise ValueError(f"{entry!r:.80} is none of {listed(SOURCE_KINDS)}, and no folder or URL{meant}")
         return value
 
-    @field_validator("token", mode="before")
-    @classmethod
-    def _secret(cls, value: Any) -> Any:
-        return as_secret(value)
-
     @field_validator("pooling", mode="before")
     @classmethod
     def _plain_text(cls, value: Any) -> Any:
@@ -251,13 +261,6 @@ class EngineOptions(Checked):
         if self.max_cpu_adapters is not None and self.max_adapters is None:
             raise ValueError("max_cpu_adapters needs max_adapters: without it every adapter stays on the device")
         return self
-
-
-def as_secret(value: Any) -> Any:
-    """A token that nothing shows; raises ValueError for what is none, and must not be shown by the error about it either."""
-    if value is not None and not isinstance(value, (str, SecretStr)):
-        raise ValueError(f"a token is a string, not {type(value).__name__}")
-    return SecretStr(value) if isinstance(value, str) else value
 
 
 def _adapter(given: Any) -> Any:

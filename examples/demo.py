@@ -1,7 +1,7 @@
 """The main job: what is installed, a search by meaning, three answers from one batch, and all tasks of one server.
 
 Decides what is asked and what is shown: results on stdout, progress and errors on stderr. Knows nothing of how models run;
-the public names of lorax_core do the work. Nothing is kept between runs: every vector and every token is computed anew.
+the public names of lorax_core do the work. Nothing is kept between runs: every vector and every token is computed again.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class FlashGPTNeoXModel(Decoder):
     def __init__(self, config: GPTNeoXConfig) -> None:
         hidden, heads = config.hidden_size, config.num_attention_heads
         norm = partial(LayerNorm, hidden, config.layer_norm_eps)
-        # All layers rotate alike, so one set of frequencies is enough.
+        # All layers rotate the same way, so one set of frequencies is enough.
         rotary = RotaryEmbedding(hidden // heads, config.rope)
         layers = [
             DecoderLayer(

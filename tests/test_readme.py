@@ -1,6 +1,6 @@
 """What the documents say is what happens: examples run, tables and maps are those of the code.
 
-`python tests/test_readme.py` writes README's table of architectures anew.
+`python tests/test_readme.py` writes README's table of architectures again.
 """
 
 from __future__ import annotations

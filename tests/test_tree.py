@@ -66,12 +66,14 @@ ENVIRONMENT_READ = re.compile(r"(os\.)?(environ\[|environ\.(get|pop|setdefault)\
 FOR_TYPES = {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
 INSTALL_HINTS = "plugins/resolve.py"
 OLD_NAMES = re.compile(
-    r"\bdistrust|\bPlaces\b|is not served|text of ids|stranger would|\bPiece\b|\bguess"
+    r"\bdistrust|\b[Ww]hoever\b|\banew\b|\bbeneath\b|\blikeliest\b|\bPlaces\b|is not served"
+    r"|text of ids|stranger would|\bPiece\b|\bguess"
     r"|the last by rank|\bhears of\b|has nothing to say|\bRecipe\b|\bAdapterSegments\b|\bpage_multiple\b"
     r"|\bkept pages?\b|\bPicked\b|\btold=|\bface\.py\b|\bdraw_as_at_creation\b|\bgives its own back"
 )
 OLD_EXAMPLES = (
     "distrusts",
+    "made anew",
     "has Places",
     "is not served",
     "reads a text of ids",

@@ -2,7 +2,7 @@
 
 The sources are copied and littered first, as a working checkout is, so that nothing stale gets into a wheel unseen. The
 clean environment gets our distributions from wheels alone and shares the third-party packages of the running one;
-`make check-wheels` does the same with everything installed anew.
+`make check-wheels` does the same with everything installed again.
 """
 
 from __future__ import annotations

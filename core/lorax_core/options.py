@@ -149,7 +149,7 @@ class EngineOptions(Checked):
     - `device`: "auto" is a GPU where there is one, else the CPU. A GPU is the first that `CUDA_VISIBLE_DEVICES` leaves visible.
     - `adapters`: names to sources, loaded with the engine; instead of a source, `AdapterOptions` (or a dict of them) also state
       of a head what its files do not: `{"topic": {"source": "FOLDER", "id2label": {0: "no", 1: "yes"}}}`.
-    - `merge_adapter`: a source, merged into the weights as they are read; all requests then have it beneath their own adapter.
+    - `merge_adapter`: a source, merged into the weights as they are read; all requests then have it under their own adapter.
     - `max_adapters`: how many adapters are on the device at once, all when None; `max_cpu_adapters`: how many also keep a copy
       in host memory, four times as many when None. The least recently used makes room, and is loaded again when a request
       names it.
@@ -231,7 +231,7 @@ class EngineOptions(Checked):
             if entry not in SOURCE_KINDS and "/" not in entry:
                 close = nearest(entry, SOURCE_KINDS)
                 meant = f"; did you mean {close!r}?" if close else ""
-                raise ValueError(f"{entry!r:.80} is none of {listed(SOURCE_KINDS)}, and no folder or URL{meant}")
+                raise ValueError(f"{entry!r:.80} is not one of {listed(SOURCE_KINDS)}, nor a folder or URL{meant}")
         return value
 
     @field_validator("pooling", mode="before")

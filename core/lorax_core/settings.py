@@ -103,7 +103,7 @@ def _trials(environ: Mapping[str, str]) -> tuple[str, ...]:
         return _TRIALS[value]
     close = nearest(value, [*_TRIALS, "off"])
     raise PluginError(
-        f"LORAX_TRIALS is {value!r}, which is none of gpu, all and off",
+        f"LORAX_TRIALS is {value!r}, which is not gpu, all or off",
         hint=f"did you mean {close!r}?" if close else "leave it unset: kernels of a GPU are tried before they are used",
     )
 

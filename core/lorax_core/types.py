@@ -61,7 +61,7 @@ class Usage:
 class TokenLogprobs:
     """Natural logarithms of the model's own probabilities, before penalties and temperature, at one position of a sequence.
 
-    `top` has the most likely tokens, as many as were asked for, likeliest first.
+    `top` has the most likely tokens, as many as were asked for, most likely first.
     """
 
     token_id: int

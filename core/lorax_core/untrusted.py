@@ -29,7 +29,9 @@ def file_in(folder: Path, name: object, kind: type[LoraxError]) -> Path:
     Links are not followed: a hub's snapshot is links to its `blobs/`. Raises `kind`, naming folder and name.
     """
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        raise kind(f"'{folder}' names the file {name!r:.120}, which is no file name", hint="download or copy it again")
+        raise kind(
+            f"'{folder}' names the file {name!r:.120}, which is not a file name", hint="download or copy it again"
+        )
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
         raise kind(

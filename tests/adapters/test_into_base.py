@@ -157,12 +157,12 @@ def test_a_weight_beneath_an_update_of_one_side_is_that_of_both(arch, updated, s
     names = {"e": arch.embedding, "h": arch.head}
     lora = trained(model, 1, target_modules=[names[side] for side in updated])
     layers = dict(lora.named_modules(remove_duplicate=False))
-    beneath = {side: next(path for path in layers if path.endswith(f"{names[side]}.base_layer")) for side in stored}
-    weight = layers[beneath[stored[0]]].weight.data.mul_(1.5)
+    under = {side: next(path for path in layers if path.endswith(f"{names[side]}.base_layer")) for side in stored}
+    weight = layers[under[stored[0]]].weight.data.mul_(1.5)
     folder = saved(lora, tmp_path / "lora")
     change_tensors(
         folder / "adapter_model.safetensors",
-        lambda found: {**found, **{f"{path}.weight": weight for path in beneath.values()}},
+        lambda found: {**found, **{f"{path}.weight": weight for path in under.values()}},
     )
 
     done = merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
@@ -184,7 +184,7 @@ def test_two_weights_beneath_the_sides_of_a_tie_are_refused(tmp_path, host):
         },
     )
 
-    with pytest.raises(AdapterError, match=r"beneath the update of 'transformer\.wte\.weight' and another"):
+    with pytest.raises(AdapterError, match=r"under the update of 'transformer\.wte\.weight' and another"):
         merge_into_base(tmp_path / "base", folder, tmp_path / "out", host)
 
     assert not (tmp_path / "out").exists()

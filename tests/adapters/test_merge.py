@@ -278,7 +278,7 @@ def test_a_base_weight_that_all_save_is_carried_along(tmp_path):
 
     assert torch.equal(read_peft(done.path).modules["model.embed_tokens"].weight, weight)
     change_tensors(adapters[1] / "adapter_model.safetensors", lambda found: {**found, name: weight + 1})
-    with pytest.raises(AdapterError, match=r"same base weight beneath 'model\.embed_tokens'"):
+    with pytest.raises(AdapterError, match=r"same base weight under 'model\.embed_tokens'"):
         merge_adapters(adapters, tmp_path / "other")
 
 

@@ -132,11 +132,11 @@ def test_a_line_of_json_names_its_text_and_itself(tmp_path):
         (b"{", "line 2 of .*in.jsonl is not JSON", "on one line"),
         (b"", "line 2 of .*in.jsonl is not JSON", "grep ."),
         (b"[" * 10**5, "line 2 of .*is not JSON: nested too deeply", "on one line"),
-        (b'"text"', "line 2 of .*in.jsonl is no JSON object: 'text'", '{"text": "..."} is one'),
+        (b'"text"', "line 2 of .*in.jsonl is not a JSON object: 'text'", '{"text": "..."} is one'),
         (b'{"texts": "a"}', "line 2 of .*has no field 'text'; it has 'texts'", "--field texts"),
         (b'{"body": "a", "number": 1}', "line 2 of .*has no field 'text'", "--field body"),
         (b'{"id": "1", "body": "a"}', "line 2 of .*it has 'id', 'body'", "--field NAME says"),
-        (b'{"text": 5}', "line 2 of .*: the field 'text' is no text: 5", "--field NAME"),
+        (b'{"text": 5}', "line 2 of .*: the field 'text' is not text: 5", "--field NAME"),
         (rb'{"text": "\ud800"}', "line 2 of .* not valid Unicode", "UTF-8"),
         (b'"' + b"a" * 2**24 + b'"', "line 2 of .* has more than 16,777,216 bytes", "shorter"),
         (b'{"text": "a", "id": NaN}', "line 2 of .* holds the number NaN", "finite"),
@@ -348,7 +348,7 @@ def test_another_job_is_refused_by_what_differs_and_restart_begins_anew(tmp_path
 
 @pytest.mark.parametrize(
     ("state", "told"),
-    [("{}", "none of this version's"), ("{", "is not JSON"), ('{"schema": 1, "job": {}}', "is damaged")],
+    [("{}", "not of this version"), ("{", "is not JSON"), ('{"schema": 1, "job": {}}', "is damaged")],
 )
 def test_a_state_that_cannot_be_read_is_refused(tmp_path, state, told):
     _, out = interrupted(tmp_path)
@@ -357,7 +357,7 @@ def test_a_state_that_cannot_be_read_is_refused(tmp_path, state, told):
     with pytest.raises(RequestError, match=told) as caught:
         PartFile(out, {})
 
-    assert caught.value.hint == "begin anew: --restart"
+    assert caught.value.hint == "start over: --restart"
 
 
 def test_a_part_that_lost_its_end_is_refused(tmp_path):
@@ -387,9 +387,9 @@ def test_a_file_that_is_there_is_replaced_only_when_that_is_said(tmp_path):
 def test_where_nothing_can_be_written_is_told_first(tmp_path):
     with pytest.raises(RequestError, match="there is no folder") as caught:
         PartFile(tmp_path / "none/out", {})
-    with pytest.raises(RequestError, match="is no regular file"):
+    with pytest.raises(RequestError, match="is not a regular file"):
         PartFile(tmp_path, {}, overwrite=True)
-    with pytest.raises(RequestError, match="is no regular file"):
+    with pytest.raises(RequestError, match="is not a regular file"):
         PartFile(Path("/dev/null"), {}, overwrite=True)
 
     assert caught.value.hint == f"mkdir -p {tmp_path / 'none'}"

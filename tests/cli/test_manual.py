@@ -27,7 +27,7 @@ def test_flags_have_their_values_and_defaults():
     made = with_commands("<!-- commands -->\n<!-- end -->")
 
     assert "lorax adapters merge ADAPTER... --out DIR [OPTIONS]\n" in made
-    assert "| `--out DIR` | required | Where the result goes. |\n" in made
+    assert "| `--out DIR` | required | Folder of the result. |\n" in made
     assert "| `--port N` | `8000` |" in made
     assert "| `--truncate error\\|start\\|end` | `error` |" in made
     assert "| `--json` |  |" in made

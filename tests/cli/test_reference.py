@@ -8,7 +8,7 @@ from lorax_core.cli.reference import MODULES, page
 def test_the_committed_page_is_the_one_that_is_made(repository):
     committed = (repository / "docs/reference.md").read_text(encoding="utf-8")
 
-    assert page() == committed, "the page is old; the command to make it anew is in its first lines"
+    assert page() == committed, "the page is old; the command to make it again is in its first lines"
 
 
 def test_a_name_has_what_its_source_says_of_it():

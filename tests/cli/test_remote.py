@@ -129,7 +129,7 @@ def test_the_adapters_of_a_server_are_listed(main, url, monkeypatch, tmp_path):
         ("/nested", "is nested more than 100 levels deep"),
         ("/number", "gives no list of adapters"),
         ("/rows", "gives no list of adapters"),
-        ("/infinite", "1e999 is no number of JSON"),
+        ("/infinite", "1e999 is not a JSON number"),
         ("/surrogate", "not valid Unicode"),
         ("/chunk", "gives no answer that can be read"),
         ("/large", "more than 16,777,216 bytes"),
@@ -153,8 +153,8 @@ def test_what_is_no_answer_is_an_error_with_the_next_step(main, url, path, compl
     ("url", "complaint"),
     [
         ("http://127.0.0.1:1", "Connection refused"),
-        ("file:///etc/passwd", "is no address of a server"),
-        ("localhost:8000", "is no address of a server"),
+        ("file:///etc/passwd", "is not the address of a server"),
+        ("localhost:8000", "is not the address of a server"),
         ("http://[", "gives no answer"),
         ("http://a b", "gives no answer"),
         ("http://me:secret@127.0.0.1:1", "has a user or a password"),
@@ -219,7 +219,7 @@ def test_no_error_is_none_and_no_proxy_stands_before_this_machine(url, monkeypat
         ("failed", "refuses: out of memory"),
         ("text", "refuses: overloaded"),
         ("garbage", "gives no answer that can be read"),
-        ("numbers", "an event is no JSON object"),
+        ("numbers", "an event is not a JSON object"),
         ("large-event", "an event has more than 1,048,576 bytes"),
     ],
 )

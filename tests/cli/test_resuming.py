@@ -111,7 +111,7 @@ def test_links_and_folders_are_no_part(tmp_path, name, restart):
         PartFile(tmp_path / "out", {}, restart=restart)
     tmp_path.joinpath(name).unlink()
     tmp_path.joinpath(name).mkdir()
-    with pytest.raises(RequestError, match=f"{name}' is no regular file"):
+    with pytest.raises(RequestError, match=f"{name}' is not a regular file"):
         PartFile(tmp_path / "out", {}, restart=restart)
 
     assert caught.value.hint == "remove it, or give another --out"
@@ -178,7 +178,7 @@ def test_a_state_whose_rows_are_not_its_bytes_is_refused(tmp_path, head, change)
     with pytest.raises(RequestError, match=r"is damaged: .* bytes are not . rows") as caught, part.writing(head):
         raise AssertionError("it was continued")
 
-    assert caught.value.hint == "begin anew: --restart"
+    assert caught.value.hint == "start over: --restart"
 
 
 @pytest.mark.parametrize("zero", ["records", "bytes", "written"])

@@ -154,7 +154,7 @@ def test_errors_of_a_chat_have_them_too(engine, capsys):
         (["generate", "a", "b", f"--logit-bias={'9' * 5_000}=1"], 2, "is not ID=VALUE"),
         (["classify", "a", "b", "--adapter=c=d", f"--label={'9' * 5_000}=x"], 2, "is not ID=NAME"),
         (["adapters", "merge", "a", "--out", "b" * 5_000], 1, "cannot be written: OSError"),
-        (["models", "check", "b" * 5_000], 1, "is no folder: OSError"),
+        (["models", "check", "b" * 5_000], 1, "is not a folder: OSError"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -284,9 +284,9 @@ MISTAKES = {
     "padding rows keep their slots": {"graphs": KeepsSlotsGraphs},
     "a window is not planned again": with_attention(SkipsAWindow),
     "a length is baked in": with_attention(BakesALength),
-    "tables are made anew for attention": with_attention(MakesTablesAnew),
+    "tables are made again for attention": with_attention(MakesTablesAnew),
     "adapters are set once": with_lora(SetsOnce),
-    "tables are made anew for adapters": with_lora(CopiesTablesAnew),
+    "tables are made again for adapters": with_lora(CopiesTablesAnew),
 }
 
 

@@ -256,7 +256,7 @@ def test_filters_that_keep_more_than_was_looked_at_are_applied_to_the_whole_voca
     transfer.fetch()
     found = sampled.read()
 
-    # Of equal logits the first tokens are the likeliest, so 4,500 are kept and the drawn one is known, up to rounding.
+    # Of equal logits the first tokens are the most likely, so 4,500 are kept and the drawn one is known, up to rounding.
     for seed, one in zip(seeds, found, strict=True):
         assert abs(one.token_id - uniform(seed, 0, 7) * 4500) < 2
         assert one.logprobs.token_id == one.token_id

@@ -187,7 +187,7 @@ def damage_file(file: Path, random: Random) -> str:
 def regular(file: Path) -> Path:
     """The file itself; OSError when an earlier change made something else of it, which no further change may open."""
     if not file.is_file():
-        raise OSError(f"{file} is no regular file")
+        raise OSError(f"{file} is not a regular file")
     return file
 
 

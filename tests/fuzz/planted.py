@@ -97,7 +97,7 @@ def _function(path: str) -> FunctionType:
 
 def _rewritten(function: FunctionType, plant: Plant) -> Callable[..., Any]:
     source = textwrap.dedent(inspect.getsource(function))
-    assert plant.old in source, f"{plant.function} has no {plant.old!r}: plant this defect anew"
+    assert plant.old in source, f"{plant.function} has no {plant.old!r}: plant this defect again"
     made: dict[str, Any] = {}
     # super() and closures would need the cells of the original; the functions chosen have none.
     assert not function.__code__.co_freevars

@@ -51,7 +51,7 @@ def check_no_compilation():
             work = held.Work(torch.bfloat16, ((3 + 13 * seed, (rank, rank, rank)),))
             work.add(kernel.plan(work.segments))
             kernel.plan(work.segments).add("other", work.x, work.y)
-    assert gpu.compiled == [], "compiled anew"
+    assert gpu.compiled == [], "compiled again"
 
 
 WRONG = AssertionError  # numbers, or what was compiled; the sanitizer has errors of its own

@@ -241,7 +241,7 @@ def test_a_source_that_is_not_there_is_refused_with_what_is(given, told, hint):
 
 @pytest.mark.parametrize("name", ["", "Lorax", "lorax gemma", "../x", "class", "-x", "lorax--x", "1x"])
 def test_a_name_that_no_package_can_have_is_refused(name):
-    with pytest.raises(PluginError, match="is no name for a package"):
+    with pytest.raises(PluginError, match="is not a name for a package"):
         check_name(name)
 
 

@@ -1,4 +1,4 @@
-"""Adapters over HTTP: loaded and dropped by whoever has the admin key, bounded in size, counted."""
+"""Adapters over HTTP: loaded and dropped by clients with the admin key, bounded in size, counted."""
 
 from __future__ import annotations
 

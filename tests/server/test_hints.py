@@ -13,7 +13,7 @@ from lorax_core.errors import RequestError
 
 QUERY = {"query": "a", "texts": ["b"]}
 PYTHON = re.compile(r"engine\.|\bload\(|help\(|adapters\.\w+\(|(?<!\.\.\., )\b[a-z_]+=[^\s,]")
-"""What a hint has that only Python's users can follow; `save_pretrained(..., a=b)` is for whoever makes an adapter."""
+"""What a hint has that only Python's users can follow; `save_pretrained(..., a=b)` is for the author of an adapter."""
 # Reached while an engine is loaded, or by calls that no route makes.
 APART = {
     "engine",

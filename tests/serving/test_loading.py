@@ -21,7 +21,7 @@ def refusal(folder, **options):
     ("options", "told"),
     [
         ({"dtype": "int8"}, "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16' (found 'int8')"),
-        ({"device": "tpu7"}, "'tpu7' is no device"),
+        ({"device": "tpu7"}, "'tpu7' is not a device"),
         ({"attention": "flashy"}, "no attention backend is called 'flashy'"),
         ({"pooling": "max"}, "pooling: Input should be 'cls', 'mean' or 'last' (found 'max')"),
         ({"kv_cache_tokens": 0}, "kv_cache_tokens: Input should be greater than or equal to 1 (found 0)"),

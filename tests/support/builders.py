@@ -49,7 +49,7 @@ BERT = {
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Every tensor of a model anew: matrices of unit gain, biases that count, norm weights around one.
+    """Every tensor of a model, new: matrices of unit gain, biases that count, norm weights around one.
 
     Tied tensors stay tied. Logits come out wide, so that greedy choices do not hang on the last bit.
     """

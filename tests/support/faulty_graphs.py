@@ -12,7 +12,7 @@ from lorax_core.engine.graphs import Graph
 
 
 class Again(Graph):
-    """A graph in name: a replay computes anew, from the memory that was captured."""
+    """A graph in name: a replay computes again, from the memory that was captured."""
 
     def __init__(self, device):
         self._compute = None

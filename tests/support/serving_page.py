@@ -25,7 +25,7 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "examples/tiny_qwen2/model"
 
 
 def with_tables(page: str, engine: Engine) -> str:
-    """The page with its tables made anew."""
+    """The page with its tables made again."""
     for name, lines in tables(engine).items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         assert mark.search(page), f"the page has no place for {name}"

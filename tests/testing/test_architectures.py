@@ -17,7 +17,7 @@ def test_the_committed_page_is_the_one_that_is_made(repository):
     made = page(packages)
 
     committed = (repository / "docs/architectures.md").read_text(encoding="utf-8")
-    assert made == committed, "the page is old; the command to make it anew is in its first lines"
+    assert made == committed, "the page is old; the command to make it again is in its first lines"
 
 
 def test_the_page_is_about_the_named_packages_only():

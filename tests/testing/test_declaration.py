@@ -93,8 +93,8 @@ def test_a_true_declaration_passes(make_spec, run):
         ({"features": ("token_types", "sliding_window")}, "no variant has one"),
         ({"features": ("token_types", "tied_embeddings")}, "every variant is tied"),
         ({"known_failures": {"numbers-hiden": "a typo"}}, "is 'numbers-hidden' meant?"),
-        ({"known_failures": {"masking[nowhere]": "no such variant"}}, "names 'masking[nowhere]', which is no check"),
-        ({"known_failures": {"light-import[base]": "it is of no variant"}}, "which is no check"),
+        ({"known_failures": {"masking[nowhere]": "no such variant"}}, "names 'masking[nowhere]', which is not a check"),
+        ({"known_failures": {"light-import[base]": "it is of no variant"}}, "which is not a check"),
     ],
 )
 def test_what_is_not_true_of_a_declaration_is_reported(changes, told, make_spec, run):

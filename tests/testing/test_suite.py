@@ -153,7 +153,7 @@ def test_names_limit_the_plan(make_spec, host):
         ({"checks": ["numbers-hiden"]}, "did you mean 'numbers-hidden'?"),
         ({"variants": ["rellu"]}, "did you mean 'relu'?"),
         ({"backend": "torhc"}, "did you mean 'torch'?"),
-        ({"device": "abacus"}, "'abacus' is no device"),
+        ({"device": "abacus"}, "'abacus' is not a device"),
     ],
 )
 def test_what_there_is_not_is_refused(arguments, told, make_spec, host):

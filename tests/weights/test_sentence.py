@@ -295,7 +295,7 @@ def test_a_dense_module_that_states_no_activation_has_the_librarys(tmp_path):
         ([{"type": "its_own.Transformer", "path": ""}, {"type": "its_own.Pooling"}], r"'its_own\.Transformer'"),
         ([{"type": "sentence_transformers.models.Pooling", "path": "../x"}], r"'\.\./x', which lies outside"),
         ([{"type": "sentence_transformers.models.Dense", "path": "/etc"}], "'/etc', which lies outside"),
-        ([{"type": "sentence_transformers.models.Dense", "path": "a\0b"}], "no file name"),
+        ([{"type": "sentence_transformers.models.Dense", "path": "a\0b"}], "not a file name"),
     ],
 )
 def test_a_list_of_modules_that_is_none_is_refused_by_what_is_wrong(tmp_path, modules, told):

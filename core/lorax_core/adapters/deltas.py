@@ -257,7 +257,7 @@ class Replacement(_Tensors):
         columns = self.part or _ALL
         weight = self.weight if self.weight is not None else site.dense_weight()[columns]
         bias = self.bias if self.bias is not None else _bias(site, self.part)
-        # Computed anew: what the base layer made of x cannot be taken apart again.
+        # Computed again: what the base layer made of x cannot be taken apart again.
         y[:, columns].copy_(site.computed_with(x, weight, bias))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Merged:

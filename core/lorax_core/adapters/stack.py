@@ -25,7 +25,7 @@ def check_weights(wanted: Mapping[str, float]) -> None:
         raise AdapterError("a weighted sum of adapters needs at least one", hint="such as {'a': 0.7, 'b': 0.3}")
     for name, weight in wanted.items():
         if not math.isfinite(weight):
-            raise AdapterError(f"{name!r} has weight {weight}, which is no finite number", hint="try 0.7")
+            raise AdapterError(f"{name!r} has weight {weight}, which is not a finite number", hint="try 0.7")
 
 
 def stack_identity(weights: Mapping[str, float]) -> str:

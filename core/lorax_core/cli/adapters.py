@@ -113,13 +113,13 @@ def _show_modules(modules: list[dict[str, Any]]) -> None:
 @app.command("merge")
 def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help=f"What PEFT wrote, each {_FORMS}.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the result goes.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the result.")],
     strategy: Annotated[str, typer.Option(help="linear, ties, dare_linear, dare_ties, svd or cat.")] = "linear",
     weight: Annotated[
         list[float] | None, typer.Option(metavar="W", help="Once for each adapter, in order; 1 by default.")
     ] = None,
     density: Annotated[
-        float | None, typer.Option(metavar="D", help="Share of numbers that ties and dare keep.")
+        float | None, typer.Option(metavar="D", help="Fraction of the numbers that ties and dare keep.")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="S", help="Seed of what dare drops; 0 by default.")] = None,
     rank: Annotated[
@@ -310,7 +310,7 @@ def _features(files: PeftFiles) -> list[str]:
     found = {_FEATURES[role] for tensors in files.modules.values() for role, _ in tensors.items() if role in _FEATURES}
     for tensors in files.modules.values():
         if tensors.weight is not None:
-            # A weight beside a low-rank update is the base's, which PEFT saves beneath it.
+            # A weight beside a low-rank update is the base's, which PEFT saves under it.
             found.add("saved modules" if tensors.rank is None else "base weights")
     if files.settings.use_rslora:
         found.add("rslora")

@@ -32,7 +32,7 @@ _MOST: Final = 4_096
 def bench(
     path: ModelOrServer,
     concurrency: Annotated[
-        str, typer.Option(metavar="N,N,...", help="How many requests at once; each is measured.")
+        str, typer.Option(metavar="N,N,...", help="Numbers of requests at once; each is measured.")
     ] = "1,8",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prompt, or text to embed.")] = 128,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 32,
@@ -40,7 +40,7 @@ def bench(
         str | None,
         typer.Option("--use", metavar="NAME,NAME,...", help="The adapters of a server that take turns, or its base."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measurements of each; the median counts.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the random tokens.")] = 0,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Draw the figures; needs matplotlib, the extra 'bench'.")

@@ -147,11 +147,11 @@ def _print_results(results: Sequence[CheckResult], counts: Counter[str]) -> None
         elif result.status == "known":
             print_message(f"{result.key}: {result.detail}", label="known", style="yellow")
     # Once a variant: all of its checks were skipped, or left open, for the same reason.
-    for label, alike in (
+    for label, same in (
         ("skipped", [result for result in results if result.refused]),
         ("badly conditioned", [result for result in results if result.status == "badly-conditioned"]),
     ):
-        for variant, reason in {(result.variant, result.detail): None for result in alike}:
+        for variant, reason in {(result.variant, result.detail): None for result in same}:
             print_message(f"variant {variant}: {reason}", label=label, style="yellow")
     if _all_refused(results):
         print_message(

@@ -66,7 +66,7 @@ _OutFile = Annotated[
 def classify(
     path: ModelPath,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="What to classify; a single - reads lines of stdin.")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts to classify; a single - reads lines of stdin.")
     ] = None,
     use: UseAdapter = None,
     label: Annotated[
@@ -136,7 +136,7 @@ def _show(job: _ClassifyJob, given: Texts | RecordFile, *, json: bool, several: 
                     show_line(answer_json(record.line - 1, answer, record.id))
             else:
                 shown.add(records, found)
-            # Whoever reads a pipe has these while the next are computed.
+            # The reader of a pipe has these while the next are computed.
             sys.stdout.flush()
             if not json:
                 _print_empty(found, given, first)

@@ -68,7 +68,7 @@ _OutFile = Annotated[
 def embed(
     path: ModelPath,
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="What to embed; a single - reads lines of stdin.")
+        list[str] | None, typer.Argument(metavar="TEXT", help="Texts to embed; a single - reads lines of stdin.")
     ] = None,
     use: UseAdapter = None,
     truncate: Annotated[
@@ -89,7 +89,7 @@ def embed(
         int | None, typer.Option(metavar="N", help="Keep the first N numbers of each vector.")
     ] = None,
     similarity: Annotated[
-        bool, typer.Option("--similarity", help="Show the cosine of each two texts instead.")
+        bool, typer.Option("--similarity", help="Show the cosine similarity of each pair of texts instead.")
     ] = False,
     file: InFile = None,
     field: Field = None,
@@ -238,7 +238,7 @@ def _show(found: list[Embedding], first: int, records: list[TextRecord], table: 
             show_line(_about(embedding, index, id))
     else:
         table.add(_row(*at) for at in enumerate(found, first))
-    # Whoever reads a pipe has these while the next are computed.
+    # The reader of a pipe has these while the next are computed.
     sys.stdout.flush()
 
 

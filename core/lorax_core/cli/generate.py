@@ -47,7 +47,7 @@ _OutFile = Annotated[
 def generate(
     path: ModelOrServer,
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="What to continue; - reads it from stdin.")
+        str | None, typer.Argument(metavar="PROMPT", help="Text to continue; - reads it from stdin.")
     ] = None,
     use: UseAdapter = None,
     chat: Annotated[
@@ -57,7 +57,7 @@ def generate(
     n: Annotated[int | None, typer.Option("--n", metavar="N", help="Number of answers, drawn independently.")] = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(metavar="N", help="With --json, each token's log-probability and the N likeliest tokens."),
+        typer.Option(metavar="N", help="With --json, each token's log-probability and the N most likely tokens."),
     ] = None,
     file: InFile = None,
     field: Field = None,

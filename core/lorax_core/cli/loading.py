@@ -64,8 +64,8 @@ _FLAGS: Final[Mapping[str, Any]] = {
     ),
     "dtype": _flag(str, help="auto, float32, bfloat16 or float16."),
     "device": _flag(str, help="auto, cpu or cuda."),
-    "quantize": _flag(str, metavar="int8|int4", help="Round the weights of linear layers when they are loaded."),
-    "threads": _flag(int, metavar="N", help="Threads that compute."),
+    "quantize": _flag(str, metavar="int8|int4", help="Quantize the weights of linear layers when they are loaded."),
+    "threads": _flag(int, metavar="N", help="Number of CPU threads."),
 }
 
 

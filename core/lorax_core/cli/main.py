@@ -24,7 +24,7 @@ EXIT_CODES: Final = {
     1: "an error, printed on stderr; or a check that found a problem",
     2: "a wrong command line",
     130: "interrupted by Ctrl-C",
-    141: "whoever read the output has closed it, as `head` does",
+    141: "the reader of the output closed it, as `head` does",
 }
 """What `lorax --help` and docs/cli.md say of exit codes."""
 

@@ -1,4 +1,4 @@
-"""The lists in `docs/cli.md`, generated from the help texts: `python -m lorax_core.cli.manual docs/cli.md` makes them anew.
+"""The lists in `docs/cli.md`, generated from the help texts: `python -m lorax_core.cli.manual docs/cli.md` makes them again.
 
 Decides what the page says of a subcommand and of its flags. Knows nothing that `--help` does not say; the text around the
 lists is the page's own, and a test compares the committed page with what is generated here.
@@ -26,7 +26,7 @@ _TYPES: Final = {int: "N", float: "NUMBER", str: "TEXT"}
 
 
 def with_commands(page: str) -> str:
-    """The page with its lists of subcommands made anew."""
+    """The page with its lists of subcommands made again."""
     text = "\n".join(_lists())
     return _LISTS.sub(lambda _: f"\n{text}\n", page)
 

@@ -2,7 +2,7 @@
 
 Decides what is measured of an engine and how figures come of it. Knows nothing of the command line.
 
-Requests are random token ids, no two alike, so that no prompt is found in the prefix cache. A generating model is measured
+Requests are random token ids, no two the same, so that no prompt is found in the prefix cache. A generating model is measured
 in two ways at each concurrency, each `repeats` times, and the median counts: reading prompts alone, and as streams, whose
 events give latencies and the rate of decoding. Other models embed.
 """

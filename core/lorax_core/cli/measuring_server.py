@@ -27,7 +27,7 @@ _Pieces = list[tuple[float, int]]
 
 
 class ServedRuns:
-    """Measures a server. Prompts are random words, no two alike, of about as many tokens as are asked for; the usage counts."""
+    """Measures a server. Prompts are random words, no two the same, of about as many tokens as asked for; usage counts them."""
 
     def __init__(self, server: Server, workload: Workload) -> None:
         self._server, self._workload = server, workload

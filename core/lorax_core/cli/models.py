@@ -32,7 +32,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def list_models(
     task: Annotated[Task | None, typer.Option(help="Only architectures that support this task.")] = None,
     json: _Json = False,
-    every: Annotated[bool, typer.Option("--all", help="Also those that cannot be used.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show also those that cannot be used.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when a plugin has failed.")] = False,
 ) -> None:
     """List the architectures of installed plugins. Never imports torch."""

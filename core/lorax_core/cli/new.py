@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the package is called, such as lorax-gemma2.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the package, such as lorax-gemma2.")],
     source: Annotated[
         str,
         typer.Option(

@@ -33,7 +33,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("list")
 def list_plugins(
     json: _Json = False,
-    every: Annotated[bool, typer.Option("--all", help="Also those that cannot be used.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show also those that cannot be used.")] = False,
 ) -> None:
     """List installed plugins and what they provide."""
     host = _discover()
@@ -49,7 +49,7 @@ def list_plugins(
 @app.command("doctor")
 def doctor(
     json: _Json = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that one plugin may take.", min=1)] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Maximum seconds for one plugin.", min=1)] = 120.0,
 ) -> None:
     """Load each plugin in its own process: does its declaration import, how fast, without torch; are its classes there."""
     from lorax_core.plugins.admission import blocked_by

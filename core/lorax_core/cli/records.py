@@ -184,7 +184,7 @@ class RecordFile:
         if left or digest.hexdigest() != start.digest:
             raise RequestError(
                 f"{self.title} has changed within the {start.records:,} lines that are answered already",
-                hint="give the file as it was, or begin anew: --restart",
+                hint="give the file as it was, or start over: --restart",
             )
         return digest
 
@@ -224,7 +224,7 @@ class RecordFile:
         if problem is not None:
             raise RequestError(f"{where} {problem}", hint="give text that can be encoded as UTF-8")
         if not isinstance(found, dict):
-            raise RequestError(f"{where} is no JSON object: {shown(found, 60)}", hint=f'{{"{field}": "..."}} is one')
+            raise RequestError(f"{where} is not a JSON object: {shown(found, 60)}", hint=f'{{"{field}": "..."}} is one')
         if field not in found:
             close = nearest(field, found)
             texts = [key for key, value in found.items() if isinstance(value, str)]
@@ -238,7 +238,7 @@ class RecordFile:
         text = found[field]
         if not isinstance(text, str):
             raise RequestError(
-                f"{where}: the field {field!r} is no text: {shown(text, 60)}", hint="--field NAME names another one"
+                f"{where}: the field {field!r} is not text: {shown(text, 60)}", hint="--field NAME names another one"
             )
         return TextRecord(number, text, found.get("id"))
 

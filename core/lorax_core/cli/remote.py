@@ -85,13 +85,13 @@ def events(
             if status != 200:
                 raise _refused(url, *_within(SECONDS, lambda: _whole(answer)))
             if "json" in answer.headers.get("Content-Type", ""):
-                raise ValueError("it is no stream")
+                raise ValueError("it is not a stream")
             for text in _data(answer):
                 if text == b"[DONE]":
                     return
                 found = _parsed(text)
                 if not isinstance(found, dict):
-                    raise ValueError("an event is no JSON object")
+                    raise ValueError("an event is not a JSON object")
                 if found.get("error") is not None:
                     raise _refused(url, status, text)
                 yield found
@@ -122,7 +122,7 @@ def _check(url: str, key: str | None) -> None:
     # Others, such as file:, have no server.
     if not url.startswith(("http://", "https://")):
         raise RequestError(
-            f"{url!r:.200} is no address of a server", hint="it begins with http://, such as http://localhost:8000"
+            f"{url!r:.200} is not the address of a server", hint="it begins with http://, such as http://localhost:8000"
         )
     if key is not None and not (key.isascii() and key.isprintable()):
         raise RequestError(
@@ -221,7 +221,7 @@ def _unreadable(url: str, error: Exception) -> RequestError:
 def _finite(number: str) -> float:
     found = float(number)
     if not math.isfinite(found):
-        raise ValueError(f"{number:.40} is no number of JSON")
+        raise ValueError(f"{number:.40} is not a JSON number")
     return found
 
 

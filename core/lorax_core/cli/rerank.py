@@ -38,13 +38,13 @@ class _Scored:
 @loads_model
 def rerank(
     path: ModelPath,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the documents are to answer.")],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The query by which documents are ranked.")],
     documents: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DOCUMENT", help="What is ranked; a single - reads lines of stdin."),
+        typer.Argument(metavar="DOCUMENT", help="Documents to rank; a single - reads lines of stdin."),
     ] = None,
     use: UseAdapter = None,
-    top_n: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show the N best.")] = None,
+    top_n: Annotated[int | None, typer.Option(min=1, metavar="N", help="Show only the N best documents.")] = None,
     normalize: Annotated[
         bool, typer.Option("--normalize/--raw", help="Scores from 0 to 1, or the logits themselves.")
     ] = True,

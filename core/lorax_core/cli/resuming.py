@@ -26,7 +26,7 @@ SAVE_EVERY: Final = 1.0
 """Seconds of work that a killed process may lose, and a little more."""
 _STATE: Final = ".part.json"
 _STATE_BYTES: Final = 2**20
-_ANEW: Final = "begin anew: --restart"
+_START_OVER: Final = "start over: --restart"
 _NAME: Final = "give another name"
 _NO_LINK: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 # No "*.txt": texts that lie beside a model are no part of it.
@@ -145,7 +145,7 @@ class PartFile:
         if os.path.islink(self.out) and not os.path.exists(self.out):
             raise RequestError(f"{self.out} is a link to {os.readlink(self.out)}, which is not there", hint=_NAME)
         if os.path.exists(self.out) and not os.path.isfile(self.out):
-            raise RequestError(f"{self.out} is no regular file", hint=_NAME)
+            raise RequestError(f"{self.out} is not a regular file", hint=_NAME)
         if os.path.exists(self.out) and not self._overwrite:
             raise RequestError(f"{self.out} is there already", hint="give another name, or --overwrite")
 
@@ -153,7 +153,7 @@ class PartFile:
         """Whether a part and its state are there. Raises RequestError for something else that has one of their names."""
         for file in (self._part, self._state):
             if os.path.lexists(file) and not stat.S_ISREG(file.lstat().st_mode):
-                what = "is a link" if file.is_symlink() else "is no regular file"
+                what = "is a link" if file.is_symlink() else "is not a regular file"
                 raise RequestError(f"'{file}' {what}", hint="remove it, or give another --out")
         if not os.path.exists(self._part):
             return False
@@ -171,13 +171,13 @@ class PartFile:
         try:
             found = read_json(self._state, RequestError, _STATE_BYTES)
         except RequestError as error:
-            raise RequestError(error.message, hint=_ANEW) from error
+            raise RequestError(error.message, hint=_START_OVER) from error
         if not isinstance(found, dict) or found.get("schema") != SCHEMA or not isinstance(found.get("job"), dict):
-            raise RequestError(f"'{self._state}' is none of this version's", hint=_ANEW)
+            raise RequestError(f"'{self._state}' is not of this version", hint=_START_OVER)
         counts = [one for name in ("records", "bytes", "written") if type(one := found.get(name)) is int and one >= 0]
         # A line has a line feed, and an answer some bytes: none of them is zero alone.
         if len(counts) != 3 or len(set(map(bool, counts))) != 1 or not isinstance(found.get("sha256"), str):
-            raise RequestError(f"'{self._state}' is damaged", hint=_ANEW)
+            raise RequestError(f"'{self._state}' is damaged", hint=_START_OVER)
         if not counts[0]:
             return  # nothing is lost, whatever the job was
         job = found["job"]
@@ -194,9 +194,11 @@ class PartFile:
         at, written = self._done
         size = head.size + written
         if written and os.fstat(self._stream.fileno()).st_size < size:
-            raise RequestError(f"'{self._part}' is shorter than '{self._state}' says", hint=_ANEW)
+            raise RequestError(f"'{self._part}' is shorter than '{self._state}' says", hint=_START_OVER)
         if head.row is not None and written != at.records * head.row:
-            raise RequestError(f"'{self._state}' is damaged: {written:,} bytes are not {at.records:,} rows", hint=_ANEW)
+            raise RequestError(
+                f"'{self._state}' is damaged: {written:,} bytes are not {at.records:,} rows", hint=_START_OVER
+            )
         # First the state: a part that is not empty is never without one, nor shorter than it says.
         self._save()
         self._stream.truncate(size)

@@ -28,25 +28,29 @@ def _flag(panel: str, kind: Any, help: str, *names: str, metavar: str | None = N
 # By the names of `GenerateRequest`, but for stop_token_id and schema. What was left out is left to its defaults.
 FLAGS: Final[Mapping[str, Any]] = {
     "temperature": _flag(
-        _SAMPLING, float, "0, as it is by default, takes the likeliest token each time; above, tokens are drawn."
+        _SAMPLING, float, "0, the default, takes the most likely token each time; above 0, tokens are sampled."
     ),
-    "top_k": _flag(_SAMPLING, int, "Draw from the N likeliest tokens.", metavar="N"),
-    "top_p": _flag(_SAMPLING, float, "Draw from the likeliest tokens that have this probability together."),
-    "min_p": _flag(_SAMPLING, float, "Draw from tokens with this share of the likeliest one's probability, or more."),
-    "typical_p": _flag(_SAMPLING, float, "Draw from the most typical tokens that have this probability together."),
+    "top_k": _flag(_SAMPLING, int, "Sample from the N most likely tokens.", metavar="N"),
+    "top_p": _flag(_SAMPLING, float, "Sample from the most likely tokens that have this probability together."),
+    "min_p": _flag(
+        _SAMPLING, float, "Sample from tokens with this share of the most likely one's probability, or more."
+    ),
+    "typical_p": _flag(_SAMPLING, float, "Sample from the most typical tokens that have this probability together."),
     "repetition_penalty": _flag(_SAMPLING, float, "Above 1, tokens of prompt and answer become less likely."),
-    "presence_penalty": _flag(_SAMPLING, float, "Lowers the logits of tokens of the answer, once."),
-    "frequency_penalty": _flag(_SAMPLING, float, "Lowers the logits of tokens of the answer, each time they occur."),
+    "presence_penalty": _flag(_SAMPLING, float, "Lower the logits of tokens that the answer has already, once each."),
+    "frequency_penalty": _flag(
+        _SAMPLING, float, "Lower the logits of tokens that the answer has already, for each time."
+    ),
     "logit_bias": _flag(_SAMPLING, list[str], "Add to the logit of a token. Repeatable.", metavar="ID=VALUE"),
-    "seed": _flag(_SAMPLING, int, "Equal seeds draw equal answers."),
-    "max_tokens": _flag(_END, int, "The longest answer, in tokens."),
-    "min_tokens": _flag(_END, int, "Nothing ends the answer before."),
-    "stop": _flag(_END, list[str], "End before this text. Repeatable.", metavar="TEXT"),
-    "stop_token_id": _flag(_END, list[int], "End before this token. Repeatable.", metavar="ID"),
-    "ignore_eos": _flag(_END, bool, "The model's end tokens end nothing.", "--ignore-eos"),
-    "schema": _flag(_FORM, str, "JSON that fits a JSON Schema.", metavar="FILE|JSON"),
-    "regex": _flag(_FORM, str, "Text that fits a regular expression.", metavar="PATTERN"),
-    "choice": _flag(_FORM, list[str], "One of the texts that are given so. Repeatable.", metavar="TEXT"),
+    "seed": _flag(_SAMPLING, int, "Random seed: the same seed gives the same answer."),
+    "max_tokens": _flag(_END, int, "Maximum number of tokens of the answer."),
+    "min_tokens": _flag(_END, int, "Minimum number of tokens of the answer."),
+    "stop": _flag(_END, list[str], "End the answer before this text. Repeatable.", metavar="TEXT"),
+    "stop_token_id": _flag(_END, list[int], "End the answer before this token. Repeatable.", metavar="ID"),
+    "ignore_eos": _flag(_END, bool, "Go on after the model's end tokens.", "--ignore-eos"),
+    "schema": _flag(_FORM, str, "The answer is JSON that fits this JSON Schema.", metavar="FILE|JSON"),
+    "regex": _flag(_FORM, str, "The answer matches this regular expression.", metavar="PATTERN"),
+    "choice": _flag(_FORM, list[str], "The answer is this text, or another --choice. Repeatable.", metavar="TEXT"),
 }
 
 

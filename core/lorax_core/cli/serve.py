@@ -70,24 +70,29 @@ _AdminKeyFile = Annotated[
     Path | None, _flag(metavar="FILE", help="The key that may load adapters; or set LORAX_ADMIN_KEY.")
 ]
 _MaxQueue = Annotated[
-    int | None, _flag(metavar="N", help="Sequences that may wait; more are refused with 429.", option="max_queue")
+    int | None,
+    _flag(metavar="N", help="Maximum number of sequences that wait; more are refused with 429.", option="max_queue"),
 ]
-_MaxBodyBytes = Annotated[int | None, _flag(metavar="N", help="The largest body.", option="max_body_bytes")]
-_MaxBatch = Annotated[int | None, _flag(metavar="N", help="The most inputs of one request.", option="max_batch")]
+_MaxBodyBytes = Annotated[
+    int | None, _flag(metavar="N", help="Maximum size of a request body.", option="max_body_bytes")
+]
+_MaxBatch = Annotated[
+    int | None, _flag(metavar="N", help="Maximum number of inputs of one request.", option="max_batch")
+]
 _MaxSchemaChars = Annotated[
     int | None,
-    _flag(metavar="N", help="Characters of the largest JSON schema or regular expression.", option="max_schema_chars"),
+    _flag(metavar="N", help="Maximum length of a JSON schema or regular expression.", option="max_schema_chars"),
 ]
 _RequestTimeout = Annotated[
-    float | None, _flag(metavar="SECONDS", help="The longest that an answer may take.", option="request_timeout")
+    float | None, _flag(metavar="SECONDS", help="Maximum time for an answer.", option="request_timeout")
 ]
 _BodyTimeout = Annotated[
     float | None,
-    _flag(metavar="SECONDS", help="The longest that headers may take to arrive, and a body.", option="body_timeout"),
+    _flag(metavar="SECONDS", help="Maximum time for headers to arrive, and for a body.", option="body_timeout"),
 ]
 _DrainTimeout = Annotated[
     float | None,
-    _flag(metavar="SECONDS", help="What running requests have to finish after SIGTERM.", option="drain_timeout"),
+    _flag(metavar="SECONDS", help="Time for running requests to finish after SIGTERM.", option="drain_timeout"),
 ]
 _CorsOrigin = Annotated[list[str] | None, _flag(metavar="ORIGIN", help="Web pages of this origin may ask. Repeatable.")]
 _Page = Annotated[bool, typer.Option("--page/--no-page", help="GET / is a page to try the server in a browser.")]
@@ -95,18 +100,20 @@ _LogFormat = Annotated[
     str | None, _flag(metavar="text|json", help="How requests are logged, on stderr.", option="log_format")
 ]
 _Pooling = Annotated[str | None, _flag(help="How rows become one vector: cls, mean or last.")]
-_KvCacheTokens = Annotated[int | None, _flag(metavar="N", help="Tokens that all running sequences share.")]
+_KvCacheTokens = Annotated[
+    int | None, _flag(metavar="N", help="Size of the KV cache that all running sequences share.")
+]
 _MaxBatchTokens = Annotated[
-    int | None, _flag(metavar="N", help="The most tokens of one step.", option="max_batch_tokens")
+    int | None, _flag(metavar="N", help="Maximum number of tokens of one step.", option="max_batch_tokens")
 ]
 _MaxBatchRows = Annotated[
-    int | None, _flag(metavar="N", help="The most sequences of one step.", option="max_batch_rows")
+    int | None, _flag(metavar="N", help="Maximum number of sequences of one step.", option="max_batch_rows")
 ]
 _MaxAdapters = Annotated[
-    int | None, _flag(metavar="N", help="Adapters that are on the device at once; all by default.")
+    int | None, _flag(metavar="N", help="Maximum number of adapters on the device at once; all by default.")
 ]
 _MaxAdapterBytes = Annotated[
-    int | None, _flag(metavar="N", help="The largest adapter, on disk, that clients may bring; any by default.")
+    int | None, _flag(metavar="N", help="Maximum size on disk of an adapter that clients load; no limit by default.")
 ]
 
 

@@ -160,7 +160,7 @@ def _number(found: Any, below: int) -> int:
 
 def _text(found: Any) -> str:
     if not isinstance(found, str):
-        raise TypeError(f"{type(found).__name__} is no text")
+        raise TypeError(f"{type(found).__name__} is not text")
     return found
 
 

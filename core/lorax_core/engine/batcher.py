@@ -116,7 +116,7 @@ class Batcher:
 
 
 class _Buffer:
-    """A row of int32 numbers in host memory and on the device, made anew only when it must grow."""
+    """A row of int32 numbers in host memory and on the device, made again only when it must grow."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -266,7 +266,7 @@ class _Captured:
 
 
 class _GraphAdapters:
-    """The adapters of a captured step: the same launches at every linear layer, whoever's rows they are."""
+    """The adapters of a captured step: the same launches at every linear layer, whichever adapter a row has."""
 
     def __init__(self, plan: GraphLora, sites: dict[str, tuple[int, int]]) -> None:
         self._plan = plan

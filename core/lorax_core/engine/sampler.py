@@ -25,7 +25,7 @@ from lorax_core.types import TokenLogprobs
 
 # Python integers do not wrap: every product is cut to uint64.
 _MASK = (1 << 64) - 1
-# Filters keep few tokens as a rule: they look at this many of the likeliest first, and at all only when that was too few.
+# Filters keep few tokens as a rule: they look at this many of the most likely first, and at all only when that was too few.
 _CANDIDATES = 1024
 
 
@@ -39,9 +39,9 @@ class SampledToken:
 
 
 class Scores:
-    """Log-probabilities on their way to the host: of `tokens` `[rows]` in logits `[rows, vocab]`, with the likeliest beside.
+    """Log-probabilities on their way to the host: of `tokens` `[rows]` in logits `[rows, vocab]`, with the most likely beside.
 
-    `tops[row]` is how many of the likeliest, None for a row without scores.
+    `tops[row]` is how many of the most likely, None for a row without scores.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Sampled:
 
 def uniform(seed: int, choice: int, position: int) -> float:
     """A number in [0, 1), the same for the same arguments (the finaliser of splitmix64, applied to each in turn)."""
-    # 2**64 over the golden ratio, as in splitmix64. The multipliers below are odd, hence bijective mod 2**64.
+    # 2**64 over the golden ratio, as in splitmix64. The multipliers below are odd, so they are bijective mod 2**64.
     state = _mix((seed & _MASK) + 0x9E3779B97F4A7C15)
     state = _mix(state ^ (choice * 0xBF58476D1CE4E5B9 & _MASK))
     state = _mix(state ^ (position * 0xD1342543DE82EF95 & _MASK))
@@ -296,7 +296,7 @@ def _draw(logits: Tensor, rows: list[SamplingRow]) -> Tensor:
 
 
 def _draw_filtered(logits: Tensor, rows: list[SamplingRow], candidates: int) -> tuple[Tensor, Tensor]:
-    """Inverse transform over the tokens that top_k, top_p, min_p and typical_p leave, likeliest first.
+    """Inverse transform over the tokens that top_k, top_p, min_p and typical_p leave, most likely first.
 
     Looks at so many `candidates`; gives the tokens `[rows]`, and for which rows that was too few.
     """

@@ -53,7 +53,7 @@ class ChunkInput:
     - `pages` are all pages of the sequence, in order; page 0 stands for one that was given back.
     - `reads` says which heads read which rows.
     - `sampled` has a row for the newest token and one for each draft token, in a chunk that reaches the newest token.
-    - `scored` are the prompt tokens that the chunk's first rows predict, to be scored with the `prompt_logprobs` likeliest.
+    - `scored` are the prompt tokens that the chunk's first rows predict, to be scored with the `prompt_logprobs` most likely.
     - `stage` says how far the rows of the whole input go.
     - `pooled_rows` is how many rows of the whole input its head reads, in the chunk that completes it; else None.
     - `restarted`: what earlier chunks of the sequence left in the runner is void.

@@ -46,5 +46,5 @@ class Plain(LinearMethod):
         return None
 
     def prepare(self, weight: Tensor, bias: Tensor | None, *, rows: bool = False) -> PlainKernel:
-        # The same memory, not a copy: nothing is laid out anew.
+        # The same memory, not a copy: nothing is laid out again.
         return PlainKernel(weight.detach(), bias)

@@ -81,7 +81,7 @@ class SelfAttention(Block):
         self.q_norm = None if qk_norm is None else qk_norm(q_size)
         self.k_norm = None if qk_norm is None else qk_norm(k_size)
         self.attention = Attention(heads, kv_heads, dim, causal=causal, scale=scale, window=window, soft_cap=soft_cap)
-        # Qwen2 has biases on q, k and v and none here, hence `out_bias` apart from `bias`.
+        # Qwen2 has biases on q, k and v and none here, so `out_bias` is apart from `bias`.
         self.o_proj = Linear(heads * dim, hidden, bias if out_bias is None else out_bias)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:

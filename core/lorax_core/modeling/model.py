@@ -34,7 +34,7 @@ class Model(nn.Module):
     `sites` maps the dotted path of every core layer with parameters to that layer; `attention_layers` are in the order of
     the cache's layers. `forward` takes a packed `Batch` and answers what each of its sequences asked for.
 
-    `dtype` is that of activations and `device` where they are; both are stated by whoever makes the model, for a prepared
+    `dtype` is that of activations and `device` where they are; both are stated by the code that makes the model, for a prepared
     weight may have another dtype. `linears` says how linear layers are computed, and `lacking` what a checkpoint lacks for the
     task of the class that it names.
 

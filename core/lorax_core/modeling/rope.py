@@ -30,7 +30,7 @@ class Rope(BaseModel):
     Numbers for which transformers computes NaN, or no rotation at all, are refused.
     """
 
-    # Frozen, thus hashable: it is the key under which layers share angles. Unknown keys mean a scaling not computed here.
+    # Frozen, so hashable: it is the key under which layers share angles. Unknown keys mean a scaling not computed here.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     type: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"

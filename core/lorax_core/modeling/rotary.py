@@ -45,7 +45,7 @@ class RotaryEmbedding(nn.Module):
         return self.rope, self._stated_dim
 
     def reset_buffers(self, device: str | torch.device | None = None) -> None:
-        """Make the frequencies anew on `device`: a model is put together without memory first."""
+        """Make the frequencies again on `device`: a model is put together without memory first."""
         self.inv_freq, self.factor = self.rope.frequencies(self._stated_dim, device)  # [rotary_dim / 2]
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> Angles:

@@ -62,7 +62,7 @@ class PluginHost:
             records.append(try_plugin(manager, entry, settings))
             _insist(records[-1:], settings)
         records += missing(records, settings)
-        # Conflicts are known only when all are there, hence `_insist` again.
+        # Conflicts are known only when all are there, so `_insist` runs again.
         host = cls(records)
         _insist(host.records, settings)
         return host

@@ -109,7 +109,7 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
     folder = Path(path)
     file = folder / "config.json"
     # A name that is too long, or none at all.
-    with guarded(CheckpointError, f"{str(folder)!r:.200} is no folder", "give the folder that holds config.json"):
+    with guarded(CheckpointError, f"{str(folder)!r:.200} is not a folder", "give the folder that holds config.json"):
         is_folder = folder.is_dir()
     if not is_folder:
         what = "is a file" if folder.exists() else "does not exist"

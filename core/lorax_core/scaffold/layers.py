@@ -102,7 +102,7 @@ def find_layer(
 ) -> tuple[LayerFacts, int | None, dict[str, str]]:
     """The facts of one layer, its window, and core's names of its modules with those that they have in it.
 
-    Where attention may be `causal` or not, deep in an encoder whose rows became alike, it is what is given.
+    Where attention may be `causal` or not, deep in an encoder whose rows became the same, it is what is given.
     """
     whole = record.of(name)
     assert whole is not None

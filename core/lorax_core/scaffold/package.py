@@ -74,7 +74,7 @@ def check_name(name: str) -> str:
     module = name.replace("-", "_")
     if not _NAME.fullmatch(name) or keyword.iskeyword(module):
         raise PluginError(
-            f"{shown(name)} is no name for a package", hint="use small letters, digits and '-', as in lorax-gemma2"
+            f"{shown(name)} is not a name for a package", hint="use small letters, digits and '-', as in lorax-gemma2"
         )
     if len(name) > _NAME_LENGTH:
         raise PluginError(f"a name of {len(name)} characters", hint=f"use at most {_NAME_LENGTH}")
@@ -85,7 +85,7 @@ def check_name(name: str) -> str:
 
 
 def _taken(name: str, module: str) -> str | None:
-    """Whose a name is already, when it is not that of an installed plugin, which may be written anew."""
+    """Whose a name is already, when it is not that of an installed plugin, which may be written again."""
     if module in sys.stdlib_module_names:
         return f"{module} is a module of Python"
     owners = {canonical(one) for one in packages_distributions().get(module, ())}

@@ -162,7 +162,7 @@ class Tiny:
 
 
 def randomise(model: nn.Module) -> None:
-    """Every parameter anew: as transformers makes them, biases are 0 and norms 1, and neither would be seen."""
+    """New numbers for every parameter: as transformers makes them, biases are 0 and norms 1, and neither would be seen."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in model.named_parameters():

@@ -105,7 +105,7 @@ def _backbone(plan: Blueprint) -> Iterator[str]:
     yield "        hidden = config.hidden_size"
     yield from _norms(plan)
     if layer.rotary:
-        yield "        # All layers rotate alike, so one set of frequencies is enough."
+        yield "        # All layers rotate the same way, so one set of frequencies is enough."
         yield f"        rotary = RotaryEmbedding({_head_dim(plan)}, config.rope)"
     yield from _attention(plan)
     window = _window(plan)

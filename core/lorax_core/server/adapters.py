@@ -1,4 +1,4 @@
-"""Loading and unloading adapters over HTTP, for whoever has the admin key.
+"""Loading and unloading adapters over HTTP, for clients with the admin key.
 
 Decides what an operator is told of adapters, and that what is loaded so is bounded in size. Knows nothing of files.
 """

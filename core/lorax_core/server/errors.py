@@ -97,7 +97,9 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, LoraxError):
         return _of("internal", error)
     if isinstance(error, UnicodeEncodeError):  # no text of ours has such a part, but JSON can spell it
-        return Failure("invalid", "a text has half of a surrogate pair, which is no character", "send whole characters")
+        return Failure(
+            "invalid", "a text has half of a surrogate pair, which is not a character", "send whole characters"
+        )
     return Failure("internal", "the server failed to answer this request", "its log has the cause, by the request id")
 
 
@@ -120,7 +122,7 @@ _ROUTES: Final = frozenset({"v1", "v2", "tei"})
 
 
 def without_paths(text: str) -> str:
-    """`text` with folders of this machine cut off from what lies in them: where they are is nobody's business outside."""
+    """`text` with folders of this machine cut off from what lies in them: clients do not learn where they are."""
     return _PATH.sub(lambda found: ".../" if _here(found[1]) else found[1], text)
 
 

@@ -20,8 +20,8 @@ class ServerOptions(Checked):
 
     - `host`, `port`: where to listen; port 0 takes a free one.
     - `model_name`: what clients call the base; by default the checkpoint's hub id, or the last part of its folder.
-    - `api_keys`: one of them must come with every request (`Authorization: Bearer KEY`); none leaves the server open to whoever
-      reaches it. `admin_key` is for the routes that load and unload adapters, which do not exist without it.
+    - `api_keys`: one of them must come with every request (`Authorization: Bearer KEY`); without keys everyone who
+      reaches the server may ask. `admin_key` is for the routes that load and unload adapters, which do not exist without it.
     - `max_queue`: sequences that may wait beyond those that a step computes; more are refused with 429.
     - `max_body_bytes`, `max_batch`: the largest body, and the most inputs of one request.
     - `max_schema_chars`: characters of the largest JSON schema or regular expression of a request.

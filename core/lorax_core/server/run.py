@@ -260,7 +260,7 @@ class _Impatient(HttpToolsProtocol):
         """The request line and headers that the parser stopped after, without the offer."""
         method = self.parser.get_method()
         if method == b"CONNECT":
-            raise httptools.HttpParserError("this is no proxy")
+            raise httptools.HttpParserError("this server is not a proxy")
         version = self.parser.get_http_version().encode()
         kept = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
         return b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(kept))

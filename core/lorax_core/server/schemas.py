@@ -158,7 +158,7 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     param = ".".join(map(str, _fields(worst["loc"]))) or None
     if worst["type"] == "json_invalid":
         said = str(worst.get("ctx", {}).get("error", "")) or "check its quotes and commas"
-        return Refused("invalid", "the body is no JSON", hint=said)
+        return Refused("invalid", "the body is not JSON", hint=said)
     if not steps and isinstance(worst.get("input"), bytes):  # FastAPI reads no body that is not said to be JSON
         return Refused(
             "invalid", "the Content-Type of the body is not JSON", hint="send 'Content-Type: application/json'"

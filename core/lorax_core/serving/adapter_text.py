@@ -112,7 +112,7 @@ def _refuse_another(folder: Path, own: Any, base: Any) -> None:
 
 
 def _is_same(own: Any, base: Any) -> bool:
-    """Whether two tokenizers read and write every text alike, as far as that can be seen."""
+    """Whether two tokenizers read and write every text the same way, as far as that can be seen."""
     inner, outer = (getattr(one, "backend_tokenizer", None) for one in (own, base))
     if inner is None or outer is None or type(own) is not type(base):
         return False

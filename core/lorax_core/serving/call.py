@@ -127,7 +127,7 @@ class Call:
                 news = self._news[place] = _News()
             news.add(update)
             self._coming -= update.last
-            # Whoever waits for the end is not woken by each token: it would take the interpreter from the engine's thread.
+            # Who waits for the end is not woken by each token: that would take the interpreter from the engine's thread.
             if self._watched or not self._coming:
                 self._wake()
 

@@ -217,7 +217,7 @@ class Engine:
             call.start(all_prepared, self._worker.submit)
         except LoraxError as error:
             call.fail(error)
-        except BaseException as error:  # whoever waits must not wait for ever
+        except BaseException as error:  # callers must not wait for ever
             failure = LoraxError(
                 f"the call could not start: {type(error).__name__}: {error}",
                 hint="ask again; if it fails again, report it with the traceback of its cause",

@@ -351,7 +351,7 @@ def _eos_ids(files: Checkpoint, text: TextFront, vocab: int) -> frozenset[int]:
         if wrong:
             # A negative one would forbid another token where answers have a least length.
             raise CheckpointError(
-                f"'{files.path / where}' has {shown(found)} for eos_token_id, and {shown(wrong[0])} is no token id",
+                f"'{files.path / where}' has {shown(found)} for eos_token_id, and {shown(wrong[0])} is not a token id",
                 hint=f"ids are 0 to {vocab - 1}; remove the key where no token ends a text",
             )
         beyond = [one for one in ids if one >= vocab]

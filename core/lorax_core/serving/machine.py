@@ -30,7 +30,7 @@ def find_device(device: str) -> str:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
+        raise RequestError(f"{device!r} is not a device: {error}", hint="use 'cpu', 'cuda' or 'auto'") from error
     if kind not in ("cpu", "cuda"):
         raise RequestError(f"device {device!r} is not supported", hint="use 'cpu', 'cuda' or 'auto'")
     if torch.device(device).index not in (None, 0):

@@ -50,7 +50,7 @@ class GenerateRequest(Checked):
     - `repetition_penalty` divides the logits of all tokens before; `presence_penalty` and `frequency_penalty` lower those of
       generated ones, as OpenAI's do; `logit_bias` adds to logits by token id.
     - `stop` strings and `stop_token_ids` end the completion and are left out of it; so do end tokens, unless `ignore_eos`.
-    - `logprobs` and `prompt_logprobs` ask for the model's own log-probabilities and so many of the likeliest tokens.
+    - `logprobs` and `prompt_logprobs` ask for the model's own log-probabilities and this many of the most likely tokens.
     - `json_schema`, `regex` or `choice` constrain the completion (the extra `lorax-core[structured]`).
     - `tools`, in OpenAI's form, are shown to the model by the chat template, which also sees `template_options`, transformers'
       `add_generation_prompt` and `continue_final_message` among them. With `tool_choice` "required", or a tool's name, the

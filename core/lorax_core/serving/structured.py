@@ -215,7 +215,7 @@ def _grammar(request: GenerateRequest, matcher: type[LLMatcher]) -> str:
 
 def _checked_schema(given: dict[str, Any] | str, what: str = "json_schema") -> str:
     """The text of a schema that is JSON, of bounded size; raises RequestError, which calls it `what`."""
-    with guarded(RequestError, "the constraint is no JSON schema", hint="give it as a dict, or as JSON text"):
+    with guarded(RequestError, "the constraint is not a JSON schema", hint="give it as a dict, or as JSON text"):
         if isinstance(given, str) and len(given) > SCHEMA_LENGTH:
             raise RequestError(
                 f"{what} has {len(given):,} characters; at most {SCHEMA_LENGTH:,} are read", hint=_SIMPLER

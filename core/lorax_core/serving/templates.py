@@ -1,4 +1,4 @@
-"""Chat templates: programs of whoever made the checkpoint, run in a sandbox with an allowance.
+"""Chat templates: programs of the checkpoint's author, run in a sandbox with an allowance.
 
 Decides what a template may do: what transformers' own environment lets it do, within `Allowance`. Loops, calls, operators and
 whatever makes text are counted in the compiled template, so that a rendering ends by itself and in no thread that would have

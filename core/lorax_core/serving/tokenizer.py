@@ -92,7 +92,7 @@ def _check_class(file: Path, name: object) -> None:
         return
     hint = "remove the key, or name the tokenizer class that transformers saved"
     if not isinstance(name, str) or not name.isidentifier():
-        raise CheckpointError(f"'{file}' has {name!r:.80} for tokenizer_class, which is no name", hint=hint)
+        raise CheckpointError(f"'{file}' has {name!r:.80} for tokenizer_class, which is not a name", hint=hint)
     from transformers import PreTrainedTokenizerBase
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
@@ -101,7 +101,7 @@ def _check_class(file: Path, name: object) -> None:
     # Of a class whose library is missing there is a stand-in, which says so when it is used.
     known = found is None or getattr(found, "is_dummy", False)
     if not known and not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
-        raise CheckpointError(f"'{file}' names the tokenizer class {name!r}, which is no tokenizer", hint=hint)
+        raise CheckpointError(f"'{file}' names the tokenizer class {name!r}, which is not a tokenizer", hint=hint)
 
 
 def _check_growth(folder: Path, backend: Any) -> None:

@@ -3,7 +3,7 @@
 Decides how a tiny checkpoint is made of a declaration and what the oracle answers. Knows nothing of how lorax-core computes.
 
 Fresh transformers weights hide mistakes: biases are 0 and norm weights 1, so a dropped one changes nothing, and matrices are
-so small that attention is nearly uniform and positions hardly matter. Here every tensor is drawn anew.
+so small that attention is nearly uniform and positions hardly matter. Here every tensor has new random numbers.
 
 The oracle answers in float64. What it loses in float32 is what any right model may lose, too.
 """
@@ -117,7 +117,7 @@ def reload(cases: ArchitectureCases, task: Task, folder: Path) -> nn.Module:
 
 
 def randomise(model: nn.Module, seed: int, spread: float = INITIALIZER_RANGE) -> None:
-    """Every parameter anew: matrices and biases spread about 0, norm weights about their neutral value but hardly near it."""
+    """New parameters: matrices and biases spread about 0, norm weights about their neutral value, rarely near it."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():

@@ -231,7 +231,7 @@ def _check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise RequestError(f"{device!r} is no device: {error}", hint="use 'cpu' or 'cuda'") from error
+        raise RequestError(f"{device!r} is not a device: {error}", hint="use 'cpu' or 'cuda'") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device {device!r} was asked for, but torch sees no GPU", hint="use 'cpu'")
 

@@ -2,7 +2,7 @@
 
 Decides how far a model is built before it is known to fit its file: on `meta`, with no more parameters than the file's tensors
 could fill. And what no plugin needs to check by itself: buffers of any size, and masks that a plugin does not compute.
-Holds for every architecture, whoever wrote it.
+Holds for every architecture, also those of other packages.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Checkpoint:
         return found
 
     def reader(self) -> Callable[[str], Tensor]:
-        """What gives tensors by their names in the files; they lie in mapped files: whoever keeps numbers copies them."""
+        """What gives tensors by their names in the files; they lie in mapped files: a caller that keeps numbers copies them."""
         return TensorReader(self)
 
     def tensor(self, name: str) -> Tensor:
@@ -151,7 +151,7 @@ class Checkpoint:
 
 
 class TensorReader:
-    """Tensors of a checkpoint by their names in the files. They lie in the mapped file: whoever keeps numbers copies them.
+    """Tensors of a checkpoint by their names in the files. They lie in the mapped file: callers that keep numbers copy them.
 
     Of the files about `most_mapped` bytes at a time count as memory of this process.
     """

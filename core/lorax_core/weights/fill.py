@@ -1,7 +1,7 @@
 """The numbers of a checkpoint to their places in a model.
 
-Decides in which order tensors are read and through which memory. A weight that is laid out anew for computing never lies in
-memory of its own beside the layout, and of all others there is one copy. Knows nothing of architectures.
+Decides in which order tensors are read and through which memory. Each weight is in memory once, also one
+that has a layout of its own for computing. Knows nothing of architectures.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _make_buffers(model: Model, checkpoint: Checkpoint) -> None:
             if reset is None:
                 raise PluginError(
                     f"{type(module).__name__} has buffers but no reset_buffers(device) to make them",
-                    hint="give the module that method; it makes its buffers anew on the device",
+                    hint="give the module that method; it makes its buffers again on the device",
                 )
             with as_config_error(checkpoint):
                 reset(model.device)

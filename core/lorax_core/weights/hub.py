@@ -70,7 +70,7 @@ def find_files(kind: Kind, source: str | Path, revision: str | None, token: str 
     if not isinstance(source, (str, Path)):
         raise kind.error(f"a {kind.noun} is named by a string or a Path, not by {shown}", hint=kind.forms)
     # A NUL, a name too long for the file system, a home folder that nobody has: each raises in its own way.
-    with guarded(kind.error, f"{shown} is no {kind.noun}", kind.forms):
+    with guarded(kind.error, f"{shown} is not a valid {kind.noun}", kind.forms):
         path = Path(source).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     # A folder wins over a hub id of the same spelling, so a local copy is never downloaded again.
@@ -84,7 +84,7 @@ def find_files(kind: Kind, source: str | Path, revision: str | None, token: str 
         )
     if not isinstance(source, str) or not is_hub_id(source):
         raise kind.error(
-            f"there is no {kind.noun} folder {shown}, and it is no hub id either",
+            f"there is no {kind.noun} folder {shown}, and it is not a hub id either",
             hint=f"{_neighbour(path)}{kind.forms}",
         )
     return _download(kind, source, revision, token)

@@ -76,32 +76,30 @@ def share_tie(
 ) -> tuple[ModuleTensors | None, ModuleTensors | None]:
     """What changes of the two sides of a tied weight come to, as in PEFT; `modules` are their names in the files.
 
-    A weight beneath a low-rank update (`base_layer`) is the base's, so it is that of both sides. Trained tokens change both
-    sides. Everything else changes the side that it names alone. Raises AdapterError for two different weights beneath.
+    A weight under a low-rank update (`base_layer`) is the base's, so it is that of both sides. Trained tokens change both
+    sides. Everything else changes the side that it names alone. Raises AdapterError for two different weights under.
     """
-    beneath = [
+    under = [
         side.weight
         for side in (embedding, head)
         if side is not None and side.weight is not None and side.rank is not None
     ]
-    if len(beneath) == 2 and not equal(*beneath):
+    if len(under) == 2 and not equal(*under):
         raise AdapterError(
-            f"{files.path} holds one weight beneath the update of '{modules[0]}.weight' and another beneath that of its tied "
+            f"{files.path} holds one weight under the update of '{modules[0]}.weight' and another under that of its tied "
             f"head {modules[1]!r}",
             hint="the base has one weight for both: leave one of the two out of target_modules, and train again",
         )
-    if beneath:
+    if under:
         embedding, head = (
-            side
-            if side is not None and side.weight is not None
-            else replace(side or ModuleTensors(), weight=beneath[0])
+            side if side is not None and side.weight is not None else replace(side or ModuleTensors(), weight=under[0])
             for side in (embedding, head)
         )
     return embedding, share_tokens(embedding, head)
 
 
 def share_tokens(embedding: ModuleTensors | None, head: ModuleTensors | None) -> ModuleTensors | None:
-    """The head's tensors with the embedding's trained tokens, which lie beneath what else is done to the head."""
+    """The head's tensors with the embedding's trained tokens, which lie under what else is done to the head."""
     if embedding is None or embedding.tokens is None or (head is not None and head.tokens is not None):
         return head
     return replace(head or ModuleTensors(), tokens=embedding.tokens, token_ids=embedding.token_ids)
@@ -150,8 +148,8 @@ def _low_rank(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: Te
             hint="train it with use_dora or with lora_bias, not with both",
         )
     # Weights do not change while serving, so DoRA's norm is taken once here and not in every forward as in PEFT.
-    beneath, magnitude = _beneath(layer, weight), layer.rows(_magnitude(files, tensors, layer, out))  # [out, in], [out]
-    return Dora(a, b, magnitude if b.is_meta else magnitude / (beneath + b @ a).norm(dim=1))
+    under, magnitude = _under(layer, weight), layer.rows(_magnitude(files, tensors, layer, out))  # [out, in], [out]
+    return Dora(a, b, magnitude if b.is_meta else magnitude / (under + b @ a).norm(dim=1))
 
 
 def _scaled(numbers: Tensor, scale: float) -> Tensor:
@@ -174,7 +172,7 @@ def _embedding(files: PeftFiles, tensors: ModuleTensors, layer: Layer, weight: T
     a, b = a.float().t().contiguous(), _scaled(b.float(), files.settings.scale(layer.module, a.shape[0]))
     if tensors.magnitude is None:
         return EmbeddingLowRank(a, b)
-    norm = (_beneath(layer, weight) + a @ b.t()).norm(dim=0)  # [dim]
+    norm = (_under(layer, weight) + a @ b.t()).norm(dim=0)  # [dim]
     return EmbeddingLowRank(a, b, _magnitude(files, tensors, layer, len(norm)) / norm)
 
 
@@ -186,7 +184,7 @@ def _check_rank(files: PeftFiles, layer: Layer, rank: int) -> None:
         )
 
 
-def _beneath(layer: Layer, weight: Tensor | None) -> Tensor:
+def _under(layer: Layer, weight: Tensor | None) -> Tensor:
     """The weight that an update lies on, in float32 on the host."""
     if layer.device.type == "meta":
         # Shapes are enough for a check, and reading a packed weight would copy it.

@@ -65,7 +65,7 @@ class MedusaHeads:
         return sum(tensor.nbytes for head in self._heads for tensor in head.tensors)
 
     def draft(self, hidden: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
-        """Likeliest tokens `[rows, heads]` after the one that follows each row of hidden `[rows, hidden]`."""
+        """Most likely tokens `[rows, heads]` after the one that follows each row of hidden `[rows, hidden]`."""
         tokens: list[Tensor] = []
         for head in self._heads:
             # [rows, hidden]; every head starts from the same rows, not from the head before

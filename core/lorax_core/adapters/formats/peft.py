@@ -194,7 +194,7 @@ def _check_pairs(folder: Path, module: str, tensors: ModuleTensors) -> None:
         fits = len(sides) == 2 and all(len(shape) == 2 for shape in sides) and sides[0][0] == sides[1][1]
         if shapes and not fits:
             raise AdapterError(
-                f"{folder}: {module!r} is no pair of {names}: {shapes}",
+                f"{folder}: {module!r} is not a pair of {names}: {shapes}",
                 hint="download or copy it again, or save it again with PEFT's save_pretrained",
             )
 

@@ -65,7 +65,7 @@ class NativePlan(LoraPlan):
         self._at: dict[str, LowRankWork] = {}
         largest = 0
         for site, start, stop in zip(found, starts, stops, strict=True):
-            # Offsets start anew at each site: sites run one after the other and share one scratch memory.
+            # Offsets start from 0 at each site: sites run one after the other and share one scratch memory.
             before = ends[start] - scratch[start]
             jobs["at"][start:stop] = ends[start:stop] - scratch[start:stop] - before
             largest = max(largest, int(ends[stop - 1] - before))

@@ -149,7 +149,7 @@ def _refuse_more_than_updates(files: PeftFiles) -> None:
         saved = [leaf for leaf in ("weight", "bias") if getattr(tensors, leaf) is not None]
         what = next((what for role, what in _NO_SUM.items() if getattr(tensors, role) is not None), None)
         hint = "merge it into its base alone: merge_into_base, or `lorax adapters merge ADAPTER --base BASE`"
-        # A weight beneath a low-rank update is the base's own; `_shared_base` sees to it.
+        # A weight under a low-rank update is the base's own; `_shared_base` sees to it.
         if what is None and ("bias" in saved or (saved and tensors.pair is None)):
             what = "a bias" if saved == ["bias"] else "a saved module (modules_to_save) or a head"
             hint = "train with bias='none' and without modules_to_save what is to be combined"
@@ -186,12 +186,12 @@ def _stated_rank(files: PeftFiles) -> int:
 
 @dataclass(frozen=True)
 class _Member:
-    """What one adapter does to a module: its update, whether that is of an embedding, and the base's weight beneath it."""
+    """What one adapter does to a module: its update, whether that is of an embedding, and the base's weight under it."""
 
     path: Path
     update: ScaledPair
     embedding: bool
-    beneath: Tensor | None
+    under: Tensor | None
 
     @property
     def sizes(self) -> str:
@@ -231,15 +231,15 @@ def _check_together(module: str, one: _Member, other: _Member, options: MergeOpt
 
 
 def _shared_base(module: str, members: Sequence[_Member]) -> Tensor | None:
-    """The base's weight that PEFT may save beneath an update of an embedding; all must hold the same."""
-    first = members[0].beneath
+    """The base's weight that PEFT may save under an update of an embedding; all must hold the same."""
+    first = members[0].under
     for member in members:
-        weight = member.beneath
+        weight = member.under
         # torch.equal takes no None, and one that holds a weight where another does not is a difference.
         same = weight is first if weight is None or first is None else torch.equal(weight, first)
         if not same:
             raise AdapterError(
-                f"{members[0].path} and {member.path} do not hold the same base weight beneath {module!r}, so there is no one "
+                f"{members[0].path} and {member.path} do not hold the same base weight under {module!r}, so there is no one "
                 "base for both",
                 hint="save them with save_pretrained(..., save_embedding_layers=False) where the base was not changed",
             )
@@ -247,7 +247,7 @@ def _shared_base(module: str, members: Sequence[_Member]) -> Tensor | None:
 
 
 def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the result, written anew: those of the first adapter may not hold for the others."""
+    """The settings of the result, written from nothing: those of the first adapter may not hold for the others."""
     notes: list[str] = []
     agreed: dict[str, Any] = {}
     for name in ("base_model_name_or_path", "revision", "task_type"):

@@ -109,7 +109,7 @@ class Fetcher:
 
     def _end(self, name: str, future: Future[None], error: BaseException | None) -> None:
         with self._lock:
-            # The name may be fetched anew already, after this one was given up; that entry is not ours.
+            # The name may be fetched again already, after this one was given up; that entry is not ours.
             if self._running.get(name) is future:
                 del self._running[name]
         # Outside the lock: callbacks run in this thread, and may ask for another fetch.

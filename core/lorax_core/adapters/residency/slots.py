@@ -51,7 +51,7 @@ class AdapterSlots:
         return len(self._slots)
 
     def start_plan(self) -> None:
-        """Reservations are made anew, in the order in which keys ask."""
+        """Reservations are made again, in the order in which keys ask."""
         for slot in self._slots.values():
             slot.reserved_for = None
 

@@ -65,7 +65,7 @@ class AdapterSources:
 
         A folder without an adapter is refused as one outside of what is allowed: who asks must not learn what else there is.
         """
-        with guarded(AdapterError, f"{masked(source)!r:.200} is no source of an adapter", _FORMS):
+        with guarded(AdapterError, f"{masked(source)!r:.200} is not the source of an adapter", _FORMS):
             allowed = self._allows(source)
         if not allowed:
             folders = ", of folders those with an adapter_config.json"
@@ -108,7 +108,7 @@ class AdapterSources:
             return "url" in self._kinds or inside
         try:
             path = Path(source).expanduser()
-        except RuntimeError:  # which users there are is nobody's business either
+        except RuntimeError:  # nor which users there are
             return False
         if is_hub_id(source) and not path.is_dir():
             return "hub" in self._kinds

@@ -247,7 +247,7 @@ class AdapterStore:
 
     def _read(self, found: FoundAdapter, request: HeadRequest) -> AdapterHandle:
         """The one handle of what was found, with its newest place; checked against the base when it is new."""
-        # First by its headers: numbers that do not fit would take as much memory as whoever wrote the file likes.
+        # First by its headers: numbers that do not fit would take as much memory as the file's author likes.
         read_adapter(found.folder, request, shapes_only=True).check(self._base)
         adapter = read_adapter(found.folder, request)
         with self._lock:

@@ -61,8 +61,8 @@ class NativeElementwise(Elementwise):
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        alike = residual.dtype is x.dtype and residual.shape == x.shape
-        if not (_rows(x) and _weighs(weight, x) and alike and residual.stride(1) == 1):
+        same = residual.dtype is x.dtype and residual.shape == x.shape
+        if not (_rows(x) and _weighs(weight, x) and same and residual.stride(1) == 1):
             return super().add_rms_norm(x, residual, weight, eps, offset)
         out, sums = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
         self._norms[x.dtype](

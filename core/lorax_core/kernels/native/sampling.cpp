@@ -1,7 +1,7 @@
 // From float32 logits to tokens, scores and masked logits, a row of the batch at a time.
 //
 // A row is read once for its largest number, and once more only where its settings need the mass of the whole vocabulary. The
-// largest number of each block of neighbours shows where the likeliest tokens lie, so the vocabulary is never sorted. A row is
+// largest number of each block of neighbours shows where the most likely tokens lie, so the vocabulary is never sorted. A row is
 // computed by one thread, in one order: its token depends on nothing else in the batch. Sums and exponentials are in float64,
 // as a sum of many small float32 loses them.
 
@@ -125,7 +125,7 @@ static inline double mass_of(float x, float best, double scale) {
     return mass_of(same, best, scale)[0];
 }
 
-// The mass of the whole row, the likeliest token having 1; of each block in `sums`.
+// The mass of the whole row, the most likely token having 1; of each block in `sums`.
 static double total_mass(const float *row, int64_t vocab, float best, double scale, double *sums) {
     float room[BLOCK];
     double total = 0;
@@ -186,8 +186,8 @@ static int64_t collect(const float *row, int64_t vocab, float least, Scratch to)
 
 static inline bool larger(uint64_t a, uint64_t b) { return a > b; }
 
-// The `wanted` likeliest tokens in falling order.
-static void likeliest(const float *row, int64_t vocab, int64_t wanted, Scratch to) {
+// The `wanted` most likely tokens in falling order.
+static void most_likely(const float *row, int64_t vocab, int64_t wanted, Scratch to) {
     const int64_t blocks = blocks_of(vocab);
     float least = NOTHING;
     if (wanted < blocks) {
@@ -241,7 +241,7 @@ static int64_t kept(const Settings &by, const double *mass, int64_t count, doubl
 static int64_t typical(const float *row, float best, double scale, double share, int64_t count, Scratch to) {
     double total = 0, entropy = 0;
     for (int64_t i = 0; i < count; ++i) {
-        // Their surprise, beside that of the likeliest.
+        // Their surprise, beside that of the most likely.
         to.near[i] = {((double)best - row[token_of(to.keys[i])]) * scale, to.keys[i]};
         total += to.mass[i];
     }
@@ -283,7 +283,7 @@ static int64_t filtered(const float *row, int64_t vocab, float best, const Setti
     // Without a top_k the whole vocabulary is left.
     double left = by.top_k > 0 || by.top_p >= 1 ? 0 : total_mass(row, vocab, best, scale, to.sums);
     int64_t count = std::min(by.top_k > 0 ? by.top_k : FIRST, vocab);
-    likeliest(row, vocab, count, to);
+    most_likely(row, vocab, count, to);
     masses(row, best, scale, count, to);
     if (by.top_k > 0)
         for (int64_t i = 0; i < count; ++i) left += to.mass[i];
@@ -296,7 +296,7 @@ static int64_t filtered(const float *row, int64_t vocab, float best, const Setti
     return kept(by, to.mass, count, by.top_p < 1 ? left : all, &more);
 }
 
-// Inverse transform over the tokens that the filters leave, likeliest first.
+// Inverse transform over the tokens that the filters leave, most likely first.
 static int64_t draw_filtered(const float *row, int64_t vocab, float best, const Settings &by, Scratch to) {
     const double scale = inverse(by.temperature);
     int64_t count = filtered(row, vocab, best, by, scale, to);
@@ -360,7 +360,7 @@ extern "C" void sample(const float *logits, int64_t row, const float *raw, int64
     });
 }
 
-// The likeliest `count` tokens of each row with their logits, and the row's largest logit and mass at temperature 1. The mass
+// The most likely `count` tokens of each row with their logits, and the row's largest logit and mass at temperature 1. The mass
 // of a row that is no distribution is NaN.
 extern "C" void score(const float *logits, int64_t row, int64_t rows, int64_t vocab, int64_t count, int64_t *tokens,
                       float *values, float *best, double *mass, char *scratch, int threads) {
@@ -370,7 +370,7 @@ extern "C" void score(const float *logits, int64_t row, int64_t rows, int64_t vo
         const bool sound = finite(found);
         best[r] = found.best;
         mass[r] = sound ? total_mass(x, vocab, found.best, 1.0, to.sums) : (double)__builtin_nanf("");
-        if (sound && count > 0) likeliest(x, vocab, count, to);
+        if (sound && count > 0) most_likely(x, vocab, count, to);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t token = sound ? token_of(to.keys[i]) : i;
             tokens[r * count + i] = token;

@@ -62,7 +62,7 @@ class NativeSampling:
         return tokens, sound, left
 
     def score(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities: of the chosen tokens `[rows]`; of the likeliest `[rows, count]`, with their ids."""
+        """Log-probabilities: of the chosen tokens `[rows]`; of the most likely `[rows, count]`, with their ids."""
         logits = _rows(logits)
         rows, vocab = logits.shape
         ids, values = torch.empty((rows, count), dtype=torch.int64), torch.empty((rows, count))

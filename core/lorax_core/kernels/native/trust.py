@@ -28,7 +28,7 @@ def folder_problem(folder: Path, user: int) -> str | None:
 def file_problem(file: Path, found: os.stat_result, user: int) -> str | None:
     """Why an open file must not be loaded by a user id; None when it is a regular file that only that user can write to."""
     if not stat.S_ISREG(found.st_mode):
-        return f"{file} is no regular file: rm {file}"
+        return f"{file} is not a regular file: rm {file}"
     if found.st_uid != user:
         return f"{file} belongs to user {found.st_uid}, not to you: rm {file}"
     if found.st_mode & _OTHERS:

@@ -99,7 +99,7 @@ def scratch(rows: int, ranks: int, form: Form, device: torch.device) -> Tensor:
     return torch.empty(form.most_splits * rows * ranks, dtype=torch.float32, device=device)
 
 
-# What changes from step to step is never specialised on: an adapter that comes or goes must not compile anything anew.
+# What changes from step to step is never specialised on: an adapter that comes or goes must not compile anything again.
 @triton.jit(do_not_specialize=["site", "rows_in_all", "h_row"])
 def shrink(
     x: tl.tensor,

@@ -73,7 +73,7 @@ def choose_adapter(gateway: Gateway, parameters: AdapterParameters) -> AdapterCh
     for one, weight in zip(merged.ids, merged.weights, strict=True):
         name = _named(gateway, parameters, one, "merged_adapters.ids")
         if name is None:
-            raise _refused("merged_adapters.ids", "the base is no adapter", "leave it out: it has weight 1 always")
+            raise _refused("merged_adapters.ids", "the base is not an adapter", "leave it out: it has weight 1 always")
         found[name] = found.get(name, 0.0) + weight
     return found
 

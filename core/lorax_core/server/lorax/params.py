@@ -33,7 +33,9 @@ class AnswerFormat(StrictBody):
 class GenerateParameters(AdapterParameters):
     """How to answer. What is left out is LoRAX's default: greedy, without details, to the limit of the model."""
 
-    best_of: int | None = Field(default=None, ge=1, le=BEST_OF, description="Sample so many; the likeliest is given.")
+    best_of: int | None = Field(
+        default=None, ge=1, le=BEST_OF, description="Sample this many; return the most likely one."
+    )
     temperature: float | None = Field(default=None, ge=0, le=100, description="0 is greedy; others than 1 sample.")
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -127,7 +129,7 @@ def _seed(parameters: GenerateParameters) -> int | None:
 def _options(parameters: GenerateParameters, *, stream: bool) -> dict[str, Any]:
     needs_logprobs = stream or parameters.with_details or (parameters.best_of or 1) > 1
     found: dict[str, Any] = {
-        # The filters change nothing where the likeliest token is taken.
+        # The filters change nothing where the most likely token is taken.
         "temperature": (1.0 if parameters.temperature is None else parameters.temperature)
         if parameters.samples
         else 0.0,

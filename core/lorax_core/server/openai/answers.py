@@ -115,7 +115,7 @@ class TokenTexts:
         return spelt(self.bytes([token])[0])
 
     def ranked(self, entry: TokenLogprobs) -> dict[str, float]:
-        """The likeliest tokens of one position, and the one that is there, by text."""
+        """The most likely tokens of one position, and the one that is there, by text."""
         found: dict[str, float] = {}
         # Two tokens may have one text: the likelier is shown.
         for token, value in sorted({**entry.top, entry.token_id: entry.logprob}.items(), key=lambda one: -one[1]):

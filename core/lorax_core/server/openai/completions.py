@@ -240,6 +240,6 @@ def _add_prompt(
         start = line.offset(raw)
         logprobs["text_offset"].append(tokenized.offsets[at][0] if tokenized.offsets else start)
         logprobs["token_logprobs"].append(None if one is None else number(one.logprob))
-        likeliest = None if one is None else TokenLogprobs(one.token_id, one.logprob, dict([*one.top.items()][:top]))
-        logprobs["top_logprobs"].append(None if likeliest is None else texts.ranked(likeliest))
+        most_likely = None if one is None else TokenLogprobs(one.token_id, one.logprob, dict([*one.top.items()][:top]))
+        logprobs["top_logprobs"].append(None if most_likely is None else texts.ranked(most_likely))
     line.at = len(_text(request, engine))

@@ -50,7 +50,7 @@ PromptLogprobs = list[dict[str, dict[str, Any]] | None] | None
 
 
 class CompletionLogprobs(AnswerShape):
-    """A position each: the token, where its text begins, its log-probability, and those of the likeliest."""
+    """A position each: the token, where its text begins, its log-probability, and those of the most likely."""
 
     tokens: list[str]
     text_offset: list[int]
@@ -90,7 +90,7 @@ class TopLogprob(AnswerShape):
 
 
 class ChatTokenLogprob(TopLogprob):
-    """The token that came, and the likeliest."""
+    """The token that came, and the most likely."""
 
     top_logprobs: list[TopLogprob]
 

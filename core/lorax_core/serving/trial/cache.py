@@ -1,7 +1,7 @@
 """The cache over which kernels are tried.
 
-Decides what lies where: pages in no order, and in each layer other numbers and other scales, so that whoever reads another page
-or another layer gives wrong numbers.
+Decides what lies where: pages in no order, and in each layer other numbers and other scales, so that a kernel that reads
+another page or another layer gives wrong numbers.
 """
 
 from __future__ import annotations

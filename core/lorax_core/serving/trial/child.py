@@ -1,6 +1,6 @@
 """The process in which a trial runs: what crashes or hangs here takes no engine with it.
 
-Decides that nothing but the verdict reaches whoever waits for it.
+Decides that nothing but the verdict reaches the process that waits for it.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ SECONDS: Final = 900.0
 """How long one trial may take: kernels are compiled in it, some for minutes."""
 _PACKAGES = ("torch", "triton", "flashinfer-python", "flash-attn")
 _ENDED: Final = "the process of the trial ended with"
-# What says nothing of the kernels: whoever has no memory now may have some the next time.
+# What says nothing of the kernels: a machine without free memory now may have some the next time.
 _PASSING: Final = ("out of memory", f"{_ENDED} SIGKILL", "OutOfMemoryError")
 _MOST_BYTES = 1 << 20  # of a verdict that was kept
 
@@ -190,7 +190,7 @@ class Trials:
                 said: Any = json.loads(opened.read(_MOST_BYTES))
             problem = said["problem"]
             if problem is not None and not (isinstance(problem, str) and problem):
-                return None  # whoever wrote it, it was none of us
+                return None  # another program wrote it
             return Verdict(trial, problem, kept=True)
         # None yet, or one that was cut short: it is tried again. RuntimeError: a user without a home.
         except (OSError, ValueError, KeyError, TypeError, RuntimeError):

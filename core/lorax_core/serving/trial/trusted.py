@@ -36,7 +36,7 @@ from lorax_core.types import Task
 
 
 class ModelTrials:
-    """What is tried for one model: the same trials whoever asks for them, so that a verdict holds for all."""
+    """What is tried for one model: the same trials for every caller, so that a verdict holds for all."""
 
     def __init__(self, model: Model) -> None:
         self._model = model

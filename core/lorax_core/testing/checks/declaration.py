@@ -151,7 +151,7 @@ def _failures(case: Case) -> list[str]:
     wrong = [name for name in case.cases.known_failures if name not in keys]
     close = [nearest(name, keys) for name in wrong]
     return [
-        f"known_failures names {name!r}, which is no check" + (f"; is {other!r} meant?" if other else "")
+        f"known_failures names {name!r}, which is not a check" + (f"; is {other!r} meant?" if other else "")
         for name, other in zip(wrong, close, strict=True)
     ]
 

@@ -1,6 +1,6 @@
 """Attention masks: which rows change when a token changes.
 
-Decides by experiment, on the reference and on the model alike: a token in the future of a row, or outside its window, must not
+Decides by experiment, on the reference and on the model: a token in the future of a row, or outside its window, must not
 change it. Only whether a row changes counts; `numbers` compares by how much.
 """
 

@@ -30,7 +30,7 @@ class Gemma2Backbone(Decoder):
     def __init__(self, config: Gemma2Config) -> None:
         hidden = config.hidden_size
         norm = partial(RMSNorm, hidden, eps=config.rms_norm_eps, offset=1.0)
-        # All layers rotate alike, so one set of frequencies is enough.
+        # All layers rotate the same way, so one set of frequencies is enough.
         rotary = RotaryEmbedding(config.head_dim, config.rope)
         attention = partial(
             RotaryAttention,

@@ -29,7 +29,7 @@ class LlamaBackbone(Decoder):
     def __init__(self, config: LlamaConfig) -> None:
         hidden = config.hidden_size
         norm = partial(RMSNorm, hidden, eps=config.rms_norm_eps)
-        # All layers rotate alike, so one set of frequencies is enough.
+        # All layers rotate the same way, so one set of frequencies is enough.
         rotary = RotaryEmbedding(config.head_dim, config.rope)
         attention = partial(
             RotaryAttention,

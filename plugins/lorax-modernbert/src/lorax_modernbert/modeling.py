@@ -41,7 +41,7 @@ class ModernBertBackbone(Decoder):
     def __init__(self, config: ModernBertConfig) -> None:
         hidden, heads = config.hidden_size, config.num_attention_heads
         norm = partial(LayerNorm, hidden, config.norm_eps, config.norm_bias)
-        # Layers of one kind rotate alike.
+        # Layers of one kind rotate the same way.
         rotary = {kind: RotaryEmbedding(hidden // heads, rope) for kind, rope in config.rope.items()}
         attention = partial(RotaryAttention, hidden, heads, causal=False, bias=config.attention_bias)
         layers = [

@@ -31,7 +31,7 @@ class Qwen3Backbone(Decoder):
         hidden = config.hidden_size
         sized_norm = partial(RMSNorm, eps=config.rms_norm_eps)
         norm = partial(sized_norm, hidden)
-        # All layers rotate alike, so one set of frequencies is enough.
+        # All layers rotate the same way, so one set of frequencies is enough.
         rotary = RotaryEmbedding(config.head_dim, config.rope)
         attention = partial(
             RotaryAttention,

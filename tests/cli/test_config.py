@@ -93,6 +93,7 @@ def test_sources_are_read_from_where_the_file_lies(main, toml, repository, tmp_p
         ("[models.small]\npath = 'a'\ndtyp = 'float32'", "did you mean 'dtype'?"),
         ("[generate]\ntemperature = true", "[generate]: 'temperature' is not true or false"),
         ("[generate]\nsystem = false", "lorax generate --help says what it takes"),
+        ("[generate]\nstop = 'a'", "[generate]: 'stop' is a list"),
         ("[generate", "cannot be read"),
     ],
 )

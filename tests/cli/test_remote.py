@@ -122,6 +122,7 @@ def test_the_adapters_of_a_server_are_listed(main, url, monkeypatch, tmp_path):
     [
         ("", "refuses: this route needs a key"),
         ("", "set LORAX_ADMIN_KEY"),
+        ("/v1/", "set LORAX_ADMIN_KEY"),
         ("/elsewhere", "refuses: status 302, which sends elsewhere"),
         ("/page", "gives no answer that can be read"),
         ("/list", "gives no JSON object"),
@@ -167,6 +168,16 @@ def test_a_server_that_is_not_there_is_an_error(main, url, complaint):
     assert (code, out) == (1, "")
     assert complaint in err
     assert "secret" not in err
+
+
+def test_a_file_of_the_admin_key_has_one(main, url, tmp_path):
+    (tmp_path / "keys").write_text("admin-key-1\nadmin-key-2\n")
+
+    code, out, err = main("adapters", "list", "--url", url, "--admin-key-file", str(tmp_path / "keys"))
+
+    assert (code, out) == (1, "")
+    assert "has 2 keys, and the admin key is one" in err
+    assert "admin-key-1" not in err
 
 
 def test_without_an_admin_key_an_api_key_lists_them(main, url, monkeypatch):

@@ -119,6 +119,26 @@ def test_the_address_may_have_a_name(main, url, engine, tmp_path, monkeypatch):
     assert out == f"{engine.generate(PROMPT, max_tokens=4).text}\n"
 
 
+def test_what_a_subcommand_loads_with_is_not_meant_for_a_server(main, url, engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lorax.toml").write_text('[generate]\nthreads = 1\ndtype = "float32"\nmax-tokens = 1\n')
+
+    _, out, err = main("generate", url, PROMPT)
+
+    assert out == f"{engine.generate(PROMPT, max_tokens=1).text}\n"
+    assert "\n1 token in " in err
+
+
+def test_options_of_a_server_that_has_a_name_are_refused(main, url, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lorax.toml").write_text(f'[models.mine]\npath = "{url}"\nthreads = 1\n')
+
+    code, _, err = main("generate", "mine", PROMPT)
+
+    assert code == 1
+    assert "'threads': this is said when a model is loaded" in err
+
+
 def test_what_lorax_toml_says_wrongly_of_a_server_is_named(main, url, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("lorax.toml").write_text(f'[models.mine]\npath = "{url}"\ncheckpoint = 1\n')
@@ -133,7 +153,7 @@ def test_what_lorax_toml_says_wrongly_of_a_server_is_named(main, url, tmp_path, 
     ("arguments", "complaint"),
     [
         (["generate", "URL", PROMPT, "--use", "uper"], "did you mean 'upper'?"),
-        (["generate", "URL", PROMPT, "--use", "upper=0.5"], "is called 'upper=0.5'; there are 'base'"),
+        (["generate", "URL", PROMPT, "--use", "upper=0.5"], "one adapter by its name, not for a sum"),
         (["generate", "URL", PROMPT, "--dtype", "float32"], "'dtype': this is said when a model is loaded"),
         (["generate", "URL", PROMPT, "--adapter", "a=b"], "'adapters': this is said when a model is loaded"),
         (["generate", "URL", PROMPT, "--max-tokens", "100000"], "refuses: "),
@@ -175,8 +195,18 @@ def test_without_the_key_nothing_is_answered(main, server):
     code, out, err = main("generate", server.url, PROMPT)
 
     assert (code, out) == (1, "")
-    assert "LORAX_API_KEYS" in err
+    assert "set LORAX_API_KEYS to one of the server's keys" in err
     assert KEY not in err
+
+
+def test_a_key_that_the_server_does_not_know_is_said_to_be_one(main, server, monkeypatch):
+    monkeypatch.setenv("LORAX_API_KEYS", "another-key-1")
+
+    code, _, err = main("generate", server.url, PROMPT)
+
+    assert code == 1
+    assert "does not know the first key of LORAX_API_KEYS" in err
+    assert "another-key-1" not in err
 
 
 def test_a_server_is_asked_without_importing_torch(url, heavy):

@@ -362,7 +362,10 @@ def test_a_merge_that_takes_a_command_is_refused_with_the_command(engine, client
 
     body = refused(client, engine, "merged_adapters.merge_strategy", merged_adapters=merged)
 
+    without = refused(client, engine, "merged_adapters.merge_strategy", merged_adapters={**merged, "density": 0})
+
     assert "lorax adapters merge upper bullets --out DIR --strategy ties --density 0.5 --weight 0.5" in body["hint"]
+    assert "--strategy ties --weight 0.5" in without["hint"]
 
 
 def test_an_adapter_is_fetched_from_a_folder_that_requests_may_name_and_from_no_other(engine, client, repository):

@@ -184,6 +184,62 @@ def test_what_is_wrong_is_named(ask, path, changes, param):
 
 
 @pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/completions", "/v1/completions"),
+        ("/embeddings", "/v1/embeddings"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+    ],
+)
+def test_an_address_without_v1_is_answered_with_the_route_that_was_meant(ask, path, near):
+    status, body = ask(path, {})
+
+    assert (status, body["error"]["message"]) == (404, f"there is no route {path}")
+    assert body["error"]["hint"].startswith(f"did you mean {near}? GET /openapi.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("/v1/chat/completions", {"prompt": "a"}, "unknown parameter 'prompt'; 'messages' is missing"),
+        ("/v1/chat/completions", {"message": []}, "unknown parameter 'message'; did you mean 'messages'?"),
+        (
+            "/v1/completions",
+            {"prompt": "a", "suffix": "b"},
+            "suffix: 'b' is not supported by this server; leave it out",
+        ),
+        ("/v1/completions", {"prompt": "a", "max_tokens": "4"}, "max_tokens: Input should be a valid integer"),
+        ("/v1/completions", {"prompt": "a " * 9_999}, "a prompt of "),
+    ],
+)
+def test_the_message_alone_names_the_field(ask, path, body, message):
+    _, found = ask(path, body)
+
+    assert found["error"]["message"].startswith(message)
+    assert found["error"]["param"] in message
+
+
+@pytest.mark.parametrize("path", ["/generate", "/tokenize"])
+def test_what_is_missing_is_named_where_another_field_came(ask, path):
+    _, body = ask(path, {"prompt": "a"})
+
+    assert body["error"] == "prompt: unknown parameter 'prompt'; 'inputs' is missing"
+
+
+def test_the_place_of_wrong_json_is_named(app):
+    async def inside():
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as one:
+            headers = {"Content-Type": "application/json"}
+            return await one.post("/v1/completions", content=b'{"a": 1 "b": 2}', headers=headers)
+
+    answer = asyncio.run(inside())
+
+    assert answer.json()["error"]["message"] == "the body is not JSON: Expecting ',' delimiter at character 8"
+
+
+@pytest.mark.parametrize(
     "body",
     [
         b'{"messages": [{"role": "user", "content": "a"}], "\\ud800": 1}',

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorax_core.cli.progress import shown_progress
-from lorax_core.cli.remote import ask, keys_in, rows_of
+from lorax_core.cli.remote import admin_key_in, ask, root_of, rows_of
 from lorax_core.cli.render import data_only_stdout, print_error, print_message, show_json, show_table
 from lorax_core.errors import AdapterError
 
@@ -61,7 +61,8 @@ def list_adapters(
     from lorax_core.settings import Settings
 
     settings = Settings.from_env()
-    admin = keys_in(admin_key_file)[0] if admin_key_file is not None else settings.admin_key
+    admin = admin_key_in(admin_key_file) if admin_key_file is not None else settings.admin_key
+    url = root_of(url)
     # What the server's page asks: any key of the API opens it, and a server without an admin key has no other list.
     path, key = ("/v1/adapters", admin) if admin is not None else ("/stats", next(iter(settings.api_keys), None))
     found = rows_of(url, ask(url, path, key), "adapters")

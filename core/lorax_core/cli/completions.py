@@ -53,7 +53,8 @@ def blocks(answers: Sequence[Completion], title: str = "") -> Iterator[str]:
 def summary(answers: Sequence[Completion], seconds: float) -> str:
     """How long answers took, and why they ended."""
     tokens = sum(one.usage.completion_tokens for one in answers)
-    return f"{tokens} tokens in {seconds:.2f} s; ended by: {', '.join(one.finish_reason for one in answers)}"
+    count = "1 token" if tokens == 1 else f"{tokens} tokens"
+    return f"{count} in {seconds:.2f} s; ended by: {', '.join(one.finish_reason for one in answers)}"
 
 
 def answers_json(engine: Engine, answers: Sequence[Completion]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ def _defaults(config: Config, command: Any, name: str, table: Mapping[str, Any])
             if isinstance(value, bool) and not getattr(flag, "is_flag", False):
                 hint = f"lorax {name.replace('.', ' ')} --help says what it takes"
                 raise RequestError(f"{where}: {key!r} is not true or false", hint=hint)
+            if getattr(flag, "multiple", False) and not isinstance(value, list):
+                raise RequestError(f"{where}: {key!r} is a list", hint=f"{key} = [...]")
             found[flag.name] = value
         else:
             valid = [*below, *(flag.replace("_", "-") for flag in flags)]

@@ -24,6 +24,8 @@ _NAMES: Final = tuple(
         (r"\bjson_schema, regex and choice\b", "--schema, --regex and --choice"),
         (r"(?<!-)\bjson_schema\b", "--schema"),
         (r"(?<!-)\bstop_token_ids\b", "--stop-token-id"),
+        (r"\bengine\.(classify|rerank)\b", r"`lorax \1`"),
+        ("give it as a dict, or as JSON text", "give a file, or JSON in quotes of the shell"),
     )
 )
 

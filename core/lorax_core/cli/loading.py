@@ -85,6 +85,8 @@ class Loading:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     config: Config = field(default_factory=Config)
+    typed: frozenset[str] = frozenset()
+    """The options that come from the command line itself, and not from a table of lorax.toml for the subcommand."""
 
     def options_of(self, path: str) -> dict[str, Any]:
         """All that `lorax_core.load` takes: what lorax.toml says of a model of that name, and above it the flags."""
@@ -100,7 +102,9 @@ class Loading:
         url = options.pop("checkpoint")
         if not is_address(url):
             return None
-        if said := [name for name, value in options.items() if value]:
+        # What a subcommand loads with in general is not meant for a server.
+        of_model = self.config.models.get(path, {})
+        if said := [name for name, value in options.items() if value and (name in self.typed or name in of_model)]:
             raise RequestError(
                 f"{listed(said)}: this is said when a model is loaded, and {url:.200} has loaded its own",
                 hint="give it to `lorax serve`; --use NAME names an adapter of the server",
@@ -173,4 +177,12 @@ def _said(context: typer.Context, given: dict[str, Any]) -> Loading:
     options = {**given, "adapters": named_sources(given["adapter"] or [])}
     del options["adapter"]
     said = {name: value for name, value in options.items() if value is not None}
-    return Loading(said, context.find_object(Config) or Config())
+    typed = {name for name in given if _is_typed(context, name)}
+    if "adapter" in typed:
+        typed.add("adapters")
+    return Loading(said, context.find_object(Config) or Config(), frozenset(typed))
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")

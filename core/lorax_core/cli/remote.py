@@ -29,6 +29,8 @@ _MOST_SAID: Final = 500
 _LOOPBACK: Final = re.compile(r"localhost|127\.[\d.]+")
 _Answer = tuple[int, bytes]
 """Status and body."""
+_LISTS: Final = ("/v1/adapters", "/stats")
+"""Where the adapters of a server are listed: for its admin key, and for any of its keys."""
 _OURS: Final = "is it a server that `lorax serve` started?"
 
 
@@ -47,6 +49,19 @@ def keys_in(file: Path) -> list[str]:
     return keys
 
 
+def admin_key_in(file: Path) -> str:
+    """The one key in a file. Raises RequestError where there are more: the others would open nothing."""
+    key, *others = keys_in(file)
+    if others:
+        raise RequestError(f"{file} has {len(others) + 1} keys, and the admin key is one", hint="leave one in it")
+    return key
+
+
+def root_of(url: str) -> str:
+    """The address that routes are added to. Clients of OpenAI are given it with /v1."""
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def ask(
     url: str, path: str, key: str | None, *, body: Mapping[str, Any] | None = None, seconds: float = SECONDS
 ) -> dict[str, Any]:
@@ -62,7 +77,7 @@ def ask(
     except (OSError, ValueError, HTTPException) as error:
         raise _unreadable(url, error) from error
     if status != 200:
-        raise _refused(url, status, answer)
+        raise _refused(url, status, answer, _keys(path, key))
     if not isinstance(found, dict):
         raise RequestError(f"{url:.200}{path} gives no JSON object", hint=_OURS)
     return found
@@ -83,7 +98,7 @@ def events(
         with _open(url, path, key, body, silence) as answer:
             status = answer.status or 0
             if status != 200:
-                raise _refused(url, *_within(SECONDS, lambda: _whole(answer)))
+                raise _refused(url, *_within(SECONDS, lambda: _whole(answer)), _keys(path, key))
             if "json" in answer.headers.get("Content-Type", ""):
                 raise ValueError("it is not a stream")
             for text in _data(answer):
@@ -93,7 +108,7 @@ def events(
                 if not isinstance(found, dict):
                     raise ValueError("an event is not a JSON object")
                 if found.get("error") is not None:
-                    raise _refused(url, status, text)
+                    raise _refused(url, status, text, _keys(path, key))
                 yield found
     except IncompleteRead:
         pass  # as one that ends too soon
@@ -225,7 +240,16 @@ def _finite(number: str) -> float:
     return found
 
 
-def _refused(url: str, status: int, body: bytes) -> LoraxError:
+def _keys(path: str, key: str | None) -> str:
+    """What to do when the server asks for a key, or for another one."""
+    if path in _LISTS:
+        return "set LORAX_ADMIN_KEY or LORAX_API_KEYS, or give --admin-key-file FILE"
+    if key is not None:
+        return "the server does not know the first key of LORAX_API_KEYS: set one of its keys"
+    return "set LORAX_API_KEYS to one of the server's keys"
+
+
+def _refused(url: str, status: int, body: bytes, keys: str) -> LoraxError:
     """What the server says itself, where it says something."""
     try:
         said = _parsed(body)["error"]
@@ -237,7 +261,7 @@ def _refused(url: str, status: int, body: bytes) -> LoraxError:
         if 300 <= status < 400:
             message, hint = f"status {status}, which sends elsewhere", "give the address that it sends to: curl -i URL"
     if status in (401, 403):
-        hint = "set LORAX_ADMIN_KEY or LORAX_API_KEYS, or give --admin-key-file FILE"
+        hint = keys
     if not isinstance(hint, str) or not hint:
         hint = _OURS
     return RequestError(f"{url:.200} refuses: {message:.{_MOST_SAID}}", hint=hint[:_MOST_SAID])

@@ -16,7 +16,7 @@ import typer
 
 from lorax_core.cli.loading import Loading, ModelPath, loads_model
 from lorax_core.cli.options import numbered_labels
-from lorax_core.cli.remote import keys_in
+from lorax_core.cli.remote import admin_key_in, keys_in
 from lorax_core.cli.render import data_only_stdout, print_message
 from lorax_core.errors import RequestError, listed
 from lorax_core.options import EngineOptions
@@ -167,7 +167,7 @@ def serve(
     about = _heads(label or [], problem_type or [], loading.options_of(path)["adapters"])
     settings = Settings.from_env()
     options["api_keys"] = [*settings.api_keys, *(keys_in(api_key_file) if api_key_file else [])]
-    options["admin_key"] = next(iter(keys_in(admin_key_file)), None) if admin_key_file else settings.admin_key
+    options["admin_key"] = admin_key_in(admin_key_file) if admin_key_file else settings.admin_key
     chosen = ServerOptions(**options)
     with contextlib.closing(server.listen(chosen)) as bound, data_only_stdout():
         _say(f"loading {path}", chosen)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import lorax_core
-from lorax_core.cli.remote import ask, events, rows_of
+from lorax_core.cli.remote import ask, events, root_of, rows_of
 from lorax_core.errors import AdapterError, RequestError, listed, nearest
 from lorax_core.types import Completion, FinishReason, Usage
 
 _ADDRESSES: Final = ("http://", "https://")
+_NO_SUM: Final = "a server is asked for one adapter by its name, not for a sum"
 _NOT_OURS: Final = "is it a server with OpenAI's API? curl URL/v1/models"
 
 
@@ -55,8 +56,7 @@ class Server:
         """Asks the server at this address for its models. Raises RequestError where none can be had."""
         from lorax_core.settings import Settings
 
-        # Clients of OpenAI are given the address with it.
-        url = url.rstrip("/").removesuffix("/v1")
+        url = root_of(url)
         key = next(iter(Settings.from_env().api_keys), None)
         models = rows_of(url, ask(url, "/v1/models", key), "data")
         names = [str(model.get("id")) for model in models]
@@ -72,6 +72,8 @@ class Server:
             return None
         if use in self.adapters:
             return use
+        if "=" in use:
+            raise AdapterError(_NO_SUM, hint=f"give one NAME of {listed([self.base, *self.adapters])}")
         close = nearest(use, self.adapters)
         hint = f"did you mean {close!r}?" if close else "`lorax serve --adapter NAME=SOURCE` loads it there"
         served = listed([self.base, *self.adapters])
@@ -113,7 +115,7 @@ def _asked(request: lorax_core.GenerateRequest, base: str) -> tuple[str, dict[st
     given = request.model_dump(exclude_defaults=True)
     prompt, adapter = given.pop("prompt"), given.pop("adapter", None)
     if isinstance(adapter, dict):
-        raise RequestError("a server is asked for one adapter by its name, not for a sum", hint="give one NAME")
+        raise RequestError(_NO_SUM, hint="give one NAME")
     # OpenAI's default temperature is not ours.
     body: dict[str, Any] = {"model": adapter or base, "temperature": request.temperature}
     if (schema := given.pop("json_schema", None)) is not None:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 
-from lorax_core.errors import LoraxError
+from lorax_core.errors import LoraxError, nearest
 from lorax_core.server.adapters import adapter_routes
 from lorax_core.server.document import correct_document
 from lorax_core.server.errors import Refused, failure
@@ -88,6 +88,7 @@ def build_app(
             allow_origins=list(options.cors_origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id", "X-Request-Timeout"],
+            expose_headers=["X-Request-Id", "Retry-After"],
         )
     _answer_errors(app, metrics)
     correct_document(app, needs_key=bool(options.api_keys))
@@ -120,7 +121,10 @@ def _answer_errors(app: FastAPI, metrics: Metrics) -> None:
         if error.status_code == 405:
             refused = Refused("wrong_method", f"this route does not accept {request.method}", hint=_ROUTES)
         elif error.status_code == 404:
-            refused = Refused("no_route", f"there is no route {request.url.path[:200]}", hint=_ROUTES)
+            path = request.url.path[:200]
+            close = nearest(path, app.openapi()["paths"])
+            meant = "" if close is None else f"did you mean {close}? "
+            refused = Refused("no_route", f"there is no route {path}", hint=meant + _ROUTES)
         else:
             refused = Refused("invalid", str(error.detail), hint="send JSON, as GET /openapi.json describes it")
         found = answer(request, refused)

@@ -73,6 +73,8 @@ class Failure:
     hint: str | None = None
     param: str | None = None
     retry_after: int | None = None
+    option: str | None = None
+    """The option of the engine's request that is wrong: what a route calls it is the route's to say."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -89,11 +91,11 @@ def failure(error: BaseException) -> Failure:
     if isinstance(error, Refused):
         return _of(error.kind, error, error.param, error.retry_after)
     if isinstance(error, CapacityError):
-        return _of("too_long", error, error.option)
+        return _of("too_long", error, option=error.option)
     if isinstance(error, AdapterError):
         return _of("bad_adapter", error)
     if isinstance(error, RequestError):
-        return _of("invalid", error, error.option)
+        return _of("invalid", error, option=error.option)
     if isinstance(error, LoraxError):
         return _of("internal", error)
     if isinstance(error, UnicodeEncodeError):  # no text of ours has such a part, but JSON can spell it
@@ -103,11 +105,20 @@ def failure(error: BaseException) -> Failure:
     return Failure("internal", "the server failed to answer this request", "its log has the cause, by the request id")
 
 
-def _of(kind: str, error: LoraxError, param: str | None = None, retry_after: int | None = None) -> Failure:
+def _of(
+    kind: str,
+    error: LoraxError,
+    param: str | None = None,
+    retry_after: int | None = None,
+    *,
+    option: str | None = None,
+) -> Failure:
     hint = None if error.http_hint is None else without_paths(_NEAREST.sub("", error.http_hint)) or None
     # Errors of the Python interface begin with the option, where they name one.
-    message = error.message if param is None else error.message.removeprefix(f"{param}: ")
-    return Failure(kind, without_paths(message), hint, param, retry_after)
+    message = error.message.removeprefix(f"{param or option}: ")
+    # A route is no folder of this machine.
+    message = message if kind == "no_route" else without_paths(message)
+    return Failure(kind, message, hint, param, retry_after, option)
 
 
 _PATH: Final = re.compile(r"(?<![\w.:/~-])(~?/[^\s'\"`,;:()<>|*?]+/)(?=[^/\s'\"`,;:()<>|*?])")
@@ -131,8 +142,8 @@ def _here(folder: str) -> bool:
     return folder.startswith("~") or folder.split("/")[1] not in _ROUTES
 
 
-_OPENAI: Final = ("/v1/", "/v2/", "/rerank")
-"""How paths of OpenAI's API begin, and of those whose clients know its errors."""
+_OPENAI: Final = ("/v1/", "/v2/", "/rerank", "/chat/", "/completions", "/embeddings", "/models")
+"""How paths of OpenAI's API begin, also where a client's address lacks /v1, and of those whose clients know its errors."""
 
 
 # --- shapes: the body of each API, with its status ---
@@ -141,8 +152,10 @@ _OPENAI: Final = ("/v1/", "/v2/", "/rerank")
 def openai_body(found: Failure) -> tuple[int, dict[str, Any]]:
     """`{"error": {"message", "type", "param", "code"}}`, and the hint beside them where there is one."""
     kind = KINDS[found.kind]
+    # OpenAI's own client shows the message alone.
+    named = found.param is None or found.param in found.message
     error: dict[str, Any] = {
-        "message": found.message,
+        "message": found.message if named else f"{found.param}: {found.message}",
         "type": kind.openai,
         "param": found.param,
         "code": kind.code,
@@ -178,11 +191,11 @@ _FIELDS: Final[Mapping[str, Mapping[str, str]]] = {
 
 def body_of(path: str, found: Failure) -> tuple[int, dict[str, Any]]:
     """Status and body for the API that a path belongs to."""
-    if found.param is not None:
+    if found.option is not None:
         names = next(_FIELDS[one] for one in _FIELDS if path.startswith(one))
         # A query and its document are one input.
-        ranked = found.param == "input" and path.endswith("/rerank")
-        found = replace(found, param=None if ranked else names.get(found.param, found.param))
+        ranked = found.option == "input" and path.endswith("/rerank")
+        found = replace(found, param=None if ranked else names.get(found.option, found.option))
     if path.startswith(_OPENAI):
         return openai_body(found)
     return tei_body(found) if path == "/tei" or path.startswith("/tei/") else lorax_body(found)

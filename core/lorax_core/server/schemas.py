@@ -57,8 +57,13 @@ class Body(BaseModel):
             fields = [field.alias or name for name, field in cls.model_fields.items()]
             for name in value:
                 if name not in fields and name not in cls.model_fields:
-                    close = nearest(name, fields)
-                    meant = f"; did you mean {close!r}?" if close else ""
+                    lacking = [
+                        one
+                        for one, field in zip(fields, cls.model_fields.values(), strict=True)
+                        if field.is_required() and one not in value
+                    ]
+                    close = nearest(name, lacking or fields)
+                    meant = f"; did you mean {close!r}?" if close else f"; {lacking[0]!r} is missing" if lacking else ""
                     raise PydanticCustomError(
                         "unknown_parameter", "unknown parameter {name}{meant}",
                         {"name": shown(name), "meant": meant, "param": name.encode("utf-8", "backslashreplace").decode()},
@@ -157,8 +162,9 @@ def invalid(errors: Sequence[ErrorDetails | Mapping[str, Any]]) -> Refused:
     steps = [step for step in worst["loc"] if step not in _NO_FIELDS]
     param = ".".join(map(str, _fields(worst["loc"]))) or None
     if worst["type"] == "json_invalid":
-        said = str(worst.get("ctx", {}).get("error", "")) or "check its quotes and commas"
-        return Refused("invalid", "the body is not JSON", hint=said)
+        said, at = worst.get("ctx", {}).get("error"), worst["loc"][-1]
+        where = f": {said} at character {at}" if said and isinstance(at, int) else ""
+        return Refused("invalid", f"the body is not JSON{where}", hint="check its quotes, commas and brackets")
     if not steps and isinstance(worst.get("input"), bytes):  # FastAPI reads no body that is not said to be JSON
         return Refused(
             "invalid", "the Content-Type of the body is not JSON", hint="send 'Content-Type: application/json'"

@@ -182,7 +182,8 @@ def _no_place(files: PeftFiles, module: str, sites: Mapping[str, Site], base: Lo
     return AdapterError(
         f"{files.path} changes {module!r}, which {base.spec.model_type!r} does not have here; it was trained on "
         f"{files.settings.trained_on}",
-        hint=f"the nearest layer here is {close!r}" if close else "load it with the base that it was trained on",
+        hint="load it with the base that it was trained on"
+        + (f"; the nearest layer here is {close!r}" if close else ""),
     )
 
 

@@ -126,12 +126,13 @@ def _kind(name: str) -> str:
 def _ahead(merged: MergedAdapters) -> str:
     """The command that merges ahead what cannot be merged for one request."""
     words = ["lorax", "adapters", "merge", *(one[:200] for one in merged.ids), "--out", "DIR"]
-    words += ["--strategy", str(merged.merge_strategy), "--density", f"{merged.density:g}"]
+    words += ["--strategy", str(merged.merge_strategy)]
+    words += ["--density", f"{merged.density:g}"] if merged.density else []
     for weight in merged.weights:
         words += ["--weight", f"{weight:g}"]
     if merged.majority_sign_method is not None:
         words += ["--majority-sign", merged.majority_sign_method]
-    return f"{shlex.join(words)} writes it as one adapter, to be loaded"
+    return f"{shlex.join(words)} writes it as one adapter, to be loaded; give the folder or hub id of each"
 
 
 def _refused(name: str, why: str, hint: str) -> Refused:

@@ -56,6 +56,18 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait(engine, server):
     assert left(engine) == (0, 0)
 
 
+def test_the_seconds_to_wait_are_those_in_which_half_of_what_is_there_was_answered_before(engine, server):
+    server.gateway._ended.extend([(0.0, 1), (20.0, 1)])  # when an answer ended, and its sequences
+
+    with ThreadPoolExecutor(1) as pool, held(engine):
+        admitted = pool.submit(server.ask, {"prompt": "a", "max_tokens": 2, "n": 4})
+        until(lambda: server.gateway._in_flight == 4)
+        refused = server.ask({"prompt": "a", "max_tokens": 2})
+
+    assert admitted.result(LIMIT).status_code == 200
+    assert refused.headers["retry-after"] == "20"
+
+
 @pytest.mark.parametrize(
     ("path", "parameters"), [("/generate", {"parameters": {"max_new_tokens": 2}}), ("/embed", {}), ("/tei/embed", {})]
 )

@@ -19,6 +19,7 @@ from lorax_core.server.metrics import ADAPTER_LABELS, Metrics
 from lorax_core.server.middleware import EveryRequest
 from lorax_core.server.names import base_name
 from lorax_core.server.options import ServerOptions
+from lorax_core.types import Completion, FinishReason, Usage
 
 
 class Sorry(BaseModel):
@@ -209,6 +210,27 @@ def test_metrics_count_the_tokens_of_all_answers_to_a_prompt(qwen2):
 
     assert sample(metrics, "lorax_tokens_total", kind="completion")[0] == 6
     assert sample(metrics, "lorax_answers_total")[0] == 1
+
+
+def test_tokens_are_counted_by_what_they_are(qwen2):
+    metrics = Metrics(qwen2)
+    usage = Usage(7, 5, cached_tokens=4, accepted_tokens=2)
+
+    metrics.result("generate", "upper", Completion("", [], FinishReason.LENGTH, usage))
+
+    found = {kind: sample(metrics, "lorax_tokens_total", kind=kind)[0] for kind in ("prompt", "cached", "completion", "draft")}
+    assert found == {"prompt": 7, "cached": 4, "completion": 5, "draft": 2}
+
+
+def test_the_time_of_a_token_is_that_after_the_first_by_the_tokens_after_it(qwen2):
+    metrics = Metrics(qwen2)
+
+    metrics.times(1.0, 3.0, 5)
+    metrics.times(1.0, 1.0, 1)
+
+    assert sample(metrics, "lorax_time_to_first_token_seconds_sum")[0] == 2.0
+    assert sample(metrics, "lorax_time_per_token_seconds_sum")[0] == 0.5
+    assert sample(metrics, "lorax_time_per_token_seconds_count")[0] == 1
 
 
 def test_labels_of_metrics_are_bounded_however_many_adapters_there_are(qwen2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -76,6 +77,24 @@ def test_vllms_clients_load_and_drop_one(engine, client, folder):
     assert in_place.status_code == 200
     assert (dropped.status_code, dropped.text) == (200, "Success: LoRA adapter 'u' removed successfully.")
     assert gone.status_code == 404
+
+
+def test_what_is_said_of_an_adapter_with_its_source_is_honoured(engine, client, folder, tmp_path):
+    silent = shutil.copytree(folder / "adapters/topic", tmp_path / "silent")
+    about = json.loads((silent / "adapter_config.json").read_text())
+    (silent / "adapter_config.json").write_text(json.dumps({**about, "task_type": None}))
+    names = {"0": "numbers", "1": "files", "2": "tests"}
+    said = {"task": "sequence-classification", "id2label": names, "problem_type": "multi_label_classification"}
+
+    loaded = send(client, engine, "POST", "/v1/adapters", json={"name": "t", "source": str(silent), **said})
+    pinned = send(client, engine, "POST", "/v1/adapters", json={"name": "u", "source": str(silent), "pin": True, **said})
+    predicted = send(client, engine, "POST", "/tei/predict", json={"model": "t", "inputs": PROMPT})
+
+    assert (loaded.json()["task"], loaded.json()["pinned"]) == ("sequence-classification", False)
+    assert "of 1 slots on the device one must be left for others" in pinned.json()["error"]["message"]
+    assert {one["label"] for one in predicted.json()} == set(names.values())
+    # Of one label alone the scores would sum up to 1.
+    assert sum(one["score"] for one in predicted.json()) != pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,10 @@ def test_a_list_of_wrong_elements_is_given_up_at_the_first(model, body):
 
 
 def test_a_text_that_is_too_long_is_not_tokenized(qwen2, client):
-    for path in ("/tokenize", "/tei/tokenize"):
-        answer = ask(client(qwen2), "POST", path, json={"inputs": "a" * 300_000})
+    long = {"inputs": "a" * 300_000}
+
+    for path, body in (("/tokenize", long), ("/tei/tokenize", long), ("/tei/decode", {"ids": [5] * 300_000})):
+        answer = ask(client(qwen2), "POST", path, json=body)
 
         assert answer.status_code == 413
 

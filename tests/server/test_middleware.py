@@ -64,6 +64,18 @@ def test_a_body_that_comes_in_drops_has_no_more_time_than_another():
     assert asyncio.run(body_of_drops(body_timeout=0.3)) == [408]
 
 
+def test_a_body_may_be_as_large_as_the_limit(qwen2, client):
+    body = b'{"inputs": "a"}'
+    headers = {"Content-Type": "application/json"}
+
+    statuses = [
+        ask(client(qwen2, max_body_bytes=64), "POST", "/tokenize", content=body.ljust(size), headers=headers).status_code
+        for size in (64, 65)
+    ]
+
+    assert statuses == [200, 413]
+
+
 @pytest.mark.parametrize(
     ("path", "found"), [("/v1/nothing", "not_found"), ("/tei/nothing", "NotFound"), ("/nothing", "not_found")]
 )
@@ -110,6 +122,22 @@ def test_without_an_admin_key_adapters_cannot_be_changed():
         ApiKeys().check("GET", "/v1/adapters", None)
 
     assert caught.value.kind == "no_route"
+
+
+def test_a_page_of_an_allowed_origin_may_send_its_key_and_read_why_it_was_refused(qwen2, client):
+    options = {"cors_origins": ["https://page.example"], "api_keys": ["the-secret-key"]}
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+
+    here = {"Origin": "https://page.example"}
+    preflight = ask(client(qwen2, **options), "OPTIONS", "/v1/embeddings", headers={**here, **asks})
+    refused = ask(client(qwen2, **options), "POST", "/v1/embeddings", headers=here, json={"input": "a"})
+    other = ask(client(qwen2, **options), "OPTIONS", "/v1/embeddings", headers={"Origin": "https://other", **asks})
+
+    assert preflight.status_code == 200
+    assert "authorization" in preflight.headers["access-control-allow-headers"].lower()
+    assert refused.status_code == 401
+    assert {one.headers["access-control-allow-origin"] for one in (preflight, refused)} == {"https://page.example"}
+    assert "access-control-allow-origin" not in other.headers
 
 
 def test_a_key_is_in_no_answer_and_no_log(qwen2, client, caplog):

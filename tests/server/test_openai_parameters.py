@@ -284,6 +284,23 @@ def test_of_a_field_that_may_be_several_things_the_error_is_about_the_one_that_w
     assert said in body["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}, 200),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 3}, 413),
+        ("/v1/chat/completions", {"messages": CHAT, "n": 4}, 200),
+        ("/v1/chat/completions", {"messages": CHAT, "n": 5}, 413),
+    ],
+)
+def test_each_answer_to_a_prompt_counts_as_an_input(engine, ask, path, body, status):
+    app = build_app(engine, ServerOptions(max_batch=4), model_name="base")
+
+    found, _ = ask(path, {**body, "max_tokens": 1}, app)
+
+    assert found == status
+
+
 def test_tools_are_refused_where_the_template_does_not_know_them(ask):
     tool = {"type": "function", "function": {"name": "f"}}
 
@@ -350,6 +367,16 @@ def test_an_echo_has_log_probabilities_of_the_prompt_where_its_tokens_begin(engi
     scores = [*expected.prompt_logprobs, *expected.logprobs]
     assert logprobs["token_logprobs"] == [None, *(pytest.approx(one.logprob) for one in scores[1:])]
     assert alone["choices"][0]["logprobs"]["tokens"] == logprobs["tokens"][:-3]
+
+
+def test_an_echo_has_as_many_likeliest_tokens_as_logprobs_says(ask):
+    body = {"prompt": "The default value", "echo": True, "logprobs": 1, "prompt_logprobs": 4, "max_tokens": 1}
+
+    _, found = ask("/v1/completions", body)
+
+    [choice] = found["choices"]
+    assert all(len(one) <= 2 for one in choice["logprobs"]["top_logprobs"][1:])  # the likeliest, and the one that is there
+    assert all(len(one) >= 4 for one in choice["prompt_logprobs"][1:])
 
 
 ANSWERED = [

@@ -101,9 +101,29 @@ def test_a_text_that_is_too_long_is_cut_at_the_side_that_was_named(embedder, cli
     assert "too long" in failed(post(client, embedder, "/embed", inputs=text), 413, "Validation")
 
 
+@pytest.mark.parametrize(("direction", "side"), [("left", "start"), ("right", "end")])
+def test_pairs_labels_and_comparisons_are_cut_as_vectors_are(embedder, classifier, reranker, client, direction, side):
+    text, cut = f"begin {LONG} end", {"truncate": True, "truncation_direction": direction}
+    compared = {"source_sentence": text, "sentences": TEXTS}
+    first, *others = embedder.embed([text, *TEXTS], truncate=side, normalize=True)
+    labels, [ranked] = classifier.classify(text, truncate=side), reranker.rerank("who", [text], truncate=side)
+
+    predicted = good(post(client, classifier, "/predict", inputs=text, **cut))
+    [rank] = good(post(client, reranker, "/rerank", query="who", texts=[text], **cut))
+    cosines = good(post(client, embedder, "/similarity", inputs=compared, parameters=cut))
+
+    assert [one["label"] for one in predicted] == labels.labels
+    np.testing.assert_allclose([one["score"] for one in predicted], labels.scores, rtol=1e-5)
+    assert rank["score"] == pytest.approx(ranked.score, rel=1e-5)
+    np.testing.assert_allclose(cosines, [one @ first for one in others], rtol=1e-5)
+
+
 def test_every_token_has_a_vector(embedder, client):
     found = good(post(client, embedder, "/embed_all", inputs=TEXTS))
+    [prompted] = good(post(client, embedder, "/embed_all", inputs=TEXTS[0], prompt_name="query"))
 
+    expected = embedder.embed(TEXTS[0], pooling="none", normalize=False, prompt_name="query")
+    np.testing.assert_allclose(prompted, expected, rtol=1e-5, atol=1e-6)
     for text, rows in zip(TEXTS, found, strict=True):
         expected = embedder.embed(text, pooling="none", normalize=False)
         assert np.shape(rows) == (len(embedder.tokenize(text).ids), 64)
@@ -185,6 +205,11 @@ def test_health_needs_no_key_and_has_no_body(embedder, client):
         ("/embed", {"inputs": []}, 422, "inputs"),
         ("/embed", {"inputs": ["a"] * 5}, 413, "inputs"),
         ("/embed", {"inputs": [99_999]}, 422, "99999"),
+        ("/embed_all", {"inputs": ["a"] * 5}, 413, "inputs"),
+        ("/predict", {"inputs": [["a"]] * 5}, 413, "inputs"),
+        ("/rerank", {"query": "a", "texts": ["b"] * 5}, 413, "texts"),
+        ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"] * 5}}, 413, "inputs.sentences"),
+        ("/tokenize", {"inputs": ["a"] * 5}, 413, "inputs"),
         ("/predict", {"inputs": ["a", "b", "c"]}, 422, "inputs"),
         ("/predict", {"inputs": "a"}, 422, "classification"),
         ("/rerank", {"query": "a", "texts": ["b"]}, 422, "reranking"),

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import lorax_core
+from lorax_core.cli.answering import EngineAnswers
 from lorax_core.cli.chat_commands import ChatState, completions, run_command
 from lorax_core.cli.lines import read_message
-from lorax_core.errors import LoraxError
+from lorax_core.errors import LoraxError, RequestError
 
 QWEN2 = Path(__file__).resolve().parents[2] / "examples/tiny_qwen2"
 MODEL = str(QWEN2 / "model")
@@ -99,6 +101,20 @@ def test_a_conversation_is_saved_and_gone_on_with(talk, engine, tmp_path):
     assert os.listdir(tmp_path) == ["chat.json"]
 
 
+def test_a_file_of_others_is_not_replaced_and_one_of_this_chat_is(tmp_path):
+    state, mine, foreign = ChatState({}), tmp_path / "mine.json", tmp_path / "foreign.json"
+    foreign.write_text("precious")
+
+    run_command(state, f"/save {mine}")
+    state.conversation.turns.append(("Go", "Gone"))
+    run_command(state, f"/save {mine}")
+    with pytest.raises(LoraxError, match="is there already, and not of this chat"):
+        run_command(state, f"/save {foreign}")
+
+    assert json.loads(mine.read_text()) == said("Go", "Gone")
+    assert foreign.read_text() == "precious"
+
+
 def test_what_was_said_is_taken_back(talk, engine):
     _, out, _ = talk(
         "List the files\nMore\n/undo\n/undo\nThe end\n/system Be short\n/clear\nThe end\n/system\n/undo\nThe end\n"
@@ -148,6 +164,14 @@ def test_how_lines_are_joined(typed, message):
             return left.pop(0) if left else None
 
     assert read_message(Typed(), "> ") == (message.removesuffix("\n") if message == "a\n" else message)
+
+
+def test_a_text_that_ends_answers_may_begin_with_a_space():
+    state = ChatState({})
+
+    run_command(state, "/set stop  the")
+
+    assert state.options == {"stop": [" the"]}
 
 
 @pytest.mark.parametrize(
@@ -237,6 +261,15 @@ def test_an_answer_is_cut_to_the_room_that_is_left(talk, engine):
     room = engine.info().max_tokens - engine.count_tokens(said("Go"))
     assert code == 0
     assert out == f"{engine.generate(said('Go'), max_tokens=room, ignore_eos=True).text}\n"
+
+
+def test_a_conversation_that_leaves_no_room_for_a_token_is_refused():
+    full = SimpleNamespace(count_tokens=lambda *_, **__: 512, info=lambda: SimpleNamespace(max_tokens=512))
+
+    with pytest.raises(RequestError, match="the conversation has 512 tokens, and the model reads 512") as caught:
+        EngineAnswers(full).stream(lorax_core.GenerateRequest(prompt=said("Go"), max_tokens=5))
+
+    assert "/undo" in caught.value.hint
 
 
 def test_a_message_without_an_answer_is_taken_back(talk, engine, tmp_path):

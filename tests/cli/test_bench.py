@@ -10,7 +10,8 @@ from builders import make_lora, make_qwen2, make_qwen2_model
 from safetensors.torch import load_file
 
 import lorax_core
-from lorax_core.cli.measuring import Workload, decode_rate, gaps, percentiles, prompts_of, read_rate
+from lorax_core.cli.measuring import Figures, Workload, decode_rate, gaps, measure, percentiles, prompts_of, read_rate
+from lorax_core.progress import silent
 
 FEW = ("--prompt-tokens", "5", "--max-tokens", "3", "--repeats", "1")
 
@@ -87,6 +88,20 @@ def test_prompts_are_random_and_adapters_take_turns(qwen2):
     assert len({tuple(prompt) for prompt, _ in made}) == 5
     assert {len(prompt) for prompt, _ in made} == {16}
     assert all(0 <= token < vocab for prompt, _ in made for token in prompt)
+
+
+def test_each_number_of_requests_is_measured_once_after_a_run_to_warm_up():
+    asked = []
+
+    class Noted:
+        def figures(self, count, repeats):
+            asked.append((count, repeats))
+            return Figures(count, 1.0)
+
+    found = measure(Noted(), [8, 2, 8], 3, silent)
+
+    assert asked == [(2, 1), (2, 3), (8, 3)]
+    assert [one.concurrency for one in found] == [2, 8]
 
 
 @pytest.mark.parametrize("tied", [True, False])

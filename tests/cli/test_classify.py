@@ -144,6 +144,15 @@ def test_lines_of_stdin_are_texts(main, folders, monkeypatch):
     assert list(map(labelled, lines(out))) == [answer.labels for answer in classified(folders / "tone")]
 
 
+def test_a_line_far_down_is_called_by_its_number(main, folders, monkeypatch):
+    given = "\n".join([*["a"] * 300, "", "a " * 200])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+
+    _, _, err = main("classify", str(folders / "plain"), "-", "--truncate", "end")
+
+    assert err == "line 301: nothing was found\nwarning: line 302 was cut to 96 tokens\n"
+
+
 @pytest.mark.parametrize("name", ["ner", "tone"])
 def test_an_adapter_s_head_answers_with_the_labels_that_are_named(main, folders, name):
     labels = IOB if name == "ner" else TONES

@@ -53,9 +53,12 @@ def test_a_named_model_says_of_its_adapters_what_their_files_do_not(main, toml, 
         adapters.topic.id2label = {{0 = "numbers", 1 = "files", 2 = "tests"}}
     """)
 
-    _, out, _ = main("classify", "small", "Return True if the path is a file.", "--use", "topic", "--json")
+    asked = ("classify", "small", "Return True if the path is a file.", "--use", "topic", "--json")
+    _, out, _ = main(*asked)
+    _, renamed, _ = main(*asked, "--label", "0=a", "--label", "1=b", "--label", "2=c")
 
     assert json.loads(out)["labels"][0]["label"] == "files"
+    assert json.loads(renamed)["labels"][0]["label"] == "b"
 
 
 def test_adapters_of_a_named_model_answer_only_when_they_are_chosen(main, toml, repository):
@@ -179,6 +182,15 @@ def test_the_file_of_this_folder_comes_before_that_of_the_user(toml, tmp_path):
     toml("")
 
     assert find_config(None, {"XDG_CONFIG_HOME": str(settings)}) == Path("lorax.toml")
+
+
+def test_the_settings_of_the_user_are_below_the_home_by_default(toml, tmp_path):
+    settings = tmp_path / "home/.config/lorax"
+    settings.mkdir(parents=True)
+    (settings / "lorax.toml").write_text("")
+
+    assert find_config(None, {"HOME": str(tmp_path / "home")}) == settings / "lorax.toml"
+    assert find_config(None, {"HOME": str(tmp_path)}) is None
 
 
 def test_a_path_may_begin_with_the_home_of_the_user(toml, tmp_path, monkeypatch):

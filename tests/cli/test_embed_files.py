@@ -76,6 +76,18 @@ def test_a_line_that_cannot_be_embedded_is_mended_and_the_rest_is_done(main, mod
     np.testing.assert_array_equal(np.load(out), vectors)
 
 
+def test_lines_of_all_windows_are_numbered_and_those_that_were_cut_are_counted(main, model, texts, tmp_path):
+    cut = (0, 1, 520, 521, 1100)
+    texts.write_text("".join(f"{'long ' * 200 if at in cut else 'a'}\n" for at in range(1200)))
+
+    _, shown, warned = main("embed", model, f"--file={texts}", "--truncate=end", "--json")
+    _, _, counted = main("embed", model, f"--file={texts}", "--truncate=end", f"--out={tmp_path / 'v.npy'}")
+
+    assert [json.loads(line)["index"] for line in shown.splitlines()] == [*range(1200)]
+    assert [line.split()[2] for line in warned.splitlines()] == [str(at + 1) for at in cut]
+    assert f"warning: too long and cut: line 1, 2, 521 and 2 more of {texts}" in counted
+
+
 def test_other_options_or_another_model_do_not_continue_it(main, model, texts, tmp_path):
     command = ["embed", model, f"--file={texts}", f"--out={tmp_path / 'v.npy'}"]
     texts.write_text("".join(f"{line}\n" for line in LINES) + "long " * 200 + "\n")

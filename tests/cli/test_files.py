@@ -119,9 +119,11 @@ def test_a_line_of_json_names_its_text_and_itself(tmp_path):
     lines = ['{"id": 7, "text": "one"}', '{"text": "two", "body": "three"}']
 
     plain = records_of(given_lines(tmp_path, lines, "in.jsonl"))
+    other = records_of(given_lines(tmp_path, lines, "in.ndjson"))
     (named,) = records_of(RecordFile(given_lines(tmp_path, lines[1:]).file, "body"))
 
     assert [(record.text, record.id) for record in plain] == [("one", 7), ("two", None)]
+    assert other == plain
     assert named.text == "three"
 
 

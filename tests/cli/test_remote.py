@@ -111,8 +111,10 @@ def test_the_adapters_of_a_server_are_listed(main, url, monkeypatch, tmp_path):
     code, out, _ = main("adapters", "list", "--url", url)
     monkeypatch.delenv("LORAX_ADMIN_KEY")
     _, data, _ = main("adapters", "list", "--url", url + "/", "--admin-key-file", str(tmp_path / "key"), "--json")
+    monkeypatch.setenv("LORAX_ADMIN_KEY", "another-key-3")
+    named, _, _ = main("adapters", "list", "--url", url, "--admin-key-file", str(tmp_path / "key"))
 
-    assert code == 0
+    assert (code, named) == (0, 0)
     assert out.splitlines()[1].split() == ["upper", "org/upper", "lora", "-", "8,", "16", "12,345", "device"]
     assert json.loads(data)["adapters"] == LOADED["adapters"]
 
@@ -210,12 +212,13 @@ def test_the_events_of_a_stream_come_until_it_says_that_it_is_done(url):
     assert found == [{"n": 1}, {"n": 2}]
 
 
-def test_no_error_is_none_and_no_proxy_stands_before_this_machine(url, monkeypatch):
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_error_is_none_and_no_proxy_stands_before_this_machine(url, monkeypatch, host):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # which would refuse
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
 
-    found = list(events(url + "/null", "/v1/completions", None, {"prompt": "a"}))
+    found = list(events(url.replace("127.0.0.1", host) + "/null", "/v1/completions", None, {"prompt": "a"}))
 
     assert [event["n"] for event in found] == [1, 2]
 

@@ -66,6 +66,18 @@ def test_the_best_are_chosen_and_logits_are_shown_raw(main, folders):
     assert [one["score"] for one in found] == pytest.approx([one.score for one in expected], abs=1e-6)
 
 
+def test_the_best_is_chosen_wherever_it_stands(main, folders, tmp_path):
+    worst_first = [DOCUMENTS[one.index] for one in reversed(ranked(folders / "cross"))]
+    file = tmp_path / "documents.txt"
+    file.write_text("\n".join([*[worst_first[0]] * 600, worst_first[-1]]))
+
+    _, given, _ = main("rerank", str(folders / "cross"), QUERY, *worst_first[1:], "--top-n=1", "--json")
+    _, read, _ = main("rerank", str(folders / "cross"), QUERY, f"--file={file}", "--top-n=1", "--json")
+
+    assert [one["text"] for one in lines(given) + lines(read)] == [worst_first[-1]] * 2
+    assert lines(read)[0]["index"] == 600
+
+
 def test_documents_come_from_stdin_and_from_files(main, folders, monkeypatch, tmp_path):
     file = tmp_path / "documents.jsonl"
     file.write_text("".join(json.dumps({"text": text, "id": f"n{at}"}) + "\n" for at, text in enumerate(DOCUMENTS)))

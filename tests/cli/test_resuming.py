@@ -263,6 +263,29 @@ def test_another_vocabulary_is_another_model(tmp_path, folder, name):
     assert files_mark(tmp_path) != before
 
 
+def test_what_an_output_leaves_beside_a_model_is_no_other_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = files_mark(tmp_path)
+
+    interrupted(tmp_path / "out")
+
+    assert state_of(tmp_path / "out").exists()
+    assert files_mark(tmp_path) == before
+
+
+def test_threads_are_no_other_job_and_another_field_is_one(tmp_path):
+    (tmp_path / "model").mkdir()
+    given, out, model = tmp_path / "in.jsonl", tmp_path / "out", str(tmp_path / "model")
+    interrupted(out, job_of(Loading({"threads": 1}), model, RecordFile(given, "body")))
+
+    same = PartFile(out, job_of(Loading({"threads": 2, "token": "secret"}), model, RecordFile(given, "body")))
+    with pytest.raises(RequestError, match="was begun with another form of --file"):
+        PartFile(out, job_of(Loading({"threads": 1}), model, RecordFile(given, "title")))
+
+    assert same.position.records == 3
+    assert "secret" not in state_of(out).read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -56,7 +56,7 @@ def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
 
     done = run(
         example / "model", *flags, "--adapter", f"up={example / 'adapters/upper'}", "--adapter-sources", "hub",
-        "--cors-origin", "https://page", "--api-key-file", keys, "--admin-key-file", admin,
+        "--cors-origin", "https://page", "--no-page", "--api-key-file", keys, "--admin-key-file", admin,
     )  # fmt: skip
     said = [json.loads(line)["message"].partition(" ")[0] for line in done.stderr.splitlines()]
 
@@ -65,7 +65,7 @@ def test_every_flag_reaches_what_it_is_for(served, repository, tmp_path):
     assert {name: getattr(served.engine, name) for name in for_engine} == for_engine
     assert [key.get_secret_value() for key in served.server.api_keys] == ["first-key-1", "second-key-2"]
     assert served.server.admin_key.get_secret_value() == "admin-key-3"
-    assert served.server.cors_origins == ("https://page",)
+    assert (served.server.cors_origins, served.server.page) == (("https://page",), False)
     assert (served.engine.adapter_sources, served.adapters, served.name) == (("hub",), ["up"], "small")
     assert said == ["loading", "serving"]
     assert "http://127.0.0.1:" in done.stderr
@@ -89,12 +89,13 @@ def test_labels_of_adapters_have_names(served, repository):
 
 def test_a_model_of_the_configuration_is_called_as_it_is_there(served, repository, tmp_path):
     file = tmp_path / "lorax.toml"
-    file.write_text(f'[models.small]\npath = "{repository / "examples/tiny_qwen2/model"}"\nkv_cache_tokens = 256\n')
+    path = repository / "examples/tiny_qwen2/model"
+    file.write_text(f'[models.small]\npath = "{path}"\nkv_cache_tokens = 256\nadapter-sources = ["hub"]\n')
 
     done = CliRunner().invoke(app, ["--config", str(file), "serve", "small", "--port=0"])
 
     assert done.exit_code == 0, done.output
-    assert served.name == "small"
+    assert (served.name, served.engine.adapter_sources) == ("small", ("hub",))
 
 
 def test_help_shows_the_defaults_of_the_limits(monkeypatch):

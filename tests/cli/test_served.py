@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def url(server, monkeypatch):
         (["--ignore-eos", "--stop-token-id", "13", "--max-tokens", "30"],
          {"ignore_eos": True, "stop_token_ids": [13], "max_tokens": 30}),
         (["--choice", " good", "--choice", " bad"], {"choice": [" good", " bad"], "max_tokens": 128}),
+        (["--min-tokens", "140"], {"min_tokens": 140, "max_tokens": 140}),
         (["--regex", "[a-c]{3}"], {"regex": "[a-c]{3}", "max_tokens": 128}),
         (["--schema", SCHEMA, "--max-tokens", "60"], {"json_schema": json.loads(SCHEMA), "max_tokens": 60}),
     ],
@@ -336,6 +338,7 @@ EVENTS = {
     "done": [],
     "endless": [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"prompt_tokens": 64, "completion_tokens": 1}}],
     "nothing": [{"choices": [{"text": "a"}]}],
+    "measured": [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"prompt_tokens": 128, "completion_tokens": 1}}],
 }
 
 
@@ -343,10 +346,12 @@ class Handler(BaseHTTPRequestHandler):
     """A server of another kind, which is wrong in the way that its path names."""
 
     def do_GET(self):
-        self.answer(json.dumps({"data": []} if self.path.startswith("/empty") else MODELS))
+        models = {"empty": [], "adapters-first": [{"id": "two", "parent": "one"}, {"id": "one"}]}
+        self.answer(json.dumps({"data": models.get(self.path.split("/")[1], MODELS["data"])}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
         if self.path.startswith("/endless") and body["max_tokens"] > 1:
             self.fail_or_stream()
             return
@@ -376,7 +381,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def other_server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.both, server.gone = threading.Barrier(2), threading.Event()
+        server.both, server.gone, server.bodies = threading.Barrier(2), threading.Event(), []
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -397,6 +402,12 @@ def test_a_server_of_another_kind_answers_with_any_of_its_models(other):
 
     assert (server.base, server.adapters, server.chosen("two"), server.chosen("one")) == ("one", ("two",), "two", None)
     assert (found.text, found.finish_reason, found.usage.prompt_tokens) == ("ab", "stop", 3)
+
+
+def test_the_base_is_the_model_without_a_parent_wherever_it_is_listed(other):
+    server = Server.at(f"{other}/adapters-first")
+
+    assert (server.base, server.adapters) == ("one", ("two",))
 
 
 @pytest.mark.parametrize("wrong", ["number", "bare", "usage", "negative", "another"])
@@ -423,6 +434,23 @@ def test_an_answer_without_events_is_an_error(main, other):
 def test_a_server_without_models_is_refused(other):
     with pytest.raises(RequestError, match="serves no model"):
         Server.at(f"{other}/empty")
+
+
+def test_what_is_measured_is_what_was_asked_for(main, other, other_server):
+    """Of that server a word has two tokens."""
+    few = ("--prompt-tokens", "30", "--max-tokens", "4", "--concurrency", "3", "--repeats", "1", "--seed", "7")
+
+    asked = []
+    for _ in range(2):
+        other_server.bodies.clear()
+        main("bench", f"{other}/measured", "--use", "one,two", *few)
+        asked.append(sorted((body["model"], body["max_tokens"], body["prompt"]) for body in other_server.bodies))
+
+    assert asked[0] == asked[1]
+    # One request to see what a word has; then, to warm up and to measure, prompts alone and prompts with answers.
+    assert Counter((model, tokens, len(prompt.split())) for model, tokens, prompt in asked[0]) == {
+        ("one", 1, 64): 1, ("one", 1, 15): 4, ("two", 1, 15): 2, ("one", 4, 15): 4, ("two", 4, 15): 2,
+    }  # fmt: skip
 
 
 def test_a_request_that_fails_ends_those_that_are_measured_beside_it(main, other, other_server):

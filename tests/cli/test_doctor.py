@@ -9,8 +9,10 @@ from builders import make_lora, make_qwen2, make_qwen2_model
 from caches import fresh_cache
 
 import lorax_core
+from lorax_core.plugins.host import PluginHost
 from lorax_core.serving.trial import standard
-from lorax_core.serving.trial.run import Trials
+from lorax_core.serving.trial.run import Trials, Verdict
+from lorax_core.settings import Settings
 
 
 def test_doctor_tells_versions_backends_with_reasons_and_plugins(main):
@@ -97,6 +99,20 @@ def test_a_kernel_that_fails_its_trial_counts(main, monkeypatch, tmp_path, small
     assert code == 1
     line = next(line for line in out.splitlines() if line.startswith("load_ranks_cut"))
     assert "64 to 96, few rows: off by" in line
+
+
+def test_a_backend_that_failed_a_trial_is_told_with_the_reason(main, monkeypatch, tmp_path, small):
+    monkeypatch.setenv("LORAX_CACHE", fresh_cache(tmp_path / "cache"))
+    settings = Settings.from_env()
+    tried, _ = standard.standard_trials(PluginHost.discover().backends, "cpu", settings)
+    native = next(trial for trial in tried if trial.kind == "attention")
+    Trials(settings)._keep(Verdict(native, "off by 7"))
+
+    _, out, _ = main("doctor", "--json")
+
+    reasons = {one["name"]: one["reason"] for one in json.loads(out)["attention"]}
+    assert reasons["native"] == "failed a trial, and is not used for such layers: off by 7"
+    assert reasons["torch"] is None
 
 
 def test_what_was_verified_for_a_checkpoint_is_not_tried_again_by_an_engine(main, monkeypatch, tmp_path):

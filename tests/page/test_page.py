@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import httpx
@@ -37,6 +38,21 @@ def test_a_prompt_is_answered_by_two_side_by_side(url, visit):
         assert page.locator(f"#text-{side}").text_content() == "When a file is opened" + expected
         assert page.locator(f"#name-{side}").text_content() == model
         expect(page.locator(f"#note-{side}")).to_contain_text("24 tokens in")
+
+
+def test_an_answer_is_drawn_as_the_temperature_and_the_seed_say(url, visit):
+    page = (seen := visit(url).known()).page
+    page.get_by_label("Text to continue").check()
+    page.select_option("#right", "-")
+    for name, value in (("max-tokens", "16"), ("temperature", "1.5"), ("seed", "7")):
+        page.fill(f"#{name}", value)
+
+    seen.submit("generate", "1 answer in")
+
+    prompt = page.input_value("#prompt")
+    body = {"prompt": prompt, "max_tokens": 16, "temperature": 1.5, "seed": 7}
+    [choice] = answer(url, "/v1/completions", **body)["choices"]
+    assert page.locator("#text-left").text_content() == prompt + choice["text"]
 
 
 def test_a_chat_message_is_answered_by_one(url, visit):
@@ -176,6 +192,31 @@ def test_an_error_is_shown_where_it_happens_with_its_hint(url, visit):
     error = httpx.post(f"{url}/v1/completions", json=body).json()["error"]
     for side in ("left", "right"):
         expect(page.locator(f"#error-{side}")).to_have_text(f"{error['message']} ({error['hint']})")
+
+
+def test_a_stream_that_breaks_off_is_no_whole_answer(url, visit):
+    page = visit(url).known().page
+    page.get_by_label("Text to continue").check()
+    events = [{"choices": [{"text": " and read"}]}, {"error": {"message": "it broke", "hint": "ask again"}}]
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.route("**/v1/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+
+    page.click("#form-generate [type=submit]")
+
+    expect(page.locator("#error-left")).to_have_text("it broke (ask again)")
+    expect(page.locator("#text-left")).to_contain_text(" and read")
+    expect(page.locator("#note-left")).to_be_empty()
+
+
+def test_more_texts_than_a_picture_shows_are_refused(url, visit):
+    page = (seen := visit(url).known()).page
+    seen.choose("embed")
+    page.fill("#texts", "a line\n" * 25)
+
+    page.click("#form-embed [type=submit]")
+
+    expect(page.locator("#error-embed")).to_have_text("25 texts are too many for a picture; give 24 or fewer")
+    expect(page.locator("#note-embed")).to_be_empty()
 
 
 def test_a_key_is_asked_for_and_kept_in_memory_alone(encoder, visit):

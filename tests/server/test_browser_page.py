@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from asking import ask
 
+from lorax_core.engine.stats import StepStats
 from lorax_core.server.page.routes import whole_page
 from lorax_core.server.page.stats import ServerState, adapter_can, base_can
 
@@ -70,6 +72,32 @@ def test_the_numbers_are_those_of_the_engine(qwen2, client):
     assert (found["running"], found["waiting"], found["pages_used"]) == (0, 0, 0)
     assert found["chat"] is True
     assert found["can"] == ["generate", "embed"]
+
+
+class Busy:
+    """An engine that is in the middle of something."""
+
+    def __init__(self, engine):
+        self._engine = engine
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def info(self):
+        step = StepStats(7, 6, 0, 2, running=2, waiting=3, pages_used=5, pages=9, seconds=0.25)
+        return replace(self._engine.info(), last_step=step)
+
+
+def test_what_runs_and_what_waits_are_told_apart(qwen2, client):
+    server = Busy(qwen2)
+
+    found, text = ask(client(server), "GET", "/stats").json(), ask(client(server), "GET", "/metrics").text
+
+    assert [found[name] for name in ("running", "waiting", "pages_used", "pages")] == [2, 3, 5, 9]
+    names = ("running", "waiting", "kv_cache_pages_used", "kv_cache_pages", "last_step_seconds")
+    assert [re.findall(rf"^lorax_{name} (.*)$", text, re.MULTILINE) for name in names] == [
+        ["2.0"], ["3.0"], ["5.0"], ["9.0"], ["0.25"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

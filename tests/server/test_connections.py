@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -11,7 +12,7 @@ from loopback import LIMIT, Loopback, held, http, left, until
 
 from lorax_core.errors import RequestError
 from lorax_core.server.options import ServerOptions
-from lorax_core.server.run import _FED, _HEADER_BYTES, _Impatient, listen, serving
+from lorax_core.server.run import _FED, _HEADER_BYTES, _Impatient, address, listen, serving
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
 
@@ -50,6 +51,24 @@ def test_requests_that_come_before_the_one_ahead_is_answered_are_answered_in_ord
         answers = read_all(sock)
 
     assert re.findall(rb"HTTP/1.1 (\d{3})", answers) == [b"200", b"404", b"200"]
+
+
+def test_a_client_that_asks_again_and_again_without_an_answer_loses_its_connection(server):
+    with server.connect(http("/forever") + http("/health") * 16) as sock:
+        assert read_all(sock) == b""
+
+
+@pytest.mark.parametrize(
+    ("bound", "found"),
+    [
+        (("127.0.0.1", 80), "http://127.0.0.1:80"),
+        (("0.0.0.0", 80), "http://127.0.0.1:80"),
+        (("::1", 80, 0, 0), "http://[::1]:80"),
+        (("::", 80, 0, 0), "http://[::1]:80"),
+    ],
+)
+def test_an_address_is_one_that_a_client_can_ask(bound, found):
+    assert address(SimpleNamespace(getsockname=lambda: bound)) == found
 
 
 def test_a_port_has_one_server(engine, server):

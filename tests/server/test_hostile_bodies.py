@@ -117,6 +117,15 @@ def test_an_adapter_must_not_be_called_like_the_base(qwen2, repository):
             qwen2.adapters.unload(name)
 
 
+def test_of_two_names_of_the_base_the_longer_one_is_meant(qwen2, repository):
+    qwen2.adapters.load("upper", repository / "examples/tiny_qwen2/adapters/upper")
+    names = ModelNames("base", qwen2.adapters, source="base:8b")
+    try:
+        assert [names.adapter(one) for one in ("base:8b", "base:upper", "base:8b:upper")] == [None, "upper", "upper"]
+    finally:
+        qwen2.adapters.unload("upper")
+
+
 def test_a_name_that_begins_like_the_base_is_an_adapter_first(qwen2, repository):
     upper = repository / "examples/tiny_qwen2/adapters/upper"
     names = ModelNames("base", qwen2.adapters)

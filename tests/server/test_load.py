@@ -16,7 +16,9 @@ from starlette.requests import Request
 
 import lorax_core
 from lorax_core.server.app import build_app
+from lorax_core.server.errors import failure
 from lorax_core.server.logs import log
+from lorax_core.server.sse import EventStream, data
 
 LONG = {"prompt": "once", "max_tokens": 400, "ignore_eos": True}
 
@@ -273,9 +275,10 @@ def test_a_closed_engine_is_no_fault_of_the_request(repository):
             until(lambda: server.gateway._in_flight == 1)
             engine._worker._stepper.stop()
         broken, after = running.result(LIMIT), server.ask({"prompt": "a"})
-        health = httpx.get(f"{server.url}/health")
+        health, ready = httpx.get(f"{server.url}/health"), httpx.get(f"{server.url}/ready")
 
-    assert [broken.status_code, after.status_code, health.status_code] == [503] * 3
+    assert [one.status_code for one in (broken, after, health, ready)] == [503] * 4
+    assert ready.json() == {"status": "closed"}
 
 
 def test_no_answer_names_a_folder_and_none_is_shown_to_other_pages(engine, server, tmp_path):
@@ -304,6 +307,28 @@ def test_what_fails_unforeseen_is_logged_and_not_told(engine, server, caplog, tm
     assert str(tmp_path) not in answer.text
     assert "Traceback" not in answer.text
     assert str(tmp_path) in caplog.text
+
+
+def test_what_fails_unforeseen_in_a_stream_is_logged_and_not_told(engine, server, caplog, tmp_path):
+    async def lines(events):
+        async for _ in events:
+            raise OSError(f"no such file: {tmp_path}")
+        yield b""
+
+    async def broken(http: Request):
+        events = await server.gateway.events(http, [lorax_core.GenerateRequest(**LONG)])
+        return EventStream(events, lines(events), lambda error: data({"error": failure(error).message}))
+
+    server.app.post("/broken")(broken)
+    log.addHandler(caplog.handler)
+
+    answer = httpx.post(f"{server.url}/broken", json={})
+    log.removeHandler(caplog.handler)
+
+    assert json.loads(answer.text.removeprefix("data: ")) == {"error": "the server failed to answer this request"}
+    assert str(tmp_path) in caplog.text
+    assert server.metric("lorax_refusals_total") == 1
+    assert left(engine) == (0, 0)
 
 
 def test_metrics_are_those_of_prometheus_and_add_up(engine, server):

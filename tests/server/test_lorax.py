@@ -123,6 +123,7 @@ def test_the_root_gives_a_list_and_generate_the_answer_alone(engine, client):
     assert [one["id"] for one in details["tokens"]] == expected.token_ids
     assert "".join(one["text"] for one in details["tokens"]) == expected.text
     assert alone.headers["x-total-tokens"] == "11"
+    assert alone.headers["x-prompt-tokens"] == "3"
     assert alone.headers["x-generated-tokens"] == "8"
     assert alone.headers["x-model-id"] == "base"
     assert alone.headers["x-compute-characters"] == str(len(PROMPT))
@@ -155,6 +156,7 @@ def test_a_stream_has_an_event_for_each_token_and_ends_with_the_text(engine, cli
         "seed": None,
     }
     assert answer.headers["x-adapter-id"] == "upper"
+    assert answer.headers["x-accel-buffering"] == "no"
 
 
 def test_tokens_of_part_characters_and_special_tokens_make_the_text(tmp_path_factory, client):

@@ -100,6 +100,7 @@ def test_keys_open_what_they_are_for():
 
     for path, key, allowed in [
         ("/health", None, True),
+        ("/ready", None, True),
         ("/v1/models", None, False),
         ("/v1/models", "first-key-1", True),
         ("/v1/models", "second-key-2", True),
@@ -115,6 +116,15 @@ def test_keys_open_what_they_are_for():
             with pytest.raises(Refused) as caught:
                 keys.check("GET", path, header)
             assert caught.value.kind == "unauthorized"
+
+
+def test_a_scheme_may_be_written_in_any_case_and_is_that_of_keys():
+    keys = ApiKeys(ServerOptions(api_keys=["first-key-1"]).api_keys)
+
+    keys.check("GET", "/v1/models", "bearer first-key-1")
+
+    with pytest.raises(Refused, match="another key came"):
+        keys.check("GET", "/v1/models", "Basic first-key-1")
 
 
 def test_without_an_admin_key_adapters_cannot_be_changed():
@@ -219,6 +229,12 @@ def test_a_key_that_no_client_can_send_is_refused_unseen(key):
     assert key not in str(caught.value)
 
 
+def test_the_shortest_key_has_eight_characters():
+    assert len(ServerOptions(api_keys=["12345678"]).api_keys) == 1
+    with pytest.raises(RequestError, match="at least 8 characters"):
+        ServerOptions(api_keys=["1234567"])
+
+
 def test_a_hint_that_is_nothing_but_a_folder_of_this_machine_is_left_out(tmp_path):
     found = failure(AdapterError("no folder '/nope'", hint=f"did you mean '{tmp_path.parts[0]}{tmp_path.parts[1]}'?"))
 
@@ -299,6 +315,14 @@ def test_the_document_has_a_route_in_the_log(qwen2, client, caplog):
         ask(client(qwen2), "GET", "/openapi.json")
 
     assert [one.fields["route"] for one in caplog.records if hasattr(one, "fields")] == ["/openapi.json"]
+
+
+def test_probes_are_no_lines_of_the_log(qwen2, client, caplog):
+    with caplog.at_level(logging.INFO):
+        for path in ("/health", "/ready", "/stats", "/metrics", "/v1/models"):
+            ask(client(qwen2), "GET", path)
+
+    assert [one.fields["route"] for one in caplog.records if hasattr(one, "fields")] == ["/v1/models"]
 
 
 def test_a_base_that_nobody_named_is_called_as_its_folder_and_its_path_means_it_too(qwen2):

@@ -202,6 +202,16 @@ def test_calls_come_in_streams_whole(client, choice):
     assert chunks[-1].finish_reason == whole.finish_reason == "tool_calls"
 
 
+def test_an_answer_that_is_cut_within_its_second_call_ends_by_its_length(client):
+    more = {"tools": [CLOCK], "parallel_tool_calls": True, "max_tokens": 90, "logit_bias": {str(ord("<")): 100}}
+
+    whole = client.chat.completions.create(**tools("required", **more)).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**tools("required", **more), stream=True)]
+
+    assert [call.function.name for call in whole.message.tool_calls] == ["clock"]
+    assert whole.finish_reason == chunks[-1].finish_reason == "length"
+
+
 def test_no_tool_is_shown_where_none_may_be_called(engine, client):
     found = client.chat.completions.create(messages=CHAT, tools=[CLOCK], tool_choice="none", max_tokens=6, **GREEDY)
 

@@ -338,7 +338,10 @@ EVENTS = {
     "done": [],
     "endless": [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"prompt_tokens": 64, "completion_tokens": 1}}],
     "nothing": [{"choices": [{"text": "a"}]}],
-    "measured": [{"choices": [{"text": "a"}]}, {"choices": [], "usage": {"prompt_tokens": 128, "completion_tokens": 1}}],
+    "measured": [
+        {"choices": [{"text": "a"}]},
+        {"choices": [], "usage": {"prompt_tokens": 128, "completion_tokens": 1}},
+    ],
 }
 
 

@@ -87,7 +87,9 @@ def test_what_is_said_of_an_adapter_with_its_source_is_honoured(engine, client, 
     said = {"task": "sequence-classification", "id2label": names, "problem_type": "multi_label_classification"}
 
     loaded = send(client, engine, "POST", "/v1/adapters", json={"name": "t", "source": str(silent), **said})
-    pinned = send(client, engine, "POST", "/v1/adapters", json={"name": "u", "source": str(silent), "pin": True, **said})
+    pinned = send(
+        client, engine, "POST", "/v1/adapters", json={"name": "u", "source": str(silent), "pin": True, **said}
+    )
     predicted = send(client, engine, "POST", "/tei/predict", json={"model": "t", "inputs": PROMPT})
 
     assert (loaded.json()["task"], loaded.json()["pinned"]) == ("sequence-classification", False)

@@ -375,7 +375,8 @@ def test_an_echo_has_as_many_likeliest_tokens_as_logprobs_says(ask):
     _, found = ask("/v1/completions", body)
 
     [choice] = found["choices"]
-    assert all(len(one) <= 2 for one in choice["logprobs"]["top_logprobs"][1:])  # the likeliest, and the one that is there
+    # The likeliest, and the one that is there.
+    assert all(len(one) <= 2 for one in choice["logprobs"]["top_logprobs"][1:])
     assert all(len(one) >= 4 for one in choice["prompt_logprobs"][1:])
 
 

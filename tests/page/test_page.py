@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 
 import httpx
 import numpy as np
@@ -206,6 +207,25 @@ def test_a_stream_that_breaks_off_is_no_whole_answer(url, visit):
     expect(page.locator("#error-left")).to_have_text("it broke (ask again)")
     expect(page.locator("#text-left")).to_contain_text(" and read")
     expect(page.locator("#note-left")).to_be_empty()
+
+
+@pytest.mark.parametrize("end", [b"0\r\n\r\n", b""], ids=["ended", "cut"])
+def test_a_server_that_ends_within_its_answer_is_said(url, visit, end):
+    page = visit(url).known().page
+    page.get_by_label("Text to continue").check()
+    page.select_option("#right", "-")
+    event = b'data: {"choices": [{"text": " and read"}]}\n\n'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as dying:
+        where = f"http://127.0.0.1:{dying.getsockname()[1]}/"
+        page.route("**/v1/completions", lambda route: route.continue_(url=where))
+
+        page.click("#form-generate [type=submit]")
+        with dying.accept()[0] as asked:
+            asked.recv(65_536)
+            asked.sendall(head + b"%x\r\n%s\r\n" % (len(event), event) + end)
+
+        expect(page.locator("#error-left")).to_have_text("The answer broke off. Is the server still running?")
 
 
 def test_more_texts_than_a_picture_shows_are_refused(url, visit):

@@ -34,14 +34,16 @@ function refusal(said, otherwise) {
 async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
+  const broken = new Refusal("The answer broke off. Is the server still running?");
   for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
+    const { done, value } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : broken; });
+    if (done) throw broken; // what is whole ends with [DONE]
     const parts = (held + value).split("\n\n");
     held = parts.pop();
     for (const part of parts) {
       const data = part.startsWith("data:") ? part.slice(5).trim() : "";
-      if (!data || data === "[DONE]") continue;
+      if (data === "[DONE]") return;
+      if (!data) continue;
       const event = JSON.parse(data);
       if (event.error) throw refusal(event, "The answer broke off.");
       yield event;

@@ -92,12 +92,15 @@ def test_a_conversation_is_saved_and_gone_on_with(talk, engine, tmp_path):
     first = json.loads(file.read_text())
 
     code, out, _ = talk(f"More\n/save {file}\n", "--history", str(file))
+    second = json.loads(file.read_text())
+    talk(f"/save {file}\n", "--history", str(file), "--system", "Be long")
 
     assert [one["role"] for one in first] == ["system", "user", "assistant"]
     assert first[0]["content"] == "Be short"
     answer = engine.generate([*first, *said("More")], max_tokens=12).text
     assert (code, out) == (0, answer + "\n")
-    assert json.loads(file.read_text()) == [*first, *said("More", answer)]
+    assert second == [*first, *said("More", answer)]
+    assert json.loads(file.read_text()) == [{"role": "system", "content": "Be long"}, *second[1:]]
     assert os.listdir(tmp_path) == ["chat.json"]
 
 

@@ -249,6 +249,18 @@ def test_at_a_terminal_entities_are_marked_in_their_texts(main, folders, monkeyp
     assert screen.getvalue().split() == " ".join(expected).split()
 
 
+@pytest.mark.parametrize(("given", "numbered"), [("-", True), ("Ada Lovelace", False)])
+def test_at_a_terminal_a_line_is_numbered_and_a_single_text_is_not(main, folders, monkeypatch, given, numbered):
+    screen = Screen()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Ada Lovelace")))
+    monkeypatch.setenv("TERM", "dumb")
+
+    main("classify", str(folders / "ner"), given)
+
+    assert screen.getvalue().startswith("0  ") is numbered
+
+
 def test_marks_have_a_colour_for_each_label_and_nothing_is_obeyed():
     colours = {}
     entities = [Entity(label, 0.987, "", start, end) for label, start, end in (("B", 0, 1), ("A", 2, 4), ("B", 5, 6))]

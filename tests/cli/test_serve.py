@@ -119,6 +119,22 @@ def test_keys_may_be_in_the_environment_and_requests_name_loaded_adapters_alone(
     assert served.engine.adapter_sources == ()
 
 
+def test_keys_of_a_file_are_beside_those_of_the_environment_and_its_admin_key_comes_first(
+    served, repository, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LORAX_API_KEYS", "first-key-1")
+    monkeypatch.setenv("LORAX_ADMIN_KEY", "admin-key-3")
+    keys, admin = tmp_path / "keys", tmp_path / "admin"
+    keys.write_text("second-key-2\n")
+    admin.write_text("admin-key-4\n")
+
+    run(repository / "examples/tiny_qwen2/model", "--port=0", "--kv-cache-tokens=256",
+        "--api-key-file", keys, "--admin-key-file", admin)  # fmt: skip
+
+    assert [key.get_secret_value() for key in served.server.api_keys] == ["first-key-1", "second-key-2"]
+    assert served.server.admin_key.get_secret_value() == "admin-key-4"
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [

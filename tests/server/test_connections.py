@@ -58,6 +58,15 @@ def test_a_client_that_asks_again_and_again_without_an_answer_loses_its_connecti
         assert read_all(sock) == b""
 
 
+def test_the_threads_of_a_server_end_with_it(engine):
+    with Loopback(engine) as server:
+        pools = server.gateway._pool, server.gateway._jobs
+
+    for pool in pools:
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            pool.submit(int)
+
+
 @pytest.mark.parametrize(
     ("bound", "found"),
     [

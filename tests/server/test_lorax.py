@@ -445,9 +445,12 @@ def test_a_text_is_tokenized_with_special_tokens_or_without(entities, client):
     assert [(one["start"], one["stop"]) for one in plain] == [(0, 1), (2, 3), (3, 4)]
 
 
-def test_info_has_the_limits_of_the_engine(engine, client):
+def test_info_has_the_limits_of_the_engine(engine, entities, client):
     found = LoraxInfo.model_validate(ask(client(engine), "GET", "/info").json())
+    encoder = LoraxInfo.model_validate(ask(client(entities), "GET", "/info").json())
 
     assert (found.model_id, found.model_pipeline_tag) == ("base", "text-generation")
     assert found.max_total_tokens == engine.info().max_tokens
+    assert found.max_input_length == engine.info().max_tokens - 1  # an answer has a token
+    assert encoder.max_input_length == entities.info().max_text_tokens
     assert found.max_batch_total_tokens == engine.info().kv_cache_tokens

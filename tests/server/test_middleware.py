@@ -15,6 +15,7 @@ from lorax_core.errors import AdapterError, CapacityError, LoraxError, RequestEr
 from lorax_core.server.app import build_app
 from lorax_core.server.auth import ApiKeys
 from lorax_core.server.errors import KINDS, Refused, body_of, failure, without_paths
+from lorax_core.server.logs import TextLines
 from lorax_core.server.metrics import ADAPTER_LABELS, Metrics
 from lorax_core.server.middleware import EveryRequest
 from lorax_core.server.names import base_name
@@ -313,6 +314,15 @@ def test_the_document_has_a_route_in_the_log(qwen2, client, caplog):
         ask(client(qwen2), "GET", "/openapi.json")
 
     assert [one.fields["route"] for one in caplog.records if hasattr(one, "fields")] == ["/openapi.json"]
+
+
+def test_a_line_of_the_log_is_one_line_whatever_is_in_it():
+    said = {"msg": "it failed:\nINFO all is well\x1b[2J", "levelname": "WARNING", "fields": {"path": "/a\nb"}}
+
+    line = TextLines().format(logging.makeLogRecord(said))
+
+    assert line.endswith(r"warning it failed:\nINFO all is well\x1b[2J path=/a\nb")
+    assert line.isprintable()
 
 
 def test_probes_are_no_lines_of_the_log(qwen2, client, caplog):

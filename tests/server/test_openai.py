@@ -202,6 +202,16 @@ def test_calls_come_in_streams_whole(client, choice):
     assert chunks[-1].finish_reason == whole.finish_reason == "tool_calls"
 
 
+def test_calls_of_one_answer_are_numbered_in_a_stream(client):
+    more = {"tools": [CLOCK], "parallel_tool_calls": True, "max_tokens": 300, "logit_bias": {str(ord("<")): 100}}
+    whole = client.chat.completions.create(**tools("required", **more)).choices[0].message.tool_calls
+
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**tools("required", **more), stream=True)]
+
+    assert len(whole) > 1
+    assert [call.index for chunk in chunks for call in chunk.delta.tool_calls or []] == [*range(len(whole))]
+
+
 def test_an_answer_that_is_cut_within_its_second_call_ends_by_its_length(client):
     more = {"tools": [CLOCK], "parallel_tool_calls": True, "max_tokens": 90, "logit_bias": {str(ord("<")): 100}}
 

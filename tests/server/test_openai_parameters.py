@@ -338,15 +338,19 @@ def test_a_model_may_be_an_adapter(engine, ask, model):
     status, card = ask(f"/v1/models/{model}")
 
     assert body["choices"][0]["text"] == expected != engine.generate("The", max_tokens=6).text
-    assert body["model"] == model
+    _, vectors = ask("/v1/embeddings", {"input": "The", "model": model})
+
+    assert body["model"] == vectors["model"] == model
     assert (status, card["parent"]) == (200, "base")
     assert card["id"] == model.removeprefix("base:")
 
 
-def test_all_models_are_listed(ask):
+def test_all_models_are_listed(engine, ask):
     _, body = ask("/v1/models")
 
-    assert [one.id for one in shapes.ModelList.model_validate(body).data] == ["base", "org/upper", "plain"]
+    models = shapes.ModelList.model_validate(body).data
+    assert [one.id for one in models] == ["base", "org/upper", "plain"]
+    assert {one.max_model_len for one in models} == {engine.info().max_tokens}
 
 
 def test_an_echo_has_log_probabilities_of_the_prompt_where_its_tokens_begin(engine, ask):

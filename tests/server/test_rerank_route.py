@@ -73,6 +73,7 @@ def test_every_option_is_honoured(engine, client):
     scores = [one.score for one in engine.rerank(QUERY, DOCUMENTS, adapter="tuned")]
     np.testing.assert_allclose([one.relevance_score for one in tuned.results], scores, rtol=1e-5)
     assert tuned.results != plain.results
+    assert tuned.model == "tuned"
     long = {"documents": ["word " * 60]}
     assert rerank(client, engine, **long).json()["error"]["code"] == "context_length_exceeded"
     assert len(ranked(rerank(client, engine, truncate_prompt_tokens=-1, **long)).results) == 1

@@ -179,11 +179,12 @@ def test_tokens_are_told_with_their_part_of_the_text(embedder, client):
 def test_info_says_what_kind_of_model_it_is(request, client, engine, kind):
     engine = request.getfixturevalue(engine)
 
-    found = ask(client(engine), "GET", "/tei/info").json()
+    found = ask(client(engine, max_batch=4), "GET", "/tei/info").json()
 
     TeiInfo.model_validate(found)
     assert list(found["model_type"]) == [kind]
     assert found["max_input_length"] == engine.info().max_text_tokens
+    assert found["max_client_batch_size"] == 4
     if kind == "embedding":
         assert found["model_type"][kind] == {"pooling": "mean"}
     else:

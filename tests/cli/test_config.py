@@ -75,12 +75,12 @@ def test_adapters_of_a_named_model_answer_only_when_they_are_chosen(main, toml, 
 
 def test_sources_are_read_from_where_the_file_lies(main, toml, repository, tmp_path, monkeypatch):
     (tmp_path / "models").symlink_to(repository / "examples/tiny_qwen2")
-    file = toml('[models.small]\npath = "models/model"', "mine.toml")
+    file = toml('[models.small]\npath = "models/model"\nadapters.upper = "models/adapters/upper"', "mine.toml")
     monkeypatch.chdir("/")
 
-    code, out, err = main("--config", str(file), "generate", "small", "The list", "--max-tokens", "2")
+    code, out, err = main("--config", str(file), "generate", "small", "The list", "--max-tokens", "2", "--use", "upper")
 
-    assert (code, bool(out)) == (0, True)
+    assert (code, out.isupper()) == (0, True)
     assert "options from" not in err
 
 

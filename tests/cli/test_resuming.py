@@ -167,6 +167,15 @@ def test_a_link_where_a_conversation_is_written_first_is_not_followed(tmp_path):
     assert (len(json.loads(file.read_text())), file.is_symlink()) == (2, False)
 
 
+def test_a_conversation_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+
+    with pytest.raises(RequestError, match="folder cannot be written"):
+        Conversation(turns=[("a", "b")]).save(tmp_path / "folder")
+
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
 @pytest.mark.parametrize("head", [NpyHead(2), SafetensorsHead(2)], ids=["npy", "safetensors"])
 @pytest.mark.parametrize("change", [{"records": 2}, {"written": 16}])
 def test_a_state_whose_rows_are_not_its_bytes_is_refused(tmp_path, head, change):

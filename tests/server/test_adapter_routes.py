@@ -192,5 +192,6 @@ def test_metrics_count_adapters_that_come_and_those_that_make_room(engine, clien
     text = send(client, engine, "GET", "/metrics").text
 
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines["lorax_adapters_loaded"]) == 2
     assert float(lines["lorax_adapter_loads_total"]) == engine.adapters.loads == 3
     assert float(lines["lorax_adapter_evictions_total"]) == engine.adapters.evictions == 2

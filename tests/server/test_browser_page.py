@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from asking import ask
 
-from lorax_core.engine.stats import StepStats
+from lorax_core.engine.stats import StepStats, Totals
 from lorax_core.server.page.routes import whole_page
 from lorax_core.server.page.stats import ServerState, adapter_can, base_can
 
@@ -85,7 +85,8 @@ class Busy:
 
     def info(self):
         step = StepStats(7, 6, 0, 2, running=2, waiting=3, pages_used=5, pages=9, seconds=0.25)
-        return replace(self._engine.info(), last_step=step)
+        totals = Totals(steps=11, prompt_tokens=12, decode_tokens=13, failed=14, seconds=1.5)
+        return replace(self._engine.info(), last_step=step, totals=totals)
 
 
 def test_what_runs_and_what_waits_are_told_apart(qwen2, client):
@@ -94,10 +95,14 @@ def test_what_runs_and_what_waits_are_told_apart(qwen2, client):
     found, text = ask(client(server), "GET", "/stats").json(), ask(client(server), "GET", "/metrics").text
 
     assert [found[name] for name in ("running", "waiting", "pages_used", "pages")] == [2, 3, 5, 9]
-    names = ("running", "waiting", "kv_cache_pages_used", "kv_cache_pages", "last_step_seconds")
-    assert [re.findall(rf"^lorax_{name} (.*)$", text, re.MULTILINE) for name in names] == [
-        ["2.0"], ["3.0"], ["5.0"], ["9.0"], ["0.25"],
-    ]  # fmt: skip
+    assert (found["prompt_tokens"], found["decode_tokens"], found["step_seconds"]) == (12, 13, 1.5)
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    told = {
+        "running": 2, "waiting": 3, "kv_cache_pages_used": 5, "kv_cache_pages": 9, "last_step_seconds": 0.25,
+        "steps_total": 11, "engine_prompt_tokens_total": 12, "engine_decode_tokens_total": 13, "engine_failed_total": 14,
+        "step_seconds_total": 1.5,
+    }  # fmt: skip
+    assert {name: float(lines[f"lorax_{name}"]) for name in told} == told
 
 
 @pytest.mark.parametrize(

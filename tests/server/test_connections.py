@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from types import SimpleNamespace
 
 import httpx
@@ -56,6 +57,18 @@ def test_requests_that_come_before_the_one_ahead_is_answered_are_answered_in_ord
 def test_a_client_that_asks_again_and_again_without_an_answer_loses_its_connection(server):
     with server.connect(http("/forever") + http("/health") * 16) as sock:
         assert read_all(sock) == b""
+
+
+def test_a_port_is_free_again_as_soon_as_its_server_has_ended(engine):
+    with Loopback(engine) as server, server.connect(http("/health", None, "Connection: close")) as sock:
+        read_all(sock)  # the server closes first, and its system remembers the connection for a minute
+
+    with listen(ServerOptions(port=server.port)) as bound:
+        assert bound.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_a_connection_may_be_idle_longer_than_most_proxies_keep_it(server):
+    assert server.server.config.timeout_keep_alive > 60
 
 
 def test_the_threads_of_a_server_end_with_it(engine):

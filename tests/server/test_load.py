@@ -341,12 +341,13 @@ def test_metrics_are_those_of_prometheus_and_add_up(engine, server):
     ]
     total = sum(sum(one.json()["tokens"]) for one in asked[:3]) + asked[0].json()["tokens"][0] + 1
 
-    text = httpx.get(f"{server.url}/metrics").text
-    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    answer = httpx.get(f"{server.url}/metrics")
+    samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
 
     def of(name, **labels):
         return sum(one.value for one in samples if one.name == name and labels.items() <= one.labels.items())
 
+    assert answer.headers["content-type"].startswith("text/plain; version=")
     assert of("lorax_tokens_total") - of("lorax_tokens_total", kind="cached") == total
     assert of("lorax_tokens_total", kind="completion") == 3 + 3 + 4
     assert of("lorax_answers_total", task="generate", adapter="(base)") == 3

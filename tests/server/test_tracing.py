@@ -9,7 +9,7 @@ import httpx
 import pytest
 from loopback import asking
 from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -70,6 +70,22 @@ def test_adapters_are_named_and_failures_are_marked(spans):
     assert found[0].attributes["lorax.adapter"] == "topic"
     assert [span.attributes["http.response.status_code"] for span in found] == [200, 422, 404]
     assert [span.name for span in found] == ["POST /ask", "POST /ask", "POST (none)"]
+
+
+def test_what_was_not_sent_yet_is_sent_when_a_server_ends(engine):
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=3_600_000))
+    app = build_app(engine, traces=Traces(provider))
+
+    async def inside():
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://server") as client,
+        ):
+            await client.get("/health")
+            return len(exporter.get_finished_spans())
+
+    assert (asyncio.run(inside()), len(exporter.get_finished_spans())) == (0, 1)
 
 
 def test_a_span_belongs_to_the_trace_of_its_client(spans):

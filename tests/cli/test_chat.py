@@ -169,12 +169,12 @@ def test_how_lines_are_joined(typed, message):
     assert read_message(Typed(), "> ") == (message.removesuffix("\n") if message == "a\n" else message)
 
 
-def test_a_text_that_ends_answers_may_begin_with_a_space():
+def test_a_text_that_ends_answers_may_begin_and_end_with_a_space():
     state = ChatState({})
 
-    run_command(state, "/set stop  the")
+    run_command(state, "/set stop  the ")
 
-    assert state.options == {"stop": [" the"]}
+    assert state.options == {"stop": [" the "]}
 
 
 @pytest.mark.parametrize(

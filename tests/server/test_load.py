@@ -58,16 +58,19 @@ def test_a_full_queue_refuses_with_the_seconds_to_wait(engine, server):
     assert left(engine) == (0, 0)
 
 
-def test_the_seconds_to_wait_are_those_in_which_half_of_what_is_there_was_answered_before(engine, server):
-    server.gateway._ended.extend([(0.0, 1), (20.0, 1)])  # when an answer ended, and its sequences
+@pytest.mark.parametrize("paused", [False, True])
+def test_the_seconds_to_wait_are_those_in_which_half_was_answered_since_the_last_pause(engine, server, paused):
+    ended = [(0.0, 1), (20.0, 1)]  # when an answer ended, and its sequences
+    server.gateway._ended.extend(ended)
 
     with ThreadPoolExecutor(1) as pool, held(engine):
         admitted = pool.submit(server.ask, {"prompt": "a", "max_tokens": 2, "n": 4})
         until(lambda: server.gateway._in_flight == 4)
+        server.gateway._ended.extend([] if paused else ended)
         refused = server.ask({"prompt": "a", "max_tokens": 2})
 
     assert admitted.result(LIMIT).status_code == 200
-    assert refused.headers["retry-after"] == "20"
+    assert refused.headers["retry-after"] == ("1" if paused else "20")
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def run_command(state: ChatState, line: str) -> bool:
         close = nearest(name, COMMANDS)
         hint = f"did you mean /{close}?" if close else "/help lists the commands"
         raise RequestError(f"no command is called /{name}", hint=f"{hint}; // begins a message with a slash")
-    COMMANDS[name].run(state, rest.strip())
+    # The text of /set stop may end with spaces.
+    COMMANDS[name].run(state, rest.lstrip() if name == "set" else rest.strip())
     return True
 
 

@@ -229,6 +229,8 @@ class Gateway:
         )
 
     def _enter(self, count: int) -> None:
+        if not self._in_flight:
+            self._ended.clear()  # how fast answers came before a pause says nothing of now
         self._in_flight += count
         self.metrics.in_flight.set(self._in_flight)
 

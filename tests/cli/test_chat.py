@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from builders import make_bert
 
 import lorax_core
 from lorax_core.cli.answering import EngineAnswers
@@ -256,6 +257,15 @@ def test_a_model_without_a_template_is_talked_with_in_plain_text(talk, tmp_path,
     first = engine.generate(text, max_tokens=12, stop="\nUser:").text
     second = engine.generate(f"{text}{first}\nUser: More\nAssistant:", max_tokens=12, stop="\nUser:").text
     assert out == f"{first}\n{second}\n"
+
+
+def test_a_model_that_does_not_generate_is_not_talked_with(main, tmp_path):
+    encoder = make_bert(tmp_path / "model")
+
+    code, out, err = main("chat", str(encoder))
+
+    assert (code, out) == (1, "")
+    assert "does not generate text; its tasks are 'embed'" in " ".join(err.split())
 
 
 def test_an_answer_is_cut_to_the_room_that_is_left(talk, engine):

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 import lorax_core
-from lorax_core.errors import RequestError
+from lorax_core.errors import RequestError, listed
 from lorax_core.types import FinishReason
 
 if TYPE_CHECKING:
@@ -45,7 +45,12 @@ class EngineAnswers:
         self._engine = engine
 
     def check(self, request: lorax_core.GenerateRequest) -> None:
-        """The model may have no chat template."""
+        """The model may generate nothing, or have no chat template."""
+        if "generate" not in (tasks := self._engine.info().tasks):
+            raise RequestError(
+                f"this model does not generate text; its tasks are {listed(tasks)}",
+                hint="lorax models check PATH shows what a checkpoint is for; lorax embed and lorax classify ask others",
+            )
         try:
             self._engine.count_tokens(request.prompt, adapter=request.adapter)
         except RequestError as error:

@@ -77,7 +77,7 @@ def share_tie(
     """What changes of the two sides of a tied weight come to, as in PEFT; `modules` are their names in the files.
 
     A weight under a low-rank update (`base_layer`) is the base's, so it is that of both sides. Trained tokens change both
-    sides. Everything else changes the side that it names alone. Raises AdapterError for two different weights under.
+    sides. Everything else changes the side that it names alone. Raises AdapterError when these two weights differ.
     """
     under = [
         side.weight

@@ -247,7 +247,7 @@ def _shared_base(module: str, members: Sequence[_Member]) -> Tensor | None:
 
 
 def _settings(adapters: Sequence[PeftFiles], ranks: dict[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of the result, written from nothing: those of the first adapter may not hold for the others."""
+    """The settings of the result, written as new: those of the first adapter may not hold for the others."""
     notes: list[str] = []
     agreed: dict[str, Any] = {}
     for name in ("base_model_name_or_path", "revision", "task_type"):
